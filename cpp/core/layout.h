@@ -1,0 +1,30 @@
+// Index arithmetic that host and device code share.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define QUIRE_HOST_DEVICE __host__ __device__
+#else
+#define QUIRE_HOST_DEVICE
+#endif
+
+namespace quire {
+
+/// The outer dimensions of a [..., hidden] tensor, walked as one row index. Strides are in elements.
+struct RowLayout {
+  std::int64_t inner_extents[2] = {1, 1};  // extents of the two inner outer-dimensions; 1, 1 when rows have one stride
+  std::int64_t strides[3] = {0, 0, 0};     // outermost first; only strides[0] counts when inner_extents are 1, 1
+
+  QUIRE_HOST_DEVICE std::int64_t offset(std::int64_t row) const {
+    if (inner_extents[0] == 1 && inner_extents[1] == 1) return row * strides[0];
+    const std::int64_t i2 = row % inner_extents[1];
+    row /= inner_extents[1];
+    return (row / inner_extents[0]) * strides[0] + (row % inner_extents[0]) * strides[1] + i2 * strides[2];
+  }
+};
+
+QUIRE_HOST_DEVICE constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace quire

@@ -1,0 +1,58 @@
+// What every CUDA launcher shares: device guard, error checks, device properties, the error word. Host code only.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/error_word.h"
+#include "quire/stream.h"
+
+namespace quire::cuda {
+
+/// Throws CudaError (OutOfMemoryError for an allocation failure) unless `status` is success; clears a non-sticky error.
+void check(cudaError_t status, const char* call, const char* file, int line);
+
+#define QUIRE_CUDA_CHECK(call) ::quire::cuda::check((call), #call, __FILE__, __LINE__)
+
+/// Checks the launch that was just made; with QUIRE_SYNC=1 also waits for the stream and checks what ran.
+void check_launch(const char* kernel, Stream stream, const char* file, int line);
+
+#define QUIRE_CHECK_LAUNCH(kernel, stream) ::quire::cuda::check_launch((kernel), (stream), __FILE__, __LINE__)
+
+/// Makes a device current and restores the previous one on every path. Ops have one around them (dispatch_device); launchers
+/// need none of their own.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device_index);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_;
+  bool changed_;
+};
+
+struct DeviceProperties {
+  int num_sms;
+  int compute_capability;        // 10 * major + minor
+  int max_shared_bytes_per_cta;  // opt-in limit
+  int l2_bytes;
+};
+
+/// Read once per device, then cached.
+const DeviceProperties& device_properties(int device_index);
+/// The current device's.
+const DeviceProperties& current_device_properties();
+
+/// The current device's error word, in device memory. Made on first use, also inside a stream capture.
+ErrorWord* error_word();
+
+/// Raises a kernel's dynamic shared memory limit, once per kernel and device; `Kernel` is the kernel itself.
+void set_max_shared_bytes(const void* kernel, int shared_bytes);
+
+inline cudaStream_t cuda_stream(Stream stream) { return static_cast<cudaStream_t>(stream.handle()); }
+
+}  // namespace quire::cuda

@@ -1,0 +1,89 @@
+// Attention over paged and ragged keys and values, with log-sum-exp output and its merge.
+// SPDX-License-Identifier: Apache-2.0
+//
+// Semantics, for query i of sequence s (q_len queries, kv_len keys):
+//   position = kv_len - q_len + i                      the key index that the query stands at
+//   score(j) = scale * dot(q_i, k_j)
+//   score    = softcap * tanh(score / softcap)         if softcap > 0
+//   score   -= alibi_slope[head] * (position - j)      if alibi_slopes
+//   key j is seen if 0 <= j < kv_len, and j <= position if causal, and position - left <= j <= position + right
+//   out      = sum_j exp(score(j) - lse') v_j,  lse = log sum_j exp(score(j)) over the keys seen,
+//   where lse' = lse, or log(exp(lse) + exp(sink[head])) if sinks; the lse that is returned includes the sink.
+// A row that sees no key gives output 0 and lse -inf (the sink's value if there are sinks). Logarithms are natural.
+// Query head h reads kv head h / (num_heads / num_kv_heads).
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "quire/export.h"
+#include "quire/stream.h"
+#include "quire/tensor.h"
+
+namespace quire {
+
+struct AttentionOptions {
+  std::optional<double> scale;     ///< Default 1 / sqrt(head_dim).
+  bool causal = true;              ///< Keys after the query's position are not seen.
+  std::int64_t window_left = -1;   ///< Keys before position - window_left are not seen; negative: no limit.
+  std::int64_t window_right = -1;  ///< Keys after position + window_right are not seen; negative: no limit.
+  double softcap = 0.0;            ///< 0: none.
+  const TensorView* alibi_slopes = nullptr;  ///< float32 [num_heads], or null.
+  const TensorView* sinks = nullptr;         ///< float32 [num_heads], or null.
+  const TensorView* k_scale = nullptr;       ///< float32 [1] or [num_kv_heads], or null for 1; for quantized caches.
+  const TensorView* v_scale = nullptr;       ///< Likewise.
+};
+
+/// Attention of every query over its sequence's keys and values in a paged cache: decode, prefill and mixed batches.
+///
+///   out              as q
+///   lse              null, or float32 [num_tokens, num_heads], contiguous
+///   q                float32, float16 or bfloat16 [num_tokens, num_heads, head_dim], unit inner stride
+///   k_cache, v_cache [num_blocks, block_size, num_kv_heads, head_dim], unit inner stride; q's dtype, or float8_e4m3fn,
+///                    float8_e5m2, int8. num_heads is a multiple of num_kv_heads; head_dim a multiple of 8 up to 256.
+///   block_tables     int32 [num_seqs, max_blocks_per_seq], unit inner stride. Entries past a sequence's length may hold
+///                    anything. A needed entry outside [0, num_blocks) hides its keys and, unless -1, is recorded.
+///   seq_lens         int32 [num_seqs]: keys of each sequence, the queries' own included. Clamped to
+///                    [0, max_blocks_per_seq * block_size], with a record if that changes it.
+///   query_start_loc  null for decode (one query per sequence, num_tokens == num_seqs), or int32 [num_seqs + 1]: sequence
+///                    s has the queries [query_start_loc[s], query_start_loc[s + 1]). Clamped to be monotonic and within
+///                    num_tokens. Rows of q that belong to no sequence are not written.
+///   workspace        contiguous uint8 of at least paged_attention_workspace_size(...) bytes on q's device, 16-byte
+///                    aligned; its contents do not matter. Null is right when that size is 0 (always on the CPU).
+///
+/// Nothing synchronises. Throws std::invalid_argument, TypeError, UnsupportedError, CudaError.
+QUIRE_API void paged_attention(const TensorView& out, const TensorView* lse, const TensorView& q, const TensorView& k_cache,
+                               const TensorView& v_cache, const TensorView& block_tables, const TensorView& seq_lens,
+                               const TensorView* query_start_loc, const TensorView* workspace,
+                               const AttentionOptions& options, Stream stream);
+
+/// Bytes of workspace that paged_attention needs for a batch of at most this size on this device. It depends on nothing else, so
+/// one workspace serves every batch up to it.
+QUIRE_API std::int64_t paged_attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads,
+                                                      std::int64_t head_dim, Device device);
+
+/// Attention over ragged (unpaged) keys and values.
+///
+///   k, v             q's dtype, float8_e4m3fn, float8_e5m2 or int8: [num_kv_tokens, num_kv_heads, head_dim], unit inner stride
+///   query_start_loc  int32 [num_seqs + 1], or null for a single sequence
+///   kv_start_loc     int32 [num_seqs + 1], or null: then equal to query_start_loc
+/// The rest is as in paged_attention; the workspace size is attention_workspace_size(...).
+QUIRE_API void attention(const TensorView& out, const TensorView* lse, const TensorView& q, const TensorView& k,
+                         const TensorView& v, const TensorView* query_start_loc, const TensorView* kv_start_loc,
+                         const TensorView* workspace, const AttentionOptions& options, Stream stream);
+
+/// As paged_attention_workspace_size.
+QUIRE_API std::int64_t attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads,
+                                                std::int64_t head_dim, Device device);
+
+/// Merges two partial attention results over disjoint keys:
+///   lse = log(exp(lse_a) + exp(lse_b)),  out = out_a exp(lse_a - lse) + out_b exp(lse_b - lse).
+/// The state (0, -inf) is the identity; merging two of them gives it again.
+///
+///   out, out_a, out_b        one dtype of float32, float16, bfloat16: [num_tokens, num_heads, head_dim], unit inner stride
+///   out_lse, lse_a, lse_b    float32 [num_tokens, num_heads], contiguous; out_lse may be null
+/// out may be out_a or out_b, and out_lse lse_a or lse_b (same memory, same strides).
+QUIRE_API void merge_attention(const TensorView& out, const TensorView* out_lse, const TensorView& out_a, const TensorView& lse_a,
+                               const TensorView& out_b, const TensorView& lse_b, Stream stream);
+
+}  // namespace quire
