@@ -22,6 +22,12 @@
 
 namespace quire {
 
+/// How much of a call is checked before anything is written.
+enum class Validate {
+  kShape,  ///< Shapes, dtypes, layouts, devices. Bad index contents are skipped and recorded for check_errors().
+  kFull,   ///< Also every index content: raises IndexError. On CUDA this copies the index tensors and waits; not in a capture.
+};
+
 struct AttentionOptions {
   std::optional<double> scale;     ///< Default 1 / sqrt(head_dim).
   bool causal = true;              ///< Keys after the query's position are not seen.
@@ -32,6 +38,7 @@ struct AttentionOptions {
   const TensorView* sinks = nullptr;         ///< float32 [num_heads], or null.
   const TensorView* k_scale = nullptr;       ///< float32 [1] or [num_kv_heads], or null for 1; for quantized caches.
   const TensorView* v_scale = nullptr;       ///< Likewise.
+  Validate validate = Validate::kShape;
 };
 
 /// Attention of every query over its sequence's keys and values in a paged cache: decode, prefill and mixed batches.

@@ -1,0 +1,82 @@
+// Validation helpers: one message form for every caller, "[op] argument: expected ..., got ...".
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+#include "core/layout.h"
+#include "quire/dtype.h"
+#include "quire/error.h"
+#include "quire/tensor.h"
+
+namespace quire {
+
+/// "float32 [4, 12]", "int64 [3] on cuda:0": a tensor as messages show it.
+std::string describe(const TensorView& t);
+std::string describe(Device device);
+
+/// An extent that a shape check leaves open.
+inline constexpr std::int64_t kAny = -1;
+
+/// The checks of one call of one op. Cheap when they pass; each throws the documented type when it fails.
+class Check {
+ public:
+  explicit Check(const char* op) : op_(op) {}
+
+  const char* op() const { return op_; }
+
+  [[noreturn]] void fail_value(const char* arg, const std::string& expected, const std::string& got) const;
+  [[noreturn]] void fail_dtype(const char* arg, const std::string& expected, const std::string& got) const;
+  [[noreturn]] void fail_unsupported(const char* arg, const std::string& expected, const std::string& got) const;
+  [[noreturn]] void fail_index(const char* arg, const std::string& expected, const std::string& got) const;
+
+  /// TypeError unless t's dtype is one of `allowed`.
+  void dtype(const TensorView& t, const char* arg, std::initializer_list<DType> allowed) const;
+  /// TypeError unless t is float32, float16 or bfloat16.
+  void float_dtype(const TensorView& t, const char* arg) const;
+  /// TypeError unless t and `reference` share a dtype.
+  void same_dtype(const TensorView& t, const char* arg, const TensorView& reference, const char* reference_arg) const;
+  /// ValueError unless t has this shape; kAny matches every extent.
+  void shape(const TensorView& t, const char* arg, std::initializer_list<std::int64_t> expected) const;
+  /// ValueError unless low <= rank <= high.
+  void rank(const TensorView& t, const char* arg, int low, int high) const;
+  /// ValueError unless t and `reference` have one shape.
+  void same_shape(const TensorView& t, const char* arg, const TensorView& reference, const char* reference_arg) const;
+  /// ValueError unless t is on `device`.
+  void device(const TensorView& t, const char* arg, Device device, const char* reference_arg) const;
+  /// ValueError unless the last dimension has stride 1.
+  void inner_contiguous(const TensorView& t, const char* arg) const;
+  /// ValueError unless t is dense and row-major.
+  void contiguous(const TensorView& t, const char* arg) const;
+  /// ValueError unless t's elements are aligned to their size and, if there are any, its pointer is not null.
+  void accessible(const TensorView& t, const char* arg) const;
+  /// As accessible; also ValueError if t is read-only or two of its elements share memory.
+  void writable(const TensorView& t, const char* arg) const;
+  /// ValueError if a and b share memory. With `same_is_fine`, exactly the same view passes.
+  void disjoint(const TensorView& a, const char* a_arg, const TensorView& b, const char* b_arg, bool same_is_fine) const;
+  /// ValueError unless value is finite (and, with `positive`, above zero).
+  void finite(double value, const char* arg, bool positive = false) const;
+
+  /// Checks a scale: null, or float32 [1] or [num_kv_heads], contiguous, on `device`. Returns its stride: 0 or 1.
+  std::int64_t scale(const TensorView* t, const char* arg, std::int64_t num_kv_heads, Device device, const char* reference_arg) const;
+  /// Checks a vector of known length and dtype: contiguous, on `device`.
+  void vector(const TensorView& t, const char* arg, DType dtype, std::int64_t length, Device device, const char* reference_arg) const;
+
+ private:
+  const char* op_;
+};
+
+/// True if an element of a and an element of b may share a byte. Strided views that interleave without touching are told apart
+/// where they share their strides.
+bool may_overlap(const TensorView& a, const TensorView& b);
+
+/// The outer dimensions of a [..., hidden] tensor (rank 1 to 4), folded where the strides of all `tensors` allow it.
+std::int64_t num_rows(const TensorView& t);
+RowLayout row_layout(const TensorView& t);
+
+/// a * b, or ValueError "[op] arg: ... overflows".
+std::int64_t checked_mul(std::int64_t a, std::int64_t b, const char* op, const char* arg);
+
+}  // namespace quire

@@ -1,0 +1,56 @@
+// What ops share at run time: choosing the backend, the device guard, and deferred errors.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "core/check.h"
+#include "core/error_word.h"
+#include "quire/runtime.h"
+#include "quire/stream.h"
+#include "quire/tensor.h"
+
+namespace quire {
+
+#ifdef QUIRE_HAS_CUDA
+inline constexpr bool kHasCuda = true;
+#else
+inline constexpr bool kHasCuda = false;
+#endif
+
+/// Makes a device current for a scope and restores the previous one. Does nothing for the CPU.
+class ScopedDevice {
+ public:
+  explicit ScopedDevice(Device device);
+  ~ScopedDevice();
+  ScopedDevice(const ScopedDevice&) = delete;
+  ScopedDevice& operator=(const ScopedDevice&) = delete;
+
+ private:
+  int previous_ = -1;
+};
+
+[[noreturn]] void throw_cpu_only_build(const char* op);
+
+/// Runs the backend of `device`: cpu(), or cuda(stream) with the device current. The one place that switches on the device.
+/// `cuda` is a generic lambda, so that a CPU-only build neither compiles its body nor links what it names.
+template <typename Cpu, typename Cuda>
+void dispatch_device(const char* op, Device device, Stream stream, Cpu&& cpu, Cuda&& cuda) {
+  if (device.type == DeviceType::kCPU) {
+    cpu();
+  } else if constexpr (kHasCuda) {
+    ScopedDevice guard(device);
+    cuda(stream);
+  } else {
+    static_cast<void>(cuda);
+    static_cast<void>(stream);
+    throw_cpu_only_build(op);
+  }
+}
+
+/// "slot_mapping" and so on, for messages.
+const char* name(OpId op);
+const char* name(ArgId arg);
+
+/// The CPU backend's error word, taken and cleared.
+ErrorWord take_cpu_error();
+
+}  // namespace quire

@@ -1,0 +1,268 @@
+// CUDA runtime services: error checks, device guard, properties, the error word, memory, stream order.
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/runtime.h"
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "cuda/launch.h"
+#include "quire/error.h"
+#include "quire/runtime.h"
+
+namespace quire {
+namespace cuda {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+// Caches are leaked on purpose: nothing of CUDA may be torn down after the driver at exit.
+struct DeviceState {
+  std::once_flag properties_once, word_once;
+  DeviceProperties properties{};
+  ErrorWord* word = nullptr;
+  std::mutex attribute_mutex;
+  std::map<const void*, int> shared_bytes;
+};
+
+DeviceState& device_state(int device_index) {
+  static DeviceState* const states = new DeviceState[kMaxDevices];
+  if (device_index < 0 || device_index >= kMaxDevices)
+    throw UnsupportedError("[cuda] device: expected 0 to 63, got " + std::to_string(device_index));
+  return states[device_index];
+}
+
+int current_device() {
+  int device = 0;
+  QUIRE_CUDA_CHECK(cudaGetDevice(&device));
+  return device;
+}
+
+// Lets allocation calls through while the thread captures a stream: they are no part of the graph.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~RelaxedCapture() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// A stream of our own, so that no call here touches the legacy stream (which would break a capture elsewhere).
+class SideStream {
+ public:
+  SideStream() { QUIRE_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+  ~SideStream() { static_cast<void>(cudaStreamDestroy(stream_)); }
+  SideStream(const SideStream&) = delete;
+  SideStream& operator=(const SideStream&) = delete;
+  cudaStream_t get() const { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+bool sync_after_launch() {
+  static const bool value = [] {
+    const char* text = std::getenv("QUIRE_SYNC");
+    return text != nullptr && std::string(text) == "1";
+  }();
+  return value;
+}
+
+}  // namespace
+
+void check(cudaError_t status, const char* call, const char* file, int line) {
+  if (status == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());
+  const std::string text = std::string("[cuda] ") + call + " failed: " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status) +
+                           " (" + file + ":" + std::to_string(line) + ")";
+  if (status == cudaErrorMemoryAllocation) throw OutOfMemoryError(text);
+  throw CudaError(text, static_cast<int>(status));
+}
+
+void check_launch(const char* kernel, Stream stream, const char* file, int line) {
+  const cudaError_t status = cudaPeekAtLastError();
+  if (status != cudaSuccess) check(status, kernel, file, line);
+  if (sync_after_launch() && !is_capturing(stream)) check(cudaStreamSynchronize(cuda_stream(stream)), kernel, file, line);
+}
+
+DeviceGuard::DeviceGuard(int device_index) : previous_(exchange_device(device_index)), changed_(previous_ >= 0) {}
+DeviceGuard::~DeviceGuard() {
+  if (changed_) restore_device(previous_);
+}
+
+int exchange_device(int device_index) {
+  const int previous = current_device();
+  if (previous == device_index) return -1;
+  QUIRE_CUDA_CHECK(cudaSetDevice(device_index));
+  return previous;
+}
+
+void restore_device(int device_index) noexcept { static_cast<void>(cudaSetDevice(device_index)); }
+
+const DeviceProperties& device_properties(int device_index) {
+  DeviceState& state = device_state(device_index);
+  std::call_once(state.properties_once, [&] {
+    const auto attribute = [&](cudaDeviceAttr which) {
+      int value = 0;
+      QUIRE_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device_index));
+      return value;
+    };
+    state.properties = DeviceProperties{
+        attribute(cudaDevAttrMultiProcessorCount),
+        10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
+        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+        attribute(cudaDevAttrL2CacheSize),
+    };
+  });
+  return state.properties;
+}
+
+const DeviceProperties& current_device_properties() { return device_properties(current_device()); }
+
+ErrorWord* error_word() {
+  DeviceState& state = device_state(current_device());
+  std::call_once(state.word_once, [&] {
+    const RelaxedCapture relaxed;
+    const SideStream side;
+    void* word = nullptr;
+    QUIRE_CUDA_CHECK(cudaMalloc(&word, sizeof(ErrorWord)));
+    QUIRE_CUDA_CHECK(cudaMemsetAsync(word, 0, sizeof(ErrorWord), side.get()));
+    QUIRE_CUDA_CHECK(cudaStreamSynchronize(side.get()));
+    state.word = static_cast<ErrorWord*>(word);
+  });
+  return state.word;
+}
+
+ErrorWord take_error(int device_index) {
+  const DeviceGuard guard(device_index);
+  QUIRE_CUDA_CHECK(cudaDeviceSynchronize());
+  ErrorWord host{};
+  ErrorWord* const word = error_word();
+  const SideStream side;
+  QUIRE_CUDA_CHECK(cudaMemcpyAsync(&host, word, sizeof(host), cudaMemcpyDeviceToHost, side.get()));
+  QUIRE_CUDA_CHECK(cudaStreamSynchronize(side.get()));
+  if (host.state != 0) {
+    QUIRE_CUDA_CHECK(cudaMemsetAsync(word, 0, sizeof(ErrorWord), side.get()));
+    QUIRE_CUDA_CHECK(cudaStreamSynchronize(side.get()));
+  }
+  return host;
+}
+
+void set_max_shared_bytes(const void* kernel, int shared_bytes) {
+  constexpr int kDefaultLimit = 48 * 1024;
+  if (shared_bytes <= kDefaultLimit) return;
+  DeviceState& state = device_state(current_device());
+  const std::lock_guard lock(state.attribute_mutex);
+  int& known = state.shared_bytes[kernel];
+  if (known >= shared_bytes) return;
+  QUIRE_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  known = shared_bytes;
+}
+
+void* allocate_device(std::int64_t num_bytes, int device_index) {
+  const DeviceGuard guard(device_index);
+  const RelaxedCapture relaxed;
+  void* data = nullptr;
+  const cudaError_t status = cudaMalloc(&data, static_cast<std::size_t>(num_bytes == 0 ? 1 : num_bytes));
+  if (status == cudaErrorMemoryAllocation) {
+    static_cast<void>(cudaGetLastError());
+    throw OutOfMemoryError("[Buffer] num_bytes: expected memory on cuda:" + std::to_string(device_index) + ", could not get " +
+                           std::to_string(num_bytes) + " bytes");
+  }
+  check(status, "cudaMalloc", __FILE__, __LINE__);
+  return data;
+}
+
+void free_device(void* data, int device_index) noexcept {
+  int previous = -1;
+  if (cudaGetDevice(&previous) != cudaSuccess) return;
+  const RelaxedCapture relaxed;
+  if (previous != device_index) static_cast<void>(cudaSetDevice(device_index));
+  static_cast<void>(cudaFree(data));
+  if (previous != device_index) static_cast<void>(cudaSetDevice(previous));
+  static_cast<void>(cudaGetLastError());
+}
+
+void* allocate_pinned(std::int64_t num_bytes) {
+  const RelaxedCapture relaxed;
+  void* data = nullptr;
+  const cudaError_t status = cudaHostAlloc(&data, static_cast<std::size_t>(num_bytes == 0 ? 1 : num_bytes), cudaHostAllocPortable);
+  if (status == cudaErrorMemoryAllocation) {
+    static_cast<void>(cudaGetLastError());
+    throw OutOfMemoryError("[Buffer] num_bytes: expected page-locked memory, could not get " + std::to_string(num_bytes) + " bytes");
+  }
+  check(status, "cudaHostAlloc", __FILE__, __LINE__);
+  return data;
+}
+
+void free_pinned(void* data) noexcept {
+  const RelaxedCapture relaxed;
+  static_cast<void>(cudaFreeHost(data));
+  static_cast<void>(cudaGetLastError());
+}
+
+bool is_capturing(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  // The legacy stream answers with an error while another stream is captured; that is not a capture of this stream.
+  if (cudaStreamIsCapturing(cuda_stream(stream), &status) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    return false;
+  }
+  return status != cudaStreamCaptureStatusNone;
+}
+
+void order_streams(Stream earlier, Stream later, int device_index) {
+  if (earlier.handle() == later.handle()) return;
+  const DeviceGuard guard(device_index);
+  cudaEvent_t event = nullptr;
+  QUIRE_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  const cudaError_t recorded = cudaEventRecord(event, cuda_stream(earlier));
+  const cudaError_t waited = recorded == cudaSuccess ? cudaStreamWaitEvent(cuda_stream(later), event, 0) : recorded;
+  static_cast<void>(cudaEventDestroy(event));
+  check(waited, "cudaStreamWaitEvent", __FILE__, __LINE__);
+}
+
+Marker::Marker(Stream stream, int device_index) : event_(nullptr) {
+  const DeviceGuard guard(device_index);
+  cudaEvent_t event = nullptr;
+  QUIRE_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  const cudaError_t status = cudaEventRecord(event, cuda_stream(stream));
+  if (status != cudaSuccess) static_cast<void>(cudaEventDestroy(event));
+  check(status, "cudaEventRecord", __FILE__, __LINE__);
+  event_ = event;
+}
+
+Marker::~Marker() {
+  if (event_ != nullptr) static_cast<void>(cudaEventDestroy(static_cast<cudaEvent_t>(event_)));
+}
+
+bool Marker::done() const {
+  const cudaError_t status = cudaEventQuery(static_cast<cudaEvent_t>(event_));
+  if (status != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return status != cudaErrorNotReady;
+}
+
+void copy_to_host(void* host, const void* device, std::int64_t num_bytes, Stream stream) {
+  QUIRE_CUDA_CHECK(cudaMemcpyAsync(host, device, static_cast<std::size_t>(num_bytes), cudaMemcpyDeviceToHost, cuda_stream(stream)));
+  QUIRE_CUDA_CHECK(cudaStreamSynchronize(cuda_stream(stream)));
+}
+
+}  // namespace cuda
+
+int num_cuda_devices() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    return 0;
+  }
+  return count;
+}
+
+std::string cuda_architectures() { return QUIRE_CUDA_ARCHITECTURES; }
+
+}  // namespace quire

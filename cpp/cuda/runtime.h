@@ -1,0 +1,51 @@
+// The CUDA runtime services that the core asks for, without a CUDA header.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "core/error_word.h"
+#include "quire/stream.h"
+
+namespace quire::cuda {
+
+/// Makes a device current; returns the previous one, or -1 if it already was. Throws CudaError for a device that is not there.
+int exchange_device(int device_index);
+void restore_device(int device_index) noexcept;
+
+/// Waits for the device's work so far, then takes and clears its error word.
+ErrorWord take_error(int device_index);
+
+void* allocate_device(std::int64_t num_bytes, int device_index);
+void free_device(void* data, int device_index) noexcept;
+void* allocate_pinned(std::int64_t num_bytes);
+void free_pinned(void* data) noexcept;
+
+/// True if `stream` is being captured into a graph. Touches nothing.
+bool is_capturing(Stream stream);
+
+/// Enqueues "stream `later` waits for what stream `earlier` holds now". Nothing happens if they are one stream.
+void order_streams(Stream earlier, Stream later, int device_index);
+
+/// A marker in a stream's work.
+class Marker {
+ public:
+  /// Records the marker behind what `stream` holds now.
+  Marker(Stream stream, int device_index);
+  ~Marker();
+  Marker(Marker&& other) noexcept : event_(other.event_) { other.event_ = nullptr; }
+  Marker(const Marker&) = delete;
+  Marker& operator=(const Marker&) = delete;
+  Marker& operator=(Marker&&) = delete;
+
+  /// True once the work before the marker is done. Never blocks.
+  bool done() const;
+
+ private:
+  void* event_;
+};
+
+/// Copies index tensors to the host and waits for them: only validate="full" and check_errors() may.
+void copy_to_host(void* host, const void* device, std::int64_t num_bytes, Stream stream);
+
+}  // namespace quire::cuda

@@ -1,0 +1,366 @@
+// Public entries of the attention ops: validate, then choose the backend.
+// SPDX-License-Identifier: Apache-2.0
+#include "quire/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "core/check.h"
+#include "core/runtime.h"
+#include "cuda/runtime.h"
+#include "ops/attention.h"
+
+namespace quire {
+namespace {
+
+constexpr std::int64_t kMaxHeadDim = 256;
+// Kernels keep token, key and row indices of one call in 32 bits; offsets stay 64-bit.
+constexpr std::int64_t kMaxIndex = std::numeric_limits<std::int32_t>::max() / 2;
+
+void check_below(const Check& check, const char* arg, const char* what, std::int64_t value) {
+  if (value > kMaxIndex)
+    check.fail_unsupported(arg, std::string(what) + " of at most " + std::to_string(kMaxIndex), std::to_string(value));
+}
+
+// What both ops share: q, out, lse, options.
+AttentionParams check_query(const Check& check, const TensorView& out, const TensorView* lse, const TensorView& q,
+                            std::int64_t num_kv_heads, std::int64_t kv_head_dim, const AttentionOptions& options) {
+  check.float_dtype(q, "q");
+  check.shape(q, "q", {kAny, kAny, kAny});
+  check.inner_contiguous(q, "q");
+  check.accessible(q, "q");
+  const std::int64_t num_tokens = q.size(0), num_heads = q.size(1), head_dim = q.size(2);
+  if (head_dim % 8 != 0 || head_dim < 8 || head_dim > kMaxHeadDim)
+    check.fail_unsupported("q", "a head_dim that is a multiple of 8, from 8 to 256", std::to_string(head_dim));
+  if (kv_head_dim != head_dim) check.fail_value("k", "head_dim " + std::to_string(head_dim) + " like q", std::to_string(kv_head_dim));
+  if (num_heads == 0 || num_kv_heads == 0 || num_heads % num_kv_heads != 0)
+    check.fail_value("q", "a num_heads that is a positive multiple of num_kv_heads " + std::to_string(num_kv_heads), std::to_string(num_heads));
+  check_below(check, "q", "num_tokens * num_heads", num_tokens > 0 ? checked_mul(num_tokens, num_heads, check.op(), "q") : 0);
+
+  check.same_dtype(out, "out", q, "q");
+  check.same_shape(out, "out", q, "q");
+  check.device(out, "out", q.device, "q");
+  check.inner_contiguous(out, "out");
+  check.writable(out, "out");
+  check.disjoint(out, "out", q, "q", false);
+  AttentionParams params;
+  if (lse != nullptr) {
+    check.dtype(*lse, "lse", {DType::kFloat32});
+    check.shape(*lse, "lse", {num_tokens, num_heads});
+    check.device(*lse, "lse", q.device, "q");
+    check.contiguous(*lse, "lse");
+    check.writable(*lse, "lse");
+    check.disjoint(*lse, "lse", q, "q", false);
+    check.disjoint(*lse, "lse", out, "out", false);
+    params.lse = lse->as<float>();
+  }
+
+  const double scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
+  check.finite(scale, "scale");
+  check.finite(options.softcap, "softcap");
+  if (options.softcap < 0.0) check.fail_value("softcap", "0 (none) or more", std::to_string(options.softcap));
+  const auto per_head = [&](const TensorView* t, const char* arg) -> const float* {
+    if (t == nullptr) return nullptr;
+    check.vector(*t, arg, DType::kFloat32, num_heads, q.device, "q");
+    check.disjoint(out, "out", *t, arg, false);
+    return t->as<const float>();
+  };
+  params.alibi_slopes = per_head(options.alibi_slopes, "alibi_slopes");
+  params.sinks = per_head(options.sinks, "sinks");
+  params.k_scale_stride = check.scale(options.k_scale, "k_scale", num_kv_heads, q.device, "q");
+  params.v_scale_stride = check.scale(options.v_scale, "v_scale", num_kv_heads, q.device, "q");
+  if (options.k_scale != nullptr) params.k_scale = options.k_scale->as<const float>();
+  if (options.v_scale != nullptr) params.v_scale = options.v_scale->as<const float>();
+
+  params.out = out.data;
+  params.q = q.data;
+  params.dtype = q.dtype;
+  params.num_tokens = num_tokens;
+  params.num_heads = num_heads;
+  params.num_kv_heads = num_kv_heads;
+  params.head_dim = head_dim;
+  params.q_token_stride = q.stride(0);
+  params.q_head_stride = q.stride(1);
+  params.out_token_stride = out.stride(0);
+  params.out_head_stride = out.stride(1);
+  params.scale = static_cast<float>(scale);
+  params.softcap = static_cast<float>(options.softcap);
+  params.causal = options.causal;
+  params.window_left = options.window_left < 0 ? -1 : std::min(options.window_left, kMaxIndex);
+  params.window_right = options.window_right < 0 ? -1 : std::min(options.window_right, kMaxIndex);
+  return params;
+}
+
+void check_kv(const Check& check, const TensorView& k, const char* k_arg, const TensorView& v, const char* v_arg, const TensorView& q,
+              const TensorView& out, const TensorView* lse) {
+  if (k.dtype != q.dtype) check.dtype(k, k_arg, {q.dtype, DType::kFloat8E4M3FN, DType::kFloat8E5M2, DType::kInt8});
+  check.device(k, k_arg, q.device, "q");
+  check.inner_contiguous(k, k_arg);
+  check.accessible(k, k_arg);
+  check.same_dtype(v, v_arg, k, k_arg);
+  check.same_shape(v, v_arg, k, k_arg);
+  check.device(v, v_arg, q.device, "q");
+  check.inner_contiguous(v, v_arg);
+  check.accessible(v, v_arg);
+  check.disjoint(out, "out", k, k_arg, false);
+  check.disjoint(out, "out", v, v_arg, false);
+  if (lse != nullptr) {
+    check.disjoint(*lse, "lse", k, k_arg, false);
+    check.disjoint(*lse, "lse", v, v_arg, false);
+  }
+}
+
+const std::int32_t* check_start_loc(const Check& check, const TensorView& t, const char* arg, std::int64_t num_seqs, Device device) {
+  check.vector(t, arg, DType::kInt32, num_seqs + 1, device, "q");
+  return t.as<const std::int32_t>();
+}
+
+void check_workspace(const Check& check, const TensorView* workspace, std::int64_t num_bytes, const TensorView& q, const TensorView& out,
+                     AttentionParams& params) {
+  if (num_bytes == 0) return;
+  const std::string expected = "uint8 [" + std::to_string(num_bytes) + "] or longer";
+  if (workspace == nullptr) check.fail_value("workspace", expected, "none");
+  check.dtype(*workspace, "workspace", {DType::kUInt8});
+  check.rank(*workspace, "workspace", 1, 1);
+  check.device(*workspace, "workspace", q.device, "q");
+  check.contiguous(*workspace, "workspace");
+  check.writable(*workspace, "workspace");
+  if (workspace->numel() < num_bytes) check.fail_value("workspace", expected, describe(*workspace));
+  if (reinterpret_cast<std::uintptr_t>(workspace->data) % 16 != 0) check.fail_value("workspace", "a 16-byte aligned address", "another one");
+  check.disjoint(*workspace, "workspace", q, "q", false);
+  check.disjoint(*workspace, "workspace", out, "out", false);
+  params.workspace = workspace->data;
+}
+
+// validate="full": index tensors on the host, a CUDA tensor's after a copy that waits.
+class IndexReader {
+ public:
+  IndexReader(const Check& check, Device device, Stream stream) : check_(check), device_(device), stream_(stream) {
+    if constexpr (kHasCuda) {
+      if (device.type == DeviceType::kCUDA && cuda::is_capturing(stream))
+        check.fail_value("validate", "\"shape\" while the stream is being captured", "\"full\"");
+    }
+  }
+
+  std::vector<std::int32_t> read(const std::int32_t* data, std::int64_t count) const {
+    std::vector<std::int32_t> values(static_cast<std::size_t>(count));
+    if (count == 0) return values;
+    dispatch_device(
+        check_.op(), device_, stream_, [&] { std::copy(data, data + count, values.begin()); },
+        [&](auto s) { cuda::copy_to_host(values.data(), data, count * std::int64_t{sizeof(std::int32_t)}, s); });
+    return values;
+  }
+
+  std::vector<std::int32_t> read_start_loc(const std::int32_t* data, const char* arg, std::int64_t num_seqs, std::int64_t num_tokens) const {
+    std::vector<std::int32_t> loc = read(data, num_seqs + 1);
+    for (std::size_t i = 0; i < loc.size(); ++i) {
+      const std::int64_t low = i == 0 ? 0 : loc[i - 1];
+      if (loc[i] < low || loc[i] > num_tokens)
+        check_.fail_index(arg, "a value in [" + std::to_string(low) + ", " + std::to_string(num_tokens) + "]",
+                          std::to_string(loc[i]) + " at [" + std::to_string(i) + "]");
+    }
+    return loc;
+  }
+
+ private:
+  const Check& check_;
+  Device device_;
+  Stream stream_;
+};
+
+void check_paged_contents(const Check& check, const AttentionParams& p, Device device, Stream stream) {
+  const IndexReader reader(check, device, stream);
+  if (p.query_start_loc != nullptr) reader.read_start_loc(p.query_start_loc, "query_start_loc", p.num_seqs, p.num_tokens);
+  const std::vector<std::int32_t> lens = reader.read(p.seq_lens, p.num_seqs);
+  const std::int64_t capacity = p.max_blocks_per_seq * p.block_size;
+  for (std::size_t s = 0; s < lens.size(); ++s) {
+    if (lens[s] < 0 || lens[s] > capacity)
+      check.fail_index("seq_lens", "a value in [0, " + std::to_string(capacity) + "]", std::to_string(lens[s]) + " at [" + std::to_string(s) + "]");
+    const std::int64_t row = static_cast<std::int64_t>(s) * p.block_tables_stride;
+    const std::vector<std::int32_t> table = reader.read(p.block_tables + row, ceil_div(lens[s], p.block_size));
+    for (std::size_t i = 0; i < table.size(); ++i)
+      if (table[i] < 0 || table[i] >= p.num_blocks)
+        check.fail_index("block_tables", "a block id in [0, " + std::to_string(p.num_blocks) + ")",
+                         std::to_string(table[i]) + " at [" + std::to_string(s) + ", " + std::to_string(i) + "]");
+  }
+}
+
+std::int64_t workspace_size(const char* op, std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads, std::int64_t head_dim,
+                            Device device) {
+  const Check check(op);
+  const auto count = [&](std::int64_t value, const char* arg) {
+    if (value < 0) check.fail_value(arg, "0 or more", std::to_string(value));
+    check_below(check, arg, arg, value);
+  };
+  count(num_tokens, "num_tokens");
+  count(num_seqs, "num_seqs");
+  count(num_heads, "num_heads");
+  if (head_dim < 8 || head_dim > kMaxHeadDim) check.fail_value("head_dim", "8 to 256", std::to_string(head_dim));
+  std::int64_t num_bytes = 0;
+  dispatch_device(
+      op, device, Stream::legacy_default(), [] {},
+      [&](auto) { num_bytes = cuda::attention_workspace_size(num_tokens, num_seqs, num_heads, head_dim, device.index); });
+  return num_bytes;
+}
+
+}  // namespace
+
+void paged_attention(const TensorView& out, const TensorView* lse, const TensorView& q, const TensorView& k_cache,
+                     const TensorView& v_cache, const TensorView& block_tables, const TensorView& seq_lens,
+                     const TensorView* query_start_loc, const TensorView* workspace, const AttentionOptions& options, Stream stream) {
+  const Check check("paged_attention");
+  check.shape(k_cache, "k_cache", {kAny, kAny, kAny, kAny});
+  AttentionParams params = check_query(check, out, lse, q, k_cache.size(2), k_cache.size(3), options);
+  check_kv(check, k_cache, "k_cache", v_cache, "v_cache", q, out, lse);
+  if (k_cache.size(1) < 1) check.fail_value("k_cache", "a block_size of 1 or more", describe(k_cache));
+
+  check.dtype(seq_lens, "seq_lens", {DType::kInt32});
+  check.rank(seq_lens, "seq_lens", 1, 1);
+  const std::int64_t num_seqs = seq_lens.size(0);
+  check.vector(seq_lens, "seq_lens", DType::kInt32, num_seqs, q.device, "q");
+  check.dtype(block_tables, "block_tables", {DType::kInt32});
+  check.shape(block_tables, "block_tables", {num_seqs, kAny});
+  check.device(block_tables, "block_tables", q.device, "q");
+  check.inner_contiguous(block_tables, "block_tables");
+  check.accessible(block_tables, "block_tables");
+  if (query_start_loc != nullptr) {
+    params.query_start_loc = check_start_loc(check, *query_start_loc, "query_start_loc", num_seqs, q.device);
+  } else if (params.num_tokens != num_seqs) {
+    check.fail_value("q", "one token for each of " + std::to_string(num_seqs) + " sequences (or query_start_loc)", describe(q));
+  }
+  params.k = k_cache.data;
+  params.v = v_cache.data;
+  params.kv_dtype = k_cache.dtype;
+  params.block_tables = block_tables.as<const std::int32_t>();
+  params.seq_lens = seq_lens.as<const std::int32_t>();
+  params.num_seqs = num_seqs;
+  params.num_blocks = std::min<std::int64_t>(k_cache.size(0), std::numeric_limits<std::int32_t>::max());
+  params.block_size = k_cache.size(1);
+  params.max_blocks_per_seq = block_tables.size(1);
+  check_below(check, "k_cache", "block_size", params.block_size);
+  check_below(check, "block_tables", "max_blocks_per_seq * block_size",
+              checked_mul(params.max_blocks_per_seq, params.block_size, check.op(), "block_tables"));
+  params.block_tables_stride = block_tables.stride(0);
+  params.k_block_stride = k_cache.stride(0);
+  params.k_token_stride = k_cache.stride(1);
+  params.k_head_stride = k_cache.stride(2);
+  params.v_block_stride = v_cache.stride(0);
+  params.v_token_stride = v_cache.stride(1);
+  params.v_head_stride = v_cache.stride(2);
+  if (params.num_tokens == 0 || num_seqs == 0) return;
+  check_workspace(check, workspace, paged_attention_workspace_size(params.num_tokens, num_seqs, params.num_heads, params.head_dim, q.device), q,
+                  out, params);
+  if (options.validate == Validate::kFull) check_paged_contents(check, params, q.device, stream);
+  dispatch_device(
+      "paged_attention", q.device, stream, [&] { cpu::attention(params); }, [&](auto s) { cuda::attention(params, s); });
+}
+
+std::int64_t paged_attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads, std::int64_t head_dim,
+                                            Device device) {
+  return workspace_size("paged_attention_workspace_size", num_tokens, num_seqs, num_heads, head_dim, device);
+}
+
+void attention(const TensorView& out, const TensorView* lse, const TensorView& q, const TensorView& k, const TensorView& v,
+               const TensorView* query_start_loc, const TensorView* kv_start_loc, const TensorView* workspace,
+               const AttentionOptions& options, Stream stream) {
+  const Check check("attention");
+  check.shape(k, "k", {kAny, kAny, kAny});
+  AttentionParams params = check_query(check, out, lse, q, k.size(1), k.size(2), options);
+  check_kv(check, k, "k", v, "v", q, out, lse);
+  if (query_start_loc == nullptr && kv_start_loc != nullptr)
+    check.fail_value("query_start_loc", "int32 [num_seqs + 1] with kv_start_loc", "none");
+  std::int64_t num_seqs = 1;
+  if (query_start_loc != nullptr) {
+    check.rank(*query_start_loc, "query_start_loc", 1, 1);
+    num_seqs = query_start_loc->size(0) - 1;
+    if (num_seqs < 0) check.fail_value("query_start_loc", "int32 [num_seqs + 1]", describe(*query_start_loc));
+    params.query_start_loc = check_start_loc(check, *query_start_loc, "query_start_loc", num_seqs, q.device);
+    const TensorView& kv_loc = kv_start_loc == nullptr ? *query_start_loc : *kv_start_loc;
+    params.kv_start_loc = check_start_loc(check, kv_loc, "kv_start_loc", num_seqs, q.device);
+  }
+  params.k = k.data;
+  params.v = v.data;
+  params.kv_dtype = k.dtype;
+  params.num_seqs = num_seqs;
+  params.num_kv_tokens = k.size(0);
+  check_below(check, "k", "num_kv_tokens", params.num_kv_tokens);
+  params.k_token_stride = k.stride(0);
+  params.k_head_stride = k.stride(1);
+  params.v_token_stride = v.stride(0);
+  params.v_head_stride = v.stride(1);
+  if (params.num_tokens == 0 || num_seqs == 0) return;
+  check_workspace(check, workspace, attention_workspace_size(params.num_tokens, num_seqs, params.num_heads, params.head_dim, q.device), q, out,
+                  params);
+  if (options.validate == Validate::kFull) {
+    const IndexReader reader(check, q.device, stream);
+    if (params.query_start_loc != nullptr) {
+      reader.read_start_loc(params.query_start_loc, "query_start_loc", num_seqs, params.num_tokens);
+      reader.read_start_loc(params.kv_start_loc, "kv_start_loc", num_seqs, params.num_kv_tokens);
+    }
+  }
+  dispatch_device("attention", q.device, stream, [&] { cpu::attention(params); }, [&](auto s) { cuda::attention(params, s); });
+}
+
+std::int64_t attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads, std::int64_t head_dim,
+                                      Device device) {
+  return workspace_size("attention_workspace_size", num_tokens, num_seqs, num_heads, head_dim, device);
+}
+
+void merge_attention(const TensorView& out, const TensorView* out_lse, const TensorView& out_a, const TensorView& lse_a,
+                     const TensorView& out_b, const TensorView& lse_b, Stream stream) {
+  const Check check("merge_attention");
+  check.float_dtype(out_a, "out_a");
+  check.shape(out_a, "out_a", {kAny, kAny, kAny});
+  const auto state = [&](const TensorView& t, const char* arg, const TensorView& l, const char* lse_arg) {
+    check.same_dtype(t, arg, out_a, "out_a");
+    check.same_shape(t, arg, out_a, "out_a");
+    check.device(t, arg, out_a.device, "out_a");
+    check.inner_contiguous(t, arg);
+    check.accessible(t, arg);
+    check.dtype(l, lse_arg, {DType::kFloat32});
+    check.shape(l, lse_arg, {out_a.size(0), out_a.size(1)});
+    check.device(l, lse_arg, out_a.device, "out_a");
+    check.contiguous(l, lse_arg);
+    check.accessible(l, lse_arg);
+  };
+  state(out_a, "out_a", lse_a, "lse_a");
+  state(out_b, "out_b", lse_b, "lse_b");
+  state(out, "out", out_lse == nullptr ? lse_a : *out_lse, "out_lse");
+  check.writable(out, "out");
+  check.disjoint(out, "out", out_a, "out_a", true);
+  check.disjoint(out, "out", out_b, "out_b", true);
+  check.disjoint(out, "out", lse_a, "lse_a", false);
+  check.disjoint(out, "out", lse_b, "lse_b", false);
+  MergeParams params;
+  if (out_lse != nullptr) {
+    check.writable(*out_lse, "out_lse");
+    check.disjoint(*out_lse, "out_lse", lse_a, "lse_a", true);
+    check.disjoint(*out_lse, "out_lse", lse_b, "lse_b", true);
+    check.disjoint(*out_lse, "out_lse", out, "out", false);
+    check.disjoint(*out_lse, "out_lse", out_a, "out_a", false);
+    check.disjoint(*out_lse, "out_lse", out_b, "out_b", false);
+    params.out_lse = out_lse->as<float>();
+  }
+  params.out = out.data;
+  params.out_a = out_a.data;
+  params.lse_a = lse_a.as<const float>();
+  params.out_b = out_b.data;
+  params.lse_b = lse_b.as<const float>();
+  params.dtype = out.dtype;
+  params.num_tokens = out.size(0);
+  params.num_heads = out.size(1);
+  params.head_dim = out.size(2);
+  params.out_token_stride = out.stride(0);
+  params.out_head_stride = out.stride(1);
+  params.a_token_stride = out_a.stride(0);
+  params.a_head_stride = out_a.stride(1);
+  params.b_token_stride = out_b.stride(0);
+  params.b_head_stride = out_b.stride(1);
+  if (out.numel() == 0) return;
+  dispatch_device(
+      "merge_attention", out.device, stream, [&] { cpu::merge_attention(params); }, [&](auto s) { cuda::merge_attention(params, s); });
+}
+
+}  // namespace quire

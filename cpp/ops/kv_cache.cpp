@@ -1,0 +1,243 @@
+// Public entries of the KV-cache ops: validate, then choose the backend.
+// SPDX-License-Identifier: Apache-2.0
+#include "quire/kv_cache.h"
+
+#include <cstring>
+
+#include "core/check.h"
+#include "core/runtime.h"
+#include "ops/kv_cache.h"
+
+namespace quire {
+namespace {
+
+constexpr std::initializer_list<DType> kCacheDTypes = {DType::kFloat32,      DType::kFloat16,    DType::kBFloat16,
+                                                       DType::kFloat8E4M3FN, DType::kFloat8E5M2, DType::kInt8};
+
+KvParams check_kv(const Check& check, const TensorView& k, const TensorView& v, const TensorView& k_cache, const TensorView& v_cache,
+                  const TensorView& slot_mapping, const TensorView* k_scale, const TensorView* v_scale) {
+  check.float_dtype(k, "k");
+  check.shape(k, "k", {kAny, kAny, kAny});
+  check.inner_contiguous(k, "k");
+  check.accessible(k, "k");
+  check.same_dtype(v, "v", k, "k");
+  check.same_shape(v, "v", k, "k");
+  check.device(v, "v", k.device, "k");
+  check.inner_contiguous(v, "v");
+  check.accessible(v, "v");
+  const std::int64_t num_tokens = k.size(0), num_kv_heads = k.size(1), head_dim = k.size(2);
+
+  check.dtype(k_cache, "k_cache", kCacheDTypes);
+  check.shape(k_cache, "k_cache", {kAny, kAny, num_kv_heads, head_dim});
+  check.device(k_cache, "k_cache", k.device, "k");
+  check.inner_contiguous(k_cache, "k_cache");
+  check.accessible(k_cache, "k_cache");
+  check.same_dtype(v_cache, "v_cache", k_cache, "k_cache");
+  check.same_shape(v_cache, "v_cache", k_cache, "k_cache");
+  check.device(v_cache, "v_cache", k.device, "k");
+  check.inner_contiguous(v_cache, "v_cache");
+  check.accessible(v_cache, "v_cache");
+
+  check.dtype(slot_mapping, "slot_mapping", {DType::kInt32, DType::kInt64});
+  check.shape(slot_mapping, "slot_mapping", {num_tokens});
+  check.device(slot_mapping, "slot_mapping", k.device, "k");
+  check.accessible(slot_mapping, "slot_mapping");
+
+  KvParams params;
+  params.k_scale_stride = check.scale(k_scale, "k_scale", num_kv_heads, k.device, "k");
+  params.v_scale_stride = check.scale(v_scale, "v_scale", num_kv_heads, k.device, "k");
+  params.k = k.data;
+  params.v = v.data;
+  params.k_cache = k_cache.data;
+  params.v_cache = v_cache.data;
+  params.slot_mapping = slot_mapping.data;
+  params.k_scale = k_scale == nullptr ? nullptr : k_scale->as<const float>();
+  params.v_scale = v_scale == nullptr ? nullptr : v_scale->as<const float>();
+  params.dtype = k.dtype;
+  params.cache_dtype = k_cache.dtype;
+  params.slot_dtype = slot_mapping.dtype;
+  params.num_tokens = num_tokens;
+  params.num_kv_heads = num_kv_heads;
+  params.head_dim = head_dim;
+  params.num_blocks = k_cache.size(0);
+  params.block_size = k_cache.size(1);
+  checked_mul(params.num_blocks, params.block_size, check.op(), "k_cache");
+  params.slot_stride = slot_mapping.stride(0);
+  params.k_token_stride = k.stride(0);
+  params.k_head_stride = k.stride(1);
+  params.v_token_stride = v.stride(0);
+  params.v_head_stride = v.stride(1);
+  params.k_cache_block_stride = k_cache.stride(0);
+  params.k_cache_slot_stride = k_cache.stride(1);
+  params.k_cache_head_stride = k_cache.stride(2);
+  params.v_cache_block_stride = v_cache.stride(0);
+  params.v_cache_slot_stride = v_cache.stride(1);
+  params.v_cache_head_stride = v_cache.stride(2);
+  return params;
+}
+
+bool empty(const KvParams& params) { return params.num_tokens == 0 || params.num_kv_heads == 0 || params.head_dim == 0; }
+
+// How one block of a cache lies in memory: runs of contiguous bytes at one distance.
+struct BlockShape {
+  std::int64_t num_segments = 1, segment_bytes = 0, segment_stride_bytes = 0;
+};
+
+BlockShape block_shape(const Check& check, const TensorView& t, const char* arg) {
+  const std::int64_t item_bytes = itemsize(t.dtype);
+  std::int64_t run = 1;
+  int dim = t.ndim - 1;
+  for (; dim >= 1; --dim) {
+    if (t.size(dim) != 1 && t.stride(dim) != run) break;
+    run *= t.size(dim);
+  }
+  BlockShape shape{1, run * item_bytes, run * item_bytes};
+  if (dim < 1) return shape;
+  shape.segment_stride_bytes = t.stride(dim) * item_bytes;
+  std::int64_t span = t.stride(dim);
+  for (; dim >= 1; --dim) {
+    if (t.size(dim) != 1 && t.stride(dim) != span) {
+      check.fail_value(arg, "blocks that are contiguous, or contiguous rows at one distance", "other strides; see the layout in the documentation");
+    }
+    shape.num_segments *= t.size(dim);
+    span *= t.size(dim);
+  }
+  return shape;
+}
+
+}  // namespace
+
+void write_kv(const TensorView& k_cache, const TensorView& v_cache, const TensorView& k, const TensorView& v,
+              const TensorView& slot_mapping, const TensorView* k_scale, const TensorView* v_scale, Stream stream) {
+  const Check check("write_kv");
+  const KvParams params = check_kv(check, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
+  check.writable(k_cache, "k_cache");
+  check.writable(v_cache, "v_cache");
+  check.disjoint(k_cache, "k_cache", v_cache, "v_cache", false);
+  check.disjoint(k_cache, "k_cache", k, "k", false);
+  check.disjoint(k_cache, "k_cache", v, "v", false);
+  check.disjoint(v_cache, "v_cache", k, "k", false);
+  check.disjoint(v_cache, "v_cache", v, "v", false);
+  check.disjoint(k_cache, "k_cache", slot_mapping, "slot_mapping", false);
+  check.disjoint(v_cache, "v_cache", slot_mapping, "slot_mapping", false);
+  if (empty(params)) return;
+  dispatch_device("write_kv", k.device, stream, [&] { cpu::write_kv(params); }, [&](auto s) { cuda::write_kv(params, s); });
+}
+
+void gather_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache, const TensorView& v_cache,
+               const TensorView& slot_mapping, const TensorView* k_scale, const TensorView* v_scale, Stream stream) {
+  const Check check("gather_kv");
+  const KvParams params = check_kv(check, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
+  check.writable(k, "k");
+  check.writable(v, "v");
+  check.disjoint(k, "k", v, "v", false);
+  check.disjoint(k, "k", k_cache, "k_cache", false);
+  check.disjoint(k, "k", v_cache, "v_cache", false);
+  check.disjoint(v, "v", k_cache, "k_cache", false);
+  check.disjoint(v, "v", v_cache, "v_cache", false);
+  check.disjoint(k, "k", slot_mapping, "slot_mapping", false);
+  check.disjoint(v, "v", slot_mapping, "slot_mapping", false);
+  if (empty(params)) return;
+  dispatch_device("gather_kv", k.device, stream, [&] { cpu::gather_kv(params); }, [&](auto s) { cuda::gather_kv(params, s); });
+}
+
+void copy_blocks(const TensorView& cache, const TensorView& pairs, Stream stream) {
+  const Check check("copy_blocks");
+  check.rank(cache, "cache", 2, kMaxRank);
+  check.writable(cache, "cache");
+  check.dtype(pairs, "pairs", {DType::kInt32, DType::kInt64});
+  check.shape(pairs, "pairs", {kAny, 2});
+  check.device(pairs, "pairs", cache.device, "cache");
+  check.contiguous(pairs, "pairs");
+  check.accessible(pairs, "pairs");
+  check.disjoint(cache, "cache", pairs, "pairs", false);
+  if (pairs.size(0) == 0 || cache.numel() == 0) return;
+
+  const BlockShape shape = block_shape(check, cache, "cache");
+  CopyBlocksParams params;
+  params.cache = cache.data;
+  params.pairs = pairs.data;
+  params.pair_dtype = pairs.dtype;
+  params.num_pairs = pairs.size(0);
+  params.num_blocks = cache.size(0);
+  params.block_stride_bytes = cache.stride(0) * itemsize(cache.dtype);
+  params.num_segments = shape.num_segments;
+  params.segment_bytes = shape.segment_bytes;
+  params.segment_stride_bytes = shape.segment_stride_bytes;
+  dispatch_device("copy_blocks", cache.device, stream, [&] { cpu::copy_blocks(params); }, [&](auto s) { cuda::copy_blocks(params, s); });
+}
+
+void swap_blocks(const TensorView& dst, const TensorView& src, const TensorView& pairs, Stream stream) {
+  const Check check("swap_blocks");
+  check.rank(dst, "dst", 2, kMaxRank);
+  check.writable(dst, "dst");
+  check.same_dtype(src, "src", dst, "dst");
+  check.rank(src, "src", dst.ndim, dst.ndim);
+  check.accessible(src, "src");
+  for (int i = 1; i < dst.ndim; ++i)
+    if (src.size(i) != dst.size(i)) check.fail_value("src", "blocks of dst's shape, " + describe(dst), describe(src));
+  check.dtype(pairs, "pairs", {DType::kInt64});
+  check.shape(pairs, "pairs", {kAny, 2});
+  check.device(pairs, "pairs", Device{}, "a host tensor");
+  check.contiguous(pairs, "pairs");
+  check.accessible(pairs, "pairs");
+  check.disjoint(dst, "dst", src, "src", false);
+  check.disjoint(dst, "dst", pairs, "pairs", false);
+  const std::int64_t num_pairs = pairs.size(0);
+  const auto* pair = pairs.as<const std::int64_t>();
+  for (std::int64_t i = 0; i < num_pairs; ++i) {
+    const auto in_range = [&](std::int64_t id, const TensorView& t, int column) {
+      if (id < 0 || id >= t.size(0))
+        check.fail_index("pairs", "a block id in [0, " + std::to_string(t.size(0)) + ")",
+                         std::to_string(id) + " at [" + std::to_string(i) + ", " + std::to_string(column) + "]");
+    };
+    in_range(pair[2 * i], src, 0);
+    in_range(pair[2 * i + 1], dst, 1);
+  }
+  if (num_pairs == 0 || dst.numel() == 0 || src.numel() == 0) return;
+
+  const BlockShape to = block_shape(check, dst, "dst"), from = block_shape(check, src, "src");
+  const std::int64_t item_bytes = itemsize(dst.dtype);
+  const std::int64_t dst_stride = dst.stride(0) * item_bytes, src_stride = src.stride(0) * item_bytes;
+  const std::int64_t block_bytes = to.num_segments * to.segment_bytes;
+  const bool dense = to.num_segments == 1 && from.num_segments == 1;
+  const std::int64_t segment_bytes = to.segment_bytes < from.segment_bytes ? to.segment_bytes : from.segment_bytes;
+  if (to.segment_bytes % segment_bytes != 0 || from.segment_bytes % segment_bytes != 0)
+    check.fail_value("src", "a block layout that is made of the same rows as dst's", "strides that do not match");
+  const Device cuda_device = dst.device.type == DeviceType::kCUDA ? dst.device : src.device;
+
+  // One run of adjacent pairs is one strided transfer of `height` rows of `width` bytes.
+  const auto transfer = [&](std::int64_t src_block, std::int64_t dst_block, std::int64_t num_blocks) {
+    const auto copy = [&](std::byte* to_data, std::int64_t to_pitch, const std::byte* from_data, std::int64_t from_pitch, std::int64_t width,
+                          std::int64_t height) {
+      dispatch_device(
+          "swap_blocks", cuda_device, stream,
+          [&] {
+            for (std::int64_t row = 0; row < height; ++row)
+              std::memcpy(to_data + row * to_pitch, from_data + row * from_pitch, static_cast<std::size_t>(width));
+          },
+          [&](auto s) { cuda::copy_memory(to_data, to_pitch, from_data, from_pitch, width, height, s); });
+    };
+    std::byte* const to_data = dst.as<std::byte>() + dst_block * dst_stride;
+    const std::byte* const from_data = src.as<const std::byte>() + src_block * src_stride;
+    if (dense) {
+      copy(to_data, dst_stride, from_data, src_stride, block_bytes, num_blocks);
+      return;
+    }
+    // A dense side is read as rows of the other side's segments.
+    const std::int64_t to_pitch = to.num_segments > 1 ? to.segment_stride_bytes : segment_bytes;
+    const std::int64_t from_pitch = from.num_segments > 1 ? from.segment_stride_bytes : segment_bytes;
+    if (to.num_segments > 1 && from.num_segments > 1 && to.segment_bytes != from.segment_bytes)
+      check.fail_value("src", "a block layout like dst's", "rows of another length");
+    for (std::int64_t i = 0; i < num_blocks; ++i)
+      copy(to_data + i * dst_stride, to_pitch, from_data + i * src_stride, from_pitch, segment_bytes, block_bytes / segment_bytes);
+  };
+  for (std::int64_t i = 0; i < num_pairs;) {
+    std::int64_t run = 1;
+    while (i + run < num_pairs && pair[2 * (i + run)] == pair[2 * i] + run && pair[2 * (i + run) + 1] == pair[2 * i + 1] + run) ++run;
+    transfer(pair[2 * i], pair[2 * i + 1], run);
+    i += run;
+  }
+}
+
+}  // namespace quire
