@@ -1,0 +1,52 @@
+// Bindings of the runtime: exceptions, build facts, threads, deferred errors, the border's own benchmark.
+// SPDX-License-Identifier: Apache-2.0
+#include "quire/runtime.h"
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include "bindings/bindings.h"
+#include "bindings/tensor_args.h"
+#include "quire/error.h"
+
+namespace quire::bindings {
+
+void bind_runtime(nb::module_& m) {
+  // The translator that is registered last is asked first; TypeError is an invalid_argument, so it must come before the built-in.
+  nb::exception<UnsupportedError>(m, "UnsupportedError", PyExc_RuntimeError);
+  nb::exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
+  nb::register_exception_translator(
+      [](const std::exception_ptr& pointer, void*) {
+        try {
+          std::rethrow_exception(pointer);
+        } catch (const TypeError& error) {
+          PyErr_SetString(PyExc_TypeError, error.what());
+        } catch (const OutOfMemoryError& error) {
+          PyErr_SetString(PyExc_MemoryError, error.what());
+        }
+      },
+      nullptr);
+
+  m.def("version", &version, "The library's version.");
+  m.def("has_cuda", &has_cuda, "True if this build contains CUDA kernels.");
+  m.def("num_cuda_devices", &num_cuda_devices, "CUDA devices that the driver shows; 0 without one. Never raises.");
+  m.def("cuda_architectures", &cuda_architectures, "Architectures of the CUDA kernels; empty in a CPU-only build.");
+  m.def("cpu_isa", &cpu_isa, "The instruction set that the CPU kernels use.");
+  m.def("set_num_threads", [](nb::handle n) {
+    const std::int64_t count = to_int("set_num_threads", "num_threads", n);
+    set_num_threads(static_cast<int>(count < 0 ? 0 : count > 4096 ? 4096 : count));
+  }, nb::arg("num_threads"), "Sets the number of threads that CPU ops use, the caller included.");
+  m.def("num_threads", &num_threads, "The number of threads that CPU ops use.");
+  m.def("check_errors", [](nb::handle device) {
+    const Device d = to_device("check_errors", device);
+    const nb::gil_scoped_release release;
+    check_errors(d);
+  }, nb::arg("device"), "Raises IndexError if an op on the device met an index value out of range since the last call.");
+  m.def("import_tensors", [](nb::args tensors, nb::handle stream) {
+    if (tensors.size() != 6) throw std::invalid_argument("[import_tensors] tensors: expected 6, got " + std::to_string(tensors.size()));
+    const Args args("import_tensors", stream,
+                    {{tensors[0], "0"}, {tensors[1], "1"}, {tensors[2], "2"}, {tensors[3], "3"}, {tensors[4], "4"}, {tensors[5], "5"}});
+  }, nb::arg("tensors"), nb::arg("stream") = nb::none(), "Imports six tensors and drops them: what the border costs.");
+}
+
+}  // namespace quire::bindings

@@ -1,0 +1,190 @@
+// Binding of quire.Tensor: memory of the core's own, exported through DLPack.
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings/tensor.h"
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <string>
+
+#include "bindings/bindings.h"
+#include "bindings/tensor_args.h"
+#include "core/check.h"
+#include "quire/error.h"
+
+namespace quire::bindings {
+namespace {
+
+// What a DLPack consumer holds: the memory lives as long as it does.
+template <typename Managed>
+struct Export {
+  Managed managed{};
+  std::shared_ptr<Buffer> buffer;
+  std::array<std::int64_t, kMaxRank> shape, strides;
+};
+
+template <typename Managed>
+nb::object make_capsule(const Tensor& tensor, const char* name) {
+  auto owner = std::make_unique<Export<Managed>>();
+  owner->buffer = tensor.buffer;
+  owner->shape = tensor.view.shape;
+  owner->strides = tensor.view.strides;
+  DLTensor& t = owner->managed.dl_tensor;
+  t.data = tensor.view.data;
+  t.device = DLDevice{tensor.view.device.type == DeviceType::kCPU ? kDLCPU : kDLCUDA, tensor.view.device.index};
+  t.ndim = tensor.view.ndim;
+  t.dtype = to_dlpack(tensor.view.dtype);
+  t.shape = owner->shape.data();
+  t.strides = owner->strides.data();
+  t.byte_offset = 0;
+  if constexpr (std::is_same_v<Managed, DLManagedTensorVersioned>) {
+    owner->managed.version = DLPackVersion{DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
+    owner->managed.flags = 0;
+  }
+  owner->managed.manager_ctx = owner.get();
+  owner->managed.deleter = [](Managed* self) { delete static_cast<Export<Managed>*>(self->manager_ctx); };
+  const auto destructor = [](PyObject* capsule) {
+    const char* const unused = std::is_same_v<Managed, DLManagedTensorVersioned> ? "dltensor_versioned" : "dltensor";
+    if (!PyCapsule_IsValid(capsule, unused)) return;  // consumed: the consumer calls the deleter
+    auto* managed = static_cast<Managed*>(PyCapsule_GetPointer(capsule, unused));
+    managed->deleter(managed);
+  };
+  PyObject* const capsule = PyCapsule_New(&owner->managed, name, destructor);
+  if (capsule == nullptr) throw nb::python_error();
+  static_cast<void>(owner.release());
+  return nb::steal(capsule);
+}
+
+nb::object dlpack(const Tensor& self, nb::handle stream, nb::handle max_version, nb::handle dl_device, nb::handle copy) {
+  if (self.view.device.type == DeviceType::kCPU && !stream.is_none())
+    throw nb::buffer_error("[Tensor.__dlpack__] stream: expected None for a tensor on cpu");
+  if (copy.is(Py_True)) throw nb::buffer_error("[Tensor.__dlpack__] copy: expected False or None, got True");
+  if (!dl_device.is_none()) {
+    const nb::tuple wanted = nb::cast<nb::tuple>(dl_device);
+    const int type = self.view.device.type == DeviceType::kCPU ? kDLCPU : kDLCUDA;
+    if (nb::cast<int>(wanted[0]) != type || nb::cast<int>(wanted[1]) != self.view.device.index)
+      throw nb::buffer_error("[Tensor.__dlpack__] dl_device: expected the tensor's own device");
+  }
+  const bool versioned = !max_version.is_none() && nb::cast<int>(nb::cast<nb::tuple>(max_version)[0]) >= 1;
+  return versioned ? make_capsule<DLManagedTensorVersioned>(self, "dltensor_versioned") : make_capsule<DLManagedTensor>(self, "dltensor");
+}
+
+nb::tuple to_tuple(const std::array<std::int64_t, kMaxRank>& values, int count) {
+  nb::list list;
+  for (int i = 0; i < count; ++i) list.append(values[static_cast<std::size_t>(i)]);
+  return nb::tuple(list);
+}
+
+// self[i] or self[i, j, ...] with integers: a view of lower rank.
+Tensor select(const Tensor& self, nb::handle key) {
+  const nb::tuple indices = nb::isinstance<nb::tuple>(key) ? nb::borrow<nb::tuple>(key) : nb::make_tuple(key);
+  if (indices.size() > static_cast<std::size_t>(self.view.ndim))
+    throw IndexError("[Tensor] index: expected at most " + std::to_string(self.view.ndim) + " indices, got " + std::to_string(indices.size()));
+  Tensor result{TensorView(), self.buffer};
+  TensorView& view = result.view;
+  view = self.view;
+  std::int64_t offset = 0;
+  const int dropped = static_cast<int>(indices.size());
+  for (int i = 0; i < dropped; ++i) {
+    const std::int64_t extent = self.view.size(i);
+    std::int64_t index = to_int("Tensor", "index", indices[static_cast<std::size_t>(i)]);
+    if (index < 0) index += extent;
+    if (index < 0 || index >= extent)
+      throw IndexError("[Tensor] index: expected less than " + std::to_string(extent) + ", got " +
+                       std::to_string(to_int("Tensor", "index", indices[static_cast<std::size_t>(i)])));
+    offset += index * self.view.stride(i);
+  }
+  view.ndim = self.view.ndim - dropped;
+  for (int i = 0; i < view.ndim; ++i) {
+    view.shape[static_cast<std::size_t>(i)] = self.view.size(i + dropped);
+    view.strides[static_cast<std::size_t>(i)] = self.view.stride(i + dropped);
+  }
+  view.data = static_cast<std::byte*>(self.view.data) + offset * itemsize(self.view.dtype);
+  return result;
+}
+
+// A NumPy view. Dtypes that NumPy lacks come through an integer view and ml_dtypes.
+nb::object numpy(const Tensor& self) {
+  if (self.view.device.type != DeviceType::kCPU)
+    throw std::invalid_argument("[Tensor.numpy] device: expected cpu, got " + describe(self.view.device));
+  const nb::module_ np = nb::module_::import_("numpy");
+  const bool extended = self.view.dtype == DType::kBFloat16 || self.view.dtype == DType::kFloat8E4M3FN || self.view.dtype == DType::kFloat8E5M2;
+  if (!extended) return np.attr("from_dlpack")(nb::cast(self));
+  const nb::module_ ml_dtypes = nb::module_::import_("ml_dtypes");
+  Tensor integers = self;
+  integers.view.dtype = DType::kUInt8;
+  const bool wide = itemsize(self.view.dtype) == 2;
+  if (wide) {  // uint16 is no dtype of ours: two uint8 columns, viewed as one
+    if (self.view.ndim == kMaxRank) throw UnsupportedError("[Tensor.numpy] rank: expected at most 7, got 8");
+    TensorView& view = integers.view;
+    for (int i = 0; i < view.ndim; ++i) view.strides[static_cast<std::size_t>(i)] *= 2;
+    view.shape[static_cast<std::size_t>(view.ndim)] = 2;
+    view.strides[static_cast<std::size_t>(view.ndim)] = 1;
+    ++view.ndim;
+  }
+  const nb::object array = np.attr("from_dlpack")(nb::cast(integers)).attr("view")(ml_dtypes.attr(name(self.view.dtype)));
+  return wide ? nb::object(array.attr("squeeze")(-1)) : array;
+}
+
+Tensor empty(nb::handle shape, nb::handle dtype, nb::handle device, bool pinned) {
+  Tensor tensor;
+  TensorView& view = tensor.view;
+  view.dtype = to_dtype("empty", "dtype", dtype);
+  view.device = to_device("empty", device);
+  const nb::object sequence = nb::steal(PySequence_Tuple(shape.ptr()));
+  if (!sequence.is_valid()) {
+    PyErr_Clear();
+    throw TypeError("[empty] shape: expected a sequence of integers, got " + std::string(nb::str(shape).c_str()));
+  }
+  const nb::tuple extents = nb::borrow<nb::tuple>(sequence);
+  if (extents.size() > kMaxRank) throw std::invalid_argument("[empty] shape: expected a rank of at most 8, got " + std::to_string(extents.size()));
+  view.ndim = static_cast<int>(extents.size());
+  std::int64_t numel = 1;
+  for (int i = view.ndim - 1; i >= 0; --i) {
+    const auto at = static_cast<std::size_t>(i);
+    view.shape[at] = to_int("empty", "shape", extents[at]);
+    if (view.shape[at] < 0) throw std::invalid_argument("[empty] shape: expected extents of 0 or more, got " + std::to_string(view.shape[at]));
+    view.strides[at] = numel;
+    numel = checked_mul(numel, view.shape[at], "empty", "shape");
+  }
+  const std::int64_t num_bytes = checked_mul(numel, itemsize(view.dtype), "empty", "shape");
+  if (pinned && view.device.type != DeviceType::kCPU) throw std::invalid_argument("[empty] pinned: expected device cpu, got " + describe(view.device));
+  const nb::gil_scoped_release release;
+  tensor.buffer = pinned ? Buffer::allocate_pinned(num_bytes) : Buffer::allocate(num_bytes, view.device);
+  view.data = tensor.buffer->data();
+  return tensor;
+}
+
+}  // namespace
+
+void bind_tensor(nb::module_& m) {
+  nb::class_<Tensor>(m, "Tensor",
+                     "A tensor over memory that quire owns. Any framework takes it through DLPack without a copy; the memory lives until the last "
+                     "view of it, wherever that is, is gone.")
+      .def_prop_ro("shape", [](const Tensor& t) { return to_tuple(t.view.shape, t.view.ndim); }, nb::sig("def shape(self) -> tuple[int, ...]"))
+      .def_prop_ro("strides", [](const Tensor& t) { return to_tuple(t.view.strides, t.view.ndim); }, "In elements.",
+                   nb::sig("def strides(self) -> tuple[int, ...]"))
+      .def_prop_ro("ndim", [](const Tensor& t) { return t.view.ndim; })
+      .def_prop_ro("dtype", [](const Tensor& t) { return name(t.view.dtype); }, "The dtype's name, as NumPy and ml_dtypes spell it.")
+      .def_prop_ro("device", [](const Tensor& t) { return describe(t.view.device); }, "\"cpu\" or \"cuda:<index>\".")
+      .def_prop_ro("nbytes", [](const Tensor& t) { return t.view.numel() * itemsize(t.view.dtype); })
+      .def_prop_ro("data_ptr", [](const Tensor& t) { return reinterpret_cast<std::uintptr_t>(t.view.data); })
+      .def_prop_ro("pinned", [](const Tensor& t) { return t.buffer->is_pinned(); })
+      .def("__len__", [](const Tensor& t) {
+        if (t.view.ndim == 0) throw TypeError("[Tensor] len: expected a rank of 1 or more, got 0");
+        return t.view.size(0);
+      })
+      .def("__getitem__", &select, nb::arg("index"), "Integer indices: a view of lower rank.")
+      .def("numpy", &numpy, "A NumPy view of a tensor on the CPU (bfloat16 and float8 need ml_dtypes).")
+      .def("__repr__", [](const Tensor& t) { return "quire.Tensor(" + describe(t.view) + " on " + describe(t.view.device) + ")"; })
+      .def("__dlpack_device__", [](const Tensor& t) {
+        return nb::make_tuple(static_cast<int>(t.view.device.type == DeviceType::kCPU ? kDLCPU : kDLCUDA), t.view.device.index);
+      }, nb::sig("def __dlpack_device__(self) -> tuple[int, int]"))
+      .def("__dlpack__", &dlpack, nb::kw_only(), nb::arg("stream") = nb::none(), nb::arg("max_version") = nb::none(),
+           nb::arg("dl_device") = nb::none(), nb::arg("copy") = nb::none(),
+           "The capsule. The memory's last writer is the caller's to order: the tensor itself is on no stream.");
+  m.def("empty", &empty, nb::arg("shape"), nb::arg("dtype"), nb::arg("device"), nb::arg("pinned") = false,
+        "A new tensor with undefined contents. Raises MemoryError when the memory cannot be had.");
+}
+
+}  // namespace quire::bindings

@@ -1,0 +1,648 @@
+// The DLPack importer. Fast paths: quire.Tensor, types with the DLPack C exchange API (PyTorch), numpy.ndarray; then any object with
+// __dlpack__ and __dlpack_device__.
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings/tensor_args.h"
+
+#include <atomic>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "bindings/tensor.h"
+#include "core/check.h"
+#include "core/runtime.h"
+#include "cuda/runtime.h"
+#include "quire/error.h"
+
+namespace quire::bindings {
+namespace {
+
+enum class Kind { kQuire, kExchange, kNumPy, kCuPy, kJax, kProtocol, kNotATensor };
+
+// Interned names and call tuples, made once and kept: they outlive the interpreter's need of them.
+struct Names {
+  PyObject* exchange_api = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+  PyObject* dlpack = PyUnicode_InternFromString("__dlpack__");
+  PyObject* dlpack_device = PyUnicode_InternFromString("__dlpack_device__");
+  PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
+  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+  PyObject* cuda_stream = PyUnicode_InternFromString("__cuda_stream__");
+  PyObject* max_version = Py_BuildValue("(ii)", DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
+  PyObject* kw_version = Py_BuildValue("(s)", "max_version");
+  PyObject* kw_version_stream = Py_BuildValue("(ss)", "max_version", "stream");
+};
+
+const Names& names() {
+  static const Names* const instance = new Names;
+  return *instance;
+}
+
+struct TypeInfo {
+  PyTypeObject* type;
+  Kind kind;
+  const DLPackExchangeAPI* api;
+};
+
+const DLPackExchangeAPI* exchange_api_of(PyTypeObject* type) {
+  PyObject* const capsule = PyObject_GetAttr(reinterpret_cast<PyObject*>(type), names().exchange_api);
+  if (capsule == nullptr) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  const auto* api = PyCapsule_IsValid(capsule, "dlpack_exchange_api")
+                        ? static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"))
+                        : nullptr;
+  Py_DECREF(capsule);
+  while (api != nullptr && api->header.version.major != DLPACK_MAJOR_VERSION)
+    api = reinterpret_cast<const DLPackExchangeAPI*>(api->header.prev_api);
+  if (api != nullptr && (api->dltensor_from_py_object_no_sync == nullptr || api->current_work_stream == nullptr)) return nullptr;
+  return api;
+}
+
+bool starts_with(const std::string& text, const char* prefix) { return text.rfind(prefix, 0) == 0; }
+
+std::string type_text(nb::handle type, const char* attribute) {
+  const nb::object value = nb::getattr(type, attribute, nb::none());
+  return nb::isinstance<nb::str>(value) ? std::string(nb::str(value).c_str()) : std::string();
+}
+
+TypeInfo classify(PyTypeObject* type) {
+  const nb::handle handle(reinterpret_cast<PyObject*>(type));
+  if (handle.is(nb::type<Tensor>())) return {type, Kind::kQuire, nullptr};
+  if (const DLPackExchangeAPI* api = exchange_api_of(type)) return {type, Kind::kExchange, api};
+  const std::string module = type_text(handle, "__module__"), name = type_text(handle, "__name__");
+  if (module == "numpy" && name == "ndarray") return {type, Kind::kNumPy, nullptr};
+  if (starts_with(module, "cupy")) return {type, Kind::kCuPy, nullptr};
+  if (starts_with(module, "jax")) return {type, Kind::kJax, nullptr};
+  const bool tensor = PyObject_HasAttr(handle.ptr(), names().dlpack) != 0 && PyObject_HasAttr(handle.ptr(), names().dlpack_device) != 0;
+  return {type, tensor ? Kind::kProtocol : Kind::kNotATensor, nullptr};
+}
+
+// Types met so far. A handful in a process; the references are kept for ever, so that no address is reused.
+const TypeInfo& type_info(PyObject* object) {
+  constexpr std::size_t kSlots = 64;
+  static std::array<std::atomic<const TypeInfo*>, kSlots> table{};
+  PyTypeObject* const type = Py_TYPE(object);
+  std::size_t slot = (reinterpret_cast<std::uintptr_t>(type) >> 4) % kSlots;
+  for (std::size_t probe = 0; probe < kSlots; ++probe, slot = (slot + 1) % kSlots) {
+    const TypeInfo* const known = table[slot].load(std::memory_order_acquire);
+    if (known != nullptr && known->type == type) return *known;
+    if (known == nullptr) {
+      const auto* fresh = new TypeInfo(classify(type));
+      Py_INCREF(reinterpret_cast<PyObject*>(type));
+      const TypeInfo* expected = nullptr;
+      if (table[slot].compare_exchange_strong(expected, fresh, std::memory_order_acq_rel)) return *fresh;
+      delete fresh;
+      if (expected->type == type) return *expected;
+    }
+  }
+  thread_local TypeInfo overflow{};
+  overflow = classify(type);
+  return overflow;
+}
+
+std::string message(const char* op, const char* arg, const std::string& expected, const std::string& got) {
+  return std::string("[") + op + "] " + arg + ": expected " + expected + ", got " + got;
+}
+
+std::string object_type(nb::handle object) {
+  const nb::handle type(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())));
+  const std::string module = type_text(type, "__module__"), name = type_text(type, "__name__");
+  return module.empty() || module == "builtins" ? name : module + "." + name;
+}
+
+// Takes the pending Python error as "Type: text" and clears it.
+std::string take_python_error() {
+  if (PyErr_Occurred() == nullptr) return "no reason given";
+  const nb::python_error error;
+  return std::string(nb::str(error.type().attr("__name__")).c_str()) + ": " + nb::str(error.value()).c_str();
+}
+
+std::optional<DType> from_dlpack(DLDataType d) {
+  if (d.lanes != 1) return std::nullopt;
+  switch (d.code) {
+    case kDLFloat:
+      if (d.bits == 32) return DType::kFloat32;
+      if (d.bits == 16) return DType::kFloat16;
+      break;
+    case kDLBfloat:
+      if (d.bits == 16) return DType::kBFloat16;
+      break;
+    case kDLFloat8_e4m3fn:
+      if (d.bits == 8) return DType::kFloat8E4M3FN;
+      break;
+    case kDLFloat8_e5m2:
+      if (d.bits == 8) return DType::kFloat8E5M2;
+      break;
+    case kDLInt:
+      if (d.bits == 8) return DType::kInt8;
+      if (d.bits == 32) return DType::kInt32;
+      if (d.bits == 64) return DType::kInt64;
+      break;
+    case kDLUInt:
+      if (d.bits == 8) return DType::kUInt8;
+      break;
+    case kDLBool:
+      if (d.bits == 8) return DType::kBool;
+      break;
+    default: break;
+  }
+  return std::nullopt;
+}
+
+std::string dlpack_dtype_text(DLDataType d) {
+  static constexpr const char* kCodes[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+  const std::string code = d.code < std::size(kCodes) ? kCodes[d.code] : "code " + std::to_string(d.code) + " ";
+  return code + std::to_string(d.bits) + (d.lanes == 1 ? "" : "x" + std::to_string(d.lanes));
+}
+
+bool is_cuda(DLDeviceType type) { return type == kDLCUDA || type == kDLCUDAManaged; }
+bool is_host(DLDeviceType type) { return type == kDLCPU || type == kDLCUDAHost; }
+
+void fill_view(const char* op, const char* arg, const DLTensor& t, bool read_only, TensorView& view) {
+  const std::optional<DType> dtype = from_dlpack(t.dtype);
+  if (!dtype)
+    throw TypeError(message(op, arg, "float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int8, uint8, int32, int64 or bool",
+                            dlpack_dtype_text(t.dtype)));
+  if (t.ndim < 0 || t.ndim > kMaxRank)
+    throw std::invalid_argument(message(op, arg, "a rank of at most 8", std::to_string(t.ndim)));
+  if (is_cuda(t.device.device_type)) {
+    if (!kHasCuda) throw_cpu_only_build(op);
+    view.device = Device{DeviceType::kCUDA, t.device.device_id};
+  } else if (is_host(t.device.device_type)) {
+    view.device = Device{};
+  } else {
+    throw UnsupportedError(message(op, arg, "a tensor on cpu or cuda", "DLPack device type " + std::to_string(t.device.device_type)));
+  }
+  view.dtype = *dtype;
+  view.read_only = read_only;
+  view.ndim = t.ndim;
+  std::int64_t numel = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    const auto at = static_cast<std::size_t>(i);
+    view.shape[at] = t.shape[i];
+    view.strides[at] = t.strides != nullptr ? t.strides[i] : numel;
+    if (t.shape[i] < 0) throw std::invalid_argument(message(op, arg, "a shape of 0 or more", std::to_string(t.shape[i])));
+    numel = checked_mul(numel, t.shape[i], op, arg);
+  }
+  if (t.data == nullptr && numel > 0)
+    throw std::invalid_argument(message(op, arg, "a tensor with data", "one without (a meta or fake tensor); materialize it first"));
+  view.data = t.data == nullptr ? nullptr : static_cast<std::byte*>(t.data) + t.byte_offset;
+}
+
+bool truthy_attribute(nb::handle object, const char* attribute) {
+  const nb::object value = nb::getattr(object, attribute, nb::none());
+  const int truth = PyObject_IsTrue(value.ptr());
+  if (truth < 0) PyErr_Clear();
+  return truth == 1;
+}
+
+// Why a torch tensor could not be taken, in words; `reason` is what the framework said.
+[[noreturn]] void throw_torch_refusal(const char* op, const char* arg, nb::handle object, const std::string& reason) {
+  if (truthy_attribute(object, "is_sparse") || reason.find("parse") != std::string::npos)
+    throw TypeError(message(op, arg, "a dense (strided) tensor", "a sparse one; call .to_dense() first"));
+  if (truthy_attribute(object, "is_quantized"))
+    throw TypeError(message(op, arg, "a plain tensor", "a torch quantized one; call .dequantize() or .int_repr() first"));
+  if (truthy_attribute(object, "is_meta")) throw TypeError(message(op, arg, "a tensor with data", "a meta tensor; materialize it first"));
+  throw TypeError(message(op, arg, "a tensor that DLPack can describe", object_type(object) + " (" + reason + ")"));
+}
+
+// PyObject_Vectorcall on a bound name; a new reference or null with a Python error.
+PyObject* call_method(PyObject* name, PyObject* object, PyObject* const* extra, std::size_t num_extra, PyObject* keywords) {
+  std::array<PyObject*, 4> arguments{object};
+  for (std::size_t i = 0; i < num_extra; ++i) arguments[i + 1] = extra[i];
+  return PyObject_VectorcallMethod(name, arguments.data(), 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, keywords);
+}
+
+}  // namespace
+
+DLDataType to_dlpack(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return {kDLFloat, 32, 1};
+    case DType::kFloat16: return {kDLFloat, 16, 1};
+    case DType::kBFloat16: return {kDLBfloat, 16, 1};
+    case DType::kFloat8E4M3FN: return {kDLFloat8_e4m3fn, 8, 1};
+    case DType::kFloat8E5M2: return {kDLFloat8_e5m2, 8, 1};
+    case DType::kInt8: return {kDLInt, 8, 1};
+    case DType::kUInt8: return {kDLUInt, 8, 1};
+    case DType::kInt32: return {kDLInt, 32, 1};
+    case DType::kInt64: return {kDLInt, 64, 1};
+    case DType::kBool: return {kDLBool, 8, 1};
+  }
+  throw TypeError("[dlpack] dtype: expected a known dtype, got another");
+}
+
+// Imports the tensors of one Args. Two passes, because a producer is told the launch stream when it exports.
+class Importer {
+ public:
+  Importer(Args& args, nb::handle stream) : args_(args), stream_argument_(stream) {}
+
+  void run(std::initializer_list<TensorArg> tensors) {
+    if (tensors.size() > Args::kMaxTensors) throw UnsupportedError("[dlpack] tensors: expected at most 16, got more");
+    args_.count_ = tensors.size();
+    // First pass: whatever needs no stream, and the devices of the rest.
+    std::size_t i = 0;
+    bool pending = false;
+    for (const TensorArg& tensor : tensors) {
+      if (!(tensor.optional && tensor.object.is_none())) pending = first_pass(tensor, i) || pending;
+      ++i;
+    }
+    if (args_.device_index_ < 0) {
+      if (!stream_argument_.is_none()) static_cast<void>(stream_from_argument());
+      return;
+    }
+    choose_stream();
+    if (!pending) return;
+    // Second pass: CUDA tensors that come through __dlpack__.
+    i = 0;
+    for (const TensorArg& tensor : tensors) {
+      if (pending_[i]) import_cuda_protocol(tensor, i);
+      ++i;
+    }
+  }
+
+ private:
+  // Returns true if the tensor waits for the second pass.
+  bool first_pass(const TensorArg& tensor, std::size_t i) {
+    PyObject* const object = tensor.object.ptr();
+    const TypeInfo& info = type_info(object);
+    kinds_[i] = info.kind;
+    switch (info.kind) {
+      case Kind::kQuire: import_quire(tensor, i); break;
+      case Kind::kExchange: import_exchange(tensor, i, info.api); break;
+      case Kind::kNumPy: import_host_protocol(tensor, i, false); break;
+      case Kind::kCuPy:
+      case Kind::kJax:
+      case Kind::kProtocol: {
+        const DLDevice device = ask_device(tensor);
+        if (!is_cuda(device.device_type)) {
+          import_host_protocol(tensor, i, info.kind == Kind::kJax);
+          break;
+        }
+        if (!kHasCuda) throw_cpu_only_build(args_.op_);
+        note_device(device.device_id);
+        if (info.kind == Kind::kCuPy) has_cupy_ = true;
+        pending_[i] = true;
+        return true;
+      }
+      case Kind::kNotATensor:
+        throw TypeError(message(args_.op_, tensor.name, "a tensor (any object with __dlpack__)", object_type(tensor.object)));
+    }
+    finish(tensor, i);
+    return false;
+  }
+
+  void note_device(int device_index) {
+    if (args_.device_index_ < 0) args_.device_index_ = device_index;
+  }
+
+  void finish(const TensorArg& tensor, std::size_t i) {
+    args_.present_[i] = true;
+    const TensorView& view = args_.views_[i];
+    if (view.device.type == DeviceType::kCUDA) note_device(view.device.index);
+    if (tensor.access == Access::kWrite && view.read_only) {
+      if (kinds_[i] == Kind::kJax)
+        throw std::invalid_argument(message(args_.op_, tensor.name, "a writable tensor",
+                                            "a JAX array; JAX arrays are immutable, so they cannot be outputs here; in-place updates of JAX "
+                                            "arrays belong to the module quire.jax (FFI with donated buffers)"));
+      throw std::invalid_argument(message(args_.op_, tensor.name, "a writable tensor", "a read-only one; copy it first"));
+    }
+  }
+
+  void import_quire(const TensorArg& tensor, std::size_t i) { args_.views_[i] = nb::inst_ptr<Tensor>(tensor.object)->view; }
+
+  void import_exchange(const TensorArg& tensor, std::size_t i, const DLPackExchangeAPI* api) {
+    PyObject* const object = tensor.object.ptr();
+    DLTensor t;
+    if (api->dltensor_from_py_object_no_sync(object, &t) != 0) throw_torch_refusal(args_.op_, tensor.name, tensor.object, take_python_error());
+    check_torch_flags(tensor);
+    if (t.data == nullptr && truthy_attribute(tensor.object, "is_meta"))
+      throw TypeError(message(args_.op_, tensor.name, "a tensor with data", "a meta tensor; materialize it first"));
+    fill_view(args_.op_, tensor.name, t, false, args_.views_[i]);
+    if (args_.views_[i].device.type == DeviceType::kCUDA) exchange_ = api;
+  }
+
+  // The exchange API looks at neither of these, and both change what the bytes mean.
+  void check_torch_flags(const TensorArg& tensor) {
+    PyObject* const object = tensor.object.ptr();
+    PyObject* const grad = PyObject_GetAttr(object, names().requires_grad);
+    if (grad == nullptr) {
+      PyErr_Clear();
+      return;
+    }
+    Py_DECREF(grad);
+    if (grad == Py_True)
+      throw std::invalid_argument(
+          message(args_.op_, tensor.name, "a tensor outside autograd (quire is for inference)", "one with requires_grad; call .detach() first"));
+    PyObject* const negated = PyObject_VectorcallMethod(names().is_neg, &object, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+    if (negated == nullptr) {
+      PyErr_Clear();
+      return;
+    }
+    Py_DECREF(negated);
+    if (negated == Py_True)
+      throw std::invalid_argument(
+          message(args_.op_, tensor.name, "a tensor whose memory holds its values", "a lazily negated one; call .resolve_neg() first"));
+  }
+
+  DLDevice ask_device(const TensorArg& tensor) {
+    PyObject* const object = tensor.object.ptr();
+    const nb::object result = nb::steal(PyObject_VectorcallMethod(names().dlpack_device, &object, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+    int type = 0, id = 0;
+    if (!result.is_valid() || !PyTuple_Check(result.ptr()) || !PyArg_ParseTuple(result.ptr(), "ii", &type, &id))
+      throw TypeError(message(args_.op_, tensor.name, "a tensor with __dlpack_device__", object_type(tensor.object) + " (" + take_python_error() + ")"));
+    return DLDevice{static_cast<DLDeviceType>(type), id};
+  }
+
+  void import_host_protocol(const TensorArg& tensor, std::size_t i, bool jax) {
+    PyObject* const version = names().max_version;
+    PyObject* capsule = call_method(names().dlpack, tensor.object.ptr(), &version, 1, names().kw_version);
+    if (capsule == nullptr && PyErr_ExceptionMatches(PyExc_TypeError)) {  // a producer from before max_version
+      PyErr_Clear();
+      capsule = call_method(names().dlpack, tensor.object.ptr(), nullptr, 0, nullptr);
+    }
+    if (capsule == nullptr) {
+      if (kinds_[i] == Kind::kNumPy && PyErr_ExceptionMatches(PyExc_BufferError) && import_ml_dtypes(tensor, i)) return;
+      throw TypeError(message(args_.op_, tensor.name, "a tensor that DLPack can describe", object_type(tensor.object) + " (" + take_python_error() + ")"));
+    }
+    take_capsule(tensor, i, capsule, jax);
+  }
+
+  // The capsule stays unconsumed: its own destructor frees what it holds when the call is over.
+  void take_capsule(const TensorArg& tensor, std::size_t i, PyObject* capsule, bool jax) {
+    args_.owners_[i] = capsule;
+    if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
+      const auto* managed = static_cast<const DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
+      if (managed->version.major != DLPACK_MAJOR_VERSION)
+        throw TypeError(message(args_.op_, tensor.name, "DLPack version 1", "version " + std::to_string(managed->version.major)));
+      fill_view(args_.op_, tensor.name, managed->dl_tensor, jax || (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0, args_.views_[i]);
+    } else if (PyCapsule_IsValid(capsule, "dltensor")) {
+      const auto* managed = static_cast<const DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+      fill_view(args_.op_, tensor.name, managed->dl_tensor, jax, args_.views_[i]);
+    } else {
+      throw TypeError(message(args_.op_, tensor.name, "a DLPack capsule from __dlpack__", object_type(nb::handle(capsule))));
+    }
+  }
+
+  // NumPy cannot export the dtypes of ml_dtypes: take the bytes as integers, and the dtype by its name.
+  bool import_ml_dtypes(const TensorArg& tensor, std::size_t i) {
+    PyErr_Clear();
+    const nb::object dtype_name = nb::getattr(nb::getattr(tensor.object, "dtype", nb::none()), "name", nb::none());
+    if (!nb::isinstance<nb::str>(dtype_name)) return fail_numpy();
+    const std::string text = nb::str(dtype_name).c_str();
+    DType dtype;
+    const char* integer;
+    if (text == "bfloat16") {
+      dtype = DType::kBFloat16;
+      integer = "u2";
+    } else if (text == "float8_e4m3fn") {
+      dtype = DType::kFloat8E4M3FN;
+      integer = "u1";
+    } else if (text == "float8_e5m2") {
+      dtype = DType::kFloat8E5M2;
+      integer = "u1";
+    } else {
+      return fail_numpy();
+    }
+    // The integer view has two-byte items that DLPack does name (uint16), so only its dtype has to be replaced.
+    const nb::object integers = tensor.object.attr("view")(integer);
+    PyObject* const version = names().max_version;
+    PyObject* const capsule = call_method(names().dlpack, integers.ptr(), &version, 1, names().kw_version);
+    if (capsule == nullptr) return fail_numpy();
+    args_.owners_[i] = capsule;
+    const auto* managed = static_cast<const DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
+    if (managed == nullptr) throw nb::python_error();
+    DLTensor t = managed->dl_tensor;
+    t.dtype = to_dlpack(dtype);
+    fill_view(args_.op_, tensor.name, t, (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0, args_.views_[i]);
+    return true;
+  }
+
+  static bool fail_numpy() {
+    if (PyErr_Occurred() == nullptr)
+      PyErr_SetString(PyExc_BufferError, "NumPy cannot export this dtype or byte order through DLPack");
+    return false;
+  }
+
+  // ---- streams -------------------------------------------------------------------------------------------------------
+  Stream stream_from_argument() {
+    const nb::handle value = stream_argument_;
+    const auto from_number = [&](std::uint64_t number) {
+      // 0 is ambiguous in DLPack; as a raw handle it is the legacy stream, whose other name is 1.
+      return Stream(reinterpret_cast<void*>(static_cast<std::uintptr_t>(number == 0 ? 1 : number)));
+    };
+    if (nb::isinstance<nb::int_>(value)) {
+      const std::uint64_t number = PyLong_AsUnsignedLongLong(value.ptr());
+      if (PyErr_Occurred() != nullptr) {
+        PyErr_Clear();
+        throw std::invalid_argument(message(args_.op_, "stream", "a stream handle of 0 or more", std::string(nb::str(value).c_str())));
+      }
+      return from_number(number);
+    }
+    if (PyObject_HasAttr(value.ptr(), names().cuda_stream) != 0) {
+      const nb::object pair = nb::getattr(value, "__cuda_stream__")();
+      int protocol = 0;
+      unsigned long long handle = 0;
+      if (!PyTuple_Check(pair.ptr()) || !PyArg_ParseTuple(pair.ptr(), "iK", &protocol, &handle) || protocol != 0) {
+        PyErr_Clear();
+        throw TypeError(message(args_.op_, "stream", "__cuda_stream__() to return (0, handle)", std::string(nb::str(pair).c_str())));
+      }
+      return from_number(handle);
+    }
+    throw TypeError(message(args_.op_, "stream", "an int, an object with __cuda_stream__, or None", object_type(value)));
+  }
+
+  static Stream cupy_stream() {
+    static const nb::object* const get_current = new nb::object(nb::module_::import_("cupy").attr("cuda").attr("get_current_stream"));
+    const auto handle = nb::cast<std::uintptr_t>((*get_current)().attr("ptr"));
+    return Stream(reinterpret_cast<void*>(handle == 0 ? std::uintptr_t{1} : handle));
+  }
+
+  Stream exchange_stream() const {
+    void* handle = nullptr;
+    if (exchange_->current_work_stream(kDLCUDA, args_.device_index_, &handle) != 0) throw nb::python_error();
+    return Stream(handle == nullptr ? reinterpret_cast<void*>(std::uintptr_t{1}) : handle);
+  }
+
+  void choose_stream() {
+    if constexpr (!kHasCuda) {
+      throw_cpu_only_build(args_.op_);
+    } else {
+      release_finished_holds();
+      const bool is_explicit = !stream_argument_.is_none();
+      if (is_explicit) {
+        args_.stream_ = stream_from_argument();
+      } else if (exchange_ != nullptr) {
+        args_.stream_ = exchange_stream();
+      } else if (has_cupy_) {
+        args_.stream_ = cupy_stream();
+      } else {
+        args_.stream_ = Stream(reinterpret_cast<void*>(std::uintptr_t{1}));
+      }
+      args_.capturing_ = cuda::is_capturing(args_.stream_);
+      if (args_.capturing_) return;
+      if (exchange_ != nullptr && is_explicit) order_after(exchange_stream(), true);
+      if (has_cupy_ && (is_explicit || exchange_ != nullptr)) order_after(cupy_stream(), false);
+    }
+  }
+
+  // The op runs behind what `producer` holds (unless the producer does that itself), and `producer` behind the op.
+  void order_after(Stream producer, bool before) {
+    if (producer.handle() == args_.stream_.handle()) return;
+    if constexpr (kHasCuda) {
+      if (before) cuda::order_streams(producer, args_.stream_, args_.device_index_);
+    }
+    if (args_.num_producer_streams_ < args_.producer_streams_.size()) args_.producer_streams_[args_.num_producer_streams_++] = producer.handle();
+  }
+
+  void import_cuda_protocol(const TensorArg& tensor, std::size_t i) {
+    if (args_.capturing_ && kinds_[i] == Kind::kJax)
+      throw UnsupportedError(message(args_.op_, tensor.name, "no JAX array while a CUDA graph is captured", "one; capture through jax.jit instead"));
+    // While capturing, ordering is the graph's; -1 tells the producer to do nothing.
+    const long long number = args_.capturing_ ? -1LL : static_cast<long long>(reinterpret_cast<std::intptr_t>(args_.stream_.handle()));
+    const nb::object stream = nb::steal(PyLong_FromLongLong(number));
+    std::array<PyObject*, 2> extra{names().max_version, stream.ptr()};
+    PyObject* capsule = call_method(names().dlpack, tensor.object.ptr(), extra.data(), 2, names().kw_version_stream);
+    if (capsule == nullptr && PyErr_ExceptionMatches(PyExc_TypeError)) {
+      PyErr_Clear();
+      static PyObject* const kw_stream = Py_BuildValue("(s)", "stream");
+      capsule = call_method(names().dlpack, tensor.object.ptr(), &extra[1], 1, kw_stream);
+    }
+    if (capsule == nullptr)
+      throw TypeError(message(args_.op_, tensor.name, "a tensor that DLPack can describe", object_type(tensor.object) + " (" + take_python_error() + ")"));
+    take_capsule(tensor, i, capsule, kinds_[i] == Kind::kJax);
+    if (kinds_[i] != Kind::kCuPy) args_.producer_needs_hold_ = true;
+    finish(tensor, i);
+  }
+
+  Args& args_;
+  nb::handle stream_argument_;
+  std::array<Kind, Args::kMaxTensors> kinds_{};
+  std::array<bool, Args::kMaxTensors> pending_{};
+  const DLPackExchangeAPI* exchange_ = nullptr;  // of a CUDA tensor
+  bool has_cupy_ = false;
+};
+
+// ---- lifetimes ---------------------------------------------------------------------------------------------------------
+#ifdef QUIRE_HAS_CUDA
+namespace {
+
+// Capsules of a launch whose producer may reuse memory in an order of its own; held until the launch is done.
+struct Hold {
+  cuda::Marker marker;
+  std::vector<PyObject*> owners;
+};
+
+std::deque<Hold>& holds() {
+  static auto* const instance = new std::deque<Hold>;  // guarded by the GIL; leaked on purpose, as the driver may be gone at exit
+  return *instance;
+}
+
+}  // namespace
+
+void release_finished_holds() {
+  std::deque<Hold>& queue = holds();
+  while (!queue.empty() && queue.front().marker.done()) {
+    const std::vector<PyObject*> owners = std::move(queue.front().owners);
+    queue.pop_front();
+    for (PyObject* owner : owners) Py_DECREF(owner);
+  }
+}
+#else
+void release_finished_holds() {}
+#endif
+
+Args::Args(const char* op, nb::handle stream, std::initializer_list<TensorArg> tensors) : op_(op) {
+  try {
+    Importer(*this, stream).run(tensors);
+  } catch (...) {
+    for (PyObject* owner : owners_) Py_XDECREF(owner);
+    throw;
+  }
+}
+
+Args::~Args() {
+  for (std::size_t i = 0; i < count_; ++i) Py_XDECREF(owners_[i]);
+}
+
+void Args::after_launch() {
+#ifdef QUIRE_HAS_CUDA
+  for (std::size_t i = 0; i < num_producer_streams_; ++i) cuda::order_streams(stream_, Stream(producer_streams_[i]), device_index_);
+  if (!producer_needs_hold_ || capturing_) return;
+  Hold hold{cuda::Marker(stream_, device_index_), {}};
+  for (std::size_t i = 0; i < count_; ++i)
+    if (owners_[i] != nullptr) hold.owners.push_back(std::exchange(owners_[i], nullptr));
+  holds().push_back(std::move(hold));
+#endif
+}
+
+// ---- scalars -----------------------------------------------------------------------------------------------------------
+double to_double(const char* op, const char* arg, nb::handle value) {
+  const double number = PyFloat_AsDouble(value.ptr());
+  if (number == -1.0 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    throw TypeError(message(op, arg, "a number", object_type(value)));
+  }
+  return number;
+}
+
+std::optional<double> to_optional_double(const char* op, const char* arg, nb::handle value) {
+  if (value.is_none()) return std::nullopt;
+  return to_double(op, arg, value);
+}
+
+std::int64_t to_int(const char* op, const char* arg, nb::handle value) {
+  const nb::object index = nb::steal(PyNumber_Index(value.ptr()));
+  if (!index.is_valid()) {
+    PyErr_Clear();
+    throw TypeError(message(op, arg, "an integer", object_type(value)));
+  }
+  const long long number = PyLong_AsLongLong(index.ptr());
+  if (number == -1 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    throw std::invalid_argument(message(op, arg, "an integer of 64 bits", std::string(nb::str(value).c_str())));
+  }
+  return number;
+}
+
+Device to_device(const char* op, nb::handle value) {
+  std::string text;
+  if (nb::isinstance<nb::str>(value)) {
+    text = nb::str(value).c_str();
+  } else {  // torch.device and the like
+    const nb::object type = nb::getattr(value, "type", nb::none());
+    const nb::object index = nb::getattr(value, "index", nb::none());
+    if (nb::isinstance<nb::str>(type)) text = nb::str(type).c_str();
+    if (nb::isinstance<nb::int_>(index)) text += ":" + std::string(nb::str(index).c_str());
+  }
+  if (text == "cpu" || text == "cpu:0") return Device{};
+  if (text == "cuda") return Device{DeviceType::kCUDA, 0};
+  if (starts_with(text, "cuda:") && text.size() > 5 && text.size() <= 7 && text.find_first_not_of("0123456789", 5) == std::string::npos)
+    return Device{DeviceType::kCUDA, std::stoi(text.substr(5))};
+  throw std::invalid_argument(message(op, "device", "\"cpu\", \"cuda\" or \"cuda:<index>\"", text.empty() ? object_type(value) : text));
+}
+
+DType to_dtype(const char* op, const char* arg, nb::handle value) {
+  std::string text;
+  if (nb::isinstance<nb::str>(value)) {
+    text = nb::str(value).c_str();
+  } else {
+    const nb::object name_attribute = nb::getattr(value, "name", nb::none());
+    const nb::object type_attribute = nb::getattr(value, "__name__", nb::none());
+    if (nb::isinstance<nb::str>(name_attribute)) {
+      text = nb::str(name_attribute).c_str();
+    } else if (nb::isinstance<nb::str>(type_attribute)) {
+      text = nb::str(type_attribute).c_str();
+    } else {
+      text = nb::str(value).c_str();  // "torch.bfloat16"
+    }
+  }
+  if (starts_with(text, "torch.")) text = text.substr(6);
+  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat8E4M3FN, DType::kFloat8E5M2, DType::kInt8, DType::kUInt8,
+                      DType::kInt32, DType::kInt64, DType::kBool})
+    if (text == name(dtype)) return dtype;
+  throw TypeError(message(op, arg, "float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int8, uint8, int32, int64 or bool", text));
+}
+
+}  // namespace quire::bindings

@@ -1,0 +1,93 @@
+// The border: Python tensors become TensorViews, without a copy, with the right stream and lifetime.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <dlpack/dlpack.h>
+#include <nanobind/nanobind.h>
+
+#include <array>
+#include <cstddef>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "quire/stream.h"
+#include "quire/tensor.h"
+
+namespace quire::bindings {
+
+namespace nb = nanobind;
+
+/// What the op does with an argument.
+enum class Access { kRead, kWrite };
+
+/// One tensor argument of a call. None is allowed where `optional` is set.
+struct TensorArg {
+  nb::handle object;
+  const char* name;
+  Access access = Access::kRead;
+  bool optional = false;
+};
+
+/// The tensors of one call, imported together, because the stream depends on all of them:
+///   stream=     an int (1: legacy, 2: per-thread default), or an object with __cuda_stream__; left out, the current stream of the
+///               framework that the tensors come from (PyTorch, CuPy), else the legacy default stream.
+/// A producer that works on another stream is ordered before the op, and after it when it knows its own stream.
+/// Usage: Args args("op", stream, {{x, "x"}, ...}); args.run([&](Stream s) { op(args[0], s); });
+class Args {
+ public:
+  static constexpr std::size_t kMaxTensors = 16;
+
+  Args(const char* op, nb::handle stream, std::initializer_list<TensorArg> tensors);
+  ~Args();
+  Args(const Args&) = delete;
+  Args& operator=(const Args&) = delete;
+
+  const TensorView& operator[](std::size_t i) const { return views_[i]; }
+  /// Null where None was passed.
+  const TensorView* optional(std::size_t i) const { return present_[i] ? &views_[i] : nullptr; }
+
+  /// Calls f(stream) without the GIL, then orders the producers' streams behind it.
+  template <typename F>
+  void run(F&& f) {
+    {
+      const nb::gil_scoped_release release;
+      f(stream_);
+    }
+    if (device_index_ >= 0) after_launch();
+  }
+
+ private:
+  friend class Importer;
+
+  void after_launch();
+
+  const char* op_;
+  std::size_t count_ = 0;
+  std::array<TensorView, kMaxTensors> views_;
+  std::array<bool, kMaxTensors> present_{};
+  std::array<PyObject*, kMaxTensors> owners_{};  // capsules that keep imported memory alive during the call
+  Stream stream_ = Stream::legacy_default();
+  int device_index_ = -1;                      // of the first CUDA tensor
+  bool producer_needs_hold_ = false;           // some producer may reuse memory before the launch has run (JAX)
+  bool capturing_ = false;
+  std::array<void*, 2> producer_streams_{};    // work streams other than stream_, to be ordered behind the launch
+  std::size_t num_producer_streams_ = 0;
+};
+
+/// Conversions of scalar arguments, with the library's message form.
+double to_double(const char* op, const char* arg, nb::handle value);
+std::int64_t to_int(const char* op, const char* arg, nb::handle value);
+std::optional<double> to_optional_double(const char* op, const char* arg, nb::handle value);
+
+/// "cpu", "cuda", "cuda:1", or an object with `type` and `index`, as a Device.
+Device to_device(const char* op, nb::handle value);
+/// A dtype name, or an object that has one (NumPy, ml_dtypes, JAX, PyTorch, CuPy dtypes).
+DType to_dtype(const char* op, const char* arg, nb::handle value);
+
+DLDataType to_dlpack(DType dtype);
+
+/// Releases what earlier launches held, where they are done. Called on every CUDA import.
+void release_finished_holds();
+
+}  // namespace quire::bindings
