@@ -26,6 +26,7 @@
 #include "core/numeric.h"
 
 #define QUIRE_INLINE inline __attribute__((always_inline))
+#define QUIRE_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace quire::cpu::QUIRE_ISA_NAMESPACE {
 
@@ -284,18 +285,16 @@ QUIRE_INLINE void interleave(Vec a, Vec b, Vec& low, Vec& high) {
 namespace detail {
 
 #if QUIRE_ISA_LEVEL < 2
-// Copies n * kItem bytes, n < kBound, as a few fixed-size moves.
-template <int kItem, int kBound>
+// Copies n <= kLanes items as a few fixed-size moves.
+template <int kItem>
 QUIRE_INLINE void copy_items(void* dst, const void* src, int n) {
   char* d = static_cast<char*>(dst);
   const char* s = static_cast<const char*>(src);
-  if constexpr (kBound > 8) {
-    if (n & 8) {
-      __builtin_memcpy(d, s, 8 * kItem);
-      d += 8 * kItem, s += 8 * kItem;
-    }
+  if (n >= kLanes) {
+    __builtin_memcpy(d, s, kLanes * kItem);
+    return;
   }
-  if constexpr (kBound > 4) {
+  if constexpr (kLanes > 4) {
     if (n & 4) {
       __builtin_memcpy(d, s, 4 * kItem);
       d += 4 * kItem, s += 4 * kItem;
@@ -329,7 +328,7 @@ QUIRE_INLINE Bits load32(const void* p, int n) {
   return {(NativeU)_mm256_maskload_epi32(static_cast<const int*>(p), (__m256i)first_lanes(n).m)};
 #else
   std::uint32_t buffer[kLanes] = {};
-  copy_items<4, kLanes + 1>(buffer, p, n);
+  copy_items<4>(buffer, p, n);
   return load32(buffer);
 #endif
 }
@@ -342,7 +341,7 @@ QUIRE_INLINE void store32(void* p, Bits a, int n) {
 #else
   std::uint32_t buffer[kLanes];
   store32(buffer, a);
-  copy_items<4, kLanes + 1>(p, buffer, n);
+  copy_items<4>(p, buffer, n);
 #endif
 }
 
@@ -364,7 +363,7 @@ QUIRE_INLINE Bits load16(const void* p, int n) {
   return {(NativeU)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n).m, p))};
 #else
   std::uint16_t buffer[kLanes] = {};
-  copy_items<2, kLanes + 1>(buffer, p, n);
+  copy_items<2>(buffer, p, n);
   return load16(buffer);
 #endif
 }
@@ -395,7 +394,7 @@ QUIRE_INLINE void store16(void* p, Bits a, int n) {
 #else
   std::uint16_t buffer[kLanes];
   store16(buffer, a);
-  copy_items<2, kLanes + 1>(p, buffer, n);
+  copy_items<2>(p, buffer, n);
 #endif
 }
 
@@ -417,7 +416,7 @@ QUIRE_INLINE Bits load8(const void* p, int n) {
   return {(NativeU)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(n).m, p))};
 #else
   std::uint8_t buffer[kLanes] = {};
-  copy_items<1, kLanes + 1>(buffer, p, n);
+  copy_items<1>(buffer, p, n);
   return load8(buffer);
 #endif
 }
@@ -441,7 +440,7 @@ QUIRE_INLINE void store8(void* p, Bits a, int n) {
 #else
   std::uint8_t buffer[kLanes];
   store8(buffer, a);
-  copy_items<1, kLanes + 1>(p, buffer, n);
+  copy_items<1>(p, buffer, n);
 #endif
 }
 
@@ -608,6 +607,11 @@ QUIRE_INLINE void store_stream(T* p, Vec a) {
 #else
   store(p, a);
 #endif
+}
+/// Whether store_stream may write a row at p.
+template <typename T>
+QUIRE_INLINE bool can_stream(const T* p) {
+  return reinterpret_cast<std::uintptr_t>(p) % (kLanes * sizeof(T)) == 0;
 }
 QUIRE_INLINE void stream_fence() {
 #if QUIRE_ISA_LEVEL >= 1
