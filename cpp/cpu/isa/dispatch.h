@@ -3,7 +3,7 @@
 //
 // How a family adds its kernels: a header of templates in QUIRE_ISA_NAMESPACE over cpu/isa/vec.h, one plain struct of function
 // pointers, and in each per-ISA unit (file name and compile flags by level: scalar*.cpp, avx2*.cpp, avx512*.cpp, avx512_amx*.cpp) one
-// constant of that struct. The orchestration picks with IsaTables.
+// constant of that struct. The orchestration picks with QUIRE_ISA_TABLES.
 #pragma once
 
 #include <cstdint>
@@ -38,3 +38,24 @@ struct IsaTables {
 };
 
 }  // namespace quire::cpu
+
+/// In namespace quire::cpu: declares each level's constant `table` and the choice between them, of the same name.
+#if defined(__x86_64__)
+#define QUIRE_ISA_TABLES(Kernels, table)   \
+  namespace scalar {                       \
+  extern const Kernels table;              \
+  }                                        \
+  namespace avx2 {                         \
+  extern const Kernels table;              \
+  }                                        \
+  namespace avx512 {                       \
+  extern const Kernels table;              \
+  }                                        \
+  constexpr IsaTables<Kernels> table = {{&scalar::table, &avx2::table, &avx512::table, nullptr}}
+#else
+#define QUIRE_ISA_TABLES(Kernels, table)   \
+  namespace scalar {                       \
+  extern const Kernels table;              \
+  }                                        \
+  constexpr IsaTables<Kernels> table = {{&scalar::table, nullptr, nullptr, nullptr}}
+#endif
