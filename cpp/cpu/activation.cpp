@@ -1,0 +1,69 @@
+// Activations on the CPU: tiles of rows over threads.
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/activation.h"
+
+#include <algorithm>
+
+#include "cpu/isa/activation.h"
+#include "cpu/isa/dispatch.h"
+#include "cpu/rows.h"
+#include "cpu/thread_pool.h"
+
+namespace quire::cpu {
+
+QUIRE_ISA_TABLES(ActivationKernels, activation_kernels);
+
+namespace {
+
+// Fewer elements than this are not worth waking a thread for.
+constexpr std::int64_t kGrainElements = 16384;
+// Wide rows are cut so that a few of them fill all threads. A multiple of a cache line of any dtype.
+constexpr std::int64_t kTileWidth = 4096;
+
+}  // namespace
+
+void activation(const ActivationParams& p) {
+  const ActivationKernel kernel =
+      activation_kernels.active().run[static_cast<std::size_t>(p.activation)][static_cast<std::size_t>(p.dtype)];
+  const std::int64_t item_bytes = itemsize(p.dtype);
+  const bool stream = p.out != p.x && worth_streaming(p.num_rows * p.width * item_bytes);
+
+  // Up to `num_rows` rows from `row` on, columns [column, column + width); returns how many rows share a stride and were done.
+  const auto run = [&](std::int64_t row, std::int64_t num_rows, std::int64_t column, std::int64_t width) {
+    const RowRun out = row_run(p.out_rows, row), x = row_run(p.x_rows, row);
+    ActivationRows rows;
+    rows.out = static_cast<char*>(p.out) + (p.out_rows.offset(row) + column) * item_bytes;
+    rows.x = static_cast<const char*>(p.x) + (p.x_rows.offset(row) + column) * item_bytes;
+    rows.up = p.gated ? static_cast<const char*>(rows.x) + p.width * item_bytes : nullptr;
+    rows.out_stride = out.stride;
+    rows.x_stride = x.stride;
+    rows.num_rows = std::min({num_rows, out.num_rows, x.num_rows});
+    rows.width = width;
+    rows.stream = stream;
+    kernel(rows);
+    return rows.num_rows;
+  };
+
+  if (p.width <= kTileWidth) {
+    const auto run_rows = [&](std::int64_t begin, std::int64_t end) {
+      while (begin < end) begin += run(begin, end - begin, 0, p.width);
+    };
+    if (p.num_rows * p.width < 2 * kGrainElements)
+      run_rows(0, p.num_rows);
+    else
+      parallel_for(p.num_rows, ceil_div(kGrainElements, p.width), run_rows);
+    return;
+  }
+  const std::int64_t tiles_per_row = ceil_div(p.width, kTileWidth);
+  parallel_for(p.num_rows * tiles_per_row, kGrainElements / kTileWidth, [&](std::int64_t begin, std::int64_t end) {
+    while (begin < end) {
+      const std::int64_t row = begin / tiles_per_row, tile = begin % tiles_per_row;
+      const std::int64_t num_tiles = std::min(end - begin, tiles_per_row - tile);
+      const std::int64_t column = tile * kTileWidth;
+      run(row, 1, column, std::min(num_tiles * kTileWidth, p.width - column));
+      begin += num_tiles;
+    }
+  });
+}
+
+}  // namespace quire::cpu

@@ -1,0 +1,11 @@
+// The kernels of every family but attention, for AVX-512.
+// SPDX-License-Identifier: Apache-2.0
+#if defined(__x86_64__)
+#define QUIRE_ISA_NAMESPACE avx512
+#define QUIRE_ISA_LEVEL 2
+
+#include "cpu/isa/activation.h"
+#include "cpu/isa/kv_cache.h"
+#include "cpu/isa/norm.h"
+#include "cpu/isa/position_encoding.h"
+#endif

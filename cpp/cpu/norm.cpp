@@ -1,0 +1,92 @@
+// Norms on the CPU: rows over threads.
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <vector>
+
+#include "core/dispatch.h"
+#include "core/numeric.h"
+#include "cpu/isa/dispatch.h"
+#include "cpu/isa/norm.h"
+#include "cpu/rows.h"
+#include "cpu/thread_pool.h"
+#include "ops/norm.h"
+
+namespace quire::cpu {
+
+QUIRE_ISA_TABLES(NormKernels, norm_kernels);
+
+namespace {
+
+// Fewer elements than this are not worth waking a thread for.
+constexpr std::int64_t kGrainElements = 32768;
+
+template <typename T>
+auto* advance(T* data, std::int64_t num_elements, DType dtype) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return static_cast<Byte*>(data) + num_elements * itemsize(dtype);
+}
+
+void run_rows(const NormParams& p, NormKernel kernel, const void* weight, const void* bias) {
+  const bool in_place = p.out == p.x;
+  const bool stream = !in_place && worth_streaming(p.num_rows * p.hidden * itemsize(p.dtype));
+  const auto run = [&](std::int64_t begin, std::int64_t end) {
+    while (begin < end) {
+      const RowRun out = row_run(p.out_rows, begin), x = row_run(p.x_rows, begin), residual = row_run(p.residual_rows, begin);
+      NormRows rows;
+      rows.out = advance(p.out, p.out_rows.offset(begin), p.dtype);
+      rows.x = advance(p.x, p.x_rows.offset(begin), p.dtype);
+      rows.residual = p.residual == nullptr ? nullptr : advance(p.residual, p.residual_rows.offset(begin), p.dtype);
+      rows.weight = weight;
+      rows.bias = bias;
+      rows.out_stride = out.stride;
+      rows.x_stride = x.stride;
+      rows.residual_stride = residual.stride;
+      rows.num_rows = std::min({end - begin, out.num_rows, x.num_rows, residual.num_rows});
+      rows.hidden = p.hidden;
+      rows.eps = p.eps;
+      rows.weight_offset = p.weight_offset;
+      rows.stream = stream;
+      kernel(rows);
+      begin += rows.num_rows;
+    }
+  };
+  if (p.num_rows == 1 || p.num_rows * p.hidden < 2 * kGrainElements)
+    run(0, p.num_rows);
+  else
+    parallel_for(p.num_rows, ceil_div(kGrainElements, p.hidden), run);
+}
+
+std::size_t index(DType dtype) { return static_cast<std::size_t>(dtype); }
+
+std::vector<float> widened(const void* data, DType dtype, std::int64_t n) {
+  std::vector<float> result(static_cast<std::size_t>(n));
+  dispatch_float(dtype, "layer_norm", [&](auto constant) {
+    const auto* values = static_cast<const HostType<constant()>*>(data);
+    std::transform(values, values + n, result.begin(), [](auto value) { return to_float(value); });
+  });
+  return result;
+}
+
+}  // namespace
+
+void rms_norm(const NormParams& p) {
+  run_rows(p, norm_kernels.active().rms_norm[index(p.dtype)][index(p.weight_dtype)], p.weight, nullptr);
+}
+
+void fused_add_rms_norm(const NormParams& p) {
+  run_rows(p, norm_kernels.active().fused_add_rms_norm[index(p.dtype)][index(p.weight_dtype)], p.weight, nullptr);
+}
+
+void layer_norm(const NormParams& p) {
+  const auto& kernels = norm_kernels.active().layer_norm[index(p.dtype)];
+  if (p.bias == nullptr || p.bias_dtype == p.weight_dtype) {
+    run_rows(p, kernels[index(p.weight_dtype)], p.weight, p.bias);
+    return;
+  }
+  // Kernels take weight and bias of one dtype; that they differ is rare.
+  const std::vector<float> weight = widened(p.weight, p.weight_dtype, p.hidden);
+  const std::vector<float> bias = widened(p.bias, p.bias_dtype, p.hidden);
+  run_rows(p, kernels[index(DType::kFloat32)], weight.data(), bias.data());
+}
+
+}  // namespace quire::cpu
