@@ -6,6 +6,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/tensor_args.h"
+#include "bindings/workspace.h"
 
 namespace quire::bindings {
 namespace {
@@ -33,6 +34,20 @@ AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle caus
   return options;
 }
 
+// The caller's workspace, or the shared one in `storage`.
+const TensorView* choose_workspace(const TensorView* given, std::int64_t num_bytes, const TensorView& q, Stream stream, TensorView& storage) {
+  if (given != nullptr || num_bytes == 0) return given;
+  storage = shared_workspace(num_bytes, q.device, stream);
+  return &storage;
+}
+
+// Bytes for this call; 0 for shapes that the op itself will refuse.
+template <typename Size>
+std::int64_t workspace_bytes(Size size, const TensorView& q, std::int64_t num_seqs) {
+  if (q.device.type == DeviceType::kCPU || q.ndim != 3 || q.numel() == 0 || num_seqs < 1 || q.size(2) < 8 || q.size(2) > 256) return 0;
+  return size(q.size(0), num_seqs, q.size(1), q.size(2), q.device);
+}
+
 std::int64_t size_argument(const char* op, const char* arg, nb::handle value) { return to_int(op, arg, value); }
 
 }  // namespace
@@ -52,8 +67,11 @@ void bind_attention(nb::module_& m) {
     options.sinks = args.optional(10);
     options.k_scale = args.optional(11);
     options.v_scale = args.optional(12);
+    TensorView storage;
+    const std::int64_t num_bytes = workspace_bytes(&paged_attention_workspace_size, args[2], args[6].ndim == 1 ? args[6].size(0) : 0);
+    const TensorView* const space = choose_workspace(args.optional(8), num_bytes, args[2], args.stream(), storage);
     args.run([&](Stream s) {
-      paged_attention(args[0], args.optional(1), args[2], args[3], args[4], args[5], args[6], args.optional(7), args.optional(8), options, s);
+      paged_attention(args[0], args.optional(1), args[2], args[3], args[4], args[5], args[6], args.optional(7), space, options, s);
     });
   }, nb::arg("out"), nb::arg("lse").none(), nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("block_tables"), nb::arg("seq_lens"),
      nb::arg("query_start_loc").none(), nb::arg("workspace").none(), nb::arg("scale").none(), nb::arg("causal"), nb::arg("window").none(),
@@ -73,8 +91,12 @@ void bind_attention(nb::module_& m) {
     options.sinks = args.optional(9);
     options.k_scale = args.optional(10);
     options.v_scale = args.optional(11);
+    TensorView storage;
+    const TensorView* const loc = args.optional(5);
+    const std::int64_t num_bytes = workspace_bytes(&attention_workspace_size, args[2], loc == nullptr ? 1 : loc->ndim == 1 ? loc->size(0) - 1 : 0);
+    const TensorView* const space = choose_workspace(args.optional(7), num_bytes, args[2], args.stream(), storage);
     args.run([&](Stream s) {
-      attention(args[0], args.optional(1), args[2], args[3], args[4], args.optional(5), args.optional(6), args.optional(7), options, s);
+      attention(args[0], args.optional(1), args[2], args[3], args[4], args.optional(5), args.optional(6), space, options, s);
     });
   }, nb::arg("out"), nb::arg("lse").none(), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("query_start_loc").none(),
      nb::arg("kv_start_loc").none(), nb::arg("workspace").none(), nb::arg("scale").none(), nb::arg("causal"), nb::arg("window").none(),

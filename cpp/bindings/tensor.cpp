@@ -183,6 +183,8 @@ void bind_tensor(nb::module_& m) {
       .def("__dlpack__", &dlpack, nb::kw_only(), nb::arg("stream") = nb::none(), nb::arg("max_version") = nb::none(),
            nb::arg("dl_device") = nb::none(), nb::arg("copy") = nb::none(),
            "The capsule. The memory's last writer is the caller's to order: the tensor itself is on no stream.");
+  m.def("dtype_name", [](nb::handle dtype) { return name(to_dtype("dtype_name", "dtype", dtype)); }, nb::arg("dtype"),
+        "The name of a dtype, given as a name or as a framework's dtype.");
   m.def("empty", &empty, nb::arg("shape"), nb::arg("dtype"), nb::arg("device"), nb::arg("pinned") = false,
         "A new tensor with undefined contents. Raises MemoryError when the memory cannot be had.");
 }

@@ -1,4 +1,4 @@
-"""Allocates outputs and workspace in the caller's own framework.
+"""Allocates outputs in the caller's own framework.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -16,15 +16,14 @@ from quire import _core
 #: Any tensor with ``__dlpack__``: NumPy, CuPy, PyTorch, JAX, quire.Tensor, ...
 Array = Any
 
-_workspaces: dict[tuple[str, int], list[_core.Tensor]] = {}
-
 
 def framework_of(x: Array) -> str:
     """The root module of a tensor's type: "numpy", "torch", "cupy", "jax", "jaxlib", "quire", ..."""
     return type(x).__module__.partition(".")[0]
 
 
-def _numpy_dtype(name: str) -> Any:
+def numpy_dtype(name: str) -> Any:
+    """NumPy's dtype of a name; bfloat16 and float8 come from ml_dtypes."""
     if name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
         import ml_dtypes
 
@@ -45,7 +44,7 @@ def empty(like: Array, shape: Sequence[int], dtype: str | None = None) -> Array:
     """
     shape = tuple(int(n) for n in shape)
     if type(like) is np.ndarray:
-        return np.empty(shape, like.dtype if dtype is None else _numpy_dtype(dtype))
+        return np.empty(shape, like.dtype if dtype is None else numpy_dtype(dtype))
     framework = framework_of(like)
     if "torch" in sys.modules and isinstance(like, sys.modules["torch"].Tensor):
         torch = sys.modules["torch"]
@@ -53,7 +52,7 @@ def empty(like: Array, shape: Sequence[int], dtype: str | None = None) -> Array:
     if framework == "cupy":
         cupy = sys.modules["cupy"]
         with like.device:
-            return cupy.empty(shape, like.dtype if dtype is None else _numpy_dtype(dtype))
+            return cupy.empty(shape, like.dtype if dtype is None else numpy_dtype(dtype))
     if framework == "quire":
         return _core.empty(shape, like.dtype if dtype is None else dtype, like.device)
     if framework in ("jax", "jaxlib"):
@@ -77,17 +76,16 @@ def finish(out: Array, like: Array) -> Array:
     return out
 
 
-def workspace(num_bytes: int, device: str, stream: object) -> _core.Tensor | None:
-    """A grow-only workspace, one per device and stream. None for zero bytes.
-
-    Older, smaller workspaces are kept: a captured CUDA graph may still use them. Sizes at least double, so all of them together
-    take less than twice the newest.
-    """
-    if num_bytes == 0:
-        return None
-    key = (device, _core.stream_key(stream))
-    kept = _workspaces.setdefault(key, [])
-    if not kept or kept[-1].nbytes < num_bytes:
-        size = max(num_bytes, 2 * kept[-1].nbytes if kept else 1 << 20)
-        kept.append(_core.empty((size,), "uint8", device))
-    return kept[-1]
+def from_numpy(array: np.ndarray[Any, Any], like: Array) -> Array:
+    """A copy of a NumPy array in the framework and on the device of ``like``."""
+    framework = framework_of(like)
+    if "torch" in sys.modules and isinstance(like, sys.modules["torch"].Tensor):
+        torch = sys.modules["torch"]
+        # torch does not know ml_dtypes: the table travels as float32, which holds every narrower float.
+        return torch.from_numpy(array.astype(np.float32)).to(getattr(torch, array.dtype.name)).to(like.device)
+    if framework == "cupy":
+        with like.device:
+            return sys.modules["cupy"].asarray(array)
+    if framework in ("jax", "jaxlib"):
+        return sys.modules["jax"].device_put(array, like.device)
+    return array.copy()

@@ -1,0 +1,77 @@
+"""quire: kernels for LLM inference on any DLPack tensor, on CPU and CUDA.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from quire._core import (
+    CudaError,
+    Tensor,
+    UnsupportedError,
+    check_errors,
+    cpu_isa,
+    cuda_architectures,
+    empty,
+    has_cuda,
+    num_cuda_devices,
+    num_threads,
+    set_num_threads,
+)
+from quire._core import version as _version
+from quire.activation import (
+    gelu_and_mul,
+    gelu_fast,
+    gelu_new,
+    gelu_quick,
+    gelu_tanh_and_mul,
+    relu_squared,
+    silu_and_mul,
+)
+from quire.attention import (
+    attention,
+    attention_workspace_size,
+    merge_attention,
+    paged_attention,
+    paged_attention_workspace_size,
+)
+from quire.kv_cache import KVCache, copy_blocks, gather_kv, swap_blocks, write_kv
+from quire.norm import fused_add_rms_norm, layer_norm, rms_norm
+from quire.position_encoding import rope_cache, rotary_embedding
+
+__version__ = _version()
+
+__all__ = [
+    "CudaError",
+    "KVCache",
+    "Tensor",
+    "UnsupportedError",
+    "__version__",
+    "attention",
+    "attention_workspace_size",
+    "check_errors",
+    "copy_blocks",
+    "cpu_isa",
+    "cuda_architectures",
+    "empty",
+    "fused_add_rms_norm",
+    "gather_kv",
+    "gelu_and_mul",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_quick",
+    "gelu_tanh_and_mul",
+    "has_cuda",
+    "layer_norm",
+    "merge_attention",
+    "num_cuda_devices",
+    "num_threads",
+    "paged_attention",
+    "paged_attention_workspace_size",
+    "relu_squared",
+    "rms_norm",
+    "rope_cache",
+    "rotary_embedding",
+    "set_num_threads",
+    "silu_and_mul",
+    "swap_blocks",
+    "write_kv",
+]

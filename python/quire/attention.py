@@ -1,0 +1,322 @@
+"""Attention over paged and ragged keys and values, and the merge of partial results.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from quire import _core
+from quire._allocate import Array, empty, finish
+
+__all__ = [
+    "attention",
+    "attention_workspace_size",
+    "merge_attention",
+    "paged_attention",
+    "paged_attention_workspace_size",
+]
+
+Window = int | tuple[int, int] | None
+
+
+@overload
+def paged_attention(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    block_tables: Array,
+    seq_lens: Array,
+    *,
+    query_start_loc: Array | None = ...,
+    scale: float | None = ...,
+    causal: bool = ...,
+    window: Window = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Array | None = ...,
+    sinks: Array | None = ...,
+    k_scale: Array | None = ...,
+    v_scale: Array | None = ...,
+    out: Array | None = ...,
+    return_lse: Literal[False] = ...,
+    workspace: Array | None = ...,
+    validate: Literal["shape", "full"] = ...,
+    stream: object = ...,
+) -> Array: ...
+@overload
+def paged_attention(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    block_tables: Array,
+    seq_lens: Array,
+    *,
+    query_start_loc: Array | None = ...,
+    scale: float | None = ...,
+    causal: bool = ...,
+    window: Window = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Array | None = ...,
+    sinks: Array | None = ...,
+    k_scale: Array | None = ...,
+    v_scale: Array | None = ...,
+    out: Array | None = ...,
+    return_lse: Literal[True],
+    workspace: Array | None = ...,
+    validate: Literal["shape", "full"] = ...,
+    stream: object = ...,
+) -> tuple[Array, Array]: ...
+def paged_attention(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    block_tables: Array,
+    seq_lens: Array,
+    *,
+    query_start_loc: Array | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
+    out: Array | None = None,
+    return_lse: bool = False,
+    workspace: Array | None = None,
+    validate: Literal["shape", "full"] = "shape",
+    stream: object = None,
+) -> Array | tuple[Array, Array]:
+    """Attention of every query over its sequence's keys and values in a paged cache: decode, prefill and mixed batches.
+
+    Query ``i`` of a sequence stands at position ``seq_len - q_len + i``. The score of key ``j`` is ``scale * q.k``, then
+    ``softcap * tanh(score / softcap)``, then minus ``alibi_slope * (position - j)``. With ``causal``, keys up to the position are
+    seen; ``window=(left, right)`` limits them to ``[position - left, position + right]``.
+
+    Dimensions: ``num_tokens`` queries of all sequences, ``num_seqs`` sequences, ``num_heads`` query heads, ``num_kv_heads`` (a
+    divisor of num_heads), ``head_dim`` (a multiple of 8 up to 256), ``num_blocks`` of ``block_size`` slots.
+
+    Args:
+        q: ``[num_tokens, num_heads, head_dim]`` float32, float16 or bfloat16, unit inner stride.
+        k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]``, unit inner stride, of q's dtype, float8_e4m3fn,
+            float8_e5m2 or int8.
+        v_cache: As ``k_cache``.
+        block_tables: int32 ``[num_seqs, max_blocks_per_seq]``, unit inner stride. Entries past a sequence's length may hold
+            anything.
+        seq_lens: int32 ``[num_seqs]``: keys of each sequence, those of its queries included.
+        query_start_loc: int32 ``[num_seqs + 1]``: sequence ``s`` has the queries ``[query_start_loc[s], query_start_loc[s + 1])``.
+            None: decode, one query for each sequence.
+        scale: Default ``1 / sqrt(head_dim)``.
+        causal: Whether keys after a query's position are hidden.
+        window: ``(left, right)`` in tokens, negative for no limit; an int is ``left``.
+        softcap: None or 0 for none.
+        alibi_slopes: float32 ``[num_heads]``.
+        sinks: float32 ``[num_heads]``: ``exp(sink)`` joins the softmax's denominator and nothing joins the output.
+        k_scale: float32 ``[1]`` or ``[num_kv_heads]``: a quantized cache is read as ``stored * scale``. None is 1.
+        v_scale: Likewise.
+        out: As ``q``, or None to allocate it in q's framework.
+        return_lse: Also return the log-sum-exp.
+        workspace: uint8 ``[n]`` with n of at least :func:`paged_attention_workspace_size`; None uses a shared one per device
+            and stream.
+        validate: "shape" checks shapes and skips bad index contents on the device, recording them for
+            :func:`quire.check_errors`; "full" checks index contents first, which waits for the device.
+        stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
+
+    Returns:
+        ``out``, or ``(out, lse)`` with lse float32 ``[num_tokens, num_heads]``, natural log. A query that sees no key gives 0 and
+        -inf.
+
+    Raises:
+        ValueError: Shapes, strides, devices or scalars do not fit.
+        TypeError: A dtype does not fit, or an argument is no tensor.
+        IndexError: ``validate="full"`` found an index out of range.
+        quire.UnsupportedError: head_dim, or a size over 32 bits.
+
+    Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention, 2023; Dao, FlashAttention-2, 2023;
+    Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023.
+
+    Example:
+        >>> import numpy as np, quire
+        >>> k_cache = np.zeros((4, 16, 1, 8), np.float32)
+        >>> v_cache = np.ones((4, 16, 1, 8), np.float32)
+        >>> q = np.ones((1, 2, 8), np.float32)
+        >>> tables, lens = np.array([[2, 0]], np.int32), np.array([20], np.int32)
+        >>> quire.paged_attention(q, k_cache, v_cache, tables, lens)[0, 0, :3]
+        array([1., 1., 1.], dtype=float32)
+    """
+    result = empty(q, q.shape) if out is None else out
+    lse = empty(q, q.shape[:2], "float32") if return_lse else None
+    _core.paged_attention(
+        result,
+        lse,
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        workspace,
+        scale,
+        causal,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        k_scale,
+        v_scale,
+        validate,
+        stream,
+    )
+    result = finish(result, q) if out is None else out
+    return (result, finish(lse, q)) if return_lse else result
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    query_start_loc: Array | None = None,
+    kv_start_loc: Array | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
+    out: Array | None = None,
+    return_lse: bool = False,
+    workspace: Array | None = None,
+    validate: Literal["shape", "full"] = "shape",
+    stream: object = None,
+) -> Array | tuple[Array, Array]:
+    """Attention over ragged, unpaged keys and values. Semantics and options are those of :func:`paged_attention`.
+
+    Args:
+        q: ``[num_tokens, num_heads, head_dim]`` float32, float16 or bfloat16, unit inner stride.
+        k: ``[num_kv_tokens, num_kv_heads, head_dim]``, unit inner stride, of q's dtype, float8_e4m3fn, float8_e5m2 or int8.
+        v: As ``k``.
+        query_start_loc: int32 ``[num_seqs + 1]``; None: one sequence.
+        kv_start_loc: int32 ``[num_seqs + 1]``; None: query_start_loc.
+        scale: Default ``1 / sqrt(head_dim)``.
+        causal: Whether keys after a query's position are hidden.
+        window: ``(left, right)`` in tokens, negative for no limit; an int is ``left``.
+        softcap: None or 0 for none.
+        alibi_slopes: float32 ``[num_heads]``.
+        sinks: float32 ``[num_heads]``.
+        k_scale: float32 ``[1]`` or ``[num_kv_heads]``.
+        v_scale: Likewise.
+        out: As ``q``, or None to allocate it in q's framework.
+        return_lse: Also return the log-sum-exp, float32 ``[num_tokens, num_heads]``, natural log.
+        workspace: uint8 ``[n]`` with n of at least :func:`attention_workspace_size`, or None.
+        validate: "shape" or "full".
+        stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
+
+    Returns:
+        ``out``, or ``(out, lse)``.
+
+    Raises:
+        ValueError: Shapes, strides, devices or scalars do not fit.
+        TypeError: A dtype does not fit, or an argument is no tensor.
+        IndexError: ``validate="full"`` found an index out of range.
+        quire.UnsupportedError: head_dim, or a size over 32 bits.
+
+    Example:
+        >>> import numpy as np, quire
+        >>> x = np.ones((3, 2, 8), np.float32)
+        >>> quire.attention(x, x, x).shape
+        (3, 2, 8)
+    """
+    result = empty(q, q.shape) if out is None else out
+    lse = empty(q, q.shape[:2], "float32") if return_lse else None
+    _core.attention(
+        result,
+        lse,
+        q,
+        k,
+        v,
+        query_start_loc,
+        kv_start_loc,
+        workspace,
+        scale,
+        causal,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        k_scale,
+        v_scale,
+        validate,
+        stream,
+    )
+    result = finish(result, q) if out is None else out
+    return (result, finish(lse, q)) if return_lse else result
+
+
+def merge_attention(
+    out_a: Array,
+    lse_a: Array,
+    out_b: Array,
+    lse_b: Array,
+    *,
+    out: Array | None = None,
+    out_lse: Array | None = None,
+    stream: object = None,
+) -> tuple[Array, Array]:
+    """Merges two partial attention results over disjoint keys.
+
+    ``lse = log(exp(lse_a) + exp(lse_b))`` and ``out = out_a * exp(lse_a - lse) + out_b * exp(lse_b - lse)``. The state (0, -inf)
+    is the identity.
+
+    Args:
+        out_a: ``[num_tokens, num_heads, head_dim]`` float32, float16 or bfloat16, unit inner stride.
+        lse_a: float32 ``[num_tokens, num_heads]``, contiguous, natural log.
+        out_b: As ``out_a``.
+        lse_b: As ``lse_a``.
+        out: As ``out_a``, or None to allocate it. May be ``out_a`` or ``out_b``.
+        out_lse: As ``lse_a``, or None to allocate it. May be ``lse_a`` or ``lse_b``.
+        stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
+
+    Returns:
+        ``(out, out_lse)``.
+
+    Raises:
+        ValueError: Shapes, strides or devices do not fit.
+        TypeError: A dtype does not fit, or an argument is no tensor.
+
+    Example:
+        >>> import numpy as np, quire
+        >>> a, b = np.zeros((1, 1, 8), np.float32), np.ones((1, 1, 8), np.float32)
+        >>> out, lse = quire.merge_attention(a, np.zeros((1, 1), np.float32), b, np.zeros((1, 1), np.float32))
+        >>> float(out[0, 0, 0]), round(float(lse[0, 0]), 4)
+        (0.5, 0.6931)
+    """
+    result = empty(out_a, out_a.shape) if out is None else out
+    lse = empty(out_a, out_a.shape[:2], "float32") if out_lse is None else out_lse
+    _core.merge_attention(result, lse, out_a, lse_a, out_b, lse_b, stream)
+    return (
+        finish(result, out_a) if out is None else out,
+        finish(lse, out_a) if out_lse is None else out_lse,
+    )
+
+
+def paged_attention_workspace_size(
+    num_tokens: int, num_seqs: int, num_heads: int, head_dim: int, device: object = "cuda"
+) -> int:
+    """Bytes of workspace for a batch of at most this size on ``device``: 0 on the CPU. It depends on nothing else.
+
+    Raises:
+        ValueError: A count is negative, or head_dim out of range.
+    """
+    return _core.paged_attention_workspace_size(num_tokens, num_seqs, num_heads, head_dim, device)
+
+
+def attention_workspace_size(
+    num_tokens: int, num_seqs: int, num_heads: int, head_dim: int, device: object = "cuda"
+) -> int:
+    """As :func:`paged_attention_workspace_size`, for :func:`attention`."""
+    return _core.attention_workspace_size(num_tokens, num_seqs, num_heads, head_dim, device)

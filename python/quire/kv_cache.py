@@ -1,0 +1,332 @@
+"""The paged KV cache: its memory, and the ops that write, read and move its blocks.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import operator
+
+from quire import _core
+from quire._allocate import Array, empty, finish
+
+__all__ = ["KVCache", "copy_blocks", "gather_kv", "swap_blocks", "write_kv"]
+
+_ITEM_BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int8": 1,
+}
+
+
+def write_kv(
+    k: Array,
+    v: Array,
+    k_cache: Array,
+    v_cache: Array,
+    slot_mapping: Array,
+    *,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
+    stream: object = None,
+) -> None:
+    """Writes token ``t``'s key and value to slot ``slot_mapping[t]`` of the caches.
+
+    A slot is ``block_id * block_size + offset``. Quantized caches store ``saturate(x / scale)``, rounded to nearest even.
+
+    Args:
+        k: ``[num_tokens, num_kv_heads, head_dim]`` float32, float16 or bfloat16, unit inner stride.
+        v: As ``k``.
+        k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]``, unit inner stride: float32, float16, bfloat16,
+            float8_e4m3fn, float8_e5m2 or int8.
+        v_cache: As ``k_cache``.
+        slot_mapping: int32 or int64 ``[num_tokens]``. -1 skips a token; any other value outside the cache is skipped and
+            recorded for :func:`quire.check_errors`.
+        k_scale: float32 ``[1]`` or ``[num_kv_heads]``; None is 1.
+        v_scale: Likewise.
+        stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
+
+    Raises:
+        ValueError: Shapes, strides or devices do not fit, a cache is read-only, or memory overlaps.
+        TypeError: A dtype does not fit, or an argument is no tensor.
+
+    Example:
+        >>> import numpy as np, quire
+        >>> cache = np.zeros((2, 2, 4, 1, 8), np.float32)
+        >>> x = np.ones((1, 1, 8), np.float32)
+        >>> quire.write_kv(x, x, cache[0], cache[1], np.array([5]))
+        >>> float(cache[0, 1, 1].sum())
+        8.0
+    """
+    _core.write_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, stream)
+
+
+def gather_kv(
+    k_cache: Array,
+    v_cache: Array,
+    slot_mapping: Array,
+    *,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
+    out: tuple[Array, Array] | None = None,
+    stream: object = None,
+) -> tuple[Array, Array]:
+    """The reverse of :func:`write_kv`: ``k[t], v[t] = cache[slot_mapping[t]]``, dequantized; a skipped token gives zeros.
+
+    Args:
+        k_cache: As in :func:`write_kv`.
+        v_cache: As ``k_cache``.
+        slot_mapping: As in :func:`write_kv`.
+        k_scale: As in :func:`write_kv`.
+        v_scale: Likewise.
+        out: ``(k, v)``, each ``[num_tokens, num_kv_heads, head_dim]`` float32, float16 or bfloat16. None allocates them in the
+            cache's framework: of its dtype, or float32 for a quantized cache.
+        stream: As in :func:`write_kv`.
+
+    Returns:
+        ``(k, v)``.
+
+    Raises:
+        ValueError: Shapes, strides or devices do not fit.
+        TypeError: A dtype does not fit, or an argument is no tensor.
+
+    Example:
+        >>> import numpy as np, quire
+        >>> cache = np.arange(16, dtype=np.float32).reshape(2, 1, 1, 8)
+        >>> quire.gather_kv(cache, cache, np.array([1, -1]))[0][:, 0, 0]
+        array([8., 0.], dtype=float32)
+    """
+    if out is None:
+        name = str(k_cache.dtype).rpartition(".")[2]
+        dtype = "float32" if _ITEM_BYTES.get(name) == 1 else None
+        shape = (slot_mapping.shape[0], k_cache.shape[2], k_cache.shape[3])
+        k, v = empty(k_cache, shape, dtype), empty(k_cache, shape, dtype)
+    else:
+        k, v = out
+    _core.gather_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, stream)
+    return (finish(k, k_cache), finish(v, k_cache)) if out is None else (k, v)
+
+
+def copy_blocks(cache: Array, pairs: Array, *, stream: object = None) -> None:
+    """Copies whole blocks inside one cache, for copy-on-write: ``cache[pairs[i, 1]] = cache[pairs[i, 0]]``.
+
+    Args:
+        cache: ``[num_blocks, ...]`` of any dtype and of rank 2 to 8.
+        pairs: int32 or int64 ``[num_pairs, 2]`` of (source, destination), on the cache's device. A pair with an index outside the
+            cache is skipped and, unless that index is -1, recorded for :func:`quire.check_errors`. No destination may be the
+            source or the destination of another pair.
+        stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
+
+    Raises:
+        ValueError: Shapes, strides or devices do not fit, or the cache is read-only.
+        TypeError: A dtype does not fit, or an argument is no tensor.
+
+    Example:
+        >>> import numpy as np, quire
+        >>> cache = np.arange(4, dtype=np.float32).reshape(4, 1)
+        >>> quire.copy_blocks(cache, np.array([[3, 0]]))
+        >>> cache[:, 0]
+        array([3., 1., 2., 3.], dtype=float32)
+    """
+    _core.copy_blocks(cache, pairs, stream)
+
+
+def swap_blocks(dst: Array, src: Array, pairs: Array, *, stream: object = None) -> None:
+    """Copies blocks between two caches on any devices, for swapping out and in: ``dst[pairs[i, 1]] = src[pairs[i, 0]]``.
+
+    Adjacent pairs become one transfer.
+
+    Args:
+        dst: ``[num_dst_blocks, ...]``.
+        src: ``[num_src_blocks, ...]`` of dst's dtype and block shape. Pinned host memory moves at the link's rate.
+        pairs: int64 ``[num_pairs, 2]`` of (source, destination), on the CPU.
+        stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
+
+    Raises:
+        ValueError: Shapes or strides do not fit, or dst is read-only.
+        TypeError: A dtype does not fit, or an argument is no tensor.
+        IndexError: A pair is out of range; nothing is copied.
+
+    Example:
+        >>> import numpy as np, quire
+        >>> device, host = np.zeros((4, 2), np.float32), np.ones((2, 2), np.float32)
+        >>> quire.swap_blocks(device, host, np.array([[0, 3], [1, 1]]))
+        >>> device[:, 0]
+        array([0., 1., 0., 1.], dtype=float32)
+    """
+    _core.swap_blocks(dst, src, pairs, stream)
+
+
+class KVCache:
+    """The memory of a paged KV cache: one pool ``[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]``.
+
+    Each layer's K and V go to any framework without a copy, through ``__dlpack__``. The memory lives until the cache and every
+    view of it, in whatever framework, are gone. Its contents start undefined.
+
+    Args:
+        num_layers: Layers, 1 or more.
+        num_blocks: Blocks of each layer, 1 or more.
+        block_size: Slots (tokens) of a block.
+        num_kv_heads: Heads of K and of V.
+        head_dim: Elements of a head.
+        dtype: "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2" or "int8", or a framework's dtype of that name.
+        device: "cpu", "cuda" or "cuda:<index>".
+        pinned: On the CPU: page-locked memory, for :func:`swap_blocks` at the link's rate.
+
+    Raises:
+        MemoryError: The memory cannot be had; the message says how many bytes.
+        ValueError: A size is not positive, or the sizes multiply beyond 64 bits.
+        TypeError: The dtype is none of those.
+
+    Example:
+        >>> import quire
+        >>> cache = quire.KVCache(2, 8, 16, 1, 64, "float32", "cpu")
+        >>> cache.k(0).shape, cache.num_bytes_allocated
+        ((8, 16, 1, 64), 131072)
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: object,
+        device: object = "cpu",
+        *,
+        pinned: bool = False,
+    ) -> None:
+        self._num_bytes = KVCache.num_bytes(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype)
+        shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
+        self._pool = _core.empty(shape, dtype, device, pinned)
+
+    @staticmethod
+    def num_bytes(
+        num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: object
+    ) -> int:
+        """Bytes that a cache of this size takes, without allocating it.
+
+        Raises:
+            ValueError: A size is not positive, or the product does not fit in 63 bits.
+            TypeError: A size is no integer, or the dtype is none that a cache may have.
+        """
+        total = 2 * _item_bytes(dtype)
+        sizes = {
+            "num_layers": num_layers,
+            "num_blocks": num_blocks,
+            "block_size": block_size,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+        }
+        for name, size in sizes.items():
+            try:
+                count = operator.index(size)
+            except TypeError:
+                raise TypeError(f"[KVCache] {name}: expected an integer, got {type(size).__name__}") from None
+            if count < 1:
+                raise ValueError(f"[KVCache] {name}: expected 1 or more, got {count}")
+            total *= count
+        if total >= 2**63:
+            raise ValueError(f"[KVCache] num_bytes: expected a size that fits in 64 bits, got {total}")
+        return total
+
+    @staticmethod
+    def num_blocks_for(
+        num_bytes: int, num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: object
+    ) -> int:
+        """The most blocks that a cache of at most ``num_bytes`` can have; 0 if not even one fits."""
+        return max(0, operator.index(num_bytes)) // KVCache.num_bytes(
+            num_layers, 1, block_size, num_kv_heads, head_dim, dtype
+        )
+
+    def k(self, layer: int) -> _core.Tensor:
+        """Layer's keys, ``[num_blocks, block_size, num_kv_heads, head_dim]``. Raises IndexError for a layer out of range."""
+        return self._pool[layer, 0]
+
+    def v(self, layer: int) -> _core.Tensor:
+        """Layer's values, as :meth:`k`."""
+        return self._pool[layer, 1]
+
+    def layer(self, layer: int) -> _core.Tensor:
+        """Layer's K and V in one tensor, ``[2, num_blocks, block_size, num_kv_heads, head_dim]``."""
+        return self._pool[layer]
+
+    @property
+    def pool(self) -> _core.Tensor:
+        """The whole pool, ``[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]``."""
+        return self._pool
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the cache."""
+        return self._pool.shape[0]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of each layer."""
+        return self._pool.shape[2]
+
+    @property
+    def block_size(self) -> int:
+        """Slots (tokens) of a block."""
+        return self._pool.shape[3]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of K and of V."""
+        return self._pool.shape[4]
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a head."""
+        return self._pool.shape[5]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype's name."""
+        return self._pool.dtype
+
+    @property
+    def device(self) -> str:
+        """ "cpu" or "cuda:<index>"."""
+        return self._pool.device
+
+    @property
+    def num_bytes_allocated(self) -> int:
+        """Bytes of the pool."""
+        return self._num_bytes
+
+    def copy_blocks(self, pairs: Array, *, stream: object = None) -> None:
+        """Copies blocks of every layer's K and V, as :func:`copy_blocks`."""
+        for layer in range(self.num_layers):
+            copy_blocks(self.k(layer), pairs, stream=stream)
+            copy_blocks(self.v(layer), pairs, stream=stream)
+
+    def swap_blocks_from(self, src: KVCache, pairs: Array, *, stream: object = None) -> None:
+        """Copies blocks of every layer's K and V from another cache, as :func:`swap_blocks`.
+
+        Raises:
+            ValueError: The caches differ in layers, block shape or dtype.
+        """
+        if src.num_layers != self.num_layers:
+            raise ValueError(f"[KVCache] src: expected {self.num_layers} layers, got {src.num_layers}")
+        for layer in range(self.num_layers):
+            swap_blocks(self.k(layer), src.k(layer), pairs, stream=stream)
+            swap_blocks(self.v(layer), src.v(layer), pairs, stream=stream)
+
+    def __repr__(self) -> str:
+        return (
+            f"quire.KVCache(num_layers={self.num_layers}, num_blocks={self.num_blocks}, block_size={self.block_size}, "
+            f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, dtype={self.dtype!r}, device={self.device!r})"
+        )
+
+
+def _item_bytes(dtype: object) -> int:
+    name = _core.dtype_name(dtype)
+    if name not in _ITEM_BYTES:
+        raise TypeError(f"[KVCache] dtype: expected one of {', '.join(_ITEM_BYTES)}, got {name}")
+    return _ITEM_BYTES[name]
