@@ -14,7 +14,7 @@ void bind(nb::module_& m, const char* op, ActivationOp function) {
   m.def(op, [op, function](nb::handle out, nb::handle x, nb::handle stream) {
     Args args(op, stream, {{out, "out", Access::kWrite}, {x, "x"}});
     args.run([&](Stream s) { function(args[0], args[1], s); });
-  }, nb::arg("out"), nb::arg("x"), nb::arg("stream").none());
+  }, nb::arg("out").none(), nb::arg("x").none(), nb::arg("stream").none());
 }
 
 }  // namespace

@@ -73,10 +73,10 @@ void bind_attention(nb::module_& m) {
     args.run([&](Stream s) {
       paged_attention(args[0], args.optional(1), args[2], args[3], args[4], args[5], args[6], args.optional(7), space, options, s);
     });
-  }, nb::arg("out"), nb::arg("lse").none(), nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("block_tables"), nb::arg("seq_lens"),
-     nb::arg("query_start_loc").none(), nb::arg("workspace").none(), nb::arg("scale").none(), nb::arg("causal"), nb::arg("window").none(),
+  }, nb::arg("out").none(), nb::arg("lse").none(), nb::arg("q").none(), nb::arg("k_cache").none(), nb::arg("v_cache").none(), nb::arg("block_tables").none(), nb::arg("seq_lens").none(),
+     nb::arg("query_start_loc").none(), nb::arg("workspace").none(), nb::arg("scale").none(), nb::arg("causal").none(), nb::arg("window").none(),
      nb::arg("softcap").none(), nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("k_scale").none(), nb::arg("v_scale").none(),
-     nb::arg("validate"), nb::arg("stream").none());
+     nb::arg("validate").none(), nb::arg("stream").none());
 
   m.def("attention", [](nb::handle out, nb::handle lse, nb::handle q, nb::handle k, nb::handle v, nb::handle query_start_loc,
                         nb::handle kv_start_loc, nb::handle workspace, nb::handle scale, nb::handle causal, nb::handle window, nb::handle softcap,
@@ -98,22 +98,22 @@ void bind_attention(nb::module_& m) {
     args.run([&](Stream s) {
       attention(args[0], args.optional(1), args[2], args[3], args[4], args.optional(5), args.optional(6), space, options, s);
     });
-  }, nb::arg("out"), nb::arg("lse").none(), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("query_start_loc").none(),
-     nb::arg("kv_start_loc").none(), nb::arg("workspace").none(), nb::arg("scale").none(), nb::arg("causal"), nb::arg("window").none(),
+  }, nb::arg("out").none(), nb::arg("lse").none(), nb::arg("q").none(), nb::arg("k").none(), nb::arg("v").none(), nb::arg("query_start_loc").none(),
+     nb::arg("kv_start_loc").none(), nb::arg("workspace").none(), nb::arg("scale").none(), nb::arg("causal").none(), nb::arg("window").none(),
      nb::arg("softcap").none(), nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("k_scale").none(), nb::arg("v_scale").none(),
-     nb::arg("validate"), nb::arg("stream").none());
+     nb::arg("validate").none(), nb::arg("stream").none());
 
   m.def("merge_attention", [](nb::handle out, nb::handle out_lse, nb::handle out_a, nb::handle lse_a, nb::handle out_b, nb::handle lse_b, nb::handle stream) {
     Args args("merge_attention", stream,
               {{out, "out", Access::kWrite}, {out_lse, "out_lse", Access::kWrite, true}, {out_a, "out_a"}, {lse_a, "lse_a"}, {out_b, "out_b"}, {lse_b, "lse_b"}});
     args.run([&](Stream s) { merge_attention(args[0], args.optional(1), args[2], args[3], args[4], args[5], s); });
-  }, nb::arg("out"), nb::arg("out_lse").none(), nb::arg("out_a"), nb::arg("lse_a"), nb::arg("out_b"), nb::arg("lse_b"), nb::arg("stream").none());
+  }, nb::arg("out").none(), nb::arg("out_lse").none(), nb::arg("out_a").none(), nb::arg("lse_a").none(), nb::arg("out_b").none(), nb::arg("lse_b").none(), nb::arg("stream").none());
 
   const auto bind_size = [&](const char* op, auto function) {
     m.def(op, [op, function](nb::handle num_tokens, nb::handle num_seqs, nb::handle num_heads, nb::handle head_dim, nb::handle device) {
       return function(size_argument(op, "num_tokens", num_tokens), size_argument(op, "num_seqs", num_seqs), size_argument(op, "num_heads", num_heads),
                       size_argument(op, "head_dim", head_dim), to_device(op, device));
-    }, nb::arg("num_tokens"), nb::arg("num_seqs"), nb::arg("num_heads"), nb::arg("head_dim"), nb::arg("device"));
+    }, nb::arg("num_tokens").none(), nb::arg("num_seqs").none(), nb::arg("num_heads").none(), nb::arg("head_dim").none(), nb::arg("device").none());
   };
   bind_size("paged_attention_workspace_size", &paged_attention_workspace_size);
   bind_size("attention_workspace_size", &attention_workspace_size);

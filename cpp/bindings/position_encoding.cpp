@@ -17,7 +17,7 @@ void bind_position_encoding(nb::module_& m) {
     Args args("rotary_embedding", stream,
               {{positions, "positions"}, {q, "q", Access::kWrite}, {k, "k", Access::kWrite, true}, {cos_sin_cache, "cos_sin_cache"}});
     args.run([&](Stream s) { rotary_embedding(args[0], args[1], args.optional(2), args[3], rope_style, s); });
-  }, nb::arg("positions"), nb::arg("q"), nb::arg("k").none(), nb::arg("cos_sin_cache"), nb::arg("style"), nb::arg("stream").none());
+  }, nb::arg("positions").none(), nb::arg("q").none(), nb::arg("k").none(), nb::arg("cos_sin_cache").none(), nb::arg("style").none(), nb::arg("stream").none());
 }
 
 }  // namespace quire::bindings

@@ -42,11 +42,10 @@ void bind_runtime(nb::module_& m) {
     const nb::gil_scoped_release release;
     check_errors(d);
   }, nb::arg("device"), "Raises IndexError if an op on the device met an index value out of range since the last call.");
-  m.def("import_tensors", [](nb::args tensors, nb::handle stream) {
-    if (tensors.size() != 6) throw std::invalid_argument("[import_tensors] tensors: expected 6, got " + std::to_string(tensors.size()));
-    const Args args("import_tensors", stream,
-                    {{tensors[0], "0"}, {tensors[1], "1"}, {tensors[2], "2"}, {tensors[3], "3"}, {tensors[4], "4"}, {tensors[5], "5"}});
-  }, nb::arg("tensors"), nb::arg("stream") = nb::none(), "Imports six tensors and drops them: what the border costs.");
+  m.def("import_tensors", [](nb::handle a, nb::handle b, nb::handle c, nb::handle d, nb::handle e, nb::handle f) {
+    const Args args("import_tensors", nb::none(), {{a, "a"}, {b, "b"}, {c, "c"}, {d, "d"}, {e, "e"}, {f, "f"}});
+  }, nb::arg("a").none(), nb::arg("b").none(), nb::arg("c").none(), nb::arg("d").none(), nb::arg("e").none(), nb::arg("f").none(),
+     "Imports six tensors and drops them: what the border costs.");
 }
 
 }  // namespace quire::bindings

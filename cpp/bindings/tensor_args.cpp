@@ -38,10 +38,18 @@ const Names& names() {
   return *instance;
 }
 
+// The C functions behind a tensor type's `requires_grad` and `is_neg`. Null where the type has none, or they cannot be called directly.
+struct AutogradFlags {
+  getter requires_grad = nullptr;
+  void* requires_grad_closure = nullptr;
+  PyCFunction is_neg = nullptr;
+};
+
 struct TypeInfo {
   PyTypeObject* type;
   Kind kind;
-  const DLPackExchangeAPI* api;
+  const DLPackExchangeAPI* api = nullptr;
+  AutogradFlags flags{};
 };
 
 const DLPackExchangeAPI* exchange_api_of(PyTypeObject* type) {
@@ -67,16 +75,38 @@ std::string type_text(nb::handle type, const char* attribute) {
   return nb::isinstance<nb::str>(value) ? std::string(nb::str(value).c_str()) : std::string();
 }
 
+// Finds them in the base type that defines them, unless a subclass has its own. Two attribute look-ups a tensor cost more than the rest
+// of its import, so they are made once a type.
+AutogradFlags autograd_flags(nb::handle type) {
+  AutogradFlags flags;
+  const nb::object own_grad = nb::getattr(type, "requires_grad", nb::none()), own_neg = nb::getattr(type, "is_neg", nb::none());
+  for (const nb::handle base : nb::borrow<nb::tuple>(nb::getattr(type, "__mro__", nb::tuple()))) {
+    auto* const base_type = reinterpret_cast<PyTypeObject*>(base.ptr());
+    auto* getset = static_cast<PyGetSetDef*>(PyType_GetSlot(base_type, Py_tp_getset));
+    for (; getset != nullptr && getset->name != nullptr; ++getset)
+      if (std::strcmp(getset->name, "requires_grad") == 0 && nb::getattr(base, "requires_grad", nb::none()).is(own_grad)) {
+        flags.requires_grad = getset->get;
+        flags.requires_grad_closure = getset->closure;
+      }
+    auto* method = static_cast<PyMethodDef*>(PyType_GetSlot(base_type, Py_tp_methods));
+    for (; method != nullptr && method->ml_name != nullptr; ++method)
+      if (std::strcmp(method->ml_name, "is_neg") == 0 && method->ml_flags == METH_NOARGS && nb::getattr(base, "is_neg", nb::none()).is(own_neg))
+        flags.is_neg = method->ml_meth;
+  }
+  PyErr_Clear();
+  return flags;
+}
+
 TypeInfo classify(PyTypeObject* type) {
   const nb::handle handle(reinterpret_cast<PyObject*>(type));
-  if (handle.is(nb::type<Tensor>())) return {type, Kind::kQuire, nullptr};
-  if (const DLPackExchangeAPI* api = exchange_api_of(type)) return {type, Kind::kExchange, api};
+  if (handle.is(nb::type<Tensor>())) return {type, Kind::kQuire};
+  if (const DLPackExchangeAPI* api = exchange_api_of(type)) return {type, Kind::kExchange, api, autograd_flags(handle)};
   const std::string module = type_text(handle, "__module__"), name = type_text(handle, "__name__");
-  if (module == "numpy" && name == "ndarray") return {type, Kind::kNumPy, nullptr};
-  if (starts_with(module, "cupy")) return {type, Kind::kCuPy, nullptr};
-  if (starts_with(module, "jax")) return {type, Kind::kJax, nullptr};
+  if (module == "numpy" && name == "ndarray") return {type, Kind::kNumPy};
+  if (starts_with(module, "cupy")) return {type, Kind::kCuPy};
+  if (starts_with(module, "jax")) return {type, Kind::kJax};
   const bool tensor = PyObject_HasAttr(handle.ptr(), names().dlpack) != 0 && PyObject_HasAttr(handle.ptr(), names().dlpack_device) != 0;
-  return {type, tensor ? Kind::kProtocol : Kind::kNotATensor, nullptr};
+  return {type, tensor ? Kind::kProtocol : Kind::kNotATensor};
 }
 
 // Types met so far. A handful in a process; the references are kept for ever, so that no address is reused.
@@ -270,7 +300,7 @@ class Importer {
     kinds_[i] = info.kind;
     switch (info.kind) {
       case Kind::kQuire: import_quire(tensor, i); break;
-      case Kind::kExchange: import_exchange(tensor, i, info.api); break;
+      case Kind::kExchange: import_exchange(tensor, i, info); break;
       case Kind::kNumPy: import_host_protocol(tensor, i, false); break;
       case Kind::kCuPy:
       case Kind::kJax:
@@ -299,7 +329,7 @@ class Importer {
 
   void finish(const TensorArg& tensor, std::size_t i) {
     args_.present_[i] = true;
-    const TensorView& view = args_.views_[i];
+    const TensorView& view = args_.views_[i].get();
     if (view.device.type == DeviceType::kCUDA) note_device(view.device.index);
     if (tensor.access == Access::kWrite && view.read_only) {
       if (kinds_[i] == Kind::kJax)
@@ -310,37 +340,35 @@ class Importer {
     }
   }
 
-  void import_quire(const TensorArg& tensor, std::size_t i) { args_.views_[i] = nb::inst_ptr<Tensor>(tensor.object)->view; }
+  void import_quire(const TensorArg& tensor, std::size_t i) { args_.views_[i].emplace() = nb::inst_ptr<Tensor>(tensor.object)->view; }
 
-  void import_exchange(const TensorArg& tensor, std::size_t i, const DLPackExchangeAPI* api) {
+  void import_exchange(const TensorArg& tensor, std::size_t i, const TypeInfo& info) {
     PyObject* const object = tensor.object.ptr();
+    const DLPackExchangeAPI* const api = info.api;
     DLTensor t;
     if (api->dltensor_from_py_object_no_sync(object, &t) != 0) throw_torch_refusal(args_.op_, tensor.name, tensor.object, take_python_error());
-    check_torch_flags(tensor);
+    check_autograd_flags(tensor, info.flags);
     if (t.data == nullptr && truthy_attribute(tensor.object, "is_meta"))
       throw TypeError(message(args_.op_, tensor.name, "a tensor with data", "a meta tensor; materialize it first"));
-    fill_view(args_.op_, tensor.name, t, false, args_.views_[i]);
-    if (args_.views_[i].device.type == DeviceType::kCUDA) exchange_ = api;
+    fill_view(args_.op_, tensor.name, t, false, args_.views_[i].emplace());
+    if (args_.views_[i].get().device.type == DeviceType::kCUDA) exchange_ = api;
   }
 
   // The exchange API looks at neither of these, and both change what the bytes mean.
-  void check_torch_flags(const TensorArg& tensor) {
+  void check_autograd_flags(const TensorArg& tensor, const AutogradFlags& flags) {
     PyObject* const object = tensor.object.ptr();
-    PyObject* const grad = PyObject_GetAttr(object, names().requires_grad);
-    if (grad == nullptr) {
-      PyErr_Clear();
-      return;
-    }
-    Py_DECREF(grad);
+    PyObject* const grad = flags.requires_grad != nullptr ? flags.requires_grad(object, flags.requires_grad_closure)
+                                                          : PyObject_GetAttr(object, names().requires_grad);
+    if (grad == nullptr) PyErr_Clear();
+    Py_XDECREF(grad);
     if (grad == Py_True)
       throw std::invalid_argument(
           message(args_.op_, tensor.name, "a tensor outside autograd (quire is for inference)", "one with requires_grad; call .detach() first"));
-    PyObject* const negated = PyObject_VectorcallMethod(names().is_neg, &object, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
-    if (negated == nullptr) {
-      PyErr_Clear();
-      return;
-    }
-    Py_DECREF(negated);
+    PyObject* const negated = flags.is_neg != nullptr
+                                  ? flags.is_neg(object, nullptr)
+                                  : PyObject_VectorcallMethod(names().is_neg, &object, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+    if (negated == nullptr) PyErr_Clear();
+    Py_XDECREF(negated);
     if (negated == Py_True)
       throw std::invalid_argument(
           message(args_.op_, tensor.name, "a tensor whose memory holds its values", "a lazily negated one; call .resolve_neg() first"));
@@ -376,10 +404,10 @@ class Importer {
       const auto* managed = static_cast<const DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
       if (managed->version.major != DLPACK_MAJOR_VERSION)
         throw TypeError(message(args_.op_, tensor.name, "DLPack version 1", "version " + std::to_string(managed->version.major)));
-      fill_view(args_.op_, tensor.name, managed->dl_tensor, jax || (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0, args_.views_[i]);
+      fill_view(args_.op_, tensor.name, managed->dl_tensor, jax || (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0, args_.views_[i].emplace());
     } else if (PyCapsule_IsValid(capsule, "dltensor")) {
       const auto* managed = static_cast<const DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
-      fill_view(args_.op_, tensor.name, managed->dl_tensor, jax, args_.views_[i]);
+      fill_view(args_.op_, tensor.name, managed->dl_tensor, jax, args_.views_[i].emplace());
     } else {
       throw TypeError(message(args_.op_, tensor.name, "a DLPack capsule from __dlpack__", object_type(nb::handle(capsule))));
     }
@@ -415,7 +443,7 @@ class Importer {
     if (managed == nullptr) throw nb::python_error();
     DLTensor t = managed->dl_tensor;
     t.dtype = to_dlpack(dtype);
-    fill_view(args_.op_, tensor.name, t, (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0, args_.views_[i]);
+    fill_view(args_.op_, tensor.name, t, (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0, args_.views_[i].emplace());
     return true;
   }
 
@@ -614,7 +642,7 @@ Device to_device(const char* op, nb::handle value) {
     const nb::object type = nb::getattr(value, "type", nb::none());
     const nb::object index = nb::getattr(value, "index", nb::none());
     if (nb::isinstance<nb::str>(type)) text = nb::str(type).c_str();
-    if (nb::isinstance<nb::int_>(index)) text += ":" + std::string(nb::str(index).c_str());
+    if (nb::isinstance<nb::int_>(index)) text.append(1, ':').append(nb::str(index).c_str());
   }
   if (text == "cpu" || text == "cpu:0") return Device{};
   if (text == "cuda") return Device{DeviceType::kCUDA, 0};

@@ -8,6 +8,7 @@
 #include <array>
 #include <cstddef>
 #include <initializer_list>
+#include <new>
 #include <optional>
 #include <string>
 
@@ -43,9 +44,9 @@ class Args {
   Args(const Args&) = delete;
   Args& operator=(const Args&) = delete;
 
-  const TensorView& operator[](std::size_t i) const { return views_[i]; }
+  const TensorView& operator[](std::size_t i) const { return views_[i].get(); }
   /// Null where None was passed.
-  const TensorView* optional(std::size_t i) const { return present_[i] ? &views_[i] : nullptr; }
+  const TensorView* optional(std::size_t i) const { return present_[i] ? &views_[i].get() : nullptr; }
 
   /// The stream that run() will use.
   Stream stream() const { return stream_; }
@@ -63,11 +64,22 @@ class Args {
  private:
   friend class Importer;
 
+  // Room for a view that is not zeroed before it is filled: a call uses few of the sixteen.
+  class Slot {
+   public:
+    TensorView& get() { return *std::launder(reinterpret_cast<TensorView*>(storage_)); }
+    const TensorView& get() const { return *std::launder(reinterpret_cast<const TensorView*>(storage_)); }
+    TensorView& emplace() { return *new (storage_) TensorView(); }
+
+   private:
+    alignas(TensorView) std::byte storage_[sizeof(TensorView)];
+  };
+
   void after_launch();
 
   const char* op_;
   std::size_t count_ = 0;
-  std::array<TensorView, kMaxTensors> views_;
+  std::array<Slot, kMaxTensors> views_;
   std::array<bool, kMaxTensors> present_{};
   std::array<PyObject*, kMaxTensors> owners_{};  // capsules that keep imported memory alive during the call
   Stream stream_ = Stream::legacy_default();

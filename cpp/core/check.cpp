@@ -19,7 +19,9 @@ std::string shape_text(const std::int64_t* shape, std::size_t ndim) {
 }
 
 std::string strides_text(const TensorView& t) {
-  return "strides " + shape_text(t.strides.data(), static_cast<std::size_t>(t.ndim)) + " for shape " +
+  std::string strides = "[";
+  for (int i = 0; i < t.ndim; ++i) strides += (i > 0 ? ", " : "") + std::to_string(t.stride(i));
+  return "strides " + strides + "] for shape " +
          shape_text(t.shape.data(), static_cast<std::size_t>(t.ndim));
 }
 
