@@ -58,7 +58,15 @@ struct Mask {
 QUIRE_INLINE Bits bits(Vec a) { return {(NativeU)a.v}; }
 QUIRE_INLINE Vec from_bits(Bits a) { return {(NativeF)a.v}; }
 
-QUIRE_INLINE Vec set1(float x) { return {NativeF{} + x}; }
+QUIRE_INLINE Vec set1(float x) {
+#if QUIRE_ISA_LEVEL >= 2
+  return {_mm512_set1_ps(x)};
+#elif QUIRE_ISA_LEVEL == 1
+  return {_mm256_set1_ps(x)};
+#else
+  return {NativeF{x, x, x, x}};
+#endif
+}
 QUIRE_INLINE Bits set1_bits(std::uint32_t x) { return {NativeU{} + x}; }
 QUIRE_INLINE Vec zero() { return {NativeF{}}; }
 
@@ -308,9 +316,14 @@ QUIRE_INLINE void copy_items(void* dst, const void* src, int n) {
 }
 #endif
 
-#if QUIRE_ISA_LEVEL == 0
-typedef std::uint16_t Native16 __attribute__((vector_size(kLanes * 2)));
-typedef std::uint8_t Native8 __attribute__((vector_size(kLanes)));
+/// kLanes words of 16 bits.
+#if QUIRE_ISA_LEVEL >= 2
+typedef __m256i Packed16;
+#elif QUIRE_ISA_LEVEL == 1
+typedef __m128i Packed16;
+#else
+typedef std::uint16_t Packed16 __attribute__((vector_size(kLanes * 2)));
+typedef std::uint8_t Packed8 __attribute__((vector_size(kLanes)));
 #endif
 
 QUIRE_INLINE Bits load32(const void* p) {
@@ -352,7 +365,7 @@ QUIRE_INLINE Bits load16(const void* p) {
 #elif QUIRE_ISA_LEVEL == 1
   return {(NativeU)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
 #else
-  Native16 r;
+  Packed16 r;
   __builtin_memcpy(&r, p, sizeof(r));
   return {__builtin_convertvector(r, NativeU)};
 #endif
@@ -368,29 +381,23 @@ QUIRE_INLINE Bits load16(const void* p, int n) {
 #endif
 }
 
-#if QUIRE_ISA_LEVEL == 1
-// The low half of each word; words must be below 2^16.
-QUIRE_INLINE __m128i narrow16(Bits a) {
+/// The low half of each word; words must be below 2^16.
+QUIRE_INLINE Packed16 narrow16(Bits a) {
+#if QUIRE_ISA_LEVEL >= 2
+  return _mm512_cvtepi32_epi16((__m512i)a.v);
+#elif QUIRE_ISA_LEVEL == 1
   const __m256i packed = _mm256_packus_epi32((__m256i)a.v, (__m256i)a.v);
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
-}
-#endif
-
-/// Words must be below 2^16.
-QUIRE_INLINE void store16(void* p, Bits a) {
-#if QUIRE_ISA_LEVEL >= 2
-  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)a.v));
-#elif QUIRE_ISA_LEVEL == 1
-  _mm_storeu_si128(static_cast<__m128i*>(p), narrow16(a));
 #else
-  const Native16 r = __builtin_convertvector(a.v, Native16);
-  __builtin_memcpy(p, &r, sizeof(r));
+  return __builtin_convertvector(a.v, Packed16);
 #endif
 }
 
-QUIRE_INLINE void store16(void* p, Bits a, int n) {
+QUIRE_INLINE void store16(void* p, Packed16 a) { __builtin_memcpy(p, &a, sizeof(a)); }
+
+QUIRE_INLINE void store16(void* p, Packed16 a, int n) {
 #if QUIRE_ISA_LEVEL >= 2
-  _mm256_mask_storeu_epi16(p, first_lanes(n).m, _mm512_cvtepi32_epi16((__m512i)a.v));
+  _mm256_mask_storeu_epi16(p, first_lanes(n).m, a);
 #else
   std::uint16_t buffer[kLanes];
   store16(buffer, a);
@@ -405,7 +412,7 @@ QUIRE_INLINE Bits load8(const void* p) {
 #elif QUIRE_ISA_LEVEL == 1
   return {(NativeU)_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)))};
 #else
-  Native8 r;
+  Packed8 r;
   __builtin_memcpy(&r, p, sizeof(r));
   return {__builtin_convertvector(r, NativeU)};
 #endif
@@ -429,7 +436,7 @@ QUIRE_INLINE void store8(void* p, Bits a) {
   const __m128i words = narrow16(a);
   _mm_storel_epi64(static_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 #else
-  const Native8 r = __builtin_convertvector(a.v, Native8);
+  const Packed8 r = __builtin_convertvector(a.v, Packed8);
   __builtin_memcpy(p, &r, sizeof(r));
 #endif
 }
@@ -465,12 +472,8 @@ QUIRE_INLINE Vec half_to_float(Bits a) {
 #endif
 }
 
+#if QUIRE_ISA_LEVEL == 0
 QUIRE_INLINE Bits float_to_half(Vec a) {
-#if QUIRE_ISA_LEVEL >= 2
-  return {(NativeU)_mm512_cvtepu16_epi32(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
-#elif QUIRE_ISA_LEVEL == 1
-  return {(NativeU)_mm256_cvtepu16_epi32(_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
-#else
   const Bits u = bits(a);
   const Bits magnitude = u & set1_bits(0x7fffffffu);
   const Bits sign = shift_right<16>(u) & set1_bits(0x8000u);
@@ -482,14 +485,34 @@ QUIRE_INLINE Bits float_to_half(Vec a) {
   r = select(less_signed(magnitude, set1_bits(0x477ff000u)), r, set1_bits(0x7c00u));
   r = select(less_signed(set1_bits(0x7f800000u), magnitude), set1_bits(0x7e00u), r);
   return sign | r;
-#endif
 }
+#endif
 
 QUIRE_INLINE Bits float_to_bfloat16(Vec a) {
-  // vcvtneps2bf16 is not used: it takes subnormals for zero.
   const Bits u = bits(a);
   const Bits rounded = u + set1_bits(0x7fffu) + (shift_right<16>(u) & set1_bits(1u));
   return shift_right<16>(select(is_nan(a), u | set1_bits(0x00400000u), rounded));
+}
+
+/// kLanes rounded elements, packed; the first argument only selects the type.
+QUIRE_INLINE Packed16 pack(const BFloat16*, Vec a) {
+#if QUIRE_ISA_LEVEL >= 2
+  // vcvtneps2bf16 takes subnormals for zero.
+  constexpr int kSubnormalClass = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(a.v, kSubnormalClass) != 0, 0)) return narrow16(float_to_bfloat16(a));
+  return (__m256i)_mm512_cvtneps_pbh(a.v);
+#else
+  return narrow16(float_to_bfloat16(a));
+#endif
+}
+QUIRE_INLINE Packed16 pack(const Half*, Vec a) {
+#if QUIRE_ISA_LEVEL >= 2
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif QUIRE_ISA_LEVEL == 1
+  return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  return narrow16(float_to_half(a));
+#endif
 }
 
 QUIRE_INLINE Vec e4m3_to_float(Bits a) {
@@ -561,24 +584,16 @@ QUIRE_INLINE Vec load(const std::int8_t* p, int n) {
 
 /// Rounds to nearest even. float16 overflows to infinity; fp8 and int8 saturate; NaN stays NaN, and is 0 in int8.
 QUIRE_INLINE void store(float* p, Vec a) { detail::store32(p, bits(a)); }
-QUIRE_INLINE void store(BFloat16* p, Vec a) { detail::store16(p, detail::float_to_bfloat16(a)); }
-QUIRE_INLINE void store(Half* p, Vec a) {
-#if QUIRE_ISA_LEVEL >= 2
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif QUIRE_ISA_LEVEL == 1
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-  detail::store16(p, detail::float_to_half(a));
-#endif
-}
+QUIRE_INLINE void store(BFloat16* p, Vec a) { detail::store16(p, detail::pack(p, a)); }
+QUIRE_INLINE void store(Half* p, Vec a) { detail::store16(p, detail::pack(p, a)); }
 QUIRE_INLINE void store(Float8E4M3FN* p, Vec a) { detail::store8(p, detail::float_to_fp8<3, 7, 0x43e00000u, 0x7fu>(a)); }
 QUIRE_INLINE void store(Float8E5M2* p, Vec a) { detail::store8(p, detail::float_to_fp8<2, 15, 0x47600000u, 0x7eu>(a)); }
 QUIRE_INLINE void store(std::int8_t* p, Vec a) { detail::store8(p, detail::float_to_int8(a)); }
 
 /// The first n lanes, 0 <= n <= kLanes.
 QUIRE_INLINE void store(float* p, Vec a, int n) { detail::store32(p, bits(a), n); }
-QUIRE_INLINE void store(BFloat16* p, Vec a, int n) { detail::store16(p, detail::float_to_bfloat16(a), n); }
-QUIRE_INLINE void store(Half* p, Vec a, int n) { detail::store16(p, detail::float_to_half(a), n); }
+QUIRE_INLINE void store(BFloat16* p, Vec a, int n) { detail::store16(p, detail::pack(p, a), n); }
+QUIRE_INLINE void store(Half* p, Vec a, int n) { detail::store16(p, detail::pack(p, a), n); }
 QUIRE_INLINE void store(Float8E4M3FN* p, Vec a, int n) { detail::store8(p, detail::float_to_fp8<3, 7, 0x43e00000u, 0x7fu>(a), n); }
 QUIRE_INLINE void store(Float8E5M2* p, Vec a, int n) { detail::store8(p, detail::float_to_fp8<2, 15, 0x47600000u, 0x7eu>(a), n); }
 QUIRE_INLINE void store(std::int8_t* p, Vec a, int n) { detail::store8(p, detail::float_to_int8(a), n); }
@@ -596,14 +611,10 @@ QUIRE_INLINE void store_stream(float* p, Vec a) {
 template <typename T>
   requires(sizeof(T) == 2)
 QUIRE_INLINE void store_stream(T* p, Vec a) {
-#if QUIRE_ISA_LEVEL >= 1
-  alignas(32) T rounded[kLanes];
-  store(rounded, a);
-#endif
 #if QUIRE_ISA_LEVEL >= 2
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(rounded));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), detail::pack(p, a));
 #elif QUIRE_ISA_LEVEL == 1
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(rounded));
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), detail::pack(p, a));
 #else
   store(p, a);
 #endif
