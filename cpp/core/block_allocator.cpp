@@ -1605,23 +1605,19 @@ void BlockAllocator::reset_prefix_cache() {
 }
 
 std::vector<BlockEvent> BlockAllocator::take_events() {
-  std::vector<PendingEvent> pending;
-  std::vector<TokenId> tokens;
-  {
-    const Lock lock(impl_->mutex);
-    pending.swap(impl_->events);
-    tokens.swap(impl_->event_tokens);
-  }
+  const Lock lock(impl_->mutex);
   std::vector<BlockEvent> events;
-  events.reserve(pending.size());
-  auto next = tokens.begin();
-  for (const PendingEvent& event : pending) {
+  events.reserve(impl_->events.size());
+  auto next = impl_->event_tokens.begin();
+  for (const PendingEvent& event : impl_->events) {
     events.push_back({event.kind, event.block_id, event.hash, event.parent_hash, {}});
     if (event.kind != BlockEvent::Kind::kStored) continue;
     const auto end = next + static_cast<std::ptrdiff_t>(impl_->bs);
     events.back().token_ids.assign(next, end);
     next = end;
   }
+  impl_->events.clear();
+  impl_->event_tokens.clear();
   return events;
 }
 
