@@ -120,7 +120,8 @@ def rope_cache(
 
 def _powers(dim: int, base: float) -> np.ndarray[Any, Any]:
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    return np.power(np.float64(base), exponents.astype(np.float64)).astype(np.float32)
+    # The base is a float32 too; its power is rounded once.
+    return np.power(np.float64(np.float32(base)), exponents.astype(np.float64)).astype(np.float32)
 
 
 def _parameter(scaling: dict[str, Any], kind: str, name: str) -> float:
@@ -146,8 +147,9 @@ def _inverse_frequencies(
         length = max(max_position, trained)
         if dim == 2:
             raise ValueError("[rope_cache] rotary_dim: expected 4 or more for rope_type 'dynamic', got 2")
-        base = theta * ((factor * length / trained) - (factor - 1)) ** (dim / (dim - 2))
-        return one / _powers(dim, base), 1.0
+        stretch = np.float32(factor * length) / np.float32(trained) - np.float32(factor - 1)
+        power = np.float32(np.power(np.float64(stretch), dim / (dim - 2)))
+        return one / _powers(dim, float(np.float32(theta) * power)), 1.0
     if kind == "yarn":
         return _yarn(dim, max_position, theta, scaling)
     if kind == "longrope":

@@ -1,0 +1,691 @@
+"""paged_attention, attention and merge_attention against float64: every option, on every backend; poison, hostile indices, empties.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from frameworks import Torch, as_float64, np_dtype
+from reference import attention as reference
+from reference import kv_cache
+from tolerances import assert_close, assert_lse_close
+
+import quire
+
+DTYPES = ["float32", "float16", "bfloat16"]
+QUANTIZED = ["float8_e4m3fn", "float8_e5m2", "int8"]
+
+
+def draw(rng, shape, dtype):
+    return rng.standard_normal(shape).astype(np.float32).astype(np_dtype(dtype))
+
+
+def poison(shape, dtype):
+    """NaN in each float dtype; -1 in int8."""
+    return np.full((*shape[:-1], shape[-1] * np_dtype(dtype).itemsize), 0xFF, np.uint8).view(np_dtype(dtype))
+
+
+@dataclasses.dataclass
+class Batch:
+    """A batch in a paged cache: shuffled blocks, and NaN wherever nothing belongs."""
+
+    q: np.ndarray
+    k_cache: np.ndarray
+    v_cache: np.ndarray
+    block_tables: np.ndarray
+    seq_lens: np.ndarray
+    query_start_loc: np.ndarray | None
+    k_scale: np.ndarray | None = None
+    v_scale: np.ndarray | None = None
+
+    @classmethod
+    def make(cls, rng, *, q_lens, kv_lens, heads, kv_heads, dim, block_size, dtype, kv_dtype=None, scales=0, decode=False):
+        kv_dtype = kv_dtype or dtype
+        needed = [-(-n // block_size) for n in kv_lens]
+        num_blocks = sum(needed) + 3
+        width = max([*needed, 1]) + 2
+        order = rng.permutation(num_blocks)
+        # What lies past a sequence's length in its table may be anything.
+        tables = rng.choice(np.array([-1, -7, num_blocks, 2**31 - 1, -(2**31), 0], np.int64), (len(kv_lens), width)).astype(np.int32)
+        shape = (num_blocks, block_size, kv_heads, dim)
+        k_cache, v_cache = poison(shape, kv_dtype), poison(shape, kv_dtype)
+        k_scale = (0.01 + 0.02 * rng.random(scales)).astype(np.float32) if scales else None
+        v_scale = (0.01 + 0.02 * rng.random(scales)).astype(np.float32) if scales else None
+        at = 0
+        for s, length in enumerate(kv_lens):
+            tables[s, : needed[s]] = order[at : at + needed[s]]
+            at += needed[s]
+            slots = np.arange(length)
+            where = tables[s][slots // block_size], slots % block_size
+            for cache, scale in ((k_cache, k_scale), (v_cache, v_scale)):
+                x = rng.standard_normal((length, kv_heads, dim)).astype(np.float32)
+                cache[where] = kv_cache.store(x, scale, kv_dtype) if kv_dtype in QUANTIZED else x.astype(np_dtype(kv_dtype))
+        starts = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
+        return cls(
+            draw(rng, (int(starts[-1]), heads, dim), dtype),
+            k_cache,
+            v_cache,
+            tables,
+            np.asarray(kv_lens, np.int32),
+            None if decode else starts,
+            k_scale,
+            v_scale,
+        )
+
+    def arguments(self, backend):
+        positional = [backend.array(x) for x in (self.q, self.k_cache, self.v_cache, self.block_tables, self.seq_lens)]
+        keywords = {}
+        for name in ("query_start_loc", "k_scale", "v_scale"):
+            value = getattr(self, name)
+            if value is not None:
+                keywords[name] = backend.array(value)
+        return positional, keywords
+
+    def reference(self, **options):
+        def wide(cache, scale):
+            x = as_float64(cache)
+            return x if scale is None else x * scale.astype(np.float64).reshape(1, 1, -1, 1)
+
+        return reference.paged(
+            as_float64(self.q),
+            wide(self.k_cache, self.k_scale),
+            wide(self.v_cache, self.v_scale),
+            self.block_tables,
+            self.seq_lens,
+            self.query_start_loc,
+            **options,
+        )
+
+    def check(self, backend, **options):
+        positional, keywords = self.arguments(backend)
+        converted = {
+            name: backend.array(value) if isinstance(value, np.ndarray) else value for name, value in options.items()
+        }
+        out, lse = quire.paged_attention(*positional, return_lse=True, **keywords, **converted)
+        if "window" in options and isinstance(options["window"], int):
+            options["window"] = (options["window"], -1)
+        want, want_lse = self.reference(**options)
+        assert_close("attention", backend.numpy(out), want)
+        assert_lse_close(backend.numpy(lse), want_lse, self.q.dtype.name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_framework(framework, rng, dtype):
+    batch = Batch.make(rng, q_lens=[1, 5], kv_lens=[20, 9], heads=4, kv_heads=2, dim=64, block_size=8, dtype=dtype)
+    batch.check(framework)
+    positional, keywords = batch.arguments(framework)
+    assert type(quire.paged_attention(*positional, **keywords)) is type(positional[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [8, 16, 40, 64, 72, 80, 96, 112, 120, 128, 192, 200, 256])
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_head_dims(backend, rng, decode, dim, dtype):
+    q_lens = [1, 1, 1] if decode else [1, 17, 40]
+    batch = Batch.make(
+        rng, q_lens=q_lens, kv_lens=[1, 150, 67], heads=4, kv_heads=2, dim=dim, block_size=16, dtype=dtype, decode=decode
+    )
+    batch.check(backend)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5, 8, 16, 17, 32, 61, 64, 128, 256])
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_block_sizes(backend, rng, decode, block_size):
+    q_lens = [1, 1, 1, 1] if decode else [3, 1, 33, 70]
+    batch = Batch.make(
+        rng,
+        q_lens=q_lens,
+        kv_lens=[5, 129, 300, 70],
+        heads=8,
+        kv_heads=2,
+        dim=64,
+        block_size=block_size,
+        dtype="bfloat16",
+        decode=decode,
+    )
+    batch.check(backend)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16, 40])
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_gqa_ratios(backend, rng, decode, group):
+    q_lens = [1, 1] if decode else [19, 2]
+    batch = Batch.make(
+        rng, q_lens=q_lens, kv_lens=[45, 200], heads=2 * group, kv_heads=2, dim=64, block_size=16, dtype="float16", decode=decode
+    )
+    batch.check(backend)
+
+
+@pytest.mark.parametrize("kv_len", [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 257, 511, 513, 1025, 4097])
+def test_decode_lengths(backend, rng, kv_len):
+    for dtype in ("bfloat16", "float32"):
+        batch = Batch.make(
+            rng, q_lens=[1, 1], kv_lens=[kv_len, 3], heads=4, kv_heads=1, dim=64, block_size=16, dtype=dtype, decode=True
+        )
+        batch.check(backend)
+
+
+@pytest.mark.parametrize("q_len", [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200])
+@pytest.mark.parametrize("extra", [0, 1, 100])
+def test_prefill_lengths(backend, rng, q_len, extra):
+    batch = Batch.make(
+        rng, q_lens=[q_len], kv_lens=[q_len + extra], heads=2, kv_heads=1, dim=64, block_size=16, dtype="bfloat16"
+    )
+    batch.check(backend)
+
+
+OPTIONS = {
+    "noncausal": {"causal": False},
+    "scale": {"scale": 0.3},
+    "window_int": {"window": 7},
+    "window_left": {"window": (20, -1)},
+    "window_zero": {"window": (0, 0)},
+    "window_both": {"window": (5, 3), "causal": False},
+    "window_right": {"window": (-1, 4), "causal": False},
+    "softcap": {"softcap": 5.0},
+    "alibi": {"alibi_slopes": True},
+    "alibi_noncausal": {"alibi_slopes": True, "causal": False},
+    "sinks": {"sinks": True},
+    "sinks_window": {"sinks": True, "window": (3, -1)},
+    "everything": {"window": (40, 2), "causal": False, "softcap": 8.0, "alibi_slopes": True, "sinks": True, "scale": 0.2},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", list(OPTIONS))
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_options(backend, rng, decode, option, dtype):
+    options = dict(OPTIONS[option])
+    heads = 6
+    if "alibi_slopes" in options:
+        options["alibi_slopes"] = (2.0 ** -np.arange(1, heads + 1)).astype(np.float32)
+    if "sinks" in options:
+        options["sinks"] = rng.standard_normal(heads).astype(np.float32)
+    q_lens = [1, 1, 1] if decode else [21, 1, 80]
+    batch = Batch.make(
+        rng, q_lens=q_lens, kv_lens=[33, 130, 90], heads=heads, kv_heads=2, dim=64, block_size=16, dtype=dtype, decode=decode
+    )
+    batch.check(backend, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", QUANTIZED)
+@pytest.mark.parametrize("scales", [0, 1, 2], ids=["none", "tensor", "head"])
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_quantized_caches(backend, rng, decode, scales, kv_dtype, dtype):
+    q_lens = [1, 1] if decode else [18, 40]
+    batch = Batch.make(
+        rng,
+        q_lens=q_lens,
+        kv_lens=[150, 77],
+        heads=4,
+        kv_heads=2,
+        dim=128,
+        block_size=16,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        scales=scales,
+        decode=decode,
+    )
+    if kv_dtype == "int8" and scales == 0:  # integers of unit scale make enormous scores: bring them back
+        batch.check(backend, scale=0.02)
+    else:
+        batch.check(backend)
+
+
+@pytest.mark.parametrize("dim", [8, 40, 96, 256])
+@pytest.mark.parametrize("kv_dtype", QUANTIZED)
+def test_quantized_head_dims(backend, rng, kv_dtype, dim):
+    batch = Batch.make(
+        rng, q_lens=[1, 30], kv_lens=[50, 61], heads=4, kv_heads=2, dim=dim, block_size=5, dtype="bfloat16", kv_dtype=kv_dtype, scales=2
+    )
+    batch.check(backend)
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_empty_rows(backend, rng, decode):
+    """A sequence of length 0, and queries that stand before the first key: output 0 and LSE -inf, or the sink."""
+    sinks = np.array([0.5, -1.0], np.float32)
+    if decode:
+        batch = Batch.make(rng, q_lens=[1, 1, 1], kv_lens=[0, 5, 0], heads=2, kv_heads=1, dim=16, block_size=4, dtype="float16", decode=True)
+    else:
+        batch = Batch.make(rng, q_lens=[4, 6, 0, 2], kv_lens=[0, 2, 3, 2], heads=2, kv_heads=1, dim=16, block_size=4, dtype="float16")
+    batch.check(backend)
+    batch.check(backend, sinks=sinks)
+    batch.check(backend, window=(0, -1))
+
+
+def test_window_that_sees_nothing(backend, rng):
+    batch = Batch.make(rng, q_lens=[3], kv_lens=[40], heads=1, kv_heads=1, dim=16, block_size=8, dtype="float32")
+    batch.check(backend, window=(2, 0))
+    # Keys only to the right of the position, with causal hiding all but the position itself.
+    batch.check(backend, window=(0, 5))
+
+
+def test_nothing_at_all(backend):
+    q = np.zeros((0, 2, 16), np.float32)
+    cache = np.zeros((1, 4, 1, 16), np.float32)
+    tables, lens = np.zeros((0, 3), np.int32), np.zeros(0, np.int32)
+    out, lse = quire.paged_attention(*(backend.array(x) for x in (q, cache, cache, tables, lens)), return_lse=True)
+    assert backend.numpy(out).shape == (0, 2, 16)
+    assert backend.numpy(lse).shape == (0, 2)
+    one = np.ones((1, 2, 16), np.float32)
+    # A cache without blocks, and a table without columns: the sequence has no key that it could see.
+    none = np.zeros((0, 4, 1, 16), np.float32)
+    out = quire.paged_attention(*(backend.array(x) for x in (one, none, none, np.zeros((1, 0), np.int32), np.zeros(1, np.int32))))
+    np.testing.assert_array_equal(backend.numpy(out), 0.0)
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn", "int8"])
+def test_unused_memory_changes_no_bit(backend, rng, decode, kv_dtype):
+    """The same batch with zeros instead of NaN in every unused slot, block and table entry: the same bits."""
+    q_lens = [1, 1, 1] if decode else [5, 1, 66]
+    batch = Batch.make(
+        rng, q_lens=q_lens, kv_lens=[37, 250, 66], heads=8, kv_heads=2, dim=128, block_size=16, dtype="bfloat16", kv_dtype=kv_dtype, decode=decode
+    )
+    options = {"scale": 0.02, "return_lse": True}
+    positional, keywords = batch.arguments(backend)
+    dirty = [backend.numpy(x) for x in quire.paged_attention(*positional, **keywords, **options)]
+    used = np.zeros(batch.k_cache.shape[:2], bool)
+    for s, length in enumerate(batch.seq_lens):
+        slots = np.arange(length)
+        used[batch.block_tables[s][slots // 16], slots % 16] = True
+        batch.block_tables[s, -(-length // 16) :] = 0
+    batch.k_cache[~used] = 0
+    batch.v_cache[~used] = 0
+    positional, keywords = batch.arguments(backend)
+    clean = [backend.numpy(x) for x in quire.paged_attention(*positional, **keywords, **options)]
+    for a, b in zip(dirty, clean):
+        np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_hostile_block_tables(backend, rng, decode):
+    """Entries that are needed and out of range hide their keys; other sequences keep their bits."""
+    q_lens = [1, 1, 1] if decode else [7, 3, 20]
+    batch = Batch.make(
+        rng, q_lens=q_lens, kv_lens=[60, 45, 90], heads=4, kv_heads=2, dim=64, block_size=16, dtype="bfloat16", decode=decode
+    )
+    positional, keywords = batch.arguments(backend)
+    good = backend.numpy(quire.paged_attention(*positional, **keywords))
+    for bad in (-1, -2, batch.k_cache.shape[0], 2**31 - 1, -(2**31)):
+        hostile = dataclasses.replace(batch, block_tables=batch.block_tables.copy())
+        hostile.block_tables[1, 1] = bad
+        positional, keywords = hostile.arguments(backend)
+        out = backend.numpy(quire.paged_attention(*positional, **keywords))
+        rows = slice(1, 2) if decode else slice(7, 10)
+        others = np.setdiff1d(np.arange(len(out)), np.arange(len(out))[rows])
+        np.testing.assert_array_equal(out[others].view(np.uint16), good[others].view(np.uint16))
+        assert np.isfinite(out[rows].astype(np.float32)).all()
+        # The hidden block's keys are out of the softmax: the same as a batch without them.
+        keys = np.r_[0:16, 32:45]
+        k = as_float64(batch.k_cache)[batch.block_tables[1][keys // 16], keys % 16]
+        v = as_float64(batch.v_cache)[batch.block_tables[1][keys // 16], keys % 16]
+        if decode:
+            want, _ = reference.attend(as_float64(batch.q[1:2]), k, v, q_start=10**6)
+            assert_close("attention", out[rows], want)
+        if bad != -1:
+            with pytest.raises(IndexError, match=r"\[paged_attention\] block_tables: expected a value in range"):
+                quire.check_errors(backend.device)
+        quire.check_errors(backend.device)
+
+
+def test_hostile_lengths(backend, rng):
+    """Lengths beyond the table are clamped to it; negative ones are 0; both are reported."""
+    batch = Batch.make(rng, q_lens=[1, 1, 1], kv_lens=[30, 30, 30], heads=2, kv_heads=1, dim=64, block_size=16, dtype="float16", decode=True)
+    batch.block_tables = np.ascontiguousarray(batch.block_tables[:, :2])
+    for bad in (33, 2**31 - 1, -1, -(2**31)):
+        batch.seq_lens = np.array([30, bad, 30], np.int32)
+        positional, _ = batch.arguments(backend)
+        # NaN may be read from slots past the real length: they are within the claimed length, so only the other rows are checked.
+        out = backend.numpy(quire.paged_attention(*positional))
+        batch.seq_lens = np.array([30, 0, 30], np.int32)
+        want, _ = batch.reference()
+        assert_close("attention", out[[0, 2]], want[[0, 2]])
+        if bad < 0:
+            np.testing.assert_array_equal(out[1], 0.0)
+        with pytest.raises(IndexError, match=rf"\[paged_attention\] seq_lens: expected a value in range .*, got {bad} at index 1"):
+            quire.check_errors(backend.device)
+
+
+def test_hostile_query_start_loc(backend, rng):
+    """No value of query_start_loc reaches outside q; rows of no sequence are not written."""
+    batch = Batch.make(rng, q_lens=[3, 4], kv_lens=[30, 12], heads=2, kv_heads=1, dim=64, block_size=16, dtype="float32")
+    for bad in ([0, 100, 7], [0, -5, 7], [5, 3, 7], [-(2**31), 3, 2**31 - 1], [0, 3, 6], [2, 3, 7]):
+        batch.query_start_loc = np.array(bad, np.int32)
+        positional, keywords = batch.arguments(backend)
+        out = backend.array(np.full(batch.q.shape, 7.0, np.float32))
+        quire.paged_attention(*positional, **keywords, out=out)
+        host = backend.numpy(out)
+        assert np.isfinite(host).all()
+        if bad == [0, 3, 6]:
+            assert (host[6] == 7.0).all()
+            quire.check_errors(backend.device)
+        elif bad == [2, 3, 7]:
+            assert (host[:2] == 7.0).all()
+            quire.check_errors(backend.device)
+        else:
+            with pytest.raises(IndexError, match=r"\[paged_attention\] query_start_loc"):
+                quire.check_errors(backend.device)
+
+
+def test_random_hostile_contents(backend, rng):
+    """Anything at all in the index tensors: no fault, and finite memory gives finite results."""
+    cache = draw(rng, (9, 4, 2, 16), "float16")
+    q = draw(rng, (12, 4, 16), "float16")
+    specials = np.array([-1, 0, 1, 8, 9, 10, 2**31 - 1, -(2**31), 1 << 20], np.int64)
+    bq, bk, bv = backend.array(q), backend.array(cache), backend.array(cache)
+    for _ in range(60):
+        tables = rng.choice(specials, (5, 3)).astype(np.int32)
+        lens = rng.choice(np.concatenate([specials, np.arange(12)]), 5).astype(np.int32)
+        starts = rng.choice(np.concatenate([specials, np.arange(13)]), 6).astype(np.int32)
+        out = quire.paged_attention(bq, bk, bv, backend.array(tables), backend.array(lens), query_start_loc=backend.array(starts), out=backend.array(q * 0))
+        assert np.isfinite(backend.numpy(out).astype(np.float32)).all()
+    try:
+        quire.check_errors(backend.device)
+    except IndexError as error:
+        assert "[paged_attention]" in str(error)
+
+
+def test_validate_full(backend, rng):
+    batch = Batch.make(rng, q_lens=[2, 3], kv_lens=[20, 9], heads=2, kv_heads=1, dim=16, block_size=8, dtype="float32")
+    positional, keywords = batch.arguments(backend)
+    quire.paged_attention(*positional, **keywords, validate="full")
+    out = backend.array(np.full(batch.q.shape, 7.0, np.float32))
+    for name, value, text in [
+        ("block_tables", (0, 2, -1), r"block_tables: expected a block id in \[0, \d+\), got -1 at \[0, 2\]"),
+        ("seq_lens", (1, 10**6), r"seq_lens: expected a value in \[0, 40\], got 1000000 at \[1\]"),
+        ("query_start_loc", (1, 9), r"query_start_loc: expected a value in \[0, 5\], got 9 at \[1\]"),
+    ]:
+        broken = dataclasses.replace(batch, **{name: getattr(batch, name).copy()})
+        getattr(broken, name)[value[:-1]] = value[-1]
+        positional, keywords = broken.arguments(backend)
+        with pytest.raises(IndexError, match=r"\[paged_attention\] " + text):
+            quire.paged_attention(*positional, **keywords, validate="full", out=out)
+    assert (backend.numpy(out) == 7.0).all()
+    quire.check_errors(backend.device)
+
+
+@pytest.mark.parametrize("layout", ["heads_first", "pool", "interleaved", "packed_kv"])
+def test_cache_layouts(backend, rng, layout):
+    batch = Batch.make(rng, q_lens=[1, 20], kv_lens=[45, 31], heads=4, kv_heads=2, dim=64, block_size=16, dtype="bfloat16")
+    want, _ = batch.reference()
+    positional, keywords = batch.arguments(backend)
+    k, v = batch.k_cache, batch.v_cache
+    swap = (lambda x: x.swapaxes(1, 2)) if backend.name == "numpy" else (lambda x: x.transpose(1, 2))
+    if layout == "heads_first":
+        pool = backend.array(np.stack([np.ascontiguousarray(x.swapaxes(1, 2)) for x in (k, v)]))
+        views = swap(pool[0]), swap(pool[1])
+    elif layout == "pool":
+        pool = backend.array(np.stack([k, v]))
+        views = pool[0], pool[1]
+    elif layout == "interleaved":
+        pool = backend.array(np.stack([k, v], axis=1))
+        views = pool[:, 0], pool[:, 1]
+    else:
+        pool = backend.array(np.concatenate([k, v], axis=-1))
+        views = pool[..., :64], pool[..., 64:]
+    out = quire.paged_attention(positional[0], *views, *positional[3:], **keywords)
+    assert_close("attention", backend.numpy(out), want)
+
+
+def test_strided_queries_and_outputs(backend, rng):
+    """q as a slice of a packed projection, out as a view of a wider tensor, tables with a pitch."""
+    batch = Batch.make(rng, q_lens=[3, 9], kv_lens=[33, 9], heads=4, kv_heads=2, dim=64, block_size=16, dtype="float16")
+    want, _ = batch.reference()
+    positional, keywords = batch.arguments(backend)
+    packed = backend.array(np.concatenate([batch.q, poison(batch.q.shape, "float16")], axis=1))
+    wide = backend.array(np.zeros((12, 8, 64), np.float16))
+    tables = backend.strided(batch.block_tables, 3)
+    out = wide[:, 2:6]
+    quire.paged_attention(packed[:, :4], positional[1], positional[2], tables, positional[4], **keywords, out=out)
+    assert_close("attention", backend.numpy(out), want)
+    assert (backend.numpy(wide)[:, 6:] == 0).all()
+
+
+def test_misaligned_rows(backend, rng):
+    """Pointers that allow no 16-byte access."""
+    batch = Batch.make(rng, q_lens=[1, 8], kv_lens=[40, 20], heads=2, kv_heads=1, dim=64, block_size=8, dtype="bfloat16")
+    want, _ = batch.reference()
+    positional, keywords = batch.arguments(backend)
+
+    def shift(x):
+        flat = np.concatenate([np.zeros(1, x.dtype), x.ravel()])
+        return backend.array(flat)[1:].reshape(x.shape)
+
+    out = quire.paged_attention(shift(batch.q), shift(batch.k_cache), shift(batch.v_cache), *positional[3:], **keywords)
+    assert_close("attention", backend.numpy(out), want)
+
+
+def test_long_context_split(backend, rng):
+    """Long sequences beside short ones: whatever the split, the same result."""
+    batch = Batch.make(
+        rng, q_lens=[1, 1, 1, 1], kv_lens=[20000, 1, 333, 5000], heads=8, kv_heads=1, dim=128, block_size=16, dtype="bfloat16", decode=True
+    )
+    batch.check(backend)
+
+
+def test_runs_are_bitwise_equal(backend, rng):
+    batch = Batch.make(rng, q_lens=[1, 40], kv_lens=[3000, 64], heads=8, kv_heads=2, dim=64, block_size=16, dtype="float16")
+    positional, keywords = batch.arguments(backend)
+    first = backend.numpy(quire.paged_attention(*positional, **keywords))
+    for _ in range(5):
+        np.testing.assert_array_equal(first.view(np.uint16), backend.numpy(quire.paged_attention(*positional, **keywords)).view(np.uint16))
+
+
+def test_workspace(backend, rng):
+    """The size is known beforehand, its contents do not matter, and one that is too small is refused."""
+    batch = Batch.make(rng, q_lens=[1, 1], kv_lens=[700, 20], heads=8, kv_heads=2, dim=64, block_size=16, dtype="float16", decode=True)
+    positional, keywords = batch.arguments(backend)
+    size = quire.paged_attention_workspace_size(2, 2, 8, 64, backend.device)
+    want = backend.numpy(quire.paged_attention(*positional, **keywords))
+    if backend.device == "cpu":
+        assert size == 0
+        return
+    for fill in (0, 255):
+        space = backend.array(np.full(size, fill, np.uint8))
+        got = backend.numpy(quire.paged_attention(*positional, **keywords, workspace=space))
+        np.testing.assert_array_equal(got.view(np.uint16), want.view(np.uint16))
+    if size > 0:
+        with pytest.raises(ValueError, match=rf"workspace: expected uint8 \[{size}\] or longer, got uint8 \[{size - 1}\]"):
+            quire.paged_attention(*positional, **keywords, workspace=backend.array(np.zeros(size - 1, np.uint8)))
+
+
+# ---- ragged attention --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", list(OPTIONS))
+def test_ragged(backend, rng, option, dtype):
+    options = dict(OPTIONS[option])
+    heads = 4
+    if "alibi_slopes" in options:
+        options["alibi_slopes"] = (2.0 ** -np.arange(1, heads + 1)).astype(np.float32)
+    if "sinks" in options:
+        options["sinks"] = rng.standard_normal(heads).astype(np.float32)
+    q_starts, kv_starts = np.array([0, 5, 5, 70], np.int32), np.array([0, 40, 44, 150], np.int32)
+    q = draw(rng, (70, heads, 64), dtype)
+    k, v = draw(rng, (150, 2, 64), dtype), draw(rng, (150, 2, 64), dtype)
+    converted = {n: backend.array(x) if isinstance(x, np.ndarray) else x for n, x in options.items()}
+    out, lse = quire.attention(
+        backend.array(q),
+        backend.array(k),
+        backend.array(v),
+        query_start_loc=backend.array(q_starts),
+        kv_start_loc=backend.array(kv_starts),
+        return_lse=True,
+        **converted,
+    )
+    if isinstance(options.get("window"), int):
+        options["window"] = (options["window"], -1)
+    want, want_lse = np.empty(q.shape), np.empty(q.shape[:2])
+    for s in range(3):
+        a, b, c, d = q_starts[s], q_starts[s + 1], kv_starts[s], kv_starts[s + 1]
+        want[a:b], want_lse[a:b] = reference.attend(
+            as_float64(q[a:b]), as_float64(k[c:d]), as_float64(v[c:d]), q_start=(d - c) - (b - a), **options
+        )
+    assert_close("attention", backend.numpy(out), want)
+    assert_lse_close(backend.numpy(lse), want_lse, dtype)
+
+
+def test_ragged_single_sequence_and_defaults(framework, rng):
+    q, k = draw(rng, (9, 4, 32), "float32"), draw(rng, (30, 2, 32), "float32")
+    out = quire.attention(framework.array(q), framework.array(k), framework.array(k))
+    want, _ = reference.attend(as_float64(q), as_float64(k), as_float64(k), q_start=21)
+    assert_close("attention", framework.numpy(out), want)
+    starts = np.array([0, 4, 9], np.int32)
+    out = quire.attention(framework.array(q), framework.array(k[:9]), framework.array(k[:9]), query_start_loc=framework.array(starts))
+    want = np.concatenate([reference.attend(as_float64(q[a:b]), as_float64(k[a:b]), as_float64(k[a:b]), q_start=0)[0] for a, b in ((0, 4), (4, 9))])
+    assert_close("attention", framework.numpy(out), want)
+
+
+@pytest.mark.parametrize("kv_dtype", QUANTIZED)
+def test_ragged_quantized(backend, rng, kv_dtype):
+    q = draw(rng, (33, 4, 64), "bfloat16")
+    scale = np.array([0.02, 0.03], np.float32)
+    k = kv_cache.store(rng.standard_normal((33, 2, 64)).astype(np.float32), scale, kv_dtype)
+    out = quire.attention(backend.array(q), backend.array(k), backend.array(k), k_scale=backend.array(scale), v_scale=backend.array(scale))
+    wide = kv_cache.load(k, scale)
+    want, _ = reference.attend(as_float64(q), wide, wide, q_start=0)
+    assert_close("attention", backend.numpy(out), want)
+
+
+# ---- merge -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 7, 64, 128, 256])
+def test_merge(backend, rng, dim, dtype):
+    a, b = draw(rng, (13, 3, dim), dtype), draw(rng, (13, 3, dim), dtype)
+    lse_a, lse_b = (5 * rng.standard_normal((13, 3))).astype(np.float32), (5 * rng.standard_normal((13, 3))).astype(np.float32)
+    lse_a[0], lse_b[1], lse_a[2], lse_b[2] = -np.inf, -np.inf, -np.inf, -np.inf
+    a[0] = b[1] = a[2] = b[2] = 0
+    out, lse = quire.merge_attention(*(backend.array(x) for x in (a, lse_a, b, lse_b)))
+    want, want_lse = reference.merge(as_float64(a), lse_a.astype(np.float64), as_float64(b), lse_b.astype(np.float64))
+    assert_close("merge", backend.numpy(out), want)
+    assert_lse_close(backend.numpy(lse), want_lse, "float32")
+    assert (backend.numpy(out)[2].astype(np.float32) == 0).all()
+
+
+def test_merge_ignores_the_output_of_an_empty_state(backend):
+    """-inf means no keys: whatever stands in that output, NaN included, is not used."""
+    a, b = np.ones((1, 1, 8), np.float32), np.full((1, 1, 8), np.nan, np.float32)
+    zero, empty = np.zeros((1, 1), np.float32), np.full((1, 1), -np.inf, np.float32)
+    out, _ = quire.merge_attention(*(backend.array(x) for x in (a, zero, b, empty)))
+    np.testing.assert_array_equal(backend.numpy(out), 1.0)
+
+
+def test_merge_in_place(framework, rng):
+    a, b = draw(rng, (4, 2, 16), "float32"), draw(rng, (4, 2, 16), "float32")
+    lse_a, lse_b = draw(rng, (4, 2), "float32"), draw(rng, (4, 2), "float32")
+    want, want_lse = reference.merge(as_float64(a), as_float64(lse_a), as_float64(b), as_float64(lse_b))
+    arrays = [framework.array(x) for x in (a, lse_a, b, lse_b)]
+    if framework.writable:
+        quire.merge_attention(*arrays, out=arrays[0], out_lse=arrays[1])
+        got, lse = arrays[0], arrays[1]
+    else:
+        got, lse = quire.merge_attention(*arrays)
+    assert_close("merge", framework.numpy(got), want)
+    assert_lse_close(framework.numpy(lse), want_lse, "float32")
+
+
+def test_split_and_merge_equals_whole(backend, rng):
+    """Attention over two halves of the keys, merged, is attention over all of them."""
+    q, k, v = draw(rng, (6, 4, 64), "float32"), draw(rng, (100, 2, 64), "float32"), draw(rng, (100, 2, 64), "float32")
+    bq = backend.array(q)
+    parts = [
+        quire.attention(bq, backend.array(k[part]), backend.array(v[part]), causal=False, return_lse=True)
+        for part in (slice(0, 37), slice(37, 100))
+    ]
+    out, lse = quire.merge_attention(*parts[0], *parts[1])
+    want, want_lse = reference.attend(as_float64(q), as_float64(k), as_float64(v), q_start=0, causal=False)
+    assert_close("attention", backend.numpy(out), want)
+    assert_lse_close(backend.numpy(lse), want_lse, "float32")
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def good_arguments():
+    return {
+        "q": np.ones((2, 4, 16), np.float32),
+        "k_cache": np.ones((3, 4, 2, 16), np.float32),
+        "v_cache": np.ones((3, 4, 2, 16), np.float32),
+        "block_tables": np.zeros((2, 2), np.int32),
+        "seq_lens": np.full(2, 4, np.int32),
+        "out": np.full((2, 4, 16), 7.0, np.float32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "text"),
+    [
+        ("q", np.ones((2, 4, 12), np.float32), quire.UnsupportedError, r"q: expected a head_dim that is a multiple of 8, from 8 to 256, got 12"),
+        ("q", np.ones((2, 4, 264), np.float32), quire.UnsupportedError, r"from 8 to 256, got 264"),
+        ("q", np.ones((2, 4, 24), np.float32), ValueError, r"k: expected head_dim 24 like q, got 16"),
+        ("q", np.ones((2, 3, 16), np.float32), ValueError, r"q: expected a num_heads that is a positive multiple of num_kv_heads 2, got 3"),
+        ("q", np.ones((3, 4, 16), np.float32), ValueError, r"out: expected float32 \[3, 4, 16\] like q|q: expected one token"),
+        ("q", np.ones((2, 4, 16), np.int8), TypeError, r"q: expected float32, float16 or bfloat16, got int8"),
+        ("k_cache", np.ones((3, 4, 2, 16), np.float16), TypeError, r"k_cache: expected float32, float8_e4m3fn, float8_e5m2 or int8, got float16"),
+        ("v_cache", np.ones((3, 4, 1, 16), np.float32), ValueError, r"v_cache: expected float32 \[3, 4, 2, 16\] like k_cache"),
+        ("k_cache", np.ones((3, 0, 2, 16), np.float32), ValueError, r"expected float32 \[3, 0, 2, 16\] like k_cache|block_size of 1 or more"),
+        ("block_tables", np.zeros((2, 2), np.int64), TypeError, r"block_tables: expected int32, got int64 \[2, 2\]"),
+        ("block_tables", np.zeros((3, 2), np.int32), ValueError, r"block_tables: expected int32 \[2, \*\], got int32 \[3, 2\]"),
+        ("seq_lens", np.full(2, 4, np.int64), TypeError, r"seq_lens: expected int32, got int64"),
+        ("query_start_loc", np.zeros(2, np.int32), ValueError, r"query_start_loc: expected int32 \[3\], got int32 \[2\]"),
+        ("out", np.ones((2, 4, 16), np.float16), TypeError, r"out: expected float32 like q"),
+        ("scale", float("inf"), ValueError, r"scale: expected a finite number, got inf"),
+        ("softcap", -1.0, ValueError, r"softcap: expected 0 \(none\) or more"),
+        ("window", (1, 2, 3), ValueError, r"window: expected an int or \(left, right\), got \(1, 2, 3\)"),
+        ("window", "wide", TypeError, r"window: expected an integer, got str"),
+        ("alibi_slopes", np.ones(3, np.float32), ValueError, r"alibi_slopes: expected float32 \[4\], got float32 \[3\]"),
+        ("sinks", np.ones(4, np.float16), TypeError, r"sinks: expected float32, got float16"),
+        ("k_scale", np.ones(3, np.float32), ValueError, r"k_scale: expected float32 \[1\] or \[2\], got float32 \[3\]"),
+        ("validate", "all", ValueError, r'validate: expected "shape" or "full", got "all"'),
+    ],
+)
+def test_bad_calls(name, value, error, text):
+    arguments = good_arguments()
+    out = arguments["out"]
+    arguments[name] = value
+    with pytest.raises(error, match=r"\[paged_attention\] .*" + text if "|" not in text else text):
+        quire.paged_attention(**arguments)
+    if name != "out":
+        assert (out == 7.0).all()
+
+
+def test_output_may_not_overlap_inputs():
+    arguments = good_arguments()
+    arguments["out"] = arguments["q"]
+    with pytest.raises(ValueError, match=r"out: expected memory apart from q"):
+        quire.paged_attention(**arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_error_at_most_half_again_torchs(torch, rng, device, decode, dtype):
+    """Against float64, our error is at most 1.5 times that of torch's SDPA at the same dtype on the same device."""
+    from frameworks import make
+
+    made = make("torch", device)
+    if isinstance(made, str):
+        pytest.skip(f"torch on {device}: {made}")
+    assert isinstance(made, Torch)
+    q_len, kv_len, heads, dim = (1, 512, 8, 64) if decode else (256, 256, 4, 64)
+    ours_error, theirs_error = [], []
+    for _ in range(3):
+        q, k, v = draw(rng, (q_len, heads, dim), dtype), draw(rng, (kv_len, heads, dim), dtype), draw(rng, (kv_len, heads, dim), dtype)
+        want, _ = reference.attend(as_float64(q), as_float64(k), as_float64(v), q_start=kv_len - q_len)
+        tq, tk, tv = (made.array(x) for x in (q, k, v))
+        ours = as_float64(made.numpy(quire.attention(tq, tk, tv)))
+        sdpa = torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in (tq, tk, tv)), is_causal=not decode
+        )
+        theirs = as_float64(made.numpy(sdpa[0].transpose(0, 1)))
+        ours_error.append(np.sqrt(((ours - want) ** 2).mean()))
+        theirs_error.append(np.sqrt(((theirs - want) ** 2).mean()))
+    assert np.mean(ours_error) <= 1.5 * np.mean(theirs_error)

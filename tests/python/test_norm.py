@@ -1,0 +1,203 @@
+"""rms_norm, fused_add_rms_norm, layer_norm against float64, on every framework and backend.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+import numpy as np
+import pytest
+from frameworks import as_float64, np_dtype
+from reference import norm as reference
+from tolerances import assert_close
+
+import quire
+
+DTYPES = ["float32", "float16", "bfloat16"]
+#: Odd ones, vector edges, more than one CTA pass, and more than registers hold.
+HIDDEN = [1, 2, 7, 8, 63, 64, 65, 127, 128, 256, 257, 769, 1024, 4096, 5125, 20000]
+
+
+def draw(rng, shape, dtype):
+    return rng.standard_normal(shape).astype(np.float32).astype(np_dtype(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_framework(framework, rng, dtype):
+    x, weight, bias = draw(rng, (5, 96), dtype), draw(rng, (96,), dtype), draw(rng, (96,), dtype)
+    out = quire.rms_norm(framework.array(x), framework.array(weight))
+    assert type(out) is type(framework.array(x))
+    assert_close("norm", framework.numpy(out), reference.rms_norm(as_float64(x), as_float64(weight), 1e-6))
+    out = quire.layer_norm(framework.array(x), framework.array(weight), framework.array(bias))
+    assert_close(
+        "layer_norm", framework.numpy(out), reference.layer_norm(as_float64(x), as_float64(weight), as_float64(bias), 1e-5)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_rms_norm(backend, rng, hidden, dtype):
+    x, weight = draw(rng, (3, hidden), dtype), draw(rng, (hidden,), "float32")
+    for offset in (0.0, 1.0):
+        out = quire.rms_norm(backend.array(x), backend.array(weight), 1e-5, weight_offset=offset)
+        want = reference.rms_norm(as_float64(x), as_float64(weight), float(np.float32(1e-5)), offset)
+        assert_close("norm", backend.numpy(out), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_layer_norm(backend, rng, hidden, dtype):
+    x, weight, bias = draw(rng, (3, hidden), dtype), draw(rng, (hidden,), dtype), draw(rng, (hidden,), "float32")
+    for b in (bias, None):
+        out = quire.layer_norm(
+            backend.array(x), backend.array(weight), None if b is None else backend.array(b), 1e-5
+        )
+        want = reference.layer_norm(
+            as_float64(x), as_float64(weight), None if b is None else as_float64(b), float(np.float32(1e-5))
+        )
+        assert_close("layer_norm", backend.numpy(out), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_fused_add_rms_norm(backend, rng, hidden, dtype):
+    x, residual, weight = draw(rng, (3, hidden), dtype), draw(rng, (3, hidden), dtype), draw(rng, (hidden,), dtype)
+    bx, br = backend.array(x), backend.array(residual)
+    got_x, got_r = quire.fused_add_rms_norm(bx, br, backend.array(weight))
+    assert got_x is bx
+    assert got_r is br
+    # The sum is rounded to the dtype first: exact.
+    total = (x.astype(np.float32) + residual.astype(np.float32)).astype(x.dtype)
+    np.testing.assert_array_equal(backend.numpy(br).view(np.uint8), total.view(np.uint8))
+    assert_close("norm", backend.numpy(bx), reference.rms_norm(as_float64(total), as_float64(weight), 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 2, 33, 1000])
+@pytest.mark.parametrize("hidden", [64, 128, 4096])
+def test_row_counts(backend, rng, num_rows, hidden, dtype):
+    x, weight = draw(rng, (num_rows, hidden), dtype), draw(rng, (hidden,), dtype)
+    out = quire.rms_norm(backend.array(x), backend.array(weight))
+    assert_close("norm", backend.numpy(out), reference.rms_norm(as_float64(x), as_float64(weight), 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pad", [1, 3, 8])
+def test_strided_rows(backend, rng, pad, dtype):
+    """Rows of a wider tensor, as q and k lie in a packed projection; the padding is NaN and must not matter nor change."""
+    x, weight = draw(rng, (2, 3, 5, 72), dtype), draw(rng, (72,), dtype)
+    bx = backend.strided(x, pad)
+    want = reference.rms_norm(as_float64(x), as_float64(weight), 1e-6)
+    assert_close("norm", backend.numpy(quire.rms_norm(bx, backend.array(weight))), want)
+    assert_close("norm", backend.numpy(quire.rms_norm(bx, backend.array(weight), out=bx)), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_permuted_outer_dimensions(backend, rng, dtype):
+    x, weight = draw(rng, (4, 3, 2, 40), dtype), draw(rng, (40,), dtype)
+    bx = backend.array(x)
+    permuted = bx.transpose(0, 2) if backend.name == "torch" else bx.swapaxes(0, 2)
+    want = reference.rms_norm(as_float64(np.swapaxes(x, 0, 2)), as_float64(weight), 1e-6)
+    assert_close("norm", backend.numpy(quire.rms_norm(permuted, backend.array(weight))), want)
+
+
+@pytest.mark.parametrize("offset", [1, 3])
+def test_unaligned_rows(backend, rng, offset):
+    x, weight = draw(rng, (4 * 128 + offset,), "float16"), draw(rng, (128 + offset,), "float16")
+    bx = backend.array(x)[offset:].reshape(4, 128)
+    want = reference.rms_norm(as_float64(x[offset:].reshape(4, 128)), as_float64(weight[offset:]), 1e-6)
+    assert_close("norm", backend.numpy(quire.rms_norm(bx, backend.array(weight)[offset:])), want)
+
+
+def test_one_dimension_and_out(framework, rng):
+    x, weight = draw(rng, (33,), "float32"), draw(rng, (33,), "float32")
+    want = reference.rms_norm(as_float64(x), as_float64(weight), 1e-6)
+    if not framework.writable:
+        with pytest.raises(ValueError, match=r"\[rms_norm\] out: expected a writable tensor, got a JAX array.*quire\.jax"):
+            quire.rms_norm(framework.array(x), framework.array(weight), out=framework.array(x))
+        return
+    out = framework.array(np.full_like(x, np.nan))
+    assert quire.rms_norm(framework.array(x), framework.array(weight), out=out) is out
+    assert_close("norm", framework.numpy(out), want)
+
+
+def test_no_rows(framework):
+    x = np.zeros((0, 16), np.float32)
+    assert framework.numpy(quire.rms_norm(framework.array(x), framework.array(np.ones(16, np.float32)))).shape == (0, 16)
+
+
+def test_extreme_values(backend):
+    """Squares that overflow 16 bits, zeros, infinities and NaN stay what float32 arithmetic makes of them."""
+    x = np.zeros((4, 64), np.float16)
+    x[0] = 60000.0
+    x[2, 5] = np.inf
+    x[3, 7] = np.nan
+    out = backend.numpy(quire.rms_norm(backend.array(x), backend.array(np.ones(64, np.float16)))).astype(np.float32)
+    np.testing.assert_allclose(out[0], 1.0, rtol=1e-3)
+    np.testing.assert_array_equal(out[1], 0.0)
+    assert np.isnan(out[2, 5])
+    assert (out[2, :5] == 0).all()
+    assert np.isnan(out[3]).all()
+
+
+@pytest.mark.parametrize(
+    ("mutate", "error", "text"),
+    [
+        (lambda a: a.update(weight=np.ones(15, np.float32)), ValueError, r"\[rms_norm\] weight: expected float32 \[16\], got float32 \[15\]"),
+        (lambda a: a.update(weight=np.ones((1, 16), np.float32)), ValueError, r"weight: expected float32 \[16\]"),
+        (lambda a: a.update(weight=np.ones(32, np.float32)[::2]), ValueError, r"weight: expected a contiguous tensor, got strides \[2\]"),
+        (lambda a: a.update(weight=np.ones(16, np.int32)), TypeError, r"weight: expected float32, float16 or bfloat16, got int32 \[16\]"),
+        (lambda a: a.update(x=np.ones((2, 16), np.float64)), TypeError, r"x: expected float32, .*, got float64"),
+        (lambda a: a.update(x=np.ones((2, 16), np.int64)), TypeError, r"x: expected float32, float16 or bfloat16, got int64 \[2, 16\]"),
+        (lambda a: a.update(x=np.ones((2, 32), np.float32)[:, ::2]), ValueError, r"x: expected stride 1 in the last dimension, got strides \[32, 2\]"),
+        (lambda a: a.update(x=np.ones((2, 0), np.float32)), ValueError, r"x: expected a last dimension of 1 or more"),
+        (lambda a: a.update(x=np.ones((1, 1, 1, 2, 16), np.float32)), ValueError, r"x: expected rank 1 to 4"),
+        (lambda a: a.update(x=np.float32(1.0)), TypeError, r"x: expected a tensor"),
+        (lambda a: a.update(out=np.ones((2, 15), np.float32)), ValueError, r"out: expected float32 \[2, 16\] like x, got float32 \[2, 15\]"),
+        (lambda a: a.update(out=np.ones((2, 16), np.float16)), TypeError, r"out: expected float32 like x, got float16 \[2, 16\]"),
+        (lambda a: a.update(out=np.broadcast_to(np.float32(0), (2, 16))), ValueError, r"out: expected"),
+        (lambda a: a.update(out=np.ones((2, 16), np.float32)[::-1]), ValueError, r"out: expected an output whose elements do not share memory .*got strides \[-16, 1\]"),
+        (lambda a: a.update(eps=float("nan")), ValueError, r"eps: expected a finite number, got nan"),
+        (lambda a: a.update(eps=-1.0), ValueError, r"eps: expected 0 or more, got -1"),
+        (lambda a: a.update(eps="small"), TypeError, r"eps: expected a number, got str"),
+        (lambda a: a.update(weight=None), TypeError, r"weight: expected a tensor .*, got NoneType"),
+        (lambda a: a.update(stream="s"), TypeError, r"stream: expected an int, an object with __cuda_stream__, or None, got str"),
+    ],
+)
+def test_bad_calls(mutate, error, text):
+    arguments = {"x": np.ones((2, 16), np.float32), "weight": np.ones(16, np.float32), "out": np.full((2, 16), 7.0, np.float32)}
+    mutate(arguments)
+    before = np.array(arguments["out"])
+    with pytest.raises(error, match=text):
+        quire.rms_norm(**arguments)
+    np.testing.assert_array_equal(arguments["out"], before)
+
+
+def test_read_only_and_overlapping_outputs():
+    x, weight = np.ones((4, 16), np.float32), np.ones(16, np.float32)
+    frozen = np.ones((4, 16), np.float32)
+    frozen.setflags(write=False)
+    with pytest.raises(ValueError, match=r"out: expected a writable tensor, got a read-only one"):
+        quire.rms_norm(x, weight, out=frozen)
+    pool = np.ones((5, 16), np.float32)
+    with pytest.raises(ValueError, match=r"out: expected memory apart from x, or exactly its own"):
+        quire.rms_norm(pool[:4], weight, out=pool[1:])
+    with pytest.raises(ValueError, match=r"residual: expected memory apart from x"):
+        quire.fused_add_rms_norm(pool, pool, weight)
+    with pytest.raises(ValueError, match=r"out: expected memory apart from weight"):
+        quire.rms_norm(x[:1], pool[0], out=pool[:1])
+    # Interleaved columns share a byte range, but no byte.
+    packed = np.ones((4, 32), np.float32)
+    quire.rms_norm(packed[:, :16], weight, out=packed[:, 16:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_at_most_half_again_torchs(torch, rng, dtype):
+    """Against float64, our error is at most 1.5 times that of torch at the same dtype."""
+    x, weight = draw(rng, (64, 1024), dtype), draw(rng, (1024,), dtype)
+    from frameworks import Torch
+
+    cpu = Torch("cpu")
+    tx, tw = cpu.array(x), cpu.array(weight)
+    want = reference.rms_norm(as_float64(x), as_float64(weight), 1e-6)
+    ours = np.abs(as_float64(cpu.numpy(quire.rms_norm(tx, tw))) - want).max()
+    theirs = np.abs(as_float64(cpu.numpy(torch.nn.functional.rms_norm(tx, (1024,), tw, 1e-6))) - want).max()
+    assert ours <= 1.5 * theirs

@@ -1,0 +1,66 @@
+"""How close results must be, in one place: ulps of the result's dtype, by op.
+
+An ulp is taken at the reference's own value, and not below `floor` times the largest value of the result (sums cancel).
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+#: Bits of the mantissa, the hidden one not counted.
+MANTISSA_BITS = {"float32": 23, "float16": 10, "bfloat16": 7, "float8_e4m3fn": 3, "float8_e5m2": 2}
+
+#: (float32, 16-bit) ulps. 0.5 is perfect rounding; arithmetic in float32 adds next to nothing to a 16-bit result.
+ULPS = {
+    "norm": (8.0, 0.52),
+    "layer_norm": (8.0, 0.55),
+    "activation": (12.0, 0.54),
+    "rotary": (8.0, 0.55),
+    "merge": (16.0, 0.6),
+    # Attention rounds probabilities to 16 bits for the matrix units, as every peer does.
+    "attention": (64.0, 2.1),
+}
+
+#: Below this share of the result's largest magnitude an error counts as if at that magnitude.
+FLOOR = {"norm": 1e-6, "layer_norm": 0.25, "activation": 2e-3, "rotary": 0.25, "merge": 0.1, "attention": 0.25}
+
+#: Largest error of a log-sum-exp (natural log), relative to its magnitude or 1.
+LSE_ERROR = {"float32": 2e-6, "float16": 1e-4, "bfloat16": 1e-4}
+
+
+def assert_close(op: str, got: np.ndarray, want: np.ndarray) -> None:
+    """Compares a result with its float64 reference: NaN and infinity first, then ulps; reports the worst element."""
+    name = got.dtype.name
+    wide = got.astype(np.float32).astype(np.float64)
+    assert got.shape == want.shape, f"{op}: shape {got.shape}, want {want.shape}"
+    if got.size == 0:
+        return
+    for kind in (np.isnan, np.isposinf, np.isneginf):
+        mismatch = np.argwhere(kind(wide) != kind(want))
+        assert len(mismatch) == 0, (
+            f"{op}: {kind.__name__} differs at {len(mismatch)} places, first {tuple(mismatch[0])}: "
+            f"got {wide[tuple(mismatch[0])]}, want {want[tuple(mismatch[0])]}"
+        )
+    finite = np.isfinite(want)
+    if not finite.any():
+        return
+    limit = ULPS[op][0 if name == "float32" else 1]
+    scale = np.maximum(np.abs(want), FLOOR[op] * np.abs(want[finite]).max())
+    smallest = np.finfo(np.float32).tiny if name != "float16" else 2.0**-14
+    exponent = np.floor(np.log2(np.maximum(scale, smallest)))
+    ulp = np.exp2(exponent - MANTISSA_BITS[name])
+    error = np.where(finite, np.abs(np.where(finite, wide - want, 0.0)) / ulp, 0.0)
+    worst = np.unravel_index(np.argmax(error), error.shape)
+    assert error[worst] <= limit, (
+        f"{op}: {error[worst]:.3f} ulp of {name} at {tuple(int(i) for i in worst)}, limit {limit}: "
+        f"got {wide[worst]!r}, want {want[worst]!r}"
+    )
+
+
+def assert_lse_close(got: np.ndarray, want: np.ndarray, dtype: str) -> None:
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
+    finite = np.isfinite(want)
+    error = np.abs(got[finite].astype(np.float64) - want[finite]) / np.maximum(1.0, np.abs(want[finite]))
+    assert error.size == 0 or error.max() <= LSE_ERROR[dtype], f"lse error {error.max()}"
