@@ -30,46 +30,84 @@ struct ActivationKernels {
 
 namespace quire::cpu::QUIRE_ISA_NAMESPACE {
 
-// x / (1 + e^-u) is x (1 + tanh(u / 2)) / 2 without that form's cancellation.
+/// x / (1 + e^exponent). With exponent -2u that is x (1 + tanh(u)) / 2 without that form's cancellation.
+template <int N>
+QUIRE_INLINE void logistic(Vec (&x)[N], Vec (&exponent)[N]) {
+  exp(exponent);
+  for (int k = 0; k < N; ++k) x[k] = x[k] / (set1(1.0f) + exponent[k]);
+}
+
 struct Silu {
-  static QUIRE_INLINE Vec apply(Vec x) { return x / (set1(1.0f) + exp(neg(x))); }
+  template <int N>
+  static QUIRE_INLINE void apply(Vec (&x)[N]) {
+    Vec exponent[N];
+    for (int k = 0; k < N; ++k) exponent[k] = neg(x[k]);
+    logistic(x, exponent);
+  }
 };
 struct Gelu {
-  static QUIRE_INLINE Vec apply(Vec x) { return x * normal_cdf(x); }
+  template <int N>
+  static QUIRE_INLINE void apply(Vec (&x)[N]) {
+    Vec cdf[N];
+    for (int k = 0; k < N; ++k) cdf[k] = x[k];
+    normal_cdf(cdf);
+    for (int k = 0; k < N; ++k) x[k] *= cdf[k];
+  }
 };
 struct GeluTanh {
-  static QUIRE_INLINE Vec apply(Vec x) {
+  template <int N>
+  static QUIRE_INLINE void apply(Vec (&x)[N]) {
     constexpr float kTwoRootTwoOverPi = 1.5957691216057308f;
-    const Vec u = x * fma(x * x, set1(-0.044715f * kTwoRootTwoOverPi), set1(-kTwoRootTwoOverPi));
-    return x / (set1(1.0f) + exp(u));
+    Vec exponent[N];
+    for (int k = 0; k < N; ++k)
+      exponent[k] = x[k] * fma(x[k] * x[k], set1(-0.044715f * kTwoRootTwoOverPi), set1(-kTwoRootTwoOverPi));
+    logistic(x, exponent);
   }
 };
 struct GeluQuick {
-  static QUIRE_INLINE Vec apply(Vec x) { return x / (set1(1.0f) + exp(x * set1(-1.702f))); }
-};
-struct ReluSquared {
-  static QUIRE_INLINE Vec apply(Vec x) {
-    const Vec positive = max(zero(), x);
-    return positive * positive;
+  template <int N>
+  static QUIRE_INLINE void apply(Vec (&x)[N]) {
+    Vec exponent[N];
+    for (int k = 0; k < N; ++k) exponent[k] = x[k] * set1(-1.702f);
+    logistic(x, exponent);
   }
 };
+struct ReluSquared {
+  template <int N>
+  static QUIRE_INLINE void apply(Vec (&x)[N]) {
+    for (int k = 0; k < N; ++k) {
+      const Vec positive = max(zero(), x[k]);
+      x[k] = positive * positive;
+    }
+  }
+};
+
+/// N whole vectors from column i on.
+template <typename F, bool kGated, bool kStream, int N, typename T>
+QUIRE_INLINE void activate_vectors(T* out, const T* x, const T* up, std::int64_t i) {
+  Vec y[N];
+  for (int k = 0; k < N; ++k) y[k] = load(x + i + k * kLanes);
+  F::apply(y);
+  for (int k = 0; k < N; ++k) {
+    if constexpr (kGated) y[k] *= load(up + i + k * kLanes);
+    if constexpr (kStream)
+      store_stream(out + i + k * kLanes, y[k]);
+    else
+      store(out + i + k * kLanes, y[k]);
+  }
+}
 
 template <typename F, bool kGated, bool kStream, typename T>
 QUIRE_INLINE void activate_row(T* out, const T* x, const T* up, std::int64_t width) {
   std::int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) {
-    Vec y = F::apply(load(x + i));
-    if constexpr (kGated) y *= load(up + i);
-    if constexpr (kStream)
-      store_stream(out + i, y);
-    else
-      store(out + i, y);
-  }
+  for (; i + 4 * kLanes <= width; i += 4 * kLanes) activate_vectors<F, kGated, kStream, 4>(out, x, up, i);
+  for (; i + kLanes <= width; i += kLanes) activate_vectors<F, kGated, kStream, 1>(out, x, up, i);
   if (i < width) {
     const int left = static_cast<int>(width - i);
-    Vec y = F::apply(load(x + i, left));
-    if constexpr (kGated) y *= load(up + i, left);
-    store(out + i, y, left);
+    Vec y[1] = {load(x + i, left)};
+    F::apply(y);
+    if constexpr (kGated) y[0] *= load(up + i, left);
+    store(out + i, y[0], left);
   }
 }
 
