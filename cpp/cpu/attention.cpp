@@ -3,31 +3,46 @@
 #include "ops/attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "core/dispatch.h"
 #include "core/error_word.h"
 #include "core/layout.h"
 #include "core/numeric.h"
+#include "cpu/isa/attention.h"
+#include "cpu/isa/dispatch.h"
 #include "cpu/thread_pool.h"
 
 namespace quire::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr std::int64_t kUnlimited = std::int64_t{1} << 40;  // more than any length, and safe to add to one
 
-// One sequence of the batch, its index contents clamped.
-struct Sequence {
-  std::int64_t query_begin;  // first row of q
-  std::int64_t num_queries;
-  std::int64_t kv_begin;  // first row of k and v; 0 when paged
-  std::int64_t kv_len;
-};
+// A task of at most this many rows is split no further for the sake of parallelism, except along its keys.
+constexpr std::int64_t kMinTaskRows = 32;
+constexpr std::int64_t kMaxTaskRows = 256;
+// More heads per kv head than this pay for the packing of keys even with one query.
+constexpr std::int64_t kMaxDecodeGroup = 16;
+constexpr std::int64_t kMinKeysPerSplit = 256;
+constexpr std::int64_t kTasksPerThread = 4;
+// In units of cost(): below it, waking the other threads costs more than they save.
+constexpr std::int64_t kMinParallelCost = 4096;
+
+#if defined(__x86_64__)
+constexpr IsaTables<AttentionKernels> kKernels = {{&scalar::attention_kernels, &avx2::attention_kernels, &avx512::attention_kernels, nullptr}};
+constexpr IsaTables<AttentionBf16Kernels> kBf16Kernels = {{&scalar::attention_bf16_kernels, &avx2::attention_bf16_kernels,
+                                                           &avx512::attention_bf16_kernels, &avx512_amx::attention_bf16_kernels}};
+#else
+constexpr IsaTables<AttentionKernels> kKernels = {{&scalar::attention_kernels, nullptr, nullptr, nullptr}};
+constexpr IsaTables<AttentionBf16Kernels> kBf16Kernels = {{&scalar::attention_bf16_kernels, nullptr, nullptr, nullptr}};
+#endif
 
 std::int64_t clamp_index(std::int64_t value, std::int64_t low, std::int64_t high, OpId op, ArgId arg, std::int64_t index) {
   const std::int64_t clamped = std::clamp(value, low, high);
@@ -35,15 +50,15 @@ std::int64_t clamp_index(std::int64_t value, std::int64_t low, std::int64_t high
   return clamped;
 }
 
-std::vector<Sequence> resolve_sequences(const AttentionParams& p) {
+std::vector<AttentionSequence> resolve_sequences(const AttentionParams& p) {
   const bool paged = p.block_tables != nullptr;
   const OpId op = paged ? OpId::kPagedAttention : OpId::kAttention;
-  std::vector<Sequence> sequences(static_cast<std::size_t>(p.num_seqs));
+  std::vector<AttentionSequence> sequences(static_cast<std::size_t>(p.num_seqs));
   std::int64_t query = 0, kv = 0;
   if (p.query_start_loc) query = clamp_index(p.query_start_loc[0], 0, p.num_tokens, op, ArgId::kQueryStartLoc, 0);
   if (p.kv_start_loc) kv = clamp_index(p.kv_start_loc[0], 0, p.num_kv_tokens, op, ArgId::kKvStartLoc, 0);
   for (std::int64_t s = 0; s < p.num_seqs; ++s) {
-    Sequence& sequence = sequences[static_cast<std::size_t>(s)];
+    AttentionSequence& sequence = sequences[static_cast<std::size_t>(s)];
     std::int64_t query_end = paged ? std::min(s + 1, p.num_tokens) : p.num_tokens;
     if (p.query_start_loc) query_end = clamp_index(p.query_start_loc[s + 1], query, p.num_tokens, op, ArgId::kQueryStartLoc, s + 1);
     sequence.query_begin = query;
@@ -63,96 +78,188 @@ std::vector<Sequence> resolve_sequences(const AttentionParams& p) {
   return sequences;
 }
 
-// Row of the key in k and v, in elements.
-struct KeyRow {
-  bool hidden;
-  std::int64_t k_offset, v_offset;
+struct Work {
+  AttentionTask task;
+  const AttentionKernel* kernel;
 };
 
-KeyRow locate_key(const AttentionParams& p, const Sequence& sequence, std::int64_t seq_idx, std::int64_t key) {
-  if (!p.block_tables) {
-    const std::int64_t row = sequence.kv_begin + key;
-    return {false, row * p.k_token_stride, row * p.v_token_stride};
-  }
-  const std::int64_t entry = key / p.block_size;
-  const std::int64_t block = p.block_tables[seq_idx * p.block_tables_stride + entry];
-  if (block < 0 || block >= p.num_blocks) {
-    if (block != -1) record_cpu_error(OpId::kPagedAttention, ArgId::kBlockTables, seq_idx * p.max_blocks_per_seq + entry, block);
-    return {true, 0, 0};
-  }
-  const std::int64_t offset = key % p.block_size;
-  return {false, block * p.k_block_stride + offset * p.k_token_stride, block * p.v_block_stride + offset * p.v_token_stride};
+// The tasks of a task that is split along its keys, and where their states lie.
+struct Split {
+  std::size_t first_work, num_works;
+  std::size_t partial_offset;  // in floats
+};
+
+struct Plan {
+  std::vector<Work> works;
+  std::vector<Split> splits;
+  std::size_t partial_size = 0;  // of all states, in floats
+  std::int64_t total_cost = 0;
+  std::int64_t scratch_bytes = 0;  // of one thread
+};
+
+std::int64_t rows_of(const AttentionTask& task) {
+  return (task.query_end - task.query_begin) * (task.params->num_heads / task.params->num_kv_heads);
 }
 
-template <typename T, typename KvT>
-void attend_row(const AttentionParams& p, const Sequence& sequence, std::int64_t seq_idx, std::int64_t query_idx, std::int64_t head) {
-  const std::int64_t kv_head = head / (p.num_heads / p.num_kv_heads);
-  const std::int64_t token = sequence.query_begin + query_idx;
-  const std::int64_t position = sequence.kv_len - sequence.num_queries + query_idx;
-  std::int64_t end = sequence.kv_len, begin = 0;
-  if (p.causal) end = std::min(end, position + 1);
-  if (p.window_right >= 0) end = std::min(end, position + std::min(p.window_right, kUnlimited) + 1);
-  if (p.window_left >= 0) begin = std::max(begin, position - std::min(p.window_left, kUnlimited));
-  const T* q = static_cast<const T*>(p.q) + token * p.q_token_stride + head * p.q_head_stride;
-  const float score_scale = p.scale * (p.k_scale ? p.k_scale[kv_head * p.k_scale_stride] : 1.0f);
-  float accumulator[256] = {};
-  float max = -kInfinity, sum = 0.0f;
-  for (std::int64_t key = begin; key < end; ++key) {
-    const KeyRow row = locate_key(p, sequence, seq_idx, key);
-    if (row.hidden) continue;
-    const KvT* k = static_cast<const KvT*>(p.k) + row.k_offset + kv_head * p.k_head_stride;
-    const KvT* v = static_cast<const KvT*>(p.v) + row.v_offset + kv_head * p.v_head_stride;
-    float score = 0.0f;
-    for (std::int64_t i = 0; i < p.head_dim; ++i) score += to_float(q[i]) * to_float(k[i]);
-    score *= score_scale;
-    if (p.softcap > 0.0f) score = p.softcap * std::tanh(score / p.softcap);
-    if (p.alibi_slopes) score -= p.alibi_slopes[head] * static_cast<float>(position - key);
-    if (score > max) {
-      const float rescale = std::exp(max - score);
-      for (std::int64_t i = 0; i < p.head_dim; ++i) accumulator[i] *= rescale;
-      sum *= rescale;
-      max = score;
-    }
-    const float weight = score == -kInfinity ? 0.0f : std::exp(score - max);
-    sum += weight;
-    for (std::int64_t i = 0; i < p.head_dim; ++i) accumulator[i] += weight * to_float(v[i]);
-  }
-  const float sink = p.sinks ? p.sinks[head] : -kInfinity;
-  const float reference = std::max(max, sink);
-  float lse = -kInfinity, factor = 0.0f;
-  if (reference != -kInfinity) {
-    const float rescale = std::exp(max - reference);
-    const float denominator = sum * rescale + std::exp(sink - reference);
-    lse = reference + std::log(denominator);
-    factor = rescale / denominator * (p.v_scale ? p.v_scale[kv_head * p.v_scale_stride] : 1.0f);
-  }
-  T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
-  for (std::int64_t i = 0; i < p.head_dim; ++i) out[i] = from_float<T>(accumulator[i] * factor);
-  if (p.lse) p.lse[token * p.num_heads + head] = lse;
-}
+// Time is spent on reading keys and on rows times keys.
+std::int64_t cost(const AttentionTask& task) { return (task.key_end - task.key_begin) * (rows_of(task) + 8) + 64; }
 
-template <typename T, typename KvT>
-void attend_all(const AttentionParams& p) {
-  const std::vector<Sequence> sequences = resolve_sequences(p);
+// The plan depends on the batch and on the number of threads, never on timing: neither does any sum's order.
+Plan make_plan(const AttentionParams& p, const std::vector<AttentionSequence>& sequences, std::int64_t threads) {
+  const std::int64_t group = p.num_heads / p.num_kv_heads;
+  const auto kv_dtype = static_cast<std::size_t>(p.kv_dtype);
+  const AttentionKernel* decode = &kKernels.active().decode[kv_dtype];
+  const AttentionKernel* prefill =
+      p.dtype == DType::kBFloat16 ? &kBf16Kernels.active().prefill[kv_dtype] : &kKernels.active().prefill[kv_dtype];
+
+  std::int64_t num_rows = 0;
+  for (const AttentionSequence& sequence : sequences) num_rows += sequence.num_queries * p.num_heads;
+  std::int64_t task_rows = kMaxTaskRows;
+  while (task_rows > kMinTaskRows && num_rows < task_rows * threads * kTasksPerThread) task_rows /= 2;
+  const std::int64_t task_queries = std::max<std::int64_t>(1, task_rows / group);
+
+  Plan plan;
   for (std::int64_t s = 0; s < p.num_seqs; ++s) {
-    const Sequence& sequence = sequences[static_cast<std::size_t>(s)];
-    parallel_for(sequence.num_queries * p.num_heads, 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t row = begin; row < end; ++row)
-        attend_row<T, KvT>(p, sequence, s, row / p.num_heads, row % p.num_heads);
-    });
+    const AttentionSequence& sequence = sequences[static_cast<std::size_t>(s)];
+    // The last queries see most keys: they go first, so that the threads end together.
+    for (std::int64_t query_end = sequence.num_queries; query_end > 0; query_end -= std::min(query_end, task_queries)) {
+      for (std::int64_t kv_head = 0; kv_head < p.num_kv_heads; ++kv_head) {
+        const std::int64_t query_begin = std::max<std::int64_t>(0, query_end - task_queries);
+        const std::int64_t key_begin = visible_keys(p, sequence, query_begin).begin;
+        const std::int64_t key_end = std::max(key_begin, visible_keys(p, sequence, query_end - 1).end);
+        const bool is_decode = query_end - query_begin == 1 && group <= kMaxDecodeGroup;
+        plan.works.push_back({{&p, sequence, s, kv_head, query_begin, query_end, key_begin, key_end, nullptr}, is_decode ? decode : prefill});
+        plan.total_cost += cost(plan.works.back().task);
+      }
+    }
   }
+
+  // A task that would keep one thread busy while the others have run out is split along its keys.
+  if (threads > 1 && plan.total_cost >= kMinParallelCost) {
+    const std::int64_t max_cost = plan.total_cost / (threads * kTasksPerThread / 2) + 1;
+    std::vector<Work> works;
+    for (const Work& work : plan.works) {
+      const std::int64_t num_keys = work.task.key_end - work.task.key_begin;
+      const std::int64_t num_parts = std::min(ceil_div(cost(work.task), max_cost), num_keys / kMinKeysPerSplit);
+      if (num_parts < 2) {
+        works.push_back(work);
+        continue;
+      }
+      const std::int64_t part_keys = ceil_div(ceil_div(num_keys, num_parts), 64) * 64;
+      Split split = {works.size(), 0, plan.partial_size};
+      for (std::int64_t key = work.task.key_begin; key < work.task.key_end; key += part_keys) {
+        works.push_back(work);
+        works.back().task.key_begin = key;
+        works.back().task.key_end = std::min(key + part_keys, work.task.key_end);
+        ++split.num_works;
+      }
+      plan.partial_size += split.num_works * static_cast<std::size_t>(rows_of(work.task) * (p.head_dim + 2));
+      plan.splits.push_back(split);
+    }
+    plan.works = std::move(works);
+  }
+  for (const Work& work : plan.works)
+    plan.scratch_bytes = std::max(plan.scratch_bytes, work.kernel->scratch_bytes(rows_of(work.task), p.head_dim));
+  return plan;
 }
+
+// Memory that a calling thread keeps from call to call, cache-line aligned.
+std::byte* reserve_scratch(std::size_t num_bytes) {
+  struct Free {
+    void operator()(std::byte* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+  };
+  thread_local std::unique_ptr<std::byte, Free> memory;
+  thread_local std::size_t size = 0;
+  if (size < num_bytes) {
+    memory.reset();
+    size = 0;
+    memory.reset(static_cast<std::byte*>(::operator new(num_bytes, std::align_val_t{64})));
+    size = num_bytes;
+  }
+  return memory.get();
+}
+
+alignas(64) constexpr std::byte kZeroRow[256 * sizeof(float)] = {};
 
 }  // namespace
 
+void locate_keys(const AttentionTask& task, std::int64_t key, int num_keys, int num_padded_keys, AttentionKeyTile& tile) {
+  const AttentionParams& p = *task.params;
+  const std::int64_t item = itemsize(p.kv_dtype);
+  const std::byte* k = static_cast<const std::byte*>(p.k) + task.kv_head * p.k_head_stride * item;
+  const std::byte* v = static_cast<const std::byte*>(p.v) + task.kv_head * p.v_head_stride * item;
+  const std::int64_t k_step = p.k_token_stride * item, v_step = p.v_token_stride * item;
+  tile.any_hidden = false;
+  int i = 0;
+  const auto add_run = [&](std::int64_t k_offset, std::int64_t v_offset, int end) {
+    for (; i < end; ++i, k_offset += k_step, v_offset += v_step) {
+      tile.k[i] = k + k_offset;
+      tile.v[i] = v + v_offset;
+    }
+  };
+  const auto add_zeros = [&](int end) {
+    for (; i < end; ++i) tile.k[i] = tile.v[i] = kZeroRow;
+  };
+  if (p.block_tables == nullptr) {
+    const std::int64_t row = task.sequence.kv_begin + key;
+    add_run(row * k_step, row * v_step, num_keys);
+  } else {
+    const std::int32_t* table = p.block_tables + task.seq_idx * p.block_tables_stride;
+    std::int64_t entry = key / p.block_size, offset = key % p.block_size;
+    while (i < num_keys) {
+      const int end = static_cast<int>(std::min<std::int64_t>(num_keys, i + p.block_size - offset));
+      const std::int64_t block = table[entry];
+      if (block >= 0 && block < p.num_blocks) {
+        add_run(block * p.k_block_stride * item + offset * k_step, block * p.v_block_stride * item + offset * v_step, end);
+      } else {
+        if (block != -1) record_cpu_error(OpId::kPagedAttention, ArgId::kBlockTables, task.seq_idx * p.max_blocks_per_seq + entry, block);
+        if (!tile.any_hidden) std::fill(std::begin(tile.hidden), std::end(tile.hidden), 0u);
+        tile.any_hidden = true;
+        for (int j = i; j < end; ++j) tile.hidden[j / 32] |= 1u << (j % 32);
+        add_zeros(end);
+      }
+      ++entry;
+      offset = 0;
+    }
+  }
+  add_zeros(num_padded_keys);
+}
+
 void attention(const AttentionParams& params) {
-  dispatch_float(params.dtype, "paged_attention", [&](auto dtype) {
-    using T = HostType<decltype(dtype)::value>;
-    switch (params.kv_dtype) {
-      case DType::kFloat8E4M3FN: return attend_all<T, Float8E4M3FN>(params);
-      case DType::kFloat8E5M2: return attend_all<T, Float8E5M2>(params);
-      case DType::kInt8: return attend_all<T, std::int8_t>(params);
-      default: return attend_all<T, T>(params);
+  const std::vector<AttentionSequence> sequences = resolve_sequences(params);
+  const std::int64_t threads = num_threads();
+  Plan plan = make_plan(params, sequences, threads);
+  if (plan.works.empty()) return;
+
+  const std::int64_t num_works = static_cast<std::int64_t>(plan.works.size());
+  const std::int64_t num_workers = plan.total_cost < kMinParallelCost ? 1 : std::min(threads, num_works);
+  const std::int64_t partial_bytes = ceil_div(static_cast<std::int64_t>(plan.partial_size * sizeof(float)), 64) * 64;
+  std::byte* memory = reserve_scratch(static_cast<std::size_t>(partial_bytes + num_workers * plan.scratch_bytes));
+  float* partials = reinterpret_cast<float*>(memory);
+  for (const Split& split : plan.splits) {
+    float* partial = partials + split.partial_offset;
+    for (std::size_t i = split.first_work; i < split.first_work + split.num_works; ++i) {
+      plan.works[i].task.partial = partial;
+      partial += rows_of(plan.works[i].task) * (params.head_dim + 2);
+    }
+  }
+
+  // Tasks are taken one by one, as their costs differ; each writes only what is its own.
+  std::atomic<std::int64_t> next{0};
+  parallel_for(num_workers, 1, [&](std::int64_t worker, std::int64_t) {
+    std::byte* scratch = memory + partial_bytes + worker * plan.scratch_bytes;
+    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_works;) {
+      const Work& work = plan.works[static_cast<std::size_t>(i)];
+      work.kernel->run(work.task, scratch);
+    }
+  });
+
+  parallel_for(static_cast<std::int64_t>(plan.splits.size()), 4, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const Split& split = plan.splits[static_cast<std::size_t>(i)];
+      AttentionTask task = plan.works[split.first_work].task;
+      task.partial = nullptr;
+      kKernels.active().merge(task, partials + split.partial_offset, static_cast<std::int64_t>(split.num_works));
     }
   });
 }

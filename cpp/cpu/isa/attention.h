@@ -1,0 +1,98 @@
+// What attention's orchestration hands to its per-ISA kernels.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "ops/attention.h"
+
+namespace quire::cpu {
+
+/// One sequence of the batch, its index contents clamped.
+struct AttentionSequence {
+  std::int64_t query_begin;  // first row of q
+  std::int64_t num_queries;
+  std::int64_t kv_begin;  // first row of k and v; 0 when paged
+  std::int64_t kv_len;
+};
+
+/// A unit of work: some queries of one sequence, for the query heads of one kv head, over a range of keys. Its rows are
+/// (query, head of the group), query outermost.
+struct AttentionTask {
+  const AttentionParams* params;
+  AttentionSequence sequence;
+  std::int64_t seq_idx, kv_head;
+  std::int64_t query_begin, query_end;  // within the sequence
+  std::int64_t key_begin, key_end;      // within the sequence; may be empty
+  /// Null: the finished rows go to out and lse. Else this range of keys is one of several, and its state goes here: weighted sums
+  /// [rows, head_dim], then maxima [rows], in units of log 2, then sums of weights [rows].
+  float* partial;
+};
+
+struct AttentionKeyRange {
+  std::int64_t begin, end;
+};
+
+/// The keys that one query of the sequence sees, before the block table hides any; empty if end <= begin.
+inline __attribute__((always_inline)) AttentionKeyRange visible_keys(const AttentionParams& p, const AttentionSequence& sequence,
+                                                                     std::int64_t query_idx) {
+  // More than any length, and safe to add to one.
+  constexpr std::int64_t kUnlimited = std::int64_t{1} << 40;
+  const std::int64_t position = sequence.kv_len - sequence.num_queries + query_idx;
+  std::int64_t right = p.causal ? 0 : kUnlimited;
+  if (p.window_right >= 0 && p.window_right < right) right = p.window_right;
+  const std::int64_t left = p.window_left >= 0 && p.window_left < kUnlimited ? p.window_left : kUnlimited;
+  const std::int64_t begin = position - left, end = position + right + 1;
+  return {begin > 0 ? begin : 0, end < sequence.kv_len ? end : sequence.kv_len};
+}
+
+inline constexpr int kMaxTileKeys = 256;
+
+/// Where consecutive keys lie. A hidden key, and one past the tile's keys, points to a row of zeros.
+struct AttentionKeyTile {
+  const void* k[kMaxTileKeys];
+  const void* v[kMaxTileKeys];
+  std::uint32_t hidden[kMaxTileKeys / 32];  // one bit per key
+  bool any_hidden;
+};
+
+/// Finds the keys [key, key + num_keys) of the task's sequence, guards the block table and records what it holds out of range.
+void locate_keys(const AttentionTask& task, std::int64_t key, int num_keys, int num_padded_keys, AttentionKeyTile& tile);
+
+struct AttentionKernel {
+  void (*run)(const AttentionTask& task, std::byte* scratch);
+  std::int64_t (*scratch_bytes)(std::int64_t num_rows, std::int64_t head_dim);  // scratch is 64-byte aligned
+};
+
+inline constexpr int kNumKvDTypes = 6;  // float32 to int8, as DType counts them
+
+struct AttentionKernels {
+  AttentionKernel decode[kNumKvDTypes];   // tasks of one query
+  AttentionKernel prefill[kNumKvDTypes];  // any task
+  /// Merges the states of num_partials ranges of keys, which lie one after the other, and finishes the rows.
+  void (*merge)(const AttentionTask& task, float* partials, std::int64_t num_partials);
+};
+
+/// Prefill of bfloat16 queries, where that has kernels of its own.
+struct AttentionBf16Kernels {
+  AttentionKernel prefill[kNumKvDTypes];
+};
+
+namespace scalar {
+extern const AttentionKernels attention_kernels;
+extern const AttentionBf16Kernels attention_bf16_kernels;
+}  // namespace scalar
+namespace avx2 {
+extern const AttentionKernels attention_kernels;
+extern const AttentionBf16Kernels attention_bf16_kernels;
+}  // namespace avx2
+namespace avx512 {
+extern const AttentionKernels attention_kernels;
+extern const AttentionBf16Kernels attention_bf16_kernels;
+}  // namespace avx512
+namespace avx512_amx {
+extern const AttentionBf16Kernels attention_bf16_kernels;
+}  // namespace avx512_amx
+
+}  // namespace quire::cpu

@@ -1,0 +1,9 @@
+// Attention kernels for AVX2.
+// SPDX-License-Identifier: Apache-2.0
+#define QUIRE_ISA_NAMESPACE avx2
+#define QUIRE_ISA_LEVEL 1
+#include "cpu/isa/attention_tables.h"
+
+namespace quire::cpu::avx2 {
+const AttentionBf16Kernels attention_bf16_kernels = kFloatBf16Kernels;
+}
