@@ -284,7 +284,7 @@ void bind_error(nb::module_& m) {
   nb::arg("seq_ids"), nb::arg("num_scheduled_tokens"), nb::kw_only(), nb::arg("block_tables"), nb::arg("slot_mapping"),             \
       nb::arg("seq_lens"), nb::arg("query_start_loc"), nb::arg("positions").none() = nb::none()
 #define QUIRE_BATCH_SIG                                                                                                             \
-  "(self, seq_ids: Iterable[int] | object, num_scheduled_tokens: Iterable[int] | object, *, block_tables: object, slot_mapping: object, " \
+  "(self, seq_ids: collections.abc.Iterable[int], num_scheduled_tokens: collections.abc.Iterable[int], *, block_tables: object, slot_mapping: object, " \
   "seq_lens: object, query_start_loc: object, positions: object | None = None)"
 
 void bind_block_allocator(nb::module_& m) {
@@ -380,19 +380,19 @@ Example:
       .def("allocate", nb::overload_cast<std::int64_t>(&A::allocate), nb::arg("num_blocks"),
            "Takes blocks, all or none: free ones first, then the oldest cached ones.")
       .def("free", [](A& a, nb::handle ids) { a.free(Integers<BlockId>(ids, "block_ids")); }, nb::arg("block_ids"),
-           nb::sig("def free(self, block_ids: Iterable[int] | object) -> None"),
+           nb::sig("def free(self, block_ids: collections.abc.Iterable[int]) -> None"),
            "Gives up one reference of ``allocate`` or ``ref`` per entry. A double free is a ValueError, and then none is freed.")
       .def("ref", [](A& a, nb::handle ids) { a.ref(Integers<BlockId>(ids, "block_ids")); }, nb::arg("block_ids"),
-           nb::sig("def ref(self, block_ids: Iterable[int] | object) -> None"),
+           nb::sig("def ref(self, block_ids: collections.abc.Iterable[int]) -> None"),
            "Adds one reference per entry to live or cached blocks, to be given up by ``free``.")
       .def("copy_on_write", [](A& a, BlockId id) { const BlockCopy c = a.copy_on_write(id); return nb::make_tuple(c.src, c.dst); },
            nb::arg("block_id"), nb::sig("def copy_on_write(self, block_id: int) -> tuple[int, int]"),
            "Makes a block that the caller holds writable. Returns (src, dst); if they differ, copy src to dst and use dst.")
       .def("pin", [](A& a, nb::handle ids) { a.pin(Integers<BlockId>(ids, "block_ids")); }, nb::arg("block_ids"),
-           nb::sig("def pin(self, block_ids: Iterable[int] | object) -> None"),
+           nb::sig("def pin(self, block_ids: collections.abc.Iterable[int]) -> None"),
            "Keeps live or cached blocks from being evicted or written to.")
       .def("unpin", [](A& a, nb::handle ids) { a.unpin(Integers<BlockId>(ids, "block_ids")); }, nb::arg("block_ids"),
-           nb::sig("def unpin(self, block_ids: Iterable[int] | object) -> None"), "Undoes one ``pin`` per entry.")
+           nb::sig("def unpin(self, block_ids: collections.abc.Iterable[int]) -> None"), "Undoes one ``pin`` per entry.")
 
       // Sequences.
       .def("add_sequence",
@@ -401,8 +401,8 @@ Example:
            },
            nb::arg("seq_id"), nb::arg("token_ids"), nb::kw_only(), nb::arg("salt").none() = nb::none(),
            nb::arg("extra_keys").none() = nb::none(),
-           nb::sig("def add_sequence(self, seq_id: int, token_ids: Iterable[int] | object, *, salt: str | bytes | None = None, "
-                   "extra_keys: Iterable[tuple[int, str | bytes]] | None = None) -> int"),
+           nb::sig("def add_sequence(self, seq_id: int, token_ids: collections.abc.Iterable[int], *, salt: str | bytes | None = None, "
+                   "extra_keys: collections.abc.Iterable[tuple[int, str | bytes]] | None = None) -> int"),
            R"doc(Starts a sequence and takes over the cached blocks that hold its first tokens.
 
 Args:
@@ -419,8 +419,8 @@ Returns:
              return a.num_cached_tokens(Tokens(tokens, "token_ids"), to_bytes(salt, "salt"), to_extra_keys(keys));
            },
            nb::arg("token_ids"), nb::kw_only(), nb::arg("salt").none() = nb::none(), nb::arg("extra_keys").none() = nb::none(),
-           nb::sig("def num_cached_tokens(self, token_ids: Iterable[int] | object, *, salt: str | bytes | None = None, "
-                   "extra_keys: Iterable[tuple[int, str | bytes]] | None = None) -> int"),
+           nb::sig("def num_cached_tokens(self, token_ids: collections.abc.Iterable[int], *, salt: str | bytes | None = None, "
+                   "extra_keys: collections.abc.Iterable[tuple[int, str | bytes]] | None = None) -> int"),
            "What ``add_sequence`` would return, changing nothing.")
       .def("has_sequence", &A::has_sequence, nb::arg("seq_id"))
       .def("__contains__", &A::has_sequence, nb::arg("seq_id"))
@@ -437,12 +437,12 @@ Returns:
            nb::arg("num_new_tokens"), nb::sig("def grow(self, seq_id: int, num_new_tokens: int) -> list[tuple[int, int]]"),
            "Makes room for tokens after the computed ones. Returns (src, dst) blocks to copy before the sequence is written to.")
       .def("append_tokens", [](A& a, SequenceId id, nb::handle tokens) { a.append_tokens(id, Tokens(tokens, "token_ids")); },
-           nb::arg("seq_id"), nb::arg("token_ids"), nb::sig("def append_tokens(self, seq_id: int, token_ids: Iterable[int] | object) -> None"),
+           nb::arg("seq_id"), nb::arg("token_ids"), nb::sig("def append_tokens(self, seq_id: int, token_ids: collections.abc.Iterable[int]) -> None"),
            "Appends token ids, before or after they are computed.")
       .def("append_token_batch",
            [](A& a, nb::handle ids, nb::handle tokens) { a.append_token_batch(Ids(ids, "seq_ids"), Tokens(tokens, "token_ids")); },
            nb::arg("seq_ids"), nb::arg("token_ids"),
-           nb::sig("def append_token_batch(self, seq_ids: Iterable[int] | object, token_ids: Iterable[int] | object) -> None"),
+           nb::sig("def append_token_batch(self, seq_ids: collections.abc.Iterable[int], token_ids: collections.abc.Iterable[int]) -> None"),
            "Appends one token to each sequence.")
       .def("commit", &A::commit, nb::arg("seq_id"), nb::arg("num_tokens"),
            "The next tokens' keys and values are in the cache; blocks that became full can now be hit.")
@@ -451,7 +451,7 @@ Returns:
              a.commit_batch(Ids(ids, "seq_ids"), Integers<std::int64_t>(counts, "num_tokens"));
            },
            nb::arg("seq_ids"), nb::arg("num_tokens"),
-           nb::sig("def commit_batch(self, seq_ids: Iterable[int] | object, num_tokens: Iterable[int] | object) -> None"),
+           nb::sig("def commit_batch(self, seq_ids: collections.abc.Iterable[int], num_tokens: collections.abc.Iterable[int]) -> None"),
            "``commit`` of each sequence, all or nothing.")
       .def("truncate", &A::truncate, nb::arg("seq_id"), nb::arg("num_tokens"),
            "Forgets all but the first tokens, and gives up the blocks that only the others needed.")
@@ -465,7 +465,7 @@ Returns:
       .def("release_out_of_window", &A::release_out_of_window, nb::arg("seq_id"), nb::arg("window"),
            "Gives up the blocks that no query within ``window`` tokens can see. Returns how many; their entries become -1.")
       .def("num_common_prefix_blocks", [](const A& a, nb::handle ids) { return a.num_common_prefix_blocks(Ids(ids, "seq_ids")); },
-           nb::arg("seq_ids"), nb::sig("def num_common_prefix_blocks(self, seq_ids: Iterable[int] | object) -> int"),
+           nb::arg("seq_ids"), nb::sig("def num_common_prefix_blocks(self, seq_ids: collections.abc.Iterable[int]) -> int"),
            "How many leading blocks all of these sequences share.")
 
       // Host tier.
@@ -521,8 +521,8 @@ Raises:
              return list;
            },
            nb::arg("token_ids"), nb::kw_only(), nb::arg("salt").none() = nb::none(), nb::arg("extra_keys").none() = nb::none(),
-           nb::sig("def hash_blocks(self, token_ids: Iterable[int] | object, *, salt: str | bytes | None = None, "
-                   "extra_keys: Iterable[tuple[int, str | bytes]] | None = None) -> list[int]"),
+           nb::sig("def hash_blocks(self, token_ids: collections.abc.Iterable[int], *, salt: str | bytes | None = None, "
+                   "extra_keys: collections.abc.Iterable[tuple[int, str | bytes]] | None = None) -> list[int]"),
            "The 128-bit hashes of the full blocks of these tokens, as they appear in events.")
       .def("reset_prefix_cache", &A::reset_prefix_cache,
            "Forgets all cached contents, as after a change of weights. What running sequences have computed never becomes a hit.")

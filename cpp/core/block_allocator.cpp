@@ -3,17 +3,20 @@
 #include "quire/block_allocator.h"
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <mutex>
-#include <random>
-#include <unordered_map>
 #include <utility>
 
+#include "core/block_allocator_records.h"
+#include "core/block_hash.h"
+
 namespace quire {
+
+using namespace block_allocator;
+
 namespace {
 
 constexpr std::int64_t kMaxBlocks = (std::int64_t{1} << 31) - 2;  // one more index is the list's sentinel
@@ -22,10 +25,6 @@ constexpr std::int64_t kMaxSequenceTokens = std::numeric_limits<std::int32_t>::m
 constexpr std::int32_t kMaxReferences = std::int32_t{1} << 30;
 constexpr std::size_t kMaxSpareSequences = 1024;
 constexpr std::size_t kMaxSpareTokens = 32768;
-
-constexpr std::uint64_t kRootPrefix = 0;  // as a parent: no parent; as a block's own: not cached
-constexpr std::uint32_t kNoExtra = 0;
-constexpr std::uint32_t kUnknownExtra = std::numeric_limits<std::uint32_t>::max();
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 constexpr std::size_t to_index(std::int64_t i) { return static_cast<std::size_t>(i); }
@@ -43,282 +42,6 @@ std::string message(const char* function, const char* argument, const std::strin
 [[noreturn]] void fail_index(const char* function, const char* argument, const std::string& expected, const std::string& got) {
   throw IndexError(message(function, argument, expected, got));
 }
-
-// Room for `num_more` further elements, growing geometrically, so that the push_backs that follow cannot throw.
-template <typename T>
-void make_room(std::vector<T>& v, std::size_t num_more) {
-  const std::size_t needed = v.size() + num_more;
-  if (needed > v.capacity()) v.reserve(std::max(needed, v.capacity() * 2));
-}
-
-// ---- SipHash-2-4 with 128 bits of output (Aumasson and Bernstein, 2012), over 64-bit little-endian words. ----
-
-class SipHash {
- public:
-  explicit SipHash(const BlockHash& key)
-      : v0_(key.lo ^ 0x736f6d6570736575U),
-        v1_(key.hi ^ 0x646f72616e646f6dU ^ 0xeeU),
-        v2_(key.lo ^ 0x6c7967656e657261U),
-        v3_(key.hi ^ 0x7465646279746573U) {}
-
-  void absorb(std::uint64_t word) {
-    v3_ ^= word;
-    round();
-    round();
-    v0_ ^= word;
-  }
-
-  // `tail` holds the input's last num_bytes % 8 bytes.
-  BlockHash finish(std::uint64_t tail, std::uint64_t num_bytes) {
-    absorb(tail | num_bytes << 56);
-    BlockHash hash;
-    v2_ ^= 0xeeU;
-    for (int i = 0; i < 4; ++i) round();
-    hash.lo = v0_ ^ v1_ ^ v2_ ^ v3_;
-    v1_ ^= 0xddU;
-    for (int i = 0; i < 4; ++i) round();
-    hash.hi = v0_ ^ v1_ ^ v2_ ^ v3_;
-    return hash;
-  }
-
- private:
-  void round() {
-    v0_ += v1_;
-    v2_ += v3_;
-    v1_ = std::rotl(v1_, 13) ^ v0_;
-    v3_ = std::rotl(v3_, 16) ^ v2_;
-    v0_ = std::rotl(v0_, 32);
-    v2_ += v1_;
-    v0_ += v3_;
-    v1_ = std::rotl(v1_, 17) ^ v2_;
-    v3_ = std::rotl(v3_, 21) ^ v0_;
-    v2_ = std::rotl(v2_, 32);
-  }
-
-  std::uint64_t v0_, v1_, v2_, v3_;
-};
-
-BlockHash hash_bytes(const BlockHash& key, std::string_view bytes) {
-  SipHash sip(key);
-  std::uint64_t word = 0;
-  for (std::size_t i = 0; i < bytes.size(); ++i) {
-    word |= static_cast<std::uint64_t>(static_cast<unsigned char>(bytes[i])) << (i % 8 * 8);
-    if (i % 8 == 7) {
-      sip.absorb(word);
-      word = 0;
-    }
-  }
-  return sip.finish(word, bytes.size());
-}
-
-// block_size is constant in an allocator, so the length tells a block with a digest from one without.
-BlockHash hash_block(const BlockHash& key, const BlockHash& parent, const BlockHash* extra_digest,
-                     std::span<const TokenId> tokens) {
-  SipHash sip(key);
-  sip.absorb(parent.lo);
-  sip.absorb(parent.hi);
-  if (extra_digest != nullptr) {
-    sip.absorb(extra_digest->lo);
-    sip.absorb(extra_digest->hi);
-  }
-  std::size_t i = 0;
-  for (; i + 1 < tokens.size(); i += 2) {
-    sip.absorb(static_cast<std::uint32_t>(tokens[i]) | static_cast<std::uint64_t>(static_cast<std::uint32_t>(tokens[i + 1])) << 32);
-  }
-  const std::uint64_t tail = i < tokens.size() ? static_cast<std::uint32_t>(tokens[i]) : 0;
-  return sip.finish(tail, tokens.size() * 4 + (extra_digest != nullptr ? 32 : 16));
-}
-
-BlockHash random_key() {
-  std::random_device device;
-  const auto word = [&device] { return static_cast<std::uint64_t>(device()) << 32 | device(); };
-  BlockHash key;
-  key.lo = word();
-  key.hi = word();
-  return key;
-}
-
-// ---- Records. ----
-
-struct Block {
-  BlockHash hash;
-  std::uint64_t prefix_id = kRootPrefix;         // names the contents of this block and all before it; never used twice
-  std::uint64_t parent_prefix_id = kRootPrefix;
-  std::uint32_t extra_id = kNoExtra;
-  std::int32_t refs = 0;       // raw_refs + pin_refs + the sequences that hold it
-  std::int32_t raw_refs = 0;
-  std::int32_t pin_refs = 0;
-  BlockId prev = kNoBlock;     // free list, while refs == 0
-  BlockId next = kNoBlock;
-  BlockId twin_prev = kNoBlock;  // blocks of the same contents; the first of them is in the table
-  BlockId twin_next = kNoBlock;
-
-  bool is_cached() const { return prefix_id != kRootPrefix; }
-  bool has_twin() const { return twin_prev != kNoBlock || twin_next != kNoBlock; }
-};
-static_assert(sizeof(Block) == 64, "one cache line per block");
-
-// A full block of a sequence in the prefix cache's terms.
-struct Link {
-  BlockHash hash;
-  std::uint64_t prefix_id = kRootPrefix;
-};
-
-struct ExtraAt {
-  std::int64_t block_idx = 0;
-  std::uint32_t extra_id = kNoExtra;
-};
-
-struct ExtraBytes {
-  std::int64_t block_idx = 0;
-  std::string bytes;
-};
-
-struct Sequence {
-  SequenceId id = 0;
-  std::vector<BlockId> blocks;  // host blocks while swapped
-  std::int64_t num_computed = 0;
-  std::int64_t num_reserved = 0;
-  std::int64_t num_released = 0;
-  std::uint64_t mark = 0;  // the last batch that named it
-  bool is_swapped = false;
-  bool is_cacheable = true;
-  std::vector<TokenId> tokens;
-  std::vector<Link> chain;      // of the leading full blocks whose contents are known
-  std::vector<ExtraAt> extras;  // by block_idx
-
-  std::int64_t num_tokens() const { return static_cast<std::int64_t>(tokens.size()); }
-  std::int64_t num_blocks() const { return static_cast<std::int64_t>(blocks.size()); }
-};
-
-// Sequence ids to sequences: linear probing, deletion by shifting back.
-class SequenceMap {
- public:
-  explicit SequenceMap(std::uint64_t seed) : seed_(seed), slots_(16) {}
-
-  Sequence* find(SequenceId id) const {
-    for (std::size_t i = home(id);; i = next(i)) {
-      Sequence* const seq = slots_[i].get();
-      if (seq == nullptr || seq->id == id) return seq;
-    }
-  }
-
-  void reserve_one() {
-    if ((size_ + 1) * 2 <= slots_.size()) return;
-    std::vector<std::unique_ptr<Sequence>> old(slots_.size() * 2);
-    old.swap(slots_);
-    for (auto& seq : old) {
-      if (seq) place(std::move(seq));
-    }
-  }
-
-  // After reserve_one(); the id must be new.
-  void insert(std::unique_ptr<Sequence> seq) noexcept {
-    place(std::move(seq));
-    ++size_;
-  }
-
-  std::unique_ptr<Sequence> extract(SequenceId id) noexcept {
-    std::size_t hole = home(id);
-    while (slots_[hole]->id != id) hole = next(hole);
-    std::unique_ptr<Sequence> seq = std::move(slots_[hole]);
-    for (std::size_t i = next(hole); slots_[i]; i = next(i)) {
-      const std::size_t mask = slots_.size() - 1;
-      if (((i - home(slots_[i]->id)) & mask) >= ((i - hole) & mask)) {
-        slots_[hole] = std::move(slots_[i]);
-        hole = i;
-      }
-    }
-    --size_;
-    return seq;
-  }
-
-  std::size_t size() const { return size_; }
-
-  template <typename F>
-  void for_each(F&& f) const {
-    for (const auto& seq : slots_) {
-      if (seq) f(*seq);
-    }
-  }
-
- private:
-  std::size_t home(SequenceId id) const {
-    std::uint64_t x = static_cast<std::uint64_t>(id) ^ seed_;
-    x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93U;
-    x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93U;
-    return static_cast<std::size_t>(x ^ (x >> 32)) & (slots_.size() - 1);
-  }
-  std::size_t next(std::size_t i) const { return (i + 1) & (slots_.size() - 1); }
-  void place(std::unique_ptr<Sequence> seq) noexcept {
-    std::size_t i = home(seq->id);
-    while (slots_[i]) i = next(i);
-    slots_[i] = std::move(seq);
-  }
-
-  std::uint64_t seed_;
-  std::vector<std::unique_ptr<Sequence>> slots_;
-  std::size_t size_ = 0;
-};
-
-// Salts and extra keys by value, so that a block compares them exactly in one integer. Ids are reference counted.
-class ExtraPool {
- public:
-  struct Entry {
-    std::string bytes;
-    BlockHash digest;
-    std::int64_t refs = 0;
-  };
-
-  std::uint32_t find(std::string_view bytes) const {
-    const auto it = ids_.find(bytes);
-    return it == ids_.end() ? kUnknownExtra : it->second;
-  }
-
-  std::uint32_t acquire(const std::string& bytes, const BlockHash& key) {
-    const std::uint32_t known = find(bytes);
-    if (known != kUnknownExtra) {
-      ++entries_[known - 1]->refs;
-      return known;
-    }
-    if (unused_.empty()) {
-      if (entries_.size() + 1 >= kUnknownExtra) throw std::bad_alloc();
-      // Room for every id, for release() not to throw.
-      if (unused_.capacity() <= entries_.size()) unused_.reserve(std::max<std::size_t>(16, entries_.size() * 2));
-      entries_.push_back(std::make_unique<Entry>());
-      unused_.push_back(static_cast<std::uint32_t>(entries_.size()));
-    }
-    const std::uint32_t id = unused_.back();
-    Entry& entry = *entries_[id - 1];
-    entry.bytes = bytes;
-    ids_.emplace(entry.bytes, id);
-    entry.digest = hash_bytes(key, bytes);
-    entry.refs = 1;
-    unused_.pop_back();
-    return id;
-  }
-
-  void add_ref(std::uint32_t id) noexcept {
-    if (id != kNoExtra) ++entries_[id - 1]->refs;
-  }
-
-  void release(std::uint32_t id) noexcept {
-    if (id == kNoExtra) return;
-    Entry& entry = *entries_[id - 1];
-    if (--entry.refs > 0) return;
-    ids_.erase(entry.bytes);
-    entry.bytes = std::string();
-    unused_.push_back(id);
-  }
-
-  const Entry& operator[](std::uint32_t id) const { return *entries_[id - 1]; }
-  std::size_t num_entries() const { return entries_.size(); }
-
- private:
-  std::vector<std::unique_ptr<Entry>> entries_;
-  std::vector<std::uint32_t> unused_;
-  std::unordered_map<std::string_view, std::uint32_t> ids_;
-};
 
 struct PendingEvent {
   BlockEvent::Kind kind = BlockEvent::Kind::kStored;
@@ -756,6 +479,34 @@ struct BlockAllocator::Impl {
     }
   }
 
+  void commit(const char* function, const char* id_argument, std::span<const SequenceId> seq_ids,
+              std::span<const std::int64_t> num_tokens) {
+    require_lengths(function, "num_tokens", num_tokens.size(), seq_ids.size());
+    const std::uint64_t mark = new_mark();
+    std::int64_t num_promotions = 0;
+    plan.resize(seq_ids.size());
+    for (std::size_t i = 0; i < seq_ids.size(); ++i) {
+      Sequence& seq = resident(function, seq_ids[i], id_argument);
+      mark_once(function, seq, mark);
+      const std::int64_t total = total_tokens(function, "num_tokens", seq, num_tokens[i]);
+      if (total > seq.num_reserved) {
+        fail(function, "num_tokens", "at most the " + text(seq.num_reserved - seq.num_computed) + " tokens that grow made room for",
+             text(num_tokens[i]));
+      }
+      const std::int64_t num_new_links = num_full_blocks(seq, total, seq.num_tokens()) - static_cast<std::int64_t>(seq.chain.size());
+      if (num_new_links > 0) {
+        make_room(seq.chain, to_index(num_new_links));
+        num_promotions += num_new_links;
+      }
+      plan[i] = {&seq, num_tokens[i], 0, false};
+    }
+    make_room_for_events(num_promotions);
+    for (const GrowStep& step : plan) {
+      step.seq->num_computed += step.num_scheduled;
+      promote(*step.seq);
+    }
+  }
+
   void free_host_blocks(Sequence& seq) noexcept {
     for (auto it = seq.blocks.rbegin(); it != seq.blocks.rend(); ++it) {
       if (*it == kNoBlock) continue;
@@ -792,7 +543,8 @@ struct BlockAllocator::Impl {
   // ---- Growth. ----
 
   static void require_lengths(const char* function, const char* argument, std::size_t got, std::size_t expected) {
-    if (got != expected) fail(function, argument, text(static_cast<std::int64_t>(expected)) + " values", text(static_cast<std::int64_t>(got)));
+    if (got == expected) return;
+    fail(function, argument, text(static_cast<std::int64_t>(expected)) + " values", text(static_cast<std::int64_t>(got)));
   }
 
   std::uint64_t new_mark() { return ++last_mark; }
@@ -813,7 +565,7 @@ struct BlockAllocator::Impl {
 
   // Fills plan and returns the blocks it takes. `claims` counts the shares of a block that earlier steps will have given up, so
   // that the last of its sharers is not promised a copy; it is all zeros outside this function.
-  std::int64_t make_plan(const char* function, const char* argument, std::span<const SequenceId> seq_ids,
+  std::int64_t make_plan(const char* function, const char* id_argument, const char* argument, std::span<const SequenceId> seq_ids,
                          std::span<const std::int64_t> num_new_tokens) {
     require_lengths(function, argument, num_new_tokens.size(), seq_ids.size());
     plan.resize(seq_ids.size());
@@ -828,7 +580,7 @@ struct BlockAllocator::Impl {
     };
     try {
       for (; i < seq_ids.size(); ++i) {
-        Sequence& seq = resident(function, seq_ids[i], "seq_ids");
+        Sequence& seq = resident(function, seq_ids[i], id_argument);
         mark_once(function, seq, mark);
         const std::int64_t total = total_tokens(function, argument, seq, num_new_tokens[i]);
         GrowStep step{&seq, num_new_tokens[i], std::max<std::int64_t>(0, ceil_div(total, bs) - seq.num_blocks()), false};
@@ -940,7 +692,9 @@ struct BlockAllocator::Impl {
   void write_padding(const BatchView& batch, std::int64_t num_tokens) const noexcept {
     const auto num_seqs = static_cast<std::int64_t>(plan.size());
     for (std::int64_t row = num_seqs; row < batch.max_seqs; ++row) {
-      if (batch.max_blocks_per_seq > 0) std::fill_n(batch.block_tables + row * batch.block_tables_stride, batch.max_blocks_per_seq, kNoBlock);
+      if (batch.max_blocks_per_seq > 0) {
+        std::fill_n(batch.block_tables + row * batch.block_tables_stride, batch.max_blocks_per_seq, kNoBlock);
+      }
       batch.seq_lens[row] = 0;
     }
     std::fill(batch.query_start_loc + num_seqs, batch.query_start_loc + batch.max_seqs + 1, static_cast<std::int32_t>(num_tokens));
@@ -985,7 +739,9 @@ struct BlockAllocator::Impl {
     for (const BlockId id : ids) {
       require_block(function, id);
       const Block& b = at(id);
-      if (b.refs == 0 && !b.is_cached()) fail(function, "block_ids", "live or cached blocks", "block " + text(id) + ", which is free");
+      if (b.refs == 0 && !b.is_cached()) {
+        fail(function, "block_ids", "live or cached blocks", "block " + text(id) + ", which is free");
+      }
       if (b.refs >= kMaxReferences - static_cast<std::int32_t>(ids.size())) {
         fail(function, "block_ids", "fewer than " + text(kMaxReferences) + " references to a block", text(b.refs));
       }
@@ -1255,19 +1011,19 @@ std::vector<BlockId> BlockAllocator::block_table(SequenceId seq_id) const {
 
 std::int64_t BlockAllocator::num_blocks_needed(SequenceId seq_id, std::int64_t num_new_tokens) const {
   const Lock lock(impl_->mutex);
-  return impl_->make_plan("num_blocks_needed", "num_new_tokens", {&seq_id, 1}, {&num_new_tokens, 1});
+  return impl_->make_plan("num_blocks_needed", "seq_id", "num_new_tokens", {&seq_id, 1}, {&num_new_tokens, 1});
 }
 
 bool BlockAllocator::can_grow(SequenceId seq_id, std::int64_t num_new_tokens, bool keep_watermark) const {
   const Lock lock(impl_->mutex);
-  const std::int64_t needed = impl_->make_plan("can_grow", "num_new_tokens", {&seq_id, 1}, {&num_new_tokens, 1});
+  const std::int64_t needed = impl_->make_plan("can_grow", "seq_id", "num_new_tokens", {&seq_id, 1}, {&num_new_tokens, 1});
   return impl_->leaves(needed, impl_->num_available(), keep_watermark);
 }
 
 std::vector<BlockCopy> BlockAllocator::grow(SequenceId seq_id, std::int64_t num_new_tokens) {
   const Lock lock(impl_->mutex);
   std::vector<BlockCopy> copies;
-  impl_->prepare_plan("grow", impl_->make_plan("grow", "num_new_tokens", {&seq_id, 1}, {&num_new_tokens, 1}), copies);
+  impl_->prepare_plan("grow", impl_->make_plan("grow", "seq_id", "num_new_tokens", {&seq_id, 1}, {&num_new_tokens, 1}), copies);
   impl_->execute_step(impl_->plan.front(), copies);
   return copies;
 }
@@ -1312,35 +1068,14 @@ void BlockAllocator::append_token_batch(std::span<const SequenceId> seq_ids, std
   }
 }
 
-void BlockAllocator::commit(SequenceId seq_id, std::int64_t num_tokens) { commit_batch({&seq_id, 1}, {&num_tokens, 1}); }
+void BlockAllocator::commit(SequenceId seq_id, std::int64_t num_tokens) {
+  const Lock lock(impl_->mutex);
+  impl_->commit("commit", "seq_id", {&seq_id, 1}, {&num_tokens, 1});
+}
 
 void BlockAllocator::commit_batch(std::span<const SequenceId> seq_ids, std::span<const std::int64_t> num_tokens) {
   const Lock lock(impl_->mutex);
-  const char* const f = seq_ids.size() == 1 ? "commit" : "commit_batch";
-  Impl& m = *impl_;
-  Impl::require_lengths(f, "num_tokens", num_tokens.size(), seq_ids.size());
-  const std::uint64_t mark = m.new_mark();
-  std::int64_t num_promotions = 0;
-  m.plan.resize(seq_ids.size());
-  for (std::size_t i = 0; i < seq_ids.size(); ++i) {
-    Sequence& seq = m.resident(f, seq_ids[i], "seq_ids");
-    m.mark_once(f, seq, mark);
-    const std::int64_t total = m.total_tokens(f, "num_tokens", seq, num_tokens[i]);
-    if (total > seq.num_reserved) {
-      fail(f, "num_tokens", "at most the " + text(seq.num_reserved - seq.num_computed) + " tokens that grow made room for",
-           text(num_tokens[i]));
-    }
-    if (m.num_full_blocks(seq, total, seq.num_tokens()) > static_cast<std::int64_t>(seq.chain.size())) {
-      m.make_room_to_promote(seq, total, seq.num_tokens());
-      num_promotions += m.num_full_blocks(seq, total, seq.num_tokens()) - static_cast<std::int64_t>(seq.chain.size());
-    }
-    m.plan[i] = {&seq, num_tokens[i], 0, false};
-  }
-  m.make_room_for_events(num_promotions);
-  for (const GrowStep& step : m.plan) {
-    step.seq->num_computed += step.num_scheduled;
-    m.promote(*step.seq);
-  }
+  impl_->commit("commit_batch", "seq_ids", seq_ids, num_tokens);
 }
 
 void BlockAllocator::truncate(SequenceId seq_id, std::int64_t num_tokens) {
@@ -1527,7 +1262,7 @@ void BlockAllocator::write_batch(std::span<const SequenceId> seq_ids, std::span<
                                  const BatchView& batch) {
   const Lock lock(impl_->mutex);
   const char* const f = "write_batch";
-  impl_->make_plan(f, "num_scheduled_tokens", seq_ids, num_scheduled_tokens);
+  impl_->make_plan(f, "seq_ids", "num_scheduled_tokens", seq_ids, num_scheduled_tokens);
   for (const GrowStep& step : impl_->plan) {
     if (step.num_scheduled > step.seq->num_reserved - step.seq->num_computed) {
       fail(f, "num_scheduled_tokens",
@@ -1549,7 +1284,7 @@ std::vector<BlockCopy> BlockAllocator::grow_and_write_batch(std::span<const Sequ
                                                             const BatchView& batch) {
   const Lock lock(impl_->mutex);
   const char* const f = "grow_and_write_batch";
-  const std::int64_t needed = impl_->make_plan(f, "num_scheduled_tokens", seq_ids, num_scheduled_tokens);
+  const std::int64_t needed = impl_->make_plan(f, "seq_ids", "num_scheduled_tokens", seq_ids, num_scheduled_tokens);
   impl_->require_fits(f, batch);
   std::vector<BlockCopy> copies;
   impl_->prepare_plan(f, needed, copies);
@@ -1686,17 +1421,21 @@ void BlockAllocator::Impl::check() const {
     require(!host_used[to_index(id)] && !host_held[to_index(id)], "free host block in use or twice in the list", id);
     host_held[to_index(id)] = true;
   }
-  for (std::size_t i = 0; i < host_held.size(); ++i) require(host_held[i], "host block neither free nor held", static_cast<std::int64_t>(i));
+  for (std::size_t i = 0; i < host_held.size(); ++i) {
+    require(host_held[i], "host block neither free nor held", static_cast<std::int64_t>(i));
+  }
 
   // Blocks: reference counts and states.
   std::int64_t live = 0, cached = 0, unused = 0, pinned = 0, num_heads = 0;
   for (BlockId id = 0; id < n; ++id) {
     const Block& b = at(id);
-    require(b.raw_refs >= 0 && b.pin_refs >= 0 && b.refs == b.raw_refs + b.pin_refs + seq_refs[to_index(id)], "reference count", id);
+    const std::int64_t num_holders = b.raw_refs + b.pin_refs + seq_refs[to_index(id)];
+    require(b.raw_refs >= 0 && b.pin_refs >= 0 && b.refs == num_holders, "reference count", id);
     require(claims[to_index(id)] == 0, "scratch not cleared", id);
     ++(b.refs > 0 ? live : b.is_cached() ? cached : unused);
     if (b.pin_refs > 0) ++pinned;
-    require((b.prev == kNoBlock) == (b.refs > 0) && (b.next == kNoBlock) == (b.refs > 0), "in the free list and in use, or neither", id);
+    require((b.prev == kNoBlock) == (b.refs > 0), "in the free list and in use, or neither", id);
+    require((b.next == kNoBlock) == (b.refs > 0), "in the free list and in use, or neither", id);
     if (!b.is_cached()) {
       require(b.extra_id == kNoExtra && !b.has_twin(), "leftovers of a cached block", id);
       continue;

@@ -33,6 +33,7 @@ from quire.attention import (
     paged_attention,
     paged_attention_workspace_size,
 )
+from quire.block_allocator import BlockAllocator, OutOfBlocksError
 from quire.kv_cache import KVCache, copy_blocks, gather_kv, swap_blocks, write_kv
 from quire.norm import fused_add_rms_norm, layer_norm, rms_norm
 from quire.position_encoding import rope_cache, rotary_embedding
@@ -40,8 +41,10 @@ from quire.position_encoding import rope_cache, rotary_embedding
 __version__ = _version()
 
 __all__ = [
+    "BlockAllocator",
     "CudaError",
     "KVCache",
+    "OutOfBlocksError",
     "Tensor",
     "UnsupportedError",
     "__version__",
