@@ -26,6 +26,7 @@ from typing import Any
 HOLD_OUT_EVERY = 20  # one chapter in 20 is held out
 HOLD_OUT_PHASE = 7
 END_OF_TEXT = "<|endoftext|>"
+SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.9, 0.95
 SAMPLE_PROMPTS = ("In the beginning", "And the king said unto", "Psalms 151\n\n", "Blessed are they that")
 
 
@@ -209,7 +210,7 @@ def write_samples(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[
     for prompt in SAMPLE_PROMPTS:
         ids = torch.tensor([tokenizer.encode(prompt).ids], device=args.device)
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.7, top_p=0.9,
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=SAMPLE_TEMPERATURE, top_p=SAMPLE_TOP_P,
             max_new_tokens=args.sample_tokens, pad_token_id=0,
         )  # fmt: skip
         samples.append(tokenizer.decode(out[0].tolist()))
@@ -236,12 +237,12 @@ It exists so that `python -m quire demo` has something real to run: it is no ass
 {figures["num_held_out_chapters"]} (each {HOLD_OUT_EVERY}th; {figures["held_out_bytes"]:,} bytes) held out |
 | loss (nats per token) | train {figures["train_loss"]:.4f} (with dropout), held out {figures["held_out_loss"]:.4f} \
 = {figures["bits_per_byte"]:.3f} bits per byte |
-| training | {figures["epoch"]:.1f} epochs of at most {args.epochs}, {args.batch} × {args.length} tokens a step, Muon and AdamW at \
+| training | {figures["epoch"]:.1f} epochs (schedule: {args.epochs} epochs or {args.minutes:g} minutes), {args.batch} × {args.length} tokens a step, Muon and AdamW at \
 {args.learning_rate:g} with cosine decay, dropout {args.dropout:g}, weight decay {args.weight_decay:g}, seed {args.seed}; \
 {figures["seconds"]:.0f} s on {figures["device"]} |
 | licence | the text is in the public domain; weights and tokenizer: Apache-2.0 |
 
-A sample (temperature 0.7, top-p 0.9):
+A sample (temperature {SAMPLE_TEMPERATURE}, top-p {SAMPLE_TOP_P}):
 
 {quoted}
 
@@ -254,8 +255,8 @@ training and held-out text, so the held-out loss flatters the model a little.
 ```
 apt-get install bible-kjv bible-kjv-text
 bible -l 100000 gen1:1-rev22:21 > kjv.txt
-python -m quire.demo.train --text kjv.txt --out model --epochs {args.epochs} --dropout {args.dropout:g} \
---learning-rate {args.learning_rate:g} --batch {args.batch}
+python -m quire.demo.train --text kjv.txt --out model --epochs {args.epochs} --minutes {args.minutes:g} \
+--dropout {args.dropout:g} --learning-rate {args.learning_rate:g} --batch {args.batch}
 ```
 needs torch, transformers, tokenizers and safetensors, and one GPU for a few minutes. It writes this card as well.
 """
@@ -287,14 +288,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="output of `bible -l 100000 gen1:1-rev22:21`")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model into")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--steps", type=int, default=0, help="stop after so many steps instead; 0: use --epochs")
     parser.add_argument("--minutes", type=float, default=5.0, help="time limit that the schedule adapts to")
     parser.add_argument("--batch", type=int, default=16, help="windows per step")
     parser.add_argument("--length", type=int, default=1024, help="tokens per window")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--dropout", type=float, default=0.15)
+    parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--evaluate-every", type=int, default=75)
     parser.add_argument("--sample-tokens", type=int, default=160)
     parser.add_argument("--seed", type=int, default=1611)
@@ -327,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
     train_ids, held_out_ids = encode(training), encode(held_out)
     model = build_model(args).to(args.device)
     num_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{num_parameters:,} parameters, {len(train_ids):,} training and {len(held_out_ids):,} held-out tokens", flush=True)
+    print(f"{num_parameters:,} parameters, {len(train_ids):,} training tokens, {len(held_out_ids):,} held out", flush=True)
     figures = train(model, train_ids, held_out_ids, args)
     # What is written is bfloat16, so that is what the card's loss is taken from.
     with torch.no_grad():
