@@ -113,6 +113,8 @@ def parse_config(raw: dict[str, Any], eos_token_id: int | list[int] | None = Non
     if raw.get("head_dim") is None and hidden_size % num_heads:
         raise DemoError(f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}")
     head_dim = integer("head_dim", 256 if gemma else hidden_size // num_heads)
+    if head_dim % 8 or head_dim > 256:
+        raise DemoError(f"head_dim: quire's attention takes multiples of 8 up to 256, got {head_dim}")
     num_kv_heads = integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise DemoError(f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import quire
+from quire.demo import DemoError
 from quire.demo.backend import Array, Backend, numpy_dtype
 from quire.demo.cache import PagedCache
 from quire.demo.checkpoint import Checkpoint
@@ -111,9 +112,12 @@ class Model:
         tied = config.tied_embeddings or "lm_head.weight" not in checkpoint
         self.head = self.embedding if tied else stack(("lm_head", config.vocab_size, hidden))
         self.embedding_scale = float(np.asarray(config.embedding_scale, self.activation_dtype))
-        table = quire.rope_cache(
-            config.rotary_dim, config.max_position, theta=config.rope_theta, scaling=config.rope_scaling
-        )
+        try:
+            table = quire.rope_cache(
+                config.rotary_dim, config.max_position, theta=config.rope_theta, scaling=config.rope_scaling
+            )
+        except (ValueError, TypeError, KeyError, quire.UnsupportedError) as error:
+            raise DemoError(f"rope_scaling: {error}") from None
         self.rope = backend.array(table, np.float32)
 
     @classmethod
