@@ -1,5 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The demo's engine: batching, preemption, chunked prefill, prefix cache and sampling change no request's tokens."""
+"""The demo's engine: batching, preemption, chunks and prefix cache change no request's tokens.
+
+SPDX-License-Identifier: Apache-2.0
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def run(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> lis
     return [outputs[i] for i in ids]
 
 
-def test_ragged_prompts_with_preemption_give_the_same_tokens_as_alone(model: Model, text_ids: list[int]) -> None:
+def test_ragged_prompts_with_preemption_give_the_same_tokens_as_alone(
+    model: Model, text_ids: list[int]
+) -> None:
     rng = np.random.default_rng(5)
     requests = []
     for index in range(64):
@@ -84,7 +88,9 @@ def test_prefix_cache_hits_and_changes_nothing(model: Model, text_ids: list[int]
     without = run(Engine(model, num_blocks=64, max_num_seqs=2, prefix_cache=False), requests)
     engine = Engine(model, num_blocks=64, max_num_seqs=2)
     assert run(engine, requests) == without
-    assert engine.stats().num_hit_tokens == 6 * 96  # six of eight come after the first two were computed; 100 // 16 blocks
+    assert (
+        engine.stats().num_hit_tokens == 6 * 96
+    )  # six of eight come after the first two were computed; 100 // 16 blocks
     # The very same prompt again: all but its last token's block hit.
     hits = engine.stats().num_hit_tokens
     assert run(engine, requests[-1:]) == without[-1:]
@@ -107,7 +113,9 @@ def test_stop_token_ends_a_request(model: Model, text_ids: list[int]) -> None:
 
 def test_a_request_may_fill_the_whole_cache_but_not_more(model: Model, text_ids: list[int]) -> None:
     engine = Engine(model, num_blocks=4, max_batch_tokens=32, max_num_seqs=8)
-    requests = [(text_ids[i : i + 40], SamplingParams(25)) for i in range(3)]  # 64 positions each, the cache's all
+    requests = [
+        (text_ids[i : i + 40], SamplingParams(25)) for i in range(3)
+    ]  # 64 positions each, the cache's all
     results = run(engine, requests)
     assert [len(tokens) for tokens in results] == [25, 25, 25]
     with pytest.raises(DemoError, match=r"need 5 blocks of 16, the cache has 4"):

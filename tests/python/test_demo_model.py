@@ -1,5 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The demo's models against Hugging Face transformers: logits and greedy text, for each family and the embedded model."""
+"""The demo's models against Hugging Face transformers: logits and greedy text of each family.
+
+SPDX-License-Identifier: Apache-2.0
+"""
 
 from __future__ import annotations
 
@@ -39,12 +41,14 @@ TINY: dict[str, Any] = {
     "pad_token_id": None,
 }
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
-YARN = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128
-}  # fmt: skip
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 # One entry per family, and one per option that a checkpoint of it can have.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -75,7 +79,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 def save_random_checkpoint(directory: Path, case: str) -> Any:
-    """Makes a transformers model with random weights, far enough from zero that every term matters, and saves it."""
+    """Saves a transformers model with random weights, far enough from zero that every term matters."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     family, options = CASES[case]
@@ -106,9 +110,14 @@ def hf_greedy(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
 
     ids = torch.tensor([prompt])
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=num_tokens,
-        max_new_tokens=num_tokens, pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        min_new_tokens=num_tokens,
+        max_new_tokens=num_tokens,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
     return out[0, len(prompt) :].tolist()
 
 
@@ -196,13 +205,20 @@ def test_activations_in_half_precision_stay_near_fp32(backend: Backend) -> None:
 
 
 def test_config_defaults_and_old_keys() -> None:
-    raw = {"architectures": ["MistralForCausalLM"], "vocab_size": 9, "hidden_size": 32, "intermediate_size": 64,
-           "num_hidden_layers": 2, "num_attention_heads": 4}  # fmt: skip
+    raw = {
+        "architectures": ["MistralForCausalLM"],
+        "vocab_size": 9,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = parse_config(raw | {"rope_theta": 5e5, "eos_token_id": [3, 4]})
     assert (config.head_dim, config.num_kv_heads, config.windows) == (8, 4, (4096, 4096))
     assert (config.rope_theta, config.rope_scaling, config.eos_token_ids) == (5e5, None, {3, 4})
     old = parse_config(raw | {"rope_scaling": {"type": "linear", "factor": 2.0}})
-    assert old.rope_scaling is not None and old.rope_scaling["rope_type"] == "linear"
+    assert old.rope_scaling is not None
+    assert old.rope_scaling["rope_type"] == "linear"
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The array library behind the demo: CuPy where a GPU and CuPy are there, else NumPy."""
+"""The array library behind the demo: CuPy where a GPU and CuPy are there, else NumPy.
+
+SPDX-License-Identifier: Apache-2.0
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-
 from quire.demo import DemoError
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -35,8 +36,7 @@ class Backend:
     device = "cpu"
     label = "NumPy"
 
-    def __init__(self) -> None:
-        self.xp: Any = np
+    xp: Any = np
 
     def array(self, host: Any, dtype: Any = None) -> Array:
         """A device array with the contents of a host array."""
@@ -70,25 +70,30 @@ class CupyBackend(Backend):
     label = "CuPy"
 
     def __init__(self, cupy: Any) -> None:
+        """Takes the module, which only exists where CuPy is installed."""
         self.xp = cupy
 
     def array(self, host: Any, dtype: Any = None) -> Array:
+        """A copy on the GPU."""
         return self.xp.asarray(np.ascontiguousarray(host, dtype=dtype))
 
     def weight(self, host: np.ndarray, dtype: str) -> Array:
+        """A copy on the GPU, in `dtype`."""
         return self.array(host, numpy_dtype(dtype))
 
     def host(self, array: Array) -> np.ndarray:
+        """A copy on the host; waits for the GPU."""
         return self.xp.asnumpy(array)
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """As on the CPU."""
         out = self._matmul_bf16(x, weight) if x.dtype.name == "bfloat16" else self.xp.matmul(x, weight.T)
         if bias is not None:
             out = (out + bias).astype(x.dtype, copy=False)
         return out
 
     def _matmul_bf16(self, x: Array, weight: Array) -> Array:
-        """`x @ weight.T` by cuBLAS, which sees our row-major arrays as their transposes: out.T = weight @ x.T."""
+        """`x @ weight.T` by cuBLAS, which sees row-major arrays as their transposes: out.T = weight @ x.T."""
         from cupy.cuda import device
         from cupy_backends.cuda.libs import cublas  # type: ignore[import-not-found, unused-ignore]
 
@@ -99,18 +104,19 @@ class CupyBackend(Backend):
             return out
         one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
         cublas.gemmEx(
-            device.get_cublas_handle(), cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, columns, rows, inner, one.ctypes.data,
-            weight.data.ptr, _CUDA_R_16BF, inner, x.data.ptr, _CUDA_R_16BF, inner, zero.ctypes.data,
-            out.data.ptr, _CUDA_R_16BF, columns, _CUBLAS_COMPUTE_32F, _CUBLAS_GEMM_DEFAULT,
+            device.get_cublas_handle(), cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, columns, rows, inner,
+            one.ctypes.data, weight.data.ptr, _CUDA_R_16BF, inner, x.data.ptr, _CUDA_R_16BF, inner,
+            zero.ctypes.data, out.data.ptr, _CUDA_R_16BF, columns, _CUBLAS_COMPUTE_32F, _CUBLAS_GEMM_DEFAULT,
         )  # fmt: skip
         return out
 
     def free_bytes(self) -> int:
+        """Half of the GPU memory that is free now."""
         return int(self.xp.cuda.Device().mem_info[0]) // 2
 
 
 def select_backend(device: str = "auto") -> Backend:
-    """NumPy for `cpu`, CuPy for `cuda`, and for `auto` CuPy where it, a GPU and a CUDA build of quire are there."""
+    """NumPy for `cpu`, CuPy for `cuda`; for `auto`, CuPy where it, a GPU and CUDA kernels are there."""
     if device == "cpu":
         return Backend()
     problem = _cuda_problem()
@@ -138,5 +144,7 @@ def _cuda_problem() -> str | None:
             return "no GPU found"
         cupy.zeros(1)
     except Exception as error:  # CuPy raises its own types for each missing library
-        return f"CuPy does not work here ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        return (
+            f"CuPy does not work here ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        )
     return None

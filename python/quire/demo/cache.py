@@ -1,12 +1,13 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The paged KV cache of a model: quire.KVCache's memory, per layer, with the scales of a quantized one."""
+"""The paged KV cache of a model: quire.KVCache's memory, per layer, with the scales of a quantized one.
+
+SPDX-License-Identifier: Apache-2.0
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy as np
-
 import quire
 from quire.demo import DemoError
 from quire.demo.backend import Array
@@ -22,8 +23,9 @@ KV_DTYPES = {
     "fp8_e5m2": "float8_e5m2",
     "int8": "int8",
 }
-# stored = value / scale. An int8 grid is even, so the largest value seen is put at 100 of 127. A float8 grid is relative:
-# there only overflow and underflow matter, and the largest value seen is put well below the format's own largest.
+# stored = value / scale. An int8 grid is even, so the largest value seen is put at 100 of 127. A float8 grid
+# is relative: there only overflow and underflow matter, and the largest value seen is put well below the
+# format's own largest.
 CALIBRATION_TARGET = {"fp8_e4m3fn": 112.0, "fp8_e5m2": 3584.0, "int8": 100.0}
 
 
@@ -35,15 +37,21 @@ class PagedCache:
     """
 
     def __init__(self, model: Model, num_blocks: int, block_size: int, kv_dtype: str) -> None:
+        """Allocates the cache; raises DemoError where it does not fit."""
         config = model.config
         self.kv_dtype = kv_dtype
         self.quantized = kv_dtype in CALIBRATION_TARGET
         self.num_blocks, self.block_size = num_blocks, block_size
         try:
             self.pool = quire.KVCache(
-                config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim,
-                KV_DTYPES[kv_dtype], model.backend.device,
-            )  # fmt: skip
+                config.num_layers,
+                num_blocks,
+                block_size,
+                config.num_kv_heads,
+                config.head_dim,
+                KV_DTYPES[kv_dtype],
+                model.backend.device,
+            )
         except MemoryError as error:
             raise DemoError(f"the KV cache does not fit: {error}") from None
         self.k = [self.pool.k(layer) for layer in range(config.num_layers)]
@@ -55,8 +63,8 @@ class PagedCache:
     def calibrate(self, model: Model, prompts: list[list[int]], max_tokens: int = 512) -> None:
         """Sets each layer's and kv head's scale from the largest key and value of a few prompts.
 
-        The prompts run through the model once, with an unquantized cache. Later values beyond the largest seen still have
-        some room; beyond that they saturate.
+        The prompts run through the model once, with an unquantized cache. Later values beyond the largest
+        seen still have some room; beyond that they saturate.
         """
         if not self.quantized:
             return
@@ -76,5 +84,6 @@ class PagedCache:
         target = CALIBRATION_TARGET[self.kv_dtype]
         for layer in range(len(self.k)):
             self.k_scale[layer], self.v_scale[layer] = (
-                xp.where(values[layer] > 0, values[layer] / target, 1.0).astype(xp.float32) for values in largest
+                xp.where(values[layer] > 0, values[layer] / target, 1.0).astype(xp.float32)
+                for values in largest
             )

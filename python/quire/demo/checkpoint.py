@@ -1,8 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
 """Reads tensors from safetensors files, one or many with an index, and trusts nothing that the files say.
 
-The format: eight bytes (little-endian) with the length of a JSON header, the header, then the tensors' bytes. The header
-gives each tensor's dtype, shape and byte range. https://huggingface.co/docs/safetensors
+SPDX-License-Identifier: Apache-2.0
+
+The format: eight bytes (little-endian) with the length of a JSON header, the header, then the tensors' bytes.
+The header gives each tensor's dtype, shape and byte range. https://huggingface.co/docs/safetensors
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from quire.demo import DemoError
 from quire.demo.config import read_json
 
@@ -49,7 +49,9 @@ def read_entries(path: Path) -> dict[str, TensorEntry]:
     if header_bytes > MAX_HEADER_BYTES:
         raise DemoError(f"{path}: no safetensors file (its header would have {header_bytes} bytes)")
     if 8 + header_bytes > file_bytes:
-        raise DemoError(f"{path}: truncated, the header needs {8 + header_bytes} bytes, the file has {file_bytes}")
+        raise DemoError(
+            f"{path}: truncated, the header needs {8 + header_bytes} bytes, the file has {file_bytes}"
+        )
     try:
         header = json.loads(data[8 : 8 + header_bytes].tobytes())
     except (ValueError, RecursionError):
@@ -67,12 +69,19 @@ def _entry(path: Path, name: str, value: Any, data: np.ndarray, origin: int) -> 
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise DemoError(f"{path}: tensor {name!r} has a malformed description") from None
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in (*shape, begin, end)) or begin > end:
+    if (
+        any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in (*shape, begin, end))
+        or begin > end
+    ):
         raise DemoError(f"{path}: tensor {name!r} has a malformed description")
     if origin + end > len(data):
-        raise DemoError(f"{path}: truncated, tensor {name!r} ends at byte {origin + end}, the file at {len(data)}")
+        raise DemoError(
+            f"{path}: truncated, tensor {name!r} ends at byte {origin + end}, the file at {len(data)}"
+        )
     if dtype in ITEM_BYTES and math.prod(shape) * ITEM_BYTES[dtype] != end - begin:
-        raise DemoError(f"{path}: tensor {name!r}: shape {list(shape)} of {dtype} does not have {end - begin} bytes")
+        raise DemoError(
+            f"{path}: tensor {name!r}: shape {list(shape)} of {dtype} does not have {end - begin} bytes"
+        )
     return TensorEntry(path, str(dtype), shape, data, origin + begin, origin + end)
 
 
@@ -80,6 +89,7 @@ class Checkpoint:
     """The tensors of a model directory: model.safetensors, or the shards of model.safetensors.index.json."""
 
     def __init__(self, directory: Path) -> None:
+        """Reads the headers; tensors are read when asked for."""
         index_path = directory / "model.safetensors.index.json"
         single = directory / "model.safetensors"
         self.directory = directory
@@ -101,6 +111,7 @@ class Checkpoint:
             self.entries[name] = shards[shard][name]
 
     def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
         return name in self.entries
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -109,7 +120,9 @@ class Checkpoint:
         if entry is None:
             raise DemoError(f"{self.directory}: tensor {name!r} is missing")
         if entry.shape != shape:
-            raise DemoError(f"{entry.path}: tensor {name!r}: expected shape {list(shape)}, got {list(entry.shape)}")
+            raise DemoError(
+                f"{entry.path}: tensor {name!r}: expected shape {list(shape)}, got {list(entry.shape)}"
+            )
         raw = entry.data[entry.start : entry.stop].tobytes()
         if entry.dtype == "BF16":  # the upper half of a float32
             wide = np.frombuffer(raw, dtype="<u2").astype(np.uint32)
@@ -118,5 +131,7 @@ class Checkpoint:
         kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
         if entry.dtype not in kinds:
             known = ", ".join(ITEM_BYTES)
-            raise DemoError(f"{entry.path}: tensor {name!r}: dtype {entry.dtype} is not supported (known: {known})")
+            raise DemoError(
+                f"{entry.path}: tensor {name!r}: dtype {entry.dtype} is not supported (known: {known})"
+            )
         return np.frombuffer(raw, dtype=kinds[entry.dtype]).reshape(shape).astype(np.float32)

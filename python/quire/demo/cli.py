@@ -1,5 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The command lines of `quire demo` and `quire generate`: arguments, prompts, the loop over the engine's steps, errors."""
+"""The command lines of `quire demo` and `quire generate`: arguments, prompts, the main loop, errors.
+
+SPDX-License-Identifier: Apache-2.0
+"""
 
 from __future__ import annotations
 
@@ -73,19 +75,25 @@ def _probability(text: str) -> float:
 
 def _add_common_arguments(parser: argparse.ArgumentParser, demo: bool) -> None:
     add = parser.add_argument
-    add("--prompts", type=Path, metavar="FILE", help="a file with one prompt per line (\\n stands for a line break)")
-    add("--max-tokens", type=_positive, default=128 if demo else 64, help="tokens to generate per prompt (%(default)s)")
+    add("--prompts", type=Path, metavar="FILE", help="one prompt per line (\\n stands for a line break)")
+    add("--max-tokens", type=_positive, default=128 if demo else 64, help="tokens per prompt (%(default)s)")
     add("--temperature", type=_temperature, default=0.8 if demo else 0.0, help="0: greedy (%(default)s)")
-    add("--top-p", type=_probability, default=0.95 if demo else 1.0, help="share of probability kept (%(default)s)")
+    add("--top-p", type=_probability, default=0.95 if demo else 1.0, help="probability kept (%(default)s)")
     add("--seed", type=_seed, default=0, help="prompt i is sampled with seed + i (%(default)s)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="cuda needs CuPy (%(default)s)")
-    add("--dtype", choices=DTYPES, help="weights and activations (fp32 on the CPU, the checkpoint's on a GPU)")
+    add("--dtype", choices=DTYPES, help="weights and activations (CPU: fp32; GPU: the checkpoint's)")
     add("--kv-dtype", choices=list(KV_DTYPES), help="the KV cache (default: as --dtype)")
     add("--block-size", type=_positive, default=16, help="tokens per block of the KV cache (%(default)s)")
-    add("--blocks", type=_positive, default=96 if demo else None, help="blocks of the KV cache"
-        + (" (%(default)s)" if demo else " (as many as the prompts need, within the memory)"))  # fmt: skip
-    add("--max-seqs", type=_positive, default=6 if demo else 32, help="sequences that run at once (%(default)s)")
-    add("--max-batch-tokens", type=_positive, default=256 if demo else 1024, help="tokens per step (%(default)s)")
+    as_needed = "as many as the prompts need, within the memory"
+    add("--blocks", type=_positive, default=96 if demo else None,
+        help=f"blocks of the KV cache ({'%(default)s' if demo else as_needed})")  # fmt: skip
+    add("--max-seqs", type=_positive, default=6 if demo else 32, help="sequences run at once (%(default)s)")
+    add(
+        "--max-batch-tokens",
+        type=_positive,
+        default=256 if demo else 1024,
+        help="tokens a step (%(default)s)",
+    )
 
 
 def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,8 +106,8 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `quire generate`."""
     parser.add_argument("--model", type=Path, metavar="DIR", default=EMBEDDED_MODEL,
-                        help="config.json, tokenizer.json and safetensors of a Llama, Mistral, Qwen2, Qwen3 or Gemma2 model "
-                        "(default: the embedded one)")  # fmt: skip
+                        help="config.json, tokenizer.json and safetensors of a Llama, Mistral, Qwen2, Qwen3 "
+                        "or Gemma2 model (default: the embedded one)")  # fmt: skip
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given more than once")
     _add_common_arguments(parser, demo=False)
 
@@ -174,7 +182,9 @@ def _num_blocks(args: argparse.Namespace, model: Model, prompts: list[list[int]]
     return min(sum(needs[: args.max_seqs]) + 1, limit)
 
 
-def _prepare(args: argparse.Namespace, directory: Path, texts: list[str]) -> tuple[Engine, Any, list[list[int]]]:
+def _prepare(
+    args: argparse.Namespace, directory: Path, texts: list[str]
+) -> tuple[Engine, Any, list[list[int]]]:
     """Loads everything and queues the prompts, so that any mistake shows before the first output."""
     if args.max_seqs > args.max_batch_tokens:
         raise DemoError(f"--max-batch-tokens {args.max_batch_tokens} is less than --max-seqs {args.max_seqs}")
@@ -194,9 +204,9 @@ def _prepare(args: argparse.Namespace, directory: Path, texts: list[str]) -> tup
         kv_dtype=args.kv_dtype,
     )
     for index, prompt in enumerate(prompts):
-        params = SamplingParams(
-            args.max_tokens, args.temperature, args.top_p, (args.seed + index) % 2**64, model.config.eos_token_ids
-        )
+        seed = (args.seed + index) % 2**64
+        stop = model.config.eos_token_ids
+        params = SamplingParams(args.max_tokens, args.temperature, args.top_p, seed, stop)
         try:
             engine.add_request(prompt, params)
         except DemoError as error:
@@ -204,9 +214,18 @@ def _prepare(args: argparse.Namespace, directory: Path, texts: list[str]) -> tup
     return engine, tokenizer, prompts
 
 
-def _run(engine: Engine, tokenizer: Any, prompts: list[list[int]], display: Display, begin: Callable[[int], None]) -> str:
-    """Steps the engine to the end. Requests are shown one after the other: the first unfinished one streams, the text of
-    the others is kept until it is their turn. `begin(i)` is called before request i is shown. Returns the last status."""
+def _run(
+    engine: Engine,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    display: Display,
+    begin: Callable[[int], None],
+) -> str:
+    """Steps the engine to the end and returns the last status.
+
+    Requests are shown one after the other: the first unfinished one streams, the text of the others is kept
+    until it is their turn. `begin(i)` is called before request i is shown.
+    """
     detokenizers = [Detokenizer(tokenizer, prompt) for prompt in prompts]
     kept = ["" for _ in prompts]
     finished = [False for _ in prompts]
@@ -237,8 +256,8 @@ def _run(engine: Engine, tokenizer: Any, prompts: list[list[int]], display: Disp
 def _describe(backend: Backend, model: Model, engine: Engine) -> str:
     config = model.config
     return (
-        f"{config.family}, {config.num_layers} layers, {model.dtype} on {backend.label}; KV cache {engine.cache.kv_dtype}, "
-        f"{engine.num_blocks} blocks of {engine.block_size} tokens"
+        f"{config.family}, {config.num_layers} layers, {model.dtype} on {backend.label}; "
+        f"KV cache {engine.cache.kv_dtype}, {engine.num_blocks} blocks of {engine.block_size} tokens"
     )
 
 

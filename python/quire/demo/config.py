@@ -1,5 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Reads a checkpoint's config.json into the handful of facts in which the supported model families differ."""
+"""Reads a checkpoint's config.json into the handful of facts in which the supported model families differ.
+
+SPDX-License-Identifier: Apache-2.0
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What model.py needs to know. Counts are as in quire's vocabulary; windows count the query's own token."""
+    """What model.py needs to know. Counts are as in quire's vocabulary."""
 
     family: str
     vocab_size: int
@@ -40,7 +42,7 @@ class ModelConfig:
     rope_scaling: dict[str, Any] | None
     rotary_dim: int
     tied_embeddings: bool
-    windows: tuple[int | None, ...]  # one per layer
+    windows: tuple[int | None, ...]  # one per layer, the query's own token counted
     attention_scale: float
     qkv_bias: bool = False
     output_bias: bool = False
@@ -117,7 +119,9 @@ def parse_config(raw: dict[str, Any], eos_token_id: int | list[int] | None = Non
         raise DemoError(f"head_dim: quire's attention takes multiples of 8 up to 256, got {head_dim}")
     num_kv_heads = integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
-        raise DemoError(f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}")
+        raise DemoError(
+            f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
+        )
     if num_layers > 1000:
         raise DemoError(f"num_hidden_layers: expected at most 1000, got {num_layers}")
     activation = raw.get("hidden_activation") if gemma else raw.get("hidden_act", "silu")
@@ -163,13 +167,15 @@ def parse_config(raw: dict[str, Any], eos_token_id: int | list[int] | None = Non
         embedding_scale=hidden_size**0.5 if gemma else 1.0,
         attention_softcap=softcap("attn_logit_softcapping", 50.0) if gemma else None,
         logit_softcap=softcap("final_logit_softcapping", 30.0) if gemma else None,
-        dtype={"float16": "fp16", "bfloat16": "bf16"}.get(str(raw.get("dtype", raw.get("torch_dtype"))), "fp32"),
+        dtype={"float16": "fp16", "bfloat16": "bf16"}.get(
+            str(raw.get("dtype", raw.get("torch_dtype"))), "fp32"
+        ),
         eos_token_ids=frozenset(i for i in eos_ids if isinstance(i, int)),
     )
 
 
 def _windows(raw: dict[str, Any], family: str, num_layers: int) -> tuple[int | None, ...]:
-    """Each layer's sliding window: Mistral's everywhere, Gemma2's on every other layer, Qwen's on its last layers."""
+    """Each layer's sliding window: Mistral's everywhere, Gemma2's every other one, Qwen's last ones."""
     window = raw.get("sliding_window", 4096 if family in ("mistral", "gemma2") else None)
     if family == "llama" or (family.startswith("qwen") and not raw.get("use_sliding_window", False)):
         window = None

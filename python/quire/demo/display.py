@@ -1,5 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Shows generated text as it comes: on a terminal above a live status line, elsewhere as plain text."""
+"""Shows generated text as it comes: on a terminal above a live status line, elsewhere as plain text.
+
+SPDX-License-Identifier: Apache-2.0
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ class Detokenizer:
     """Turns one request's tokens into text, a piece at a time, and never shows half a character."""
 
     def __init__(self, tokenizer: Any, prompt_ids: list[int]) -> None:
+        """Starts after the prompt."""
         self._tokenizer = tokenizer
         self._ids = list(prompt_ids[-CONTEXT:])
         self._start, self._shown = 0, len(self._ids)
@@ -38,10 +41,12 @@ class Rate:
     """Tokens per second over about the last second, and over all."""
 
     def __init__(self) -> None:
+        """Starts the clock."""
         self._start = time.monotonic()
         self._samples: deque[tuple[float, int]] = deque([(self._start, 0)])
 
     def update(self, num_tokens: int) -> float:
+        """Takes the count of tokens so far and returns the current rate."""
         now = time.monotonic()
         self._samples.append((now, num_tokens))
         while len(self._samples) > 2 and now - self._samples[0][0] > 1.0:
@@ -50,6 +55,7 @@ class Rate:
         return (num_tokens - first_count) / max(now - first_time, 1e-9)
 
     def seconds(self) -> float:
+        """Time since the start."""
         return time.monotonic() - self._start
 
 
@@ -58,19 +64,20 @@ def status_text(stats: EngineStats, tokens_per_second: float) -> str:
     hits = 100 * stats.num_hit_tokens / max(stats.num_prompt_tokens, 1)
     return (
         f"{tokens_per_second:,.0f} tokens/s | {stats.num_running} running, {stats.num_waiting} waiting | "
-        f"blocks {stats.num_live_blocks} live / {stats.num_cached_blocks} cached / {stats.num_free_blocks} free | "
-        f"prefix-cache hits {hits:.0f} % | {stats.num_preemptions} preempted"
+        f"blocks {stats.num_live_blocks} live / {stats.num_cached_blocks} cached / "
+        f"{stats.num_free_blocks} free | prefix-cache hits {hits:.0f} % | {stats.num_preemptions} preempted"
     )
 
 
 class Display:
     """Writes text to `out`, and the status below it (a terminal) or to `log` every `interval` seconds.
 
-    On a terminal the last, unfinished line of text and the status line are drawn again each time; the cursor rests at the
-    start of the former. Text is wrapped here, so that this line never spans two rows.
+    On a terminal the last, unfinished line of text and the status line are drawn again each time; the cursor
+    rests at the start of the former. Text is wrapped here, so that this line never spans two rows.
     """
 
     def __init__(self, out: TextIO, log: TextIO, *, live: bool, interval: float = 2.0) -> None:
+        """Starts with an empty screen; `live` says that `out` is a terminal."""
         self._out, self._log, self._live, self._interval = out, log, live, interval
         self._line, self._last_log = "", time.monotonic()
         self.last_status = ""

@@ -1,9 +1,11 @@
-# SPDX-License-Identifier: Apache-2.0
 """Continuous batching: a scheduler over quire.BlockAllocator that runs one mixed batch per step.
 
-Each step serves the running sequences first (a token each, or the next chunk of a prompt), then admits waiting ones while the
-token budget, the seats and the blocks last. When a running sequence finds no block, the youngest one gives all of its blocks
-up and waits to be recomputed; what of them is still in the prefix cache by then is not computed again.
+SPDX-License-Identifier: Apache-2.0
+
+Each step serves the running sequences first (a token each, or the next chunk of a prompt), then admits
+waiting ones while the token budget, the seats and the blocks last. When a running sequence finds no block,
+the youngest one gives all of its blocks up and waits to be recomputed; what of them is still in the prefix
+cache by then is not computed again.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-
 import quire
 from quire.demo import DemoError
 from quire.demo.cache import PagedCache
@@ -37,6 +38,7 @@ class Request:
 
     @property
     def output_ids(self) -> list[int]:
+        """The generated tokens."""
         return self.token_ids[self.prompt_len :]
 
 
@@ -78,9 +80,10 @@ class _BatchArrays:
 class Engine:
     """Generates text for many requests at once.
 
-    num_blocks, block_size: the KV cache. max_batch_tokens: tokens computed per step at most, the budget that splits long
-    prompts into chunks. max_num_seqs: sequences that run at once at most. kv_dtype: a key of cache.KV_DTYPES, by default the
-    model's dtype; a quantized cache is calibrated on the prompts that wait at the first step.
+    num_blocks, block_size: the KV cache. max_batch_tokens: tokens computed per step at most, the budget that
+    splits long prompts into chunks. max_num_seqs: sequences that run at once at most. kv_dtype: a key of
+    cache.KV_DTYPES, by default the model's dtype; a quantized cache is calibrated on the prompts that wait at
+    the first step.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Engine:
         kv_dtype: str | None = None,
         prefix_cache: bool = True,
     ) -> None:
+        """Allocates the cache and the batch's host arrays; raises DemoError where the cache does not fit."""
         self.model = model
         self.block_size, self.num_blocks = block_size, num_blocks
         self.max_batch_tokens, self.max_num_seqs = max_batch_tokens, max_num_seqs
@@ -130,9 +134,10 @@ class Engine:
                 f"the model's {limit} positions"
             )
         if num_tokens - 1 > room:  # the last token's keys and values are never needed
+            needed = -(-(num_tokens - 1) // self.block_size)
             raise DemoError(
                 f"KV cache too small: {len(prompt_ids)} tokens and {params.max_tokens} to generate need "
-                f"{-(-(num_tokens - 1) // self.block_size)} blocks of {self.block_size}, the cache has {self.num_blocks}"
+                f"{needed} blocks of {self.block_size}, the cache has {self.num_blocks}"
             )
         request = Request(self._next_id, len(prompt_ids), list(prompt_ids), params)
         self._next_id += 1
@@ -170,11 +175,10 @@ class Engine:
         batch = self._build_batch(scheduled)
         logits = self.model(batch, self.cache)
 
-        # A request whose last known token was computed gets its next one; others were in the middle of their prompt.
+        # A request whose last known token was computed gets its next one; others were in the middle of their
+        # prompt.
         due = [r for r, count in scheduled if r.num_computed + count == len(r.token_ids)]
-        tokens = sample(
-            logits, [r.params for r in due], [len(r.output_ids) for r in due], self.model.backend
-        )
+        tokens = sample(logits, [r.params for r in due], [len(r.output_ids) for r in due], self.model.backend)
         for request, count in scheduled:
             request.num_computed += count
             self.allocator.commit(request.request_id, count)
@@ -224,7 +228,7 @@ class Engine:
         return scheduled
 
     def _admit(self, request: Request) -> bool:
-        """Takes over what the prefix cache has of a waiting request, if there is room for all the rest of its tokens."""
+        """Takes over what the prefix cache has of a request, if there is room for the rest of its tokens."""
         if request.is_known:
             hits = self.allocator.match_prefix(request.request_id)
         else:
@@ -271,7 +275,9 @@ class Engine:
         )
         num_seqs, num_tokens = len(scheduled), sum(counts)
         ends = arrays.query_start_loc[1 : num_seqs + 1]
-        token_ids = [i for r, count in scheduled for i in r.token_ids[r.num_computed : r.num_computed + count]]
+        token_ids = [
+            i for r, count in scheduled for i in r.token_ids[r.num_computed : r.num_computed + count]
+        ]
         due = [r.num_computed + count == len(r.token_ids) for r, count in scheduled]
         max_blocks = -(-int(arrays.seq_lens[:num_seqs].max()) // self.block_size)
         return Batch(

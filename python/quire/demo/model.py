@@ -1,5 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The forward pass of Llama-type models over a batch of ragged sequences, on quire's kernels."""
+"""The forward pass of Llama-type models over a batch of ragged sequences, on quire's kernels.
+
+SPDX-License-Identifier: Apache-2.0
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
 import quire
 from quire.demo import DemoError
 from quire.demo.backend import Array, Backend, numpy_dtype
@@ -60,6 +61,7 @@ class Model:
     """A dense decoder of the Llama, Mistral, Qwen2, Qwen3 or Gemma2 family."""
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, backend: Backend, dtype: str) -> None:
+        """Reads all weights; raises DemoError for a tensor that is missing or of another shape."""
         self.config, self.backend, self.dtype = config, backend, dtype
         self.activation_dtype = numpy_dtype(dtype)
         hidden, kv_dim = config.hidden_size, config.num_kv_heads * config.head_dim
@@ -122,7 +124,7 @@ class Model:
 
     @classmethod
     def load(cls, directory: Path, backend: Backend, dtype: str | None = None) -> Model:
-        """Reads a model directory. `dtype` defaults to float32 on the CPU and to the checkpoint's own on a GPU."""
+        """Reads a model directory. `dtype` defaults to fp32 on the CPU and to the checkpoint's on a GPU."""
         config = read_config(directory)
         default = "fp32" if backend.device == "cpu" else config.dtype
         return cls(config, Checkpoint(directory), backend, dtype or default)
@@ -134,8 +136,9 @@ class Model:
     def __call__(
         self, batch: Batch, cache: PagedCache, observe: Callable[[int, Array, Array], None] | None = None
     ) -> Array:
-        """Runs a batch: writes its keys and values to the cache and returns float32 logits `[num_logits, vocab_size]`.
+        """Runs a batch: writes its keys and values to the cache and returns the wanted logits.
 
+        The logits are float32 `[num_logits, vocab_size]`.
         `observe(layer, k, v)` sees what goes into the cache, `[num_tokens, num_kv_heads, head_dim]` each.
         """
         config, backend = self.config, self.backend
@@ -179,7 +182,9 @@ class Model:
         config, layer = self.config, self.layers[index]
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         # One matrix product; q, k and v are views of its result, which quire's ops take as they are.
-        qkv = self.backend.linear(x, layer.qkv, layer.qkv_bias).reshape(len(x), heads + 2 * kv_heads, head_dim)
+        qkv = self.backend.linear(x, layer.qkv, layer.qkv_bias).reshape(
+            len(x), heads + 2 * kv_heads, head_dim
+        )
         q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)
@@ -188,17 +193,23 @@ class Model:
             observe(index, k, v)
         scales = {"k_scale": cache.k_scale[index], "v_scale": cache.v_scale[index]}
         quire.write_kv(k, v, cache.k[index], cache.v[index], batch.slot_mapping, **scales)
-        if not cache.quantized and cache.kv_dtype != self.dtype:  # attention wants q in an unquantized cache's dtype
+        if (
+            not cache.quantized and cache.kv_dtype != self.dtype
+        ):  # attention wants q in an unquantized cache's dtype
             q = q.astype(numpy_dtype(cache.kv_dtype))
         window = config.windows[index]
         out = quire.paged_attention(
-            q, cache.k[index], cache.v[index], batch.block_tables, batch.seq_lens,
+            q,
+            cache.k[index],
+            cache.v[index],
+            batch.block_tables,
+            batch.seq_lens,
             query_start_loc=batch.query_start_loc,
             scale=config.attention_scale,
             window=None if window is None else window - 1,  # quire counts the keys before the query's own
             softcap=config.attention_softcap,
             **scales,
-        )  # fmt: skip
+        )
         out = out.astype(self.activation_dtype, copy=False).reshape(len(x), heads * head_dim)
         return self.backend.linear(out, layer.output, layer.output_bias)
 
@@ -208,9 +219,10 @@ class Model:
         cache: PagedCache | None = None,
         observe: Callable[[int, Array, Array], None] | None = None,
     ) -> Array:
-        """Runs one whole sequence and returns the logits after each of its tokens, `[num_tokens, vocab_size]`.
+        """Runs one whole sequence and returns each token's logits, `[num_tokens, vocab_size]`.
 
-        It takes the first blocks of `cache`, by default of a fresh unquantized one. For calibration and evaluation.
+        It takes the first blocks of `cache`, by default of a fresh unquantized one. For calibration and
+        evaluation.
         """
         num_tokens, array = len(token_ids), self.backend.array
         if cache is None:

@@ -1,5 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Chooses the next tokens from logits, on the array library: greedy, or by temperature and top-p with a seed per request."""
+"""Chooses the next tokens from logits: greedy, or by temperature and top-p with a seed per request.
+
+SPDX-License-Identifier: Apache-2.0
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-
 from quire.demo.backend import Array, Backend
 
 
@@ -24,7 +25,8 @@ class SamplingParams:
     def uniform(self, token_idx: int) -> float:
         """The random number in [0, 1) that decides token `token_idx`.
 
-        It depends on the seed and the index alone, so that a request's text is the same in any batch and after a preemption.
+        It depends on the seed and the index alone, so that a request's text is the same in any batch and
+        after a preemption.
         """
         return float(np.random.Generator(np.random.Philox(key=self.seed, counter=token_idx)).random())
 
@@ -34,8 +36,8 @@ def sample(
 ) -> np.ndarray:
     """The chosen token of each row.
 
-    logits: float32 `[num_seqs, vocab_size]`. params, token_idxs: each row's parameters and the index of the token to choose.
-    Returns int64 `[num_seqs]` on the host.
+    logits: float32 `[num_seqs, vocab_size]`. params, token_idxs: each row's parameters and the index of the
+    token to choose. Returns int64 `[num_seqs]` on the host.
     """
     xp = backend.xp
     tokens = backend.host(xp.argmax(logits, axis=-1)).astype(np.int64)

@@ -1,15 +1,17 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Trains the small language model that ships with the demo: `python -m quire.demo.train --text kjv.txt --out DIR`.
+"""Trains the demo's model: `python -m quire.demo.train --text kjv.txt --out DIR`.
 
-This is the only file of the demo that needs torch and transformers, and it imports nothing else of quire. On one
-data-centre GPU a run takes a few minutes. The text is the King James Bible (public domain), as Debian packages it:
+SPDX-License-Identifier: Apache-2.0
+
+This is the only file of the demo that needs torch and transformers, and it imports nothing else of quire. On
+one data-centre GPU a run takes a few minutes. The text is the King James Bible (public domain), as Debian
+packages it:
 
     apt-get install bible-kjv bible-kjv-text
     bible -l 100000 gen1:1-rev22:21 > kjv.txt
 
-Every chapter becomes one document, `<|endoftext|>Genesis 1\\n\\nverse\\nverse\\n…`, without verse numbers. Each 20th
-chapter is held out of the training of the tokenizer and of the model; the weights kept are those of the evaluation
-with the lowest held-out loss.
+Every chapter becomes one document, `<|endoftext|>Genesis 1\\n\\nverse\\nverse\\n…`, without verse numbers.
+Each 20th chapter is held out of the training of tokenizer and model; the weights kept are those of the
+evaluation with the lowest held-out loss.
 """
 
 from __future__ import annotations
@@ -30,8 +32,38 @@ SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.9, 0.95
 SAMPLE_PROMPTS = ("In the beginning", "And the king said unto", "Psalms 151\n\n", "Blessed are they that")
 
 
+CARD = """# The embedded demo model
+
+A {millions:.2f} M parameter Llama that continues text in the manner of the King James Bible. It exists so
+that `python -m quire demo` has something real to run: it is no assistant, and what it writes is no scripture.
+
+| | |
+|---|---|
+{table}
+
+A sample (temperature {temperature}, top-p {top_p}):
+
+{sample}
+
+## Limits
+The text of 1611 speaks as its time did, of people and peoples too, and the model repeats it. A chapter
+fits in the context; the sense of one rarely survives longer than a few verses. Parallel passages (Kings and
+Chronicles, the Gospels) are split between training and held-out text, so the held-out loss flatters the model
+a little.
+
+## How to retrain
+```
+apt-get install bible-kjv bible-kjv-text
+bible -l 100000 gen1:1-rev22:21 > kjv.txt
+python -m quire.demo.train --text kjv.txt --out model {options}
+```
+needs torch, transformers, tokenizers and safetensors, and one GPU for a few minutes. It
+writes this card as well.
+"""
+
+
 def read_chapters(path: Path) -> list[str]:
-    """Splits the output of Debian's `bible` into chapters: a heading line, a blank line, one verse per line."""
+    """Splits the output of Debian's `bible` into chapters: heading, blank line, one verse per line."""
     chapters: list[list[str]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if re.fullmatch(r"\S.* \d+", line):
@@ -68,7 +100,7 @@ def train_tokenizer(chapters: list[str], vocab_size: int) -> Any:
 
 
 def build_model(args: argparse.Namespace) -> Any:
-    """Builds a LlamaForCausalLM whose embedding, attention and MLP outputs pass through dropout in training."""
+    """Builds a LlamaForCausalLM with dropout after its embedding, attention and MLP outputs."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -210,8 +242,9 @@ def write_samples(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[
     for prompt in SAMPLE_PROMPTS:
         ids = torch.tensor([tokenizer.encode(prompt).ids], device=args.device)
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=SAMPLE_TEMPERATURE, top_p=SAMPLE_TOP_P,
-            max_new_tokens=args.sample_tokens, pad_token_id=0,
+            ids, attention_mask=torch.ones_like(ids), do_sample=True,
+            temperature=SAMPLE_TEMPERATURE, top_p=SAMPLE_TOP_P, max_new_tokens=args.sample_tokens,
+            pad_token_id=0,
         )  # fmt: skip
         samples.append(tokenizer.decode(out[0].tolist()))
     return samples
@@ -219,47 +252,47 @@ def write_samples(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[
 
 def model_card(args: argparse.Namespace, figures: dict[str, Any], sample: str) -> str:
     """The text of MODEL_CARD.md."""
-    quoted = "\n".join("> " + line for line in sample.strip().splitlines())
-    return f"""# The embedded demo model
-
-A {figures["num_parameters"] / 1e6:.2f} M parameter Llama that continues text in the manner of the King James Bible.
-It exists so that `python -m quire demo` has something real to run: it is no assistant, and what it writes is not scripture.
-
-| | |
-|---|---|
-| architecture | `LlamaForCausalLM`, {args.num_layers} layers, hidden size {args.hidden_size}, MLP {args.intermediate_size}, \
-{args.num_heads} heads over {args.num_kv_heads} KV heads of {args.head_dim}, tied embeddings, rope theta 10000 |
-| context | {args.max_position} tokens |
-| tokenizer | byte-level BPE, {args.vocab_size} entries, trained on the same text; `{END_OF_TEXT}` (id 0) opens each chapter |
-| weights | bfloat16 safetensors, {figures["weight_bytes"]:,} bytes |
-| data | King James Bible, Debian package `bible-kjv-text`; {figures["num_train_chapters"]} chapters \
-({figures["train_bytes"]:,} bytes, {figures["num_train_tokens"]:,} tokens) to train, \
-{figures["num_held_out_chapters"]} (each {HOLD_OUT_EVERY}th; {figures["held_out_bytes"]:,} bytes) held out |
-| loss (nats per token) | train {figures["train_loss"]:.4f} (with dropout), held out {figures["held_out_loss"]:.4f} \
-= {figures["bits_per_byte"]:.3f} bits per byte |
-| training | {figures["epoch"]:.1f} epochs (schedule: {args.epochs} epochs or {args.minutes:g} minutes), {args.batch} × {args.length} tokens a step, Muon and AdamW at \
-{args.learning_rate:g} with cosine decay, dropout {args.dropout:g}, weight decay {args.weight_decay:g}, seed {args.seed}; \
-{figures["seconds"]:.0f} s on {figures["device"]} |
-| licence | the text is in the public domain; weights and tokenizer: Apache-2.0 |
-
-A sample (temperature {SAMPLE_TEMPERATURE}, top-p {SAMPLE_TOP_P}):
-
-{quoted}
-
-## Limits
-The text of 1611 speaks as its time did, of people and peoples too, and the model repeats it. A chapter fits in the context; the sense
-of one rarely survives longer than a few verses. Parallel passages (Kings and Chronicles, the Gospels) are split between
-training and held-out text, so the held-out loss flatters the model a little.
-
-## How to retrain
-```
-apt-get install bible-kjv bible-kjv-text
-bible -l 100000 gen1:1-rev22:21 > kjv.txt
-python -m quire.demo.train --text kjv.txt --out model --epochs {args.epochs} --minutes {args.minutes:g} \
---dropout {args.dropout:g} --learning-rate {args.learning_rate:g} --batch {args.batch}
-```
-needs torch, transformers, tokenizers and safetensors, and one GPU for a few minutes. It writes this card as well.
-"""
+    rows = {
+        "architecture": (
+            f"`LlamaForCausalLM`, {args.num_layers} layers, hidden size {args.hidden_size}, MLP "
+            f"{args.intermediate_size}, {args.num_heads} heads over {args.num_kv_heads} KV heads of "
+            f"{args.head_dim}, tied embeddings, rope theta 10000"
+        ),
+        "context": f"{args.max_position} tokens",
+        "tokenizer": (
+            f"byte-level BPE, {args.vocab_size} entries, trained on the same text; `{END_OF_TEXT}` (id 0) "
+            "opens each chapter"
+        ),
+        "weights": f"bfloat16 safetensors, {figures['weight_bytes']:,} bytes",
+        "data": (
+            f"King James Bible, Debian package `bible-kjv-text`; {figures['num_train_chapters']} chapters "
+            f"({figures['train_bytes']:,} bytes, {figures['num_train_tokens']:,} tokens) to train, "
+            f"{figures['num_held_out_chapters']} (each {HOLD_OUT_EVERY}th; {figures['held_out_bytes']:,} "
+            "bytes) held out"
+        ),
+        "loss (nats per token)": (
+            f"train {figures['train_loss']:.4f} (with dropout), held out {figures['held_out_loss']:.4f} "
+            f"= {figures['bits_per_byte']:.3f} bits per byte"
+        ),
+        "training": (
+            f"{figures['epoch']:.1f} epochs (schedule: {args.epochs} epochs or {args.minutes:g} minutes), "
+            f"{args.batch} × {args.length} tokens a step, Muon and AdamW at {args.learning_rate:g} with "
+            f"cosine decay, dropout {args.dropout:g}, weight decay {args.weight_decay:g}, seed {args.seed}; "
+            f"{figures['seconds']:.0f} s on {figures['device']}"
+        ),
+        "licence": "the text is in the public domain; weights and tokenizer: Apache-2.0",
+    }
+    return CARD.format(
+        millions=figures["num_parameters"] / 1e6,
+        table="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        temperature=SAMPLE_TEMPERATURE,
+        top_p=SAMPLE_TOP_P,
+        sample="\n".join("> " + line for line in sample.strip().splitlines()),
+        options=(
+            f"--epochs {args.epochs} --minutes {args.minutes:g} --dropout {args.dropout:g} "
+            f"--learning-rate {args.learning_rate:g} --batch {args.batch}"
+        ),
+    )
 
 
 def save(model: Any, tokenizer: Any, out: Path, card: str) -> None:
@@ -285,11 +318,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m quire.demo.train", description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--text", type=Path, required=True, help="output of `bible -l 100000 gen1:1-rev22:21`")
+    parser.add_argument("--text", type=Path, required=True, help="made by `bible`, see above")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model into")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--epochs", type=int, default=80)
-    parser.add_argument("--steps", type=int, default=0, help="stop after so many steps instead; 0: use --epochs")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="stop after so many steps instead; 0: use --epochs"
+    )
     parser.add_argument("--minutes", type=float, default=5.0, help="time limit that the schedule adapts to")
     parser.add_argument("--batch", type=int, default=16, help="windows per step")
     parser.add_argument("--length", type=int, default=1024, help="tokens per window")
@@ -328,7 +363,10 @@ def main(argv: list[str] | None = None) -> int:
     train_ids, held_out_ids = encode(training), encode(held_out)
     model = build_model(args).to(args.device)
     num_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{num_parameters:,} parameters, {len(train_ids):,} training tokens, {len(held_out_ids):,} held out", flush=True)
+    print(
+        f"{num_parameters:,} parameters, {len(train_ids):,} tokens, {len(held_out_ids):,} held out",
+        flush=True,
+    )
     figures = train(model, train_ids, held_out_ids, args)
     # What is written is bfloat16, so that is what the card's loss is taken from.
     with torch.no_grad():
