@@ -1,0 +1,150 @@
+"""The array library behind the demo: CuPy where a GPU and CuPy are there, else NumPy.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from quire.demo import DemoError
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+DTYPES = ("fp32", "fp16", "bf16")
+_CUDA_R_16BF, _CUDA_R_32F, _CUBLAS_COMPUTE_32F, _CUBLAS_GEMM_DEFAULT = 14, 0, 68, -1
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The NumPy dtype of `fp32`, `fp16` or `bf16`; the last comes from ml_dtypes."""
+    if name == "bf16":
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise DemoError("bf16 arrays need the package ml_dtypes (pip install ml_dtypes)") from None
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype({"fp32": np.float32, "fp16": np.float16}[name])
+
+
+class Backend:
+    """NumPy, and the few places where CuPy differs.
+
+    Weights are kept as float32: NumPy multiplies matrices fast in that dtype only.
+    """
+
+    device = "cpu"
+    label = "NumPy"
+
+    xp: Any = np
+
+    def array(self, host: Any, dtype: Any = None) -> Array:
+        """A device array with the contents of a host array."""
+        return np.ascontiguousarray(host, dtype=dtype)
+
+    def weight(self, host: np.ndarray, dtype: str) -> Array:
+        """A weight `[out, in]` or a table, rounded to `dtype`, in the dtype that `linear` wants."""
+        rounded = host if dtype == "fp32" else host.astype(numpy_dtype(dtype))
+        return np.ascontiguousarray(rounded, dtype=np.float32)
+
+    def host(self, array: Array) -> np.ndarray:
+        """A host array with the contents of a device array."""
+        return np.asarray(array)
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """`x @ weight.T + bias`, accumulated in float32, in x's dtype."""
+        out = np.matmul(x.astype(np.float32, copy=False), weight.T)
+        if bias is not None:
+            out += bias
+        return out.astype(x.dtype, copy=False)
+
+    def free_bytes(self) -> int:
+        """Memory that a KV cache may take."""
+        return 1 << 30
+
+
+class CupyBackend(Backend):
+    """CuPy on the current GPU; weights are kept in the model's dtype."""
+
+    device = "cuda"
+    label = "CuPy"
+
+    def __init__(self, cupy: Any) -> None:
+        """Takes the module, which only exists where CuPy is installed."""
+        self.xp = cupy
+
+    def array(self, host: Any, dtype: Any = None) -> Array:
+        """A copy on the GPU."""
+        return self.xp.asarray(np.ascontiguousarray(host, dtype=dtype))
+
+    def weight(self, host: np.ndarray, dtype: str) -> Array:
+        """A copy on the GPU, in `dtype`."""
+        return self.array(host, numpy_dtype(dtype))
+
+    def host(self, array: Array) -> np.ndarray:
+        """A copy on the host; waits for the GPU."""
+        return self.xp.asnumpy(array)
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """As on the CPU."""
+        out = self._matmul_bf16(x, weight) if x.dtype.name == "bfloat16" else self.xp.matmul(x, weight.T)
+        if bias is not None:
+            out = (out + bias).astype(x.dtype, copy=False)
+        return out
+
+    def _matmul_bf16(self, x: Array, weight: Array) -> Array:
+        """`x @ weight.T` by cuBLAS, which sees row-major arrays as their transposes: out.T = weight @ x.T."""
+        from cupy.cuda import device
+        from cupy_backends.cuda.libs import cublas  # type: ignore[import-not-found, unused-ignore]
+
+        rows, inner, columns = x.shape[0], x.shape[1], weight.shape[0]
+        x = self.xp.ascontiguousarray(x)
+        out = self.xp.empty((rows, columns), dtype=x.dtype)
+        if out.size == 0:
+            return out
+        one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+        cublas.gemmEx(
+            device.get_cublas_handle(), cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, columns, rows, inner,
+            one.ctypes.data, weight.data.ptr, _CUDA_R_16BF, inner, x.data.ptr, _CUDA_R_16BF, inner,
+            zero.ctypes.data, out.data.ptr, _CUDA_R_16BF, columns, _CUBLAS_COMPUTE_32F, _CUBLAS_GEMM_DEFAULT,
+        )  # fmt: skip
+        return out
+
+    def free_bytes(self) -> int:
+        """Half of the GPU memory that is free now."""
+        return int(self.xp.cuda.Device().mem_info[0]) // 2
+
+
+def select_backend(device: str = "auto") -> Backend:
+    """NumPy for `cpu`, CuPy for `cuda`; for `auto`, CuPy where it, a GPU and CUDA kernels are there."""
+    if device == "cpu":
+        return Backend()
+    problem = _cuda_problem()
+    if problem is None:
+        import cupy  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+        return CupyBackend(cupy)
+    if device == "auto":
+        return Backend()
+    raise DemoError(f"device cuda: {problem}")
+
+
+def _cuda_problem() -> str | None:
+    """Why CuPy cannot be used here, or None."""
+    import quire
+
+    if not getattr(quire, "has_cuda", lambda: True)():
+        return "this build of quire has no CUDA kernels"
+    try:
+        import cupy
+    except ImportError:
+        return "CuPy is not installed (pip install cupy-cuda13x)"
+    try:
+        if cupy.cuda.runtime.getDeviceCount() == 0:
+            return "no GPU found"
+        cupy.zeros(1)
+    except Exception as error:  # CuPy raises its own types for each missing library
+        return (
+            f"CuPy does not work here ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        )
+    return None
