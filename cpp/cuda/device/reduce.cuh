@@ -7,15 +7,18 @@ namespace quire::cuda {
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kFullMask = 0xffffffffu;
 
-/// Over aligned groups of `width` lanes, a power of two up to 32. All lanes of the warp take part.
+/// Over aligned groups of `width` lanes, a power of two up to 32, the same for the whole warp. All lanes take part.
 __device__ __forceinline__ float warp_sum(float value, int width = kWarpSize) {
-  for (int lane_mask = width / 2; lane_mask > 0; lane_mask /= 2) value += __shfl_xor_sync(kFullMask, value, lane_mask);
+#pragma unroll
+  for (int lane_mask = kWarpSize / 2; lane_mask > 0; lane_mask /= 2)
+    if (lane_mask < width) value += __shfl_xor_sync(kFullMask, value, lane_mask);
   return value;
 }
 
 __device__ __forceinline__ float warp_max(float value, int width = kWarpSize) {
-  for (int lane_mask = width / 2; lane_mask > 0; lane_mask /= 2)
-    value = fmaxf(value, __shfl_xor_sync(kFullMask, value, lane_mask));
+#pragma unroll
+  for (int lane_mask = kWarpSize / 2; lane_mask > 0; lane_mask /= 2)
+    if (lane_mask < width) value = fmaxf(value, __shfl_xor_sync(kFullMask, value, lane_mask));
   return value;
 }
 
