@@ -12,6 +12,12 @@
 
 namespace quire {
 
+/// a / b for a >= 0, b > 0. 64-bit division is a subroutine on a GPU, so the common small case takes the 32-bit one.
+QUIRE_HOST_DEVICE constexpr std::int64_t divide(std::int64_t a, std::int64_t b) {
+  if (((a | b) >> 32) == 0) return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
+  return a / b;
+}
+
 /// The outer dimensions of a [..., hidden] tensor, walked as one row index. Strides are in elements.
 struct RowLayout {
   std::int64_t inner_extents[2] = {1, 1};  // extents of the two inner outer-dimensions; 1, 1 when rows have one stride
@@ -19,9 +25,14 @@ struct RowLayout {
 
   QUIRE_HOST_DEVICE std::int64_t offset(std::int64_t row) const {
     if (inner_extents[0] == 1 && inner_extents[1] == 1) return row * strides[0];
-    const std::int64_t i2 = row % inner_extents[1];
-    row /= inner_extents[1];
-    return (row / inner_extents[0]) * strides[0] + (row % inner_extents[0]) * strides[1] + i2 * strides[2];
+    std::int64_t inner = 0;
+    if (inner_extents[1] != 1) {
+      const std::int64_t quotient = divide(row, inner_extents[1]);
+      inner = (row - quotient * inner_extents[1]) * strides[2];
+      row = quotient;
+    }
+    const std::int64_t outermost = divide(row, inner_extents[0]);
+    return outermost * strides[0] + (row - outermost * inner_extents[0]) * strides[1] + inner;
   }
 };
 

@@ -1,0 +1,140 @@
+// Gated and plain activations on CUDA.
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <bit>
+
+#include "core/dispatch.h"
+#include "cuda/element.h"
+#include "cuda/launch.h"
+#include "ops/activation.h"
+
+namespace quire::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+// Vectors (gated: pairs of vectors) that a thread has in flight.
+constexpr int kUnroll = 2;
+
+// exp(x) and a / b: a 16-bit result hides the error of the fast forms (2 ulp), a float32 one does not.
+template <bool kPrecise>
+__device__ __forceinline__ float exponential(float x) {
+  return kPrecise ? expf(x) : __expf(x);
+}
+template <bool kPrecise>
+__device__ __forceinline__ float quotient(float a, float b) {
+  // The approximate division gives 0 for a divisor above 2^126, which is where the quotient vanishes anyway.
+  return kPrecise ? a / b : __fdividef(a, b);
+}
+
+template <Activation kActivation, bool kPrecise>
+__device__ __forceinline__ float activate(float x) {
+  constexpr float kSqrt2OverPi = 0.7978845608028654f;
+  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), which also keeps the relative accuracy of small results.
+  const auto gated_by = [&](float two_u) { return quotient<kPrecise>(x, 1.0f + exponential<kPrecise>(-two_u)); };
+  if constexpr (kActivation == Activation::kSilu) {
+    return gated_by(x);
+  } else if constexpr (kActivation == Activation::kGelu) {
+    return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+  } else if constexpr (kActivation == Activation::kGeluTanh || kActivation == Activation::kGeluNew) {
+    return gated_by(2.0f * kSqrt2OverPi * fmaf(0.044715f * x * x, x, x));
+  } else if constexpr (kActivation == Activation::kGeluFast) {
+    return gated_by(2.0f * 0.7978845608f * x * fmaf(0.044715f * x, x, 1.0f));
+  } else if constexpr (kActivation == Activation::kGeluQuick) {
+    return gated_by(1.702f * x);
+  } else {
+    // Written so that NaN stays NaN.
+    const float positive = x < 0.0f ? 0.0f : x;
+    return positive * positive;
+  }
+}
+
+template <Activation kActivation>
+constexpr bool kIsGated =
+    kActivation == Activation::kSilu || kActivation == Activation::kGelu || kActivation == Activation::kGeluTanh;
+
+// Grid: work item = blockDim.y rows x one chunk of blockDim.x * kUnroll vectors; gridDim.x CTAs walk all items.
+template <Activation kActivation, typename T, int kVec>
+__global__ void __launch_bounds__(kThreads) activation_kernel(const __grid_constant__ ActivationParams p, const std::int64_t num_chunks,
+                                                              const std::int64_t num_items) {
+  constexpr bool kGated = kIsGated<kActivation>;
+  constexpr bool kPrecise = sizeof(T) == 4;
+  for (std::int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
+    const std::int64_t row_group = num_chunks == 1 ? item : divide(item, num_chunks);
+    const std::int64_t chunk = item - row_group * num_chunks;
+    const std::int64_t row = row_group * blockDim.y + threadIdx.y;
+    if (row >= p.num_rows) continue;
+    const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
+    T* const out = static_cast<T*>(p.out) + p.out_rows.offset(row);
+    const std::int64_t first = (chunk * blockDim.x * kUnroll + threadIdx.x) * kVec;
+    const std::int64_t step = static_cast<std::int64_t>(blockDim.x) * kVec;
+
+    // Load.
+    Packed<T, kVec> gates[kUnroll], ups[kGated ? kUnroll : 1];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const std::int64_t at = first + u * step;
+      if (at >= p.width) continue;
+      gates[u] = load_packed<T, kVec>(x + at);
+      if constexpr (kGated) ups[u] = load_packed<T, kVec>(x + p.width + at);
+    }
+
+    // Compute and store.
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const std::int64_t at = first + u * step;
+      if (at >= p.width) continue;
+      float v[kVec];
+      unpack<T, kVec>(v, gates[u]);
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) v[e] = activate<kActivation, kPrecise>(v[e]);
+      if constexpr (kGated) {
+        float up[kVec];
+        unpack<T, kVec>(up, ups[u]);
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) v[e] *= up[e];
+      }
+      store_floats(out + at, v);
+    }
+  }
+}
+
+template <Activation kActivation, typename T, int kVec>
+void launch_activation(const ActivationParams& p, Stream stream) {
+  const std::int64_t num_vectors = p.width / kVec;
+  const std::int64_t wanted = std::min<std::int64_t>(ceil_div(num_vectors, kUnroll), kThreads);
+  const dim3 block(std::bit_ceil(static_cast<unsigned>(wanted)), kThreads / std::bit_ceil(static_cast<unsigned>(wanted)));
+  const std::int64_t num_chunks = ceil_div(num_vectors, std::int64_t{block.x} * kUnroll);
+  const std::int64_t num_items = ceil_div(p.num_rows, block.y) * num_chunks;
+  const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(num_items, 0x7fffffff));
+  activation_kernel<kActivation, T, kVec><<<num_ctas, block, 0, cuda_stream(stream)>>>(p, num_chunks, num_items);
+  QUIRE_CHECK_LAUNCH("activation", stream);
+}
+
+template <Activation kActivation>
+void launch_dtype(const ActivationParams& p, Stream stream) {
+  dispatch_float(p.dtype, "activation", [&](auto dtype) {
+    using T = Element<decltype(dtype)::value>;
+    // For a gated x this also puts the second half on a vector boundary.
+    if (rows_are_vectors<T>(p.x, p.x_rows, p.width) && rows_are_vectors<T>(p.out, p.out_rows, p.width)) {
+      launch_activation<kActivation, T, kElementsPer16Bytes<T>>(p, stream);
+    } else {
+      launch_activation<kActivation, T, 1>(p, stream);
+    }
+  });
+}
+
+}  // namespace
+
+void activation(const ActivationParams& params, Stream stream) {
+  switch (params.activation) {
+    case Activation::kSilu: return launch_dtype<Activation::kSilu>(params, stream);
+    case Activation::kGelu: return launch_dtype<Activation::kGelu>(params, stream);
+    case Activation::kGeluTanh: return launch_dtype<Activation::kGeluTanh>(params, stream);
+    case Activation::kGeluNew: return launch_dtype<Activation::kGeluNew>(params, stream);
+    case Activation::kGeluFast: return launch_dtype<Activation::kGeluFast>(params, stream);
+    case Activation::kGeluQuick: return launch_dtype<Activation::kGeluQuick>(params, stream);
+    case Activation::kReluSquared: return launch_dtype<Activation::kReluSquared>(params, stream);
+  }
+}
+
+}  // namespace quire::cuda

@@ -1,0 +1,93 @@
+// From a run-time dtype to device element types: the type itself, reads of parameters in any float dtype, alignment checks.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "core/layout.h"
+#include "cuda/device/vector.cuh"
+#include "quire/dtype.h"
+
+namespace quire::cuda {
+
+template <DType>
+struct ElementOf;
+template <>
+struct ElementOf<DType::kFloat32> {
+  using type = float;
+};
+template <>
+struct ElementOf<DType::kFloat16> {
+  using type = __half;
+};
+template <>
+struct ElementOf<DType::kBFloat16> {
+  using type = __nv_bfloat16;
+};
+template <>
+struct ElementOf<DType::kFloat8E4M3FN> {
+  using type = __nv_fp8_e4m3;
+};
+template <>
+struct ElementOf<DType::kFloat8E5M2> {
+  using type = __nv_fp8_e5m2;
+};
+template <>
+struct ElementOf<DType::kInt8> {
+  using type = std::int8_t;
+};
+/// The device type of a dtype that a kernel computes on.
+template <DType kDType>
+using Element = typename ElementOf<kDType>::type;
+
+/// Elements of T that one 16-byte access moves.
+template <typename T>
+inline constexpr int kElementsPer16Bytes = 16 / static_cast<int>(sizeof(T));
+
+inline bool is_aligned(const void* data, std::int64_t num_bytes) {
+  return reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(num_bytes) == 0;
+}
+
+/// True if a dimension's stride keeps the alignment; a dimension of extent 1 is never stepped along.
+inline bool keeps_alignment(std::int64_t extent, std::int64_t stride, std::int64_t item_bytes, std::int64_t num_bytes) {
+  return extent == 1 || (stride * item_bytes) % num_bytes == 0;
+}
+
+/// True if every row of `count` elements of T can be read in 16-byte accesses.
+template <typename T>
+bool rows_are_vectors(const void* data, const RowLayout& rows, std::int64_t count) {
+  return is_aligned(data, 16) && count % kElementsPer16Bytes<T> == 0 && rows.strides[0] % kElementsPer16Bytes<T> == 0 &&
+         rows.strides[1] % kElementsPer16Bytes<T> == 0 && rows.strides[2] % kElementsPer16Bytes<T> == 0;
+}
+
+/// True if a contiguous parameter can be read kVec elements at a time.
+inline bool parameter_is_vectors(const void* data, DType dtype, int num_elements) {
+  const std::int64_t num_bytes = num_elements * itemsize(dtype);
+  return is_aligned(data, num_bytes < 16 ? num_bytes : 16);
+}
+
+/// Elements [index, index + kCount) of a float32, float16 or bfloat16 parameter, for kVectors indices `stride` apart; an index
+/// at or past `limit` reads nothing and gives 0. The dtype is a run-time value because its branch is uniform and costs less
+/// than three copies of each kernel.
+template <int kVectors, int kCount>
+__device__ __forceinline__ void load_parameter(float (&dst)[kVectors][kCount], const void* src, DType dtype, std::int64_t index,
+                                               std::int64_t stride, std::int64_t limit) {
+  const auto load_all = [&](auto* elements) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const std::int64_t at = index + i * stride;
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) dst[i][e] = 0.0f;
+      if (at < limit) load_floats(dst[i], elements + at);
+    }
+  };
+  if (dtype == DType::kFloat32) {
+    load_all(static_cast<const float*>(src));
+  } else if (dtype == DType::kFloat16) {
+    load_all(static_cast<const __half*>(src));
+  } else {
+    load_all(static_cast<const __nv_bfloat16*>(src));
+  }
+}
+
+}  // namespace quire::cuda
