@@ -1,0 +1,142 @@
+// Launches attention: shape to configuration to kernel, and the merge of two partial results.
+// SPDX-License-Identifier: Apache-2.0
+#include "core/dispatch.h"
+#include "cuda/attention/combine.cuh"
+#include "cuda/attention/config.h"
+#include "cuda/attention/launch.h"
+#include "cuda/attention/plan.cuh"
+#include "cuda/launch.h"
+#include "ops/attention.h"
+
+namespace quire::cuda {
+namespace attn {
+namespace {
+
+/// The largest of 16, 8, 4, 2, 1 that divides every address a + i * stride, all in bytes.
+int common_alignment(std::initializer_list<std::int64_t> values) {
+  std::int64_t bits = 16;
+  for (const std::int64_t value : values) bits |= value;
+  return static_cast<int>(bits & -bits);
+}
+
+Plan make_plan(const AttentionParams& params, const Config& config) {
+  const auto address = [](const void* pointer) { return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(pointer)); };
+  const std::int64_t kv_bytes = itemsize(params.kv_dtype);
+  const std::int64_t q_bytes = itemsize(params.dtype);
+  Plan plan{};
+  plan.params = params;
+  plan.group = Divisor::make(params.num_heads / params.num_kv_heads);
+  plan.block_size = Divisor::make(params.block_size);
+  plan.error_word = error_word();
+  plan.num_rows = params.num_tokens * params.num_heads;
+  plan.partial_out = static_cast<float*>(params.workspace);
+  plan.partial_stats = reinterpret_cast<float2*>(plan.partial_out + config.num_splits * plan.num_rows * params.head_dim);
+  plan.num_splits = config.num_splits;
+  plan.keys_per_split_min = config.keys_per_split_min;
+  plan.tile_rows = tile_rows(config.variant);
+  plan.num_tiles = static_cast<int>(config.num_tiles);
+  plan.tiles_per_seq = static_cast<int>(config.tiles_per_seq);
+  plan.key_capacity = static_cast<int>(key_capacity(params));
+  plan.kv_alignment =
+      common_alignment({address(params.k), address(params.v), params.k_block_stride * kv_bytes, params.k_token_stride * kv_bytes,
+                        params.k_head_stride * kv_bytes, params.v_block_stride * kv_bytes, params.v_token_stride * kv_bytes,
+                        params.v_head_stride * kv_bytes});
+  plan.q_aligned = common_alignment({address(params.q), params.q_token_stride * q_bytes, params.q_head_stride * q_bytes}) == 16;
+  plan.out_aligned = common_alignment({address(params.out), params.out_token_stride * q_bytes, params.out_head_stride * q_bytes}) == 16;
+  plan.op = params.block_tables != nullptr ? OpId::kPagedAttention : OpId::kAttention;
+  return plan;
+}
+
+}  // namespace
+
+void launch(const AttentionParams& params, const Config& config, Stream stream) {
+  const Plan plan = make_plan(params, config);
+  dispatch_kv(params.kv_dtype, "attention", [&](auto kv) {
+    constexpr DType kKvDType = decltype(kv)::value;
+    if (config.variant == Variant::kSimt) {
+      if constexpr (kKvDType != DType::kFloat16 && kKvDType != DType::kBFloat16) return launch_simt<kKvDType>(plan, config, stream);
+    } else if constexpr (kKvDType != DType::kFloat32) {
+      switch (config.head_dim_bucket) {
+        case 64: return launch_mma<kKvDType, 64>(plan, config, stream);
+        case 128: return launch_mma<kKvDType, 128>(plan, config, stream);
+        case 256: return launch_mma<kKvDType, 256>(plan, config, stream);
+        default: break;
+      }
+    }
+    throw UnsupportedError("[attention] k: expected q's dtype, float8_e4m3fn, float8_e5m2 or int8");
+  });
+  if (config.num_splits > 1) {
+    const std::int64_t group = params.num_heads / params.num_kv_heads;
+    const std::int64_t rows = config.tiles_per_seq == 1 && params.block_tables != nullptr ? group : tile_rows(config.variant);
+    const dim3 grid(static_cast<unsigned>(config.num_tiles * params.num_kv_heads), static_cast<unsigned>(rows));
+    attention_combine_kernel<<<grid, kThreads, 0, cuda_stream(stream)>>>(plan);
+    QUIRE_CHECK_LAUNCH("attention_combine_kernel", stream);
+  }
+}
+
+namespace {
+
+template <typename T>
+__device__ __forceinline__ float widen(T value) {
+  return static_cast<float>(value);
+}
+
+/// Grid: a warp per (token, head).
+template <typename T>
+__global__ void __launch_bounds__(kThreads) merge_attention_kernel(const __grid_constant__ MergeParams p) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const std::int64_t row = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  if (row >= p.num_tokens * p.num_heads) return;
+  const std::int64_t token = row / p.num_heads;
+  const std::int64_t head = row - token * p.num_heads;
+  const float lse_a = p.lse_a[row], lse_b = p.lse_b[row];
+  const float top = fmaxf(lse_a, lse_b);
+  const bool has_a = lse_a != -INFINITY, has_b = lse_b != -INFINITY;
+  const float weight_a = has_a ? expf(lse_a - top) : 0.0f;
+  const float weight_b = has_b ? expf(lse_b - top) : 0.0f;
+  const float total = weight_a + weight_b;
+  const float inverse = has_a || has_b ? 1.0f / total : 0.0f;
+  const T* a = static_cast<const T*>(p.out_a) + token * p.a_token_stride + head * p.a_head_stride;
+  const T* b = static_cast<const T*>(p.out_b) + token * p.b_token_stride + head * p.b_head_stride;
+  T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
+  for (std::int64_t column = lane; column < p.head_dim; column += 32) {
+    // A part without keys is selected away: what it holds need not be finite.
+    const float value_a = has_a ? widen(a[column]) * (weight_a * inverse) : 0.0f;
+    const float value_b = has_b ? widen(b[column]) * (weight_b * inverse) : 0.0f;
+    out[column] = static_cast<T>(value_a + value_b);
+  }
+  // out_lse may be lse_a or lse_b, which every lane has read before it comes here.
+  __syncwarp();
+  if (lane == 0 && p.out_lse != nullptr) p.out_lse[row] = has_a || has_b ? top + logf(total) : -INFINITY;
+}
+
+}  // namespace
+}  // namespace attn
+
+void attention(const AttentionParams& params, Stream stream) {
+  attn::launch(params, attn::choose_config(params, current_device_properties()), stream);
+}
+
+void merge_attention(const MergeParams& params, Stream stream) {
+  const std::int64_t num_ctas = ceil_div(params.num_tokens * params.num_heads, attn::kWarps);
+  if (num_ctas > std::numeric_limits<std::int32_t>::max())
+    throw UnsupportedError("[merge_attention] num_tokens * num_heads: expected less than 2^33 rows in one call");
+  const auto launch = [&](auto kernel) {
+    kernel<<<static_cast<unsigned>(num_ctas), attn::kThreads, 0, cuda_stream(stream)>>>(params);
+    QUIRE_CHECK_LAUNCH("merge_attention_kernel", stream);
+  };
+  switch (params.dtype) {
+    case DType::kFloat32: return launch(attn::merge_attention_kernel<float>);
+    case DType::kFloat16: return launch(attn::merge_attention_kernel<__half>);
+    case DType::kBFloat16: return launch(attn::merge_attention_kernel<__nv_bfloat16>);
+    default: throw_unsupported_dtype("merge_attention", params.dtype, "float32, float16 or bfloat16");
+  }
+}
+
+std::int64_t attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads, std::int64_t head_dim,
+                                      int device_index) {
+  static_cast<void>(num_seqs);
+  return attn::workspace_bytes(num_tokens, num_heads, head_dim, device_properties(device_index).num_sms);
+}
+
+}  // namespace quire::cuda

@@ -1,0 +1,120 @@
+// From the shape of an attention call to the kernel variant and its split of the keys. Host code, pure: no device is touched.
+// SPDX-License-Identifier: Apache-2.0
+//
+// Rows are packed: query token t of a sequence and query head g of a kv head's group make row t * group + g, so that one
+// CTA reads its keys once for the whole group. A tile is tile_rows such rows of one sequence and one kv head.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "core/layout.h"
+#include "cuda/launch.h"
+#include "ops/attention.h"
+#include "quire/error.h"
+
+namespace quire::cuda::attn {
+
+enum class Variant : std::uint8_t {
+  kMmaSplitKeys,  // 16 rows; the four warps of a CTA take turns at the keys: decode
+  kMmaSplitRows,  // 64 rows; 16 to each of four warps, which share the keys: prefill
+  kSimt,          // 8 rows, float32 throughout: float32 queries
+};
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
+
+constexpr int tile_rows(Variant variant) {
+  return variant == Variant::kMmaSplitKeys ? 16 : variant == Variant::kMmaSplitRows ? 64 : 8;
+}
+
+/// head_dim rounded up to what kernels are compiled for; the rest is zero in shared memory.
+constexpr int head_dim_bucket(Variant variant, std::int64_t head_dim) {
+  if (variant != Variant::kSimt && head_dim <= 64) return 64;
+  return head_dim <= 128 ? 128 : 256;
+}
+
+struct Config {
+  Variant variant;
+  int head_dim_bucket;
+  int num_splits;          // CTAs that share one tile's keys; > 1 needs the workspace and the combine kernel
+  int keys_per_split_min;  // a split is at least this long, and a multiple of it
+  std::int64_t tiles_per_seq;  // without query_start_loc; else 0
+  std::int64_t num_tiles;      // per kv head; with query_start_loc an upper bound
+};
+
+/// Partial results never take more rows than this, whatever the batch.
+constexpr int kPartialRowsPerSm = 256;
+constexpr int kMaxSplits = 256;
+
+/// Bytes of partial results (output rows and their two softmax terms) of any call of at most this size.
+constexpr std::int64_t workspace_bytes(std::int64_t num_tokens, std::int64_t num_heads, std::int64_t head_dim, int num_sms) {
+  const std::int64_t rows = std::min(num_tokens * num_heads * kMaxSplits, std::int64_t{kPartialRowsPerSm} * num_sms);
+  return rows * (head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
+}
+
+/// CTAs of a variant that fit on one SM together.
+constexpr int ctas_per_sm(Variant variant, int bucket) {
+  if (variant == Variant::kMmaSplitRows) return 2;
+  return bucket == 256 ? 2 : 3;
+}
+
+/// How many CTAs share a tile's keys: when few tiles there are, as many as fill the device once; else the fewest that come near
+/// the best balance of equal CTAs over `slots`.
+constexpr int choose_num_splits(std::int64_t num_ctas, std::int64_t slots, std::int64_t max_splits) {
+  if (max_splits <= 1 || num_ctas >= 4 * slots) return 1;
+  if (num_ctas * 8 <= slots) return static_cast<int>(std::min(max_splits, slots / num_ctas));
+  const auto efficiency = [&](std::int64_t splits) {
+    return static_cast<double>(num_ctas * splits) / static_cast<double>(ceil_div(num_ctas * splits, slots) * slots);
+  };
+  max_splits = std::min<std::int64_t>(max_splits, 16);
+  double best = 0.0;
+  for (std::int64_t splits = 1; splits <= max_splits; ++splits) best = std::max(best, efficiency(splits));
+  for (std::int64_t splits = 1; splits < max_splits; ++splits)
+    if (efficiency(splits) >= 0.9 * best) return static_cast<int>(splits);
+  return static_cast<int>(max_splits);
+}
+
+/// The largest key count that a sequence can have, as far as the host knows. Kernels add a step to key indices in 32 bits.
+inline std::int64_t key_capacity(const AttentionParams& params) {
+  const std::int64_t limit = std::numeric_limits<std::int32_t>::max() - 1024;
+  if (params.block_tables == nullptr) return std::min(params.num_kv_tokens, limit);
+  if (params.max_blocks_per_seq > limit / std::max<std::int64_t>(params.block_size, 1)) return limit;
+  return params.max_blocks_per_seq * params.block_size;
+}
+
+inline Config choose_config(const AttentionParams& params, const DeviceProperties& device) {
+  const std::int64_t group = params.num_heads / params.num_kv_heads;
+  const bool ragged = params.query_start_loc != nullptr;
+  const std::int64_t query_len = ragged || params.block_tables == nullptr ? ceil_div(params.num_tokens, params.num_seqs) : 1;
+
+  Config config{};
+  config.variant = params.dtype == DType::kFloat32 ? Variant::kSimt
+                   : query_len * group <= 32       ? Variant::kMmaSplitKeys
+                                                   : Variant::kMmaSplitRows;
+  config.head_dim_bucket = head_dim_bucket(config.variant, params.head_dim);
+  const int rows = tile_rows(config.variant);
+
+  // Sequence s owns the tiles from floor(query_start_loc[s] * group / rows) + s on: never too few, and found by one search.
+  config.tiles_per_seq = ragged ? 0 : ceil_div(query_len * group, rows);
+  config.num_tiles = ragged ? params.num_tokens * group / rows + params.num_seqs : config.tiles_per_seq * params.num_seqs;
+
+  const std::int64_t num_ctas = config.num_tiles * params.num_kv_heads;
+  const std::int64_t limit = std::numeric_limits<std::int32_t>::max();
+  if (num_ctas > limit || params.num_tokens * group > limit - 64)
+    throw UnsupportedError("[attention] num_tokens * num_heads: expected less than 2^31 query rows in one call");
+
+  // At least one step of 16 or 32 keys for each of the four warps.
+  const bool narrow = head_dim_bucket(config.variant, params.head_dim) * itemsize(params.kv_dtype) <= 128;
+  config.keys_per_split_min = config.variant != Variant::kMmaSplitKeys ? 256 : narrow ? 128 : 64;
+
+  const std::int64_t slots = std::int64_t{ctas_per_sm(config.variant, config.head_dim_bucket)} * device.num_sms;
+  const std::int64_t max_splits =
+      std::min({std::int64_t{kMaxSplits}, ceil_div(std::max<std::int64_t>(key_capacity(params), 1), config.keys_per_split_min),
+                std::int64_t{kPartialRowsPerSm} * device.num_sms / (num_ctas * rows)});
+  config.num_splits = choose_num_splits(num_ctas, slots, max_splits);
+  return config;
+}
+
+}  // namespace quire::cuda::attn

@@ -1,0 +1,19 @@
+// The attention kernels' launchers, one translation unit each per dtype and head_dim.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "quire/dtype.h"
+#include "quire/stream.h"
+
+namespace quire::cuda::attn {
+
+struct Plan;
+struct Config;
+
+/// Launches config's variant for K and V of kKvDType and the padded kHeadDim.
+template <DType kKvDType, int kHeadDim>
+void launch_mma(const Plan& plan, const Config& config, Stream stream);
+template <DType kKvDType>
+void launch_simt(const Plan& plan, const Config& config, Stream stream);
+
+}  // namespace quire::cuda::attn

@@ -1,0 +1,23 @@
+// launch_mma's definition, for the instantiations.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "cuda/attention/launch.h"
+#include "cuda/attention/mma_split_keys.cuh"
+#include "cuda/attention/mma_split_rows.cuh"
+
+namespace quire::cuda::attn {
+
+template <DType kKvDType, int kHeadDim>
+void launch_mma(const Plan& plan, const Config& config, Stream stream) {
+  const bool split_keys = config.variant == Variant::kMmaSplitKeys;
+  const auto kernel = split_keys ? attention_mma_split_keys_kernel<kKvDType, kHeadDim> : attention_mma_split_rows_kernel<kKvDType, kHeadDim>;
+  const int shared_bytes =
+      split_keys ? SplitKeysShape<kKvDType, kHeadDim>::kSharedBytes : SplitRowsShape<kKvDType, kHeadDim>::kSharedBytes;
+  set_max_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
+  const dim3 grid(static_cast<unsigned>(config.num_tiles * plan.params.num_kv_heads), static_cast<unsigned>(config.num_splits));
+  kernel<<<grid, kThreads, static_cast<std::size_t>(shared_bytes), cuda_stream(stream)>>>(plan);
+  QUIRE_CHECK_LAUNCH("attention_mma_kernel", stream);
+}
+
+}  // namespace quire::cuda::attn

@@ -1,0 +1,290 @@
+// Attention for few query rows per kv head (decode): the warps of a CTA take turns at the keys and meet at the end.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "cuda/attention/mma_tile.cuh"
+
+namespace quire::cuda::attn {
+
+template <DType kKvDType, int kHeadDim>
+struct SplitKeysShape {
+  using Types = MmaTypes<kKvDType, kHeadDim>;
+  static constexpr int kKeys = Types::kKvRowBytes >= 256 ? 16 : 32;  // per step of a warp
+  static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;      // one step's K or V
+  // 64 KiB in flight for three CTAs per SM, or 96 for two.
+  static constexpr int kSlots = kSlotBytes == 8192 ? 3 : 16384 / kSlotBytes;
+  static constexpr int kRingBytes = kSlots * kSlotBytes;  // of one warp
+  static constexpr int kQBytes = kWarpRows * Types::kQRowBytes;
+  static constexpr int kOutPitch = kHeadDim + 8;  // floats; rows 8 banks apart
+  static constexpr int kRowParamsOffset = kWarps * kRingBytes + kQBytes;
+  static constexpr int kStatsOffset = kRowParamsOffset + kWarpRows * static_cast<int>(sizeof(RowParams));
+  static constexpr int kNotesOffset = kStatsOffset + 2 * kWarps * kWarpRows * static_cast<int>(sizeof(float));
+  static constexpr int kSharedBytes = kNotesOffset + kWarpRows * kNoteWords<kHeadDim> * 4;
+  static constexpr int kCtasPerSm = ctas_per_sm(Variant::kMmaSplitKeys, kHeadDim);
+  static_assert(kWarps * kWarpRows * kOutPitch * 4 <= kWarps * kRingBytes, "the rings hold the merge");
+};
+
+/// One warp's keys: steps first, first + kWarps, ... of the CTA's range, copied ahead into a ring of slots K0 V0 K1 V1 ...
+template <DType kKvDType, int kHeadDim>
+struct KeyStream {
+  using Types = MmaTypes<kKvDType, kHeadDim>;
+  using Shape = SplitKeysShape<kKvDType, kHeadDim>;
+  static constexpr int kChunks = Types::kKvRowBytes / 16;
+
+  const char* k_base;  // of the kv head
+  const char* v_base;
+  int row_bytes;
+  int key_end;
+  int next_key;    // of the step whose K comes next
+  int next_entry;  // the lane's table entry for it, fetched ahead
+  std::int64_t v_offset;
+  std::uint32_t valid;  // of the step whose K came last: bit j says whether key j exists
+  bool has_step;        // that step is inside the range
+
+  __device__ __forceinline__ void start(const Plan& plan, const Tile& tile, int kv_head, int first_key, int end) {
+    const AttentionParams& p = plan.params;
+    k_base = static_cast<const char*>(p.k) + kv_head * p.k_head_stride * Types::kElementBytes;
+    v_base = static_cast<const char*>(p.v) + kv_head * p.v_head_stride * Types::kElementBytes;
+    row_bytes = static_cast<int>(p.head_dim) * Types::kElementBytes;
+    key_end = end;
+    next_key = first_key;
+    next_entry = load_entry(p, plan, tile, lane_key(), key_end);
+  }
+
+  __device__ __forceinline__ int lane_key() const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    // Lanes beyond the step have no key.
+    return lane < Shape::kKeys ? next_key + lane : INT_MAX;
+  }
+
+  __device__ __forceinline__ void copy(const Plan& plan, const char* base, std::int64_t offset, std::uint32_t slot) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    constexpr int kRowsPerPass = 32 / kChunks;
+    const int chunk = lane % kChunks;
+    const int bytes = min(max(row_bytes - chunk * 16, 0), 16);
+    using KvRows = Rows<Types::kKvRowBytes>;
+    const std::uint32_t thread_target = KvRows::address(slot, lane / kChunks, chunk);
+    const auto copy_row = [&](int pass, auto&& copy_chunk) {
+      const int row = pass * kRowsPerPass + lane / kChunks;
+      const std::int64_t row_offset = __shfl_sync(kAllLanes, offset, row);
+      // Keys that do not exist become zero: their weights are zero, and zero times what was there could be NaN.
+      const int present = (valid >> row) & 1u ? bytes : 0;
+      const std::uint32_t target = KvRows::advance(thread_target, pass * kRowsPerPass, KvRows::key(pass * kRowsPerPass));
+      copy_chunk(target, present > 0 ? base + row_offset + chunk * 16 : base, present);
+    };
+    constexpr int kPasses = Shape::kKeys / kRowsPerPass;
+    if (plan.kv_alignment == 16) {
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) copy_row(pass, device::copy_async_16);
+    } else {
+      const auto copy_narrow = [&](std::uint32_t target, const char* source, int present) {
+        device::copy_narrow_16(target, source, present, plan.kv_alignment);
+      };
+#pragma unroll 1
+      for (int pass = 0; pass < kPasses; ++pass) copy_row(pass, copy_narrow);
+    }
+  }
+
+  /// Starts the copy of the next step's K and returns which of its keys exist.
+  __device__ __forceinline__ std::uint32_t copy_k(const Plan& plan, const Tile& tile, std::uint32_t slot) {
+    const AttentionParams& p = plan.params;
+    has_step = next_key < key_end;
+    if (!has_step) return 0;
+    const KeyLocation location = locate_key(p, plan, tile, lane_key(), key_end, next_entry);
+    valid = __ballot_sync(kAllLanes, location.valid);
+    v_offset = location.v_offset * Types::kElementBytes;
+    copy(plan, k_base, location.k_offset * Types::kElementBytes, slot);
+    next_key += kWarps * Shape::kKeys;
+    next_entry = load_entry(p, plan, tile, lane_key(), key_end);
+    return valid;
+  }
+
+  /// Starts the copy of the V that belongs to the last copy_k.
+  __device__ __forceinline__ void copy_v(const Plan& plan, std::uint32_t slot) const {
+    if (has_step) copy(plan, v_base, v_offset, slot);
+  }
+};
+
+/// Grid: x = tile * num_kv_heads + kv_head, y = split. A CTA computes 16 packed rows against its split's keys and writes them to
+/// out and lse, or to the workspace if other splits have keys too.
+template <DType kKvDType, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim>::kCtasPerSm)
+    attention_mma_split_keys_kernel(const __grid_constant__ Plan plan) {
+  using Types = MmaTypes<kKvDType, kHeadDim>;
+  using Shape = SplitKeysShape<kKvDType, kHeadDim>;
+  constexpr int kKeys = Shape::kKeys;
+  constexpr int kSlots = Shape::kSlots;
+  constexpr bool kEven = kSlots % 2 == 0;
+  extern __shared__ __align__(1024) char shared[];
+  const AttentionParams& p = plan.params;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int num_kv_heads = static_cast<int>(p.num_kv_heads);
+  const int tile_idx = static_cast<int>(blockIdx.x) / num_kv_heads;
+  const int kv_head = static_cast<int>(blockIdx.x) - tile_idx * num_kv_heads;
+
+  Tile tile;
+  if (!locate_tile(plan, tile_idx, tile)) return;
+  const SplitRange splits = active_splits(plan, tile);
+  const int split = static_cast<int>(blockIdx.y);
+  if (split >= splits.num_active) return;
+  const int key_begin = tile.key_begin + split * splits.keys_per_split;
+  const int key_end = min(static_cast<std::int64_t>(key_begin) + splits.keys_per_split, std::int64_t{tile.key_end});
+
+  char* q_shared = shared + kWarps * Shape::kRingBytes;
+  auto* row_params = reinterpret_cast<RowParams*>(shared + Shape::kRowParamsOffset);
+  auto& stats = *reinterpret_cast<float(*)[2][kWarps][kWarpRows]>(shared + Shape::kStatsOffset);
+  const std::uint32_t ring = device::shared_address(shared) + static_cast<std::uint32_t>(warp * Shape::kRingBytes);
+  auto* notes = reinterpret_cast<std::uint32_t*>(shared + Shape::kNotesOffset);
+
+  const FullRange full = full_range(plan, tile);
+  const bool one_token = plan.group.quotient(tile.row_begin) == plan.group.quotient(tile.row_begin + tile.num_rows - 1);
+  using MmaState = MmaRows<kKvDType, kHeadDim>;
+  MmaState rows;
+  ScoreScale score;
+  const std::uint32_t k_offset = MmaState::k_thread_offset();
+  const std::uint32_t v_offset = MmaState::v_thread_offset();
+
+  // A second pass only where NaN or infinity in V reached rows that do not see it.
+  bool selecting = false;
+  for (;; selecting = true) {
+    // Fill the ring.
+    KeyStream<kKvDType, kHeadDim> stream;
+    const int first_key = key_begin + warp * kKeys;
+    stream.start(plan, tile, kv_head, first_key, key_end);
+    constexpr int kDepth = (kSlots + 1) / 2 + 1;
+    std::uint32_t valid[kDepth];
+    valid[kDepth - 1] = 0;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (slot % 2 == 0) {
+        valid[slot / 2] = stream.copy_k(plan, tile, ring + slot * Shape::kSlotBytes);
+      } else {
+        stream.copy_v(plan, ring + slot * Shape::kSlotBytes);
+      }
+      device::copy_async_commit();
+    }
+
+    if (!selecting) {
+      load_q<Types, kHeadDim, kWarpRows / kWarps>(plan, tile, kv_head, warp * (kWarpRows / kWarps), q_shared, row_params);
+      __syncthreads();
+      score = make_score_scale(p, row_params, 0);
+      rows.attach_q(device::shared_address(q_shared), 0);
+    }
+    rows.reset();
+    if (selecting) {
+      for (int i = static_cast<int>(threadIdx.x); i < kWarpRows * kNoteWords<kHeadDim>; i += kThreads) notes[i] = 0;
+      __syncthreads();
+    }
+
+    // Steps.
+    std::uint32_t slot = 0;
+    for (int key = first_key; key < key_end; key += kWarps * kKeys) {
+      float scores[kKeys / 8][4];
+      device::copy_async_wait<kSlots - 1>();
+      __syncwarp();
+      rows.template multiply_qk<kKeys>(scores, ring + slot * Shape::kSlotBytes + k_offset);
+      __syncwarp();
+      if constexpr (kEven) {
+        valid[kSlots / 2] = stream.copy_k(plan, tile, ring + slot * Shape::kSlotBytes);
+      } else {
+        stream.copy_v(plan, ring + slot * Shape::kSlotBytes);
+      }
+      device::copy_async_commit();
+      slot = slot + 1 == kSlots ? 0 : slot + 1;
+
+      if (score.transform) rows.template transform_scores<kKeys>(scores, row_params, p.softcap, key);
+      constexpr std::uint32_t kAll = kKeys == 32 ? 0xffffffffu : (1u << (kKeys % 32)) - 1;
+      if (valid[0] != kAll || key < full.begin || key > full.end - kKeys) {
+        const std::uint32_t mask[1] = {valid[0]};
+        rows.template mask_scores<kKeys>(scores, row_params, key, mask);
+      }
+      rows.template softmax<kKeys>(scores, score);
+
+      device::copy_async_wait<kSlots - 1>();
+      __syncwarp();
+      if (selecting) {
+        take_out_not_finite<kKvDType, kHeadDim>(shared + warp * Shape::kRingBytes + slot * Shape::kSlotBytes, 0, kKeys, key, row_params, notes,
+                                                tile.num_rows);
+        __syncwarp();
+      }
+      rows.template multiply_pv<kKeys>(scores, ring + slot * Shape::kSlotBytes + v_offset);
+      __syncwarp();
+      if constexpr (kEven) {
+        stream.copy_v(plan, ring + slot * Shape::kSlotBytes);
+      } else {
+        valid[(kSlots + 1) / 2] = stream.copy_k(plan, tile, ring + slot * Shape::kSlotBytes);
+      }
+      device::copy_async_commit();
+      slot = slot + 1 == kSlots ? 0 : slot + 1;
+#pragma unroll
+      for (int i = 0; i + 1 < kDepth; ++i) valid[i] = valid[i + 1];
+    }
+    device::copy_async_wait<0>();
+    if (!kMayBeNotFinite<kKvDType> || selecting || one_token || !__syncthreads_or(rows.not_finite())) break;
+  }
+
+  // Bring the four warps to one maximum.
+  rows.reduce_sum();
+  if (lane % 4 == 0) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      stats[0][warp][lane / 4 + 8 * r] = rows.largest[r] * score.log2_scale[r];
+      stats[1][warp][lane / 4 + 8 * r] = rows.sum[r];
+    }
+  }
+  __syncthreads();
+  auto* merged = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = lane / 4 + 8 * r;
+    float top = stats[0][0][row];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) top = fmaxf(top, stats[0][w][row]);
+    const float weight = exp2f(stats[0][warp][row] - (top == -INFINITY ? 0.0f : top));
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+      int column;
+      float4 value = rows.columns(i, r, column);
+      value.x *= weight, value.y *= weight, value.z *= weight, value.w *= weight;
+      if (row < tile.num_rows)
+        *reinterpret_cast<float4*>(merged + (warp * kWarpRows + row) * Shape::kOutPitch + column) = value;
+    }
+  }
+  __syncthreads();
+
+  // Write rows.
+  const int head_dim = static_cast<int>(p.head_dim);
+  const float v_scale = p.v_scale != nullptr ? p.v_scale[kv_head * p.v_scale_stride] : 1.0f;
+  constexpr int kThreadsPerRow = kHeadDim / 4;
+  for (int i = static_cast<int>(threadIdx.x); i < tile.num_rows * kThreadsPerRow; i += kThreads) {
+    const int row = i / kThreadsPerRow;
+    const int column = i % kThreadsPerRow * 4;
+    float top = stats[0][0][row];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) top = fmaxf(top, stats[0][w][row]);
+    float total = 0.0f;
+    float4 value{0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      total += stats[1][w][row] * exp2f(stats[0][w][row] - (top == -INFINITY ? 0.0f : top));
+      const float4 part = *reinterpret_cast<const float4*>(merged + (w * kWarpRows + row) * Shape::kOutPitch + column);
+      value.x += part.x, value.y += part.y, value.z += part.z, value.w += part.w;
+    }
+    if (selecting) value = with_notes<kHeadDim>(value, notes, row, column);
+    const RowIndex index = row_index(plan, tile, kv_head, row);
+    if (splits.num_active > 1) {
+      const std::int64_t target = split * plan.num_rows + stats_index(plan, index);
+      if (column == 0) plan.partial_stats[target] = float2{top, total};
+      if (column < head_dim) *reinterpret_cast<float4*>(plan.partial_out + target * head_dim + column) = value;
+    } else {
+      const RowFinish finish = finish_row(p, top, total, index.head);
+      if (column == 0 && p.lse != nullptr) p.lse[stats_index(plan, index)] = finish.lse;
+      const float factor = finish.factor * v_scale;
+      if (column < head_dim)
+        store_out_4(plan, index, column, float4{value.x * factor, value.y * factor, value.z * factor, value.w * factor});
+    }
+  }
+}
+
+}  // namespace quire::cuda::attn

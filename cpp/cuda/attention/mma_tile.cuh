@@ -1,0 +1,481 @@
+// One warp's 16 query rows against keys in shared memory: scores, masks, online softmax, and the sum of p v.
+// SPDX-License-Identifier: Apache-2.0
+//
+// 16-bit K and V reach the tensor cores by ldmatrix as they are. 8-bit ones are loaded as if they were 16-bit pairs and
+// widened in registers to float16, with no exchange between lanes, because both orders are free to choose:
+//   K: a thread gets the four consecutive elements 4 quad .. 4 quad + 3 of its key for one 16-wide step. They serve as the step's
+//      positions {2 quad, 2 quad + 1, 2 quad + 8, 2 quad + 9}, and q is stored in that order.
+//   V: a thread gets columns 2 group and 2 group + 1 of its keys. Even columns make one n-tile, odd ones the next.
+#pragma once
+
+#include "cuda/attention/plan.cuh"
+#include "cuda/device/async_copy.cuh"
+#include "cuda/device/dequantize.cuh"
+#include "cuda/device/mma.cuh"
+
+namespace quire::cuda::attn {
+
+constexpr int kWarpRows = 16;
+
+/// Shared memory rows of kRowBytes as 16-byte chunks, exchanged within the row so that 8 consecutive rows at one chunk, what an
+/// ldmatrix phase reads, lie in 8 different bank groups. Addresses of chunks whose index differs by a constant, added without a
+/// carry, differ by an exclusive or: a thread needs one base for all of its accesses. `base` is a multiple of kRowBytes.
+template <int kRowBytes>
+struct Rows {
+  static constexpr int kChunks = kRowBytes / 16;
+  static_assert(kChunks >= 4 && (kChunks & (kChunks - 1)) == 0);
+
+  __host__ __device__ static constexpr int key(int row) { return kChunks >= 8 ? row & 7 : (row >> 1) & 3; }
+
+  __device__ __forceinline__ static std::uint32_t address(std::uint32_t base, int row, int chunk) {
+    return base + static_cast<std::uint32_t>(row * kRowBytes + ((chunk ^ key(row)) << 4));
+  }
+  /// From a thread's address, to `rows` rows (a multiple of 16) and `chunks` chunks further on.
+  __device__ __forceinline__ static std::uint32_t advance(std::uint32_t thread_address, int rows, int chunks) {
+    return (thread_address ^ static_cast<std::uint32_t>(chunks << 4)) + static_cast<std::uint32_t>(rows * kRowBytes);
+  }
+};
+
+/// kKvDType is what K and V are stored as; kHeadDim the padded head_dim.
+template <DType kKvDType, int kHeadDim>
+struct MmaTypes {
+  static constexpr bool kBf16 = kKvDType == DType::kBFloat16;  // else the tensor cores compute in float16
+  static constexpr bool kQuantized = itemsize(kKvDType) == 1;
+  static constexpr device::Byte kByte = kKvDType == DType::kFloat8E4M3FN ? device::Byte::kE4M3
+                                        : kKvDType == DType::kFloat8E5M2 ? device::Byte::kE5M2
+                                                                         : device::Byte::kInt8;
+  static constexpr int kElementBytes = static_cast<int>(itemsize(kKvDType));
+  static constexpr int kKvRowBytes = kHeadDim * kElementBytes;
+  static constexpr int kQRowBytes = kHeadDim * 2;
+};
+
+/// What a row's scores need besides q k. Kept in shared memory: few steps look at it.
+struct RowParams {
+  float scale;     // score = this * (q k)
+  float slope;     // alibi, in log2 units
+  int position;    // the key index that the row's query stands at
+  int begin, end;  // keys seen
+};
+
+/// The same for the thread's two rows, in registers. Score in log2 units = log2_scale * value, where value is q k, or the score
+/// itself if `transform`: with softcap or alibi, or a scale that does not keep the order of q k.
+struct ScoreScale {
+  float log2_scale[2];
+  bool transform;
+};
+
+__device__ __forceinline__ ScoreScale make_score_scale(const AttentionParams& p, const RowParams* row_params, int warp_row) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  ScoreScale score;
+  score.transform = p.softcap > 0.0f || p.alibi_slopes != nullptr;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    score.log2_scale[i] = row_params[warp_row + lane / 4 + 8 * i].scale * kLog2E;
+    score.transform |= !(score.log2_scale[i] > 0.0f);
+  }
+  // All lanes take one branch.
+  score.transform = __any_sync(kAllLanes, score.transform);
+  if (score.transform) score.log2_scale[0] = score.log2_scale[1] = 1.0f;
+  return score;
+}
+
+/// The tile's first and last key that every row of it sees; keys outside need the mask.
+struct FullRange {
+  int begin, end;
+};
+
+__device__ __forceinline__ FullRange full_range(const Plan& plan, const Tile& tile) {
+  const int first = plan.group.quotient(tile.row_begin);
+  const int last = plan.group.quotient(tile.row_begin + tile.num_rows - 1);
+  return FullRange{visible_keys(plan.params, tile, last).begin, visible_keys(plan.params, tile, first).end};
+}
+
+/// Prepares q's rows [first_row, first_row + kRows) of the tile in shared memory (`q_shared` and `row_params` are the whole tile's), a
+/// row per step of the warp; zero where there is no row or no column. For 8-bit K also divides each row by a power of two near its
+/// largest element, so that bfloat16 values fit float16, and puts that into the row's scale.
+template <typename Types, int kHeadDim, int kRows>
+__device__ __forceinline__ void load_q(const Plan& plan, const Tile& tile, int kv_head, int first_row, char* q_shared, RowParams* row_params) {
+  const AttentionParams& p = plan.params;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  constexpr int kPerLane = kHeadDim / 32;  // 2, 4 or 8 consecutive elements
+  const int column = lane * kPerLane;
+  const float scale = p.scale * (p.k_scale != nullptr ? p.k_scale[kv_head * p.k_scale_stride] : 1.0f);
+#pragma unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    const int row = first_row + i;
+    // Rows past the last get the last one's parameters, no q, and are never stored.
+    const RowIndex index = row_index(plan, tile, kv_head, min(row, tile.num_rows - 1));
+    alignas(16) std::uint16_t bits[kPerLane];
+#pragma unroll
+    for (int e = 0; e < kPerLane; ++e) bits[e] = 0;
+    if (row < tile.num_rows && column < p.head_dim) {
+      const auto* source =
+          static_cast<const std::uint16_t*>(p.q) + index.q_token * p.q_token_stride + index.head * p.q_head_stride + column;
+      if (plan.q_aligned) {
+        if constexpr (kPerLane == 8) *reinterpret_cast<uint4*>(bits) = *reinterpret_cast<const uint4*>(source);
+        if constexpr (kPerLane == 4) *reinterpret_cast<uint2*>(bits) = *reinterpret_cast<const uint2*>(source);
+        if constexpr (kPerLane == 2) *reinterpret_cast<std::uint32_t*>(bits) = *reinterpret_cast<const std::uint32_t*>(source);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kPerLane; ++e) bits[e] = source[e];
+      }
+    }
+    float up = 1.0f;
+    const auto at = [&](int target_column) {
+      return q_shared + row * Types::kQRowBytes + ((target_column / 8 ^ Rows<Types::kQRowBytes>::key(row)) << 4) + target_column % 8 * 2;
+    };
+    if constexpr (Types::kQuantized) {
+      float values[kPerLane];
+      float largest = 0.0f;
+#pragma unroll
+      for (int e = 0; e < kPerLane; ++e) {
+        values[e] = p.dtype == DType::kBFloat16 ? __bfloat162float(__ushort_as_bfloat16(bits[e])) : __half2float(__ushort_as_half(bits[e]));
+        largest = fmaxf(largest, fabsf(values[e]));
+      }
+      // Positive floats compare like their bits. 2^-e and 2^e, both normal; 1 for zero, subnormal and infinite rows.
+      const unsigned exponent = __reduce_max_sync(kAllLanes, __float_as_uint(largest)) >> 23;
+      const bool scaled = exponent >= 1 && exponent <= 254;
+      const unsigned biased = min(exponent, 253u);
+      const float down = scaled ? __uint_as_float((254u - biased) << 23) : 1.0f;
+      if (scaled) up = __uint_as_float(biased << 23);
+#pragma unroll
+      for (int e = 0; e < kPerLane; ++e) {
+        const int within = (column + e) % 16;
+        const int position = 2 * (within / 4) + within % 2 + (within % 4 >= 2 ? 8 : 0);
+        *reinterpret_cast<std::uint16_t*>(at(column + e - within + position)) = __half_as_ushort(__float2half_rn(values[e] * down));
+      }
+    } else {
+      char* target = at(column);
+      if constexpr (kPerLane == 8) *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(bits);
+      if constexpr (kPerLane == 4) *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(bits);
+      if constexpr (kPerLane == 2) *reinterpret_cast<std::uint32_t*>(target) = *reinterpret_cast<const std::uint32_t*>(bits);
+    }
+    if (lane == 0) {
+      const KeyRange range = visible_keys(p, tile, index.token);
+      row_params[row] = RowParams{scale * up, p.alibi_slopes != nullptr ? p.alibi_slopes[index.head] * kLog2E : 0.0f,
+                                  tile.kv_len - tile.query_len + index.token, range.begin, range.end};
+    }
+  }
+}
+
+/// The state of one warp's 16 rows: output sums, largest score in raw units, and the thread's part of the sum of exponentials.
+template <DType kKvDType, int kHeadDim>
+struct MmaRows {
+  using Types = MmaTypes<kKvDType, kHeadDim>;
+  static constexpr bool kBf16 = Types::kBf16;
+  static constexpr bool kQInRegisters = kHeadDim <= 128;
+  static constexpr int kSteps = kHeadDim / 16;  // of the q k product
+
+  float out[kHeadDim / 8][4];
+  float largest[2];
+  float sum[2];
+  std::uint32_t q[kQInRegisters ? kSteps : 1][4];
+  std::uint32_t q_address;  // the thread's, for step 0
+
+  using KvRows = Rows<Types::kKvRowBytes>;
+
+  __device__ __forceinline__ void reset() {
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[n][i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      largest[i] = -INFINITY;
+      sum[i] = 0.0f;
+    }
+  }
+
+  __device__ __forceinline__ void load_q_step(std::uint32_t (&fragment)[4], int step) const {
+    device::load_matrix_x4(fragment, Rows<Types::kQRowBytes>::advance(q_address, 0, 2 * step));
+  }
+
+  __device__ __forceinline__ void q_step(std::uint32_t (&fragment)[4], int step) const {
+    if constexpr (kQInRegisters) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fragment[i] = q[step][i];
+    } else {
+      load_q_step(fragment, step);
+    }
+  }
+
+  __device__ __forceinline__ void attach_q(std::uint32_t address, int first_row) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    q_address = Rows<Types::kQRowBytes>::address(address, first_row + lane % 16, lane / 16);
+    if constexpr (kQInRegisters) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) load_q_step(q[step], step);
+    }
+  }
+
+  /// Where the thread's part of K begins in a slot at address 0: its row and chunk of the first ldmatrix.
+  __device__ __forceinline__ static std::uint32_t k_thread_offset() {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    // 16-bit: (keys 0 to 7, chunk 0), (same, 1), (keys 8 to 15, 0), (same, 1). 8-bit: (0 to 7, 0), (8 to 15, 0), (0 to 7, 1), ...
+    return Types::kQuantized ? KvRows::address(0, lane % 16, lane / 16) : KvRows::address(0, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  }
+
+  /// scores = q k for kKeys keys; `k_address` is k_thread_offset() in their slot.
+  template <int kKeys>
+  __device__ __forceinline__ void multiply_qk(float (&scores)[kKeys / 8][4], std::uint32_t k_address) const {
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[n][i] = 0.0f;
+    if constexpr (!Types::kQuantized) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        std::uint32_t a[4];
+        q_step(a, step);
+#pragma unroll
+        for (int pair = 0; pair < kKeys / 16; ++pair) {
+          std::uint32_t b[4];
+          device::load_matrix_x4(b, KvRows::advance(k_address, 16 * pair, 2 * step));
+          device::mma_16816<kBf16>(scores[2 * pair], a, b[0], b[1]);
+          device::mma_16816<kBf16>(scores[2 * pair + 1], a, b[2], b[3]);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int step = 0; step < kSteps; step += 2) {
+        std::uint32_t a[2][4];
+        q_step(a[0], step);
+        q_step(a[1], step + 1);
+#pragma unroll
+        for (int pair = 0; pair < kKeys / 16; ++pair) {
+          std::uint32_t b[4];  // (keys 0 to 7, step), (keys 8 to 15, step), then step + 1
+          device::load_matrix_x4(b, KvRows::advance(k_address, 16 * pair, step));
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            std::uint32_t b0, b1;
+            device::dequantize_4<Types::kByte>(b[i], b0, b1);
+            device::mma_16816<kBf16>(scores[2 * pair + i % 2], a[i / 2], b0, b1);
+          }
+        }
+      }
+    }
+  }
+
+  /// Turns q k into scores in log2 units where more than a factor is asked for. Key `first_key` is column 0; `row_params` is the
+  /// warp's.
+  template <int kKeys>
+  __device__ __forceinline__ static void transform_scores(float (&scores)[kKeys / 8][4], const RowParams* row_params, float softcap,
+                                                          int first_key) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const RowParams row = row_params[lane / 4 + 8 * r];
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int key = first_key + 8 * n + lane % 4 * 2 + e;
+          float value = scores[n][2 * r + e] * row.scale;
+          if (softcap > 0.0f) {
+            // tanh(x) = 1 - 2 / (e^2x + 1), which saturates as it should.
+            const float power = device::exp2_approx(value / softcap * (2.0f * kLog2E));
+            value = softcap - __fdividef(2.0f * softcap, power + 1.0f);
+          }
+          scores[n][2 * r + e] = value * kLog2E - row.slope * static_cast<float>(row.position - key);
+        }
+    }
+  }
+
+  /// Selects -inf for keys that a row does not see. Bit j of `valid` says whether key j of the step exists.
+  template <int kKeys>
+  __device__ __forceinline__ static void mask_scores(float (&scores)[kKeys / 8][4], const RowParams* row_params, int first_key,
+                                                     const std::uint32_t (&valid)[(kKeys + 31) / 32]) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int begin = row_params[lane / 4 + 8 * r].begin, end = row_params[lane / 4 + 8 * r].end;
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = 8 * n + lane % 4 * 2 + e;
+          const int key = first_key + column;
+          const bool seen = ((valid[n / 4] >> (column % 32)) & 1u) != 0 && key >= begin && key < end;
+          if (!seen) scores[n][2 * r + e] = -INFINITY;
+        }
+    }
+  }
+
+  /// One step of the online softmax: scores become weights, and what was summed so far is rescaled where the maximum grew.
+  template <int kKeys>
+  __device__ __forceinline__ void softmax(float (&scores)[kKeys / 8][4], const ScoreScale& score) {
+    float shift[2], rescale[2];
+    bool grew = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float top = largest[r];
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+      // A row that has seen nothing yet: any finite shift gives weights of exp2(-inf) = 0.
+      const float base = top == -INFINITY ? 0.0f : top;
+      grew |= top != largest[r];
+      rescale[r] = device::exp2_approx((largest[r] - base) * score.log2_scale[r]);
+      shift[r] = base * score.log2_scale[r];
+      largest[r] = top;
+    }
+    if (__any_sync(kAllLanes, grew)) {
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[n][i] *= rescale[i / 2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) sum[r] *= rescale[r];
+    }
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scores[n][i] = device::exp2_approx(fmaf(scores[n][i], score.log2_scale[i / 2], -shift[i / 2]));
+        sum[i / 2] += scores[n][i];
+      }
+  }
+
+  /// As k_thread_offset, for V: (keys 0 to 7, chunk 0), (keys 8 to 15, chunk 0), (0 to 7, 1), (8 to 15, 1).
+  __device__ __forceinline__ static std::uint32_t v_thread_offset() {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    return KvRows::address(0, lane % 16, lane / 16);
+  }
+
+  /// The V fragments of 16 keys and 32 columns from 16 * pair on: b[i][0], b[i][1] for n-tile 2 (pair + i), b[i][2], b[i][3] for the next.
+  __device__ __forceinline__ static void load_v(std::uint32_t (&b)[2][4], std::uint32_t v_address, int first_key, int pair) {
+    if constexpr (!Types::kQuantized) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) device::load_matrix_x4_transposed(b[i], KvRows::advance(v_address, first_key, 2 * (pair + i)));
+    } else {
+      std::uint32_t packed[4];
+      device::load_matrix_x4_transposed(packed, KvRows::advance(v_address, first_key, pair));
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        device::dequantize_4<Types::kByte>(device::permute_bytes(packed[i], 0, 0x3120), b[i / 2][i % 2], b[i / 2][2 + i % 2]);
+    }
+  }
+
+  /// out += weights v for kKeys keys; `v_address` is v_thread_offset() in their slot.
+  template <int kKeys>
+  __device__ __forceinline__ void multiply_pv(const float (&weights)[kKeys / 8][4], std::uint32_t v_address) {
+#pragma unroll
+    for (int step = 0; step < kKeys / 16; ++step) {
+      const std::uint32_t a[4] = {device::pack_16<kBf16>(weights[2 * step][0], weights[2 * step][1]),
+                                  device::pack_16<kBf16>(weights[2 * step][2], weights[2 * step][3]),
+                                  device::pack_16<kBf16>(weights[2 * step + 1][0], weights[2 * step + 1][1]),
+                                  device::pack_16<kBf16>(weights[2 * step + 1][2], weights[2 * step + 1][3])};
+#pragma unroll
+      for (int pair = 0; pair < kHeadDim / 16; pair += 2) {
+        std::uint32_t b[2][4];
+        load_v(b, v_address, 16 * step, pair);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          device::mma_16816<kBf16>(out[2 * (pair + i)], a, b[i][0], b[i][1]);
+          device::mma_16816<kBf16>(out[2 * (pair + i) + 1], a, b[i][2], b[i][3]);
+        }
+      }
+    }
+  }
+
+  /// Adds up the four threads of each row; before that `sum` is a part.
+  __device__ __forceinline__ void reduce_sum() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 1);
+      sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 2);
+    }
+  }
+
+  /// Four consecutive columns of a row (of group if r is 0, else group + 8), and the first one, for i below kHeadDim / 16.
+  /// 16-bit V: the thread's pairs of n-tiles 2 i and 2 i + 1 are exchanged with the neighbour's.
+  __device__ __forceinline__ float4 columns(int i, int r, int& column) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if constexpr (Types::kQuantized) {
+      column = 16 * i + 4 * (lane % 4);
+      return float4{out[2 * i][2 * r], out[2 * i + 1][2 * r], out[2 * i][2 * r + 1], out[2 * i + 1][2 * r + 1]};
+    } else {
+      // Even quads end up with the first n-tile's columns, odd ones with the second's.
+      const bool odd = lane % 2 != 0;
+      const float give0 = odd ? out[2 * i][2 * r] : out[2 * i + 1][2 * r];
+      const float give1 = odd ? out[2 * i][2 * r + 1] : out[2 * i + 1][2 * r + 1];
+      const float got0 = __shfl_xor_sync(kAllLanes, give0, 1);
+      const float got1 = __shfl_xor_sync(kAllLanes, give1, 1);
+      column = 16 * i + (odd ? 8 : 0) + (lane % 4 / 2) * 4;
+      return odd ? float4{got0, got1, out[2 * i + 1][2 * r], out[2 * i + 1][2 * r + 1]}
+                 : float4{out[2 * i][2 * r], out[2 * i][2 * r + 1], got0, got1};
+    }
+  }
+
+  /// Whether any output sum is infinite or NaN.
+  __device__ __forceinline__ bool not_finite() const {
+    float probe = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) probe = fmaf(out[n][i], 0.0f, probe);
+    return probe != 0.0f;
+  }
+};
+
+// Zero times NaN is NaN, so that a V row which some of a tile's rows see and others do not spoils the others where it is not
+// finite. Kernels notice that in their sums and then run a second time, with V's elements that are not finite taken out and noted
+// for the rows that see them.
+
+/// One row's notes: two bits for each column, +inf and -inf, both for NaN.
+template <int kHeadDim>
+constexpr int kNoteWords = kHeadDim / 16;
+
+/// Whether V of this type can hold what is not finite.
+template <DType kKvDType>
+constexpr bool kMayBeNotFinite = kKvDType != DType::kInt8;
+
+/// Takes elements that are not finite out of rows [first_row, end_row) of a V slot, of which row 0 is key `first_key`, and notes
+/// them for the tile's rows [first_tile_row, end_tile_row). A warp's work.
+template <DType kKvDType, int kHeadDim>
+__device__ __forceinline__ void take_out_not_finite(char* slot, int first_row, int end_row, int first_key, const RowParams* row_params,
+                                                    std::uint32_t* notes, int num_tile_rows) {
+  using Types = MmaTypes<kKvDType, kHeadDim>;
+  constexpr int kRowBytes = Types::kKvRowBytes;
+  constexpr int kElements = Types::kQuantized ? 4 : 2;  // of a word
+  constexpr int kBits = 32 / kElements;
+  constexpr std::uint32_t kSign = 1u << (kBits - 1);
+  constexpr std::uint32_t kInfinity = kKvDType == DType::kFloat16        ? 0x7c00u
+                                      : kKvDType == DType::kBFloat16     ? 0x7f80u
+                                      : kKvDType == DType::kFloat8E4M3FN ? 0x7eu  // no infinity: NaN is what lies above
+                                                                         : 0x7cu;
+  constexpr bool kHasInfinity = kKvDType != DType::kFloat8E4M3FN;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll 1
+  for (int i = first_row * (kRowBytes / 4) + lane; i < end_row * (kRowBytes / 4); i += 32) {
+    auto* word = reinterpret_cast<std::uint32_t*>(slot) + i;
+    const int key = i / (kRowBytes / 4);
+    const int chunk = i % (kRowBytes / 4) / 4 ^ Rows<kRowBytes>::key(key);
+#pragma unroll 1
+    for (int e = 0; e < kElements; ++e) {
+      const std::uint32_t value = *word >> (kBits * e) & (2 * kSign - 1);
+      const std::uint32_t magnitude = value & (kSign - 1);
+      const bool nan = magnitude > kInfinity;
+      if (!nan && !(kHasInfinity && magnitude == kInfinity)) continue;
+      *word &= ~((2 * kSign - 1) << (kBits * e));
+      const int column = (chunk * 4 + i % 4) * kElements + e;
+      const std::uint32_t note = (nan ? 3u : (value & kSign) == 0 ? 1u : 2u) << (column % 16 * 2);
+#pragma unroll 1
+      for (int row = 0; row < num_tile_rows; ++row) {
+        const bool seen = first_key + key >= row_params[row].begin && first_key + key < row_params[row].end;
+        if (seen) atomicOr(&notes[row * kNoteWords<kHeadDim> + column / 16], note);
+      }
+    }
+  }
+}
+
+/// The four columns of a row from `column`, with what was noted for them.
+template <int kHeadDim>
+__device__ __forceinline__ float4 with_notes(float4 value, const std::uint32_t* notes, int row, int column) {
+  const std::uint32_t bits = notes[row * kNoteWords<kHeadDim> + column / 16] >> (column % 16 * 2);
+  const auto apply = [](float x, std::uint32_t note) { return x + (note & 1u ? INFINITY : 0.0f) - (note & 2u ? INFINITY : 0.0f); };
+  return float4{apply(value.x, bits), apply(value.y, bits >> 2), apply(value.z, bits >> 4), apply(value.w, bits >> 6)};
+}
+
+}  // namespace quire::cuda::attn

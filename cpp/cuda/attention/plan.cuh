@@ -1,0 +1,301 @@
+// What every attention kernel shares: launch parameters, which queries and keys a CTA has, and how its rows are finished.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cfloat>
+#include <climits>
+#include <cstdint>
+
+#include "core/error_word.h"
+#include "cuda/attention/config.h"
+#include "ops/attention.h"
+
+namespace quire::cuda::attn {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+/// Division by a run-time constant, for dividends below 2^31.
+struct Divisor {
+  std::uint32_t divisor, multiplier, shift;
+
+  static Divisor make(std::int64_t value) {
+    const auto d = static_cast<std::uint32_t>(std::min<std::int64_t>(value, std::numeric_limits<std::int32_t>::max()));
+    std::uint32_t shift = 0;
+    while ((std::uint64_t{1} << shift) < d) ++shift;
+    const std::uint64_t multiplier = ((std::uint64_t{1} << 32) * ((std::uint64_t{1} << shift) - d)) / d + 1;
+    return Divisor{d, static_cast<std::uint32_t>(multiplier), shift};
+  }
+  __device__ int quotient(int n) const {
+    const auto dividend = static_cast<std::uint32_t>(n);
+    return static_cast<int>((__umulhi(dividend, multiplier) + dividend) >> shift);
+  }
+  __device__ int remainder(int n, int quotient_of_n) const { return n - quotient_of_n * static_cast<int>(divisor); }
+};
+
+/// Everything a kernel needs, passed by value.
+struct Plan {
+  AttentionParams params;
+  Divisor group;       // query heads of a kv head
+  Divisor block_size;  // paged only
+  ErrorWord* error_word;
+  float* partial_out;     // [num_splits, num_tokens * num_heads, head_dim], not normalised
+  float2* partial_stats;  // [num_splits, num_tokens * num_heads]: largest score in units of log2, sum of exponentials
+  std::int64_t num_rows;  // num_tokens * num_heads
+  int num_splits;
+  int keys_per_split_min;
+  int tile_rows;
+  int num_tiles;      // per kv head
+  int tiles_per_seq;  // 0 with query_start_loc
+  int key_capacity;
+  int kv_alignment;  // of every K and V row, in bytes: 1, 2, 4, 8 or 16
+  bool q_aligned;    // rows of q and out are multiples of 16 bytes from an address that is one too
+  bool out_aligned;
+  OpId op;
+};
+
+/// One CTA's share: `num_rows` packed rows of one sequence and the keys that any of them sees.
+struct Tile {
+  int seq;
+  int first_token;  // the sequence's first row of q
+  int query_len;
+  int kv_len;
+  int row_begin;  // packed row within the sequence
+  int num_rows;
+  int key_begin, key_end;
+  std::int64_t kv_first_token;  // not paged: the sequence's first row of k
+};
+
+/// Keys that a query sees: [begin, end), empty if end <= begin.
+struct KeyRange {
+  int begin, end;
+};
+
+__device__ __forceinline__ KeyRange visible_keys(const AttentionParams& p, const Tile& tile, int token) {
+  const std::int64_t position = static_cast<std::int64_t>(tile.kv_len) - tile.query_len + token;
+  std::int64_t begin = 0, end = tile.kv_len;
+  constexpr std::int64_t kLimit = INT_MAX;
+  if (p.window_left >= 0) begin = max(begin, position - min(p.window_left, kLimit));
+  if (p.causal) end = min(end, position + 1);
+  if (p.window_right >= 0) end = min(end, position + min(p.window_right, kLimit) + 1);
+  return KeyRange{static_cast<int>(min(begin, kLimit)), static_cast<int>(max(end, std::int64_t{0}))};
+}
+
+/// Entry `index` of a start_loc array [count + 1] as its running maximum within [0, limit]. A whole warp takes part.
+__device__ inline int monotonic_entry(const std::int32_t* start_loc, std::int64_t index, int limit) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int result = 0;
+  for (std::int64_t i = lane; i <= index; i += 32) result = max(result, min(start_loc[i], limit));
+  return __reduce_max_sync(kAllLanes, result);
+}
+
+/// Finds the sequence that owns a tile, by a scan of query_start_loc's running maximum. A whole warp takes part.
+__device__ inline bool find_sequence(const Plan& plan, int tile_idx, Tile& tile) {
+  const AttentionParams& p = plan.params;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int limit = static_cast<int>(p.num_tokens);
+  const auto num_seqs = static_cast<int>(p.num_seqs);
+  const auto first_tile = [&](int loc, int seq) {
+    return static_cast<std::int64_t>(loc) * plan.group.divisor / static_cast<unsigned>(plan.tile_rows) + seq;
+  };
+  const std::int32_t first = p.query_start_loc[0];
+  int carry = min(max(first, 0), limit);
+  if (first != carry && lane == 0) record_error(plan.error_word, plan.op, ArgId::kQueryStartLoc, 0, first);
+
+  constexpr int kChunks = 4;
+  for (int base = 1; base <= num_seqs; base += 32 * kChunks) {
+    std::int32_t raw[kChunks];
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int entry = base + 32 * c + lane;
+      raw[c] = entry <= num_seqs ? p.query_start_loc[entry] : limit;
+    }
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int entry = base + 32 * c + lane;
+      int loc = min(max(raw[c], 0), limit);
+#pragma unroll
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const int before = __shfl_up_sync(kAllLanes, loc, offset);
+        if (lane >= offset) loc = max(loc, before);
+      }
+      loc = max(loc, carry);
+      if (entry <= num_seqs && raw[c] != loc) record_error(plan.error_word, plan.op, ArgId::kQueryStartLoc, entry, raw[c]);
+      const unsigned later = __ballot_sync(kAllLanes, entry <= num_seqs && first_tile(loc, entry) > tile_idx);
+      if (later != 0) {
+        const int found = __ffs(static_cast<int>(later)) - 1;
+        const int end = __shfl_sync(kAllLanes, loc, found);
+        const int previous = __shfl_sync(kAllLanes, loc, max(found - 1, 0));
+        tile.seq = base + 32 * c + found - 1;
+        tile.first_token = found == 0 ? carry : previous;
+        tile.query_len = end - tile.first_token;
+        tile.row_begin = static_cast<int>(tile_idx - first_tile(tile.first_token, tile.seq)) * plan.tile_rows;
+        return true;
+      }
+      carry = __shfl_sync(kAllLanes, loc, 31);
+    }
+  }
+  return false;
+}
+
+/// The tile's rows and keys; false if it has no rows. Every warp of the CTA takes part and gets the same answer.
+__device__ inline bool locate_tile(const Plan& plan, int tile_idx, Tile& tile) {
+  const AttentionParams& p = plan.params;
+  if (plan.tiles_per_seq > 0) {
+    tile.seq = tile_idx / plan.tiles_per_seq;
+    tile.query_len = p.block_tables != nullptr ? 1 : static_cast<int>(p.num_tokens);
+    tile.first_token = tile.seq * tile.query_len;
+    tile.row_begin = (tile_idx - tile.seq * plan.tiles_per_seq) * plan.tile_rows;
+  } else if (!find_sequence(plan, tile_idx, tile)) {
+    return false;
+  }
+  const int rows = tile.query_len * static_cast<int>(plan.group.divisor);
+  if (tile.row_begin >= rows) return false;
+  tile.num_rows = min(plan.tile_rows, rows - tile.row_begin);
+
+  const bool leader = threadIdx.x == 0;
+  tile.kv_first_token = 0;
+  if (p.block_tables != nullptr) {
+    const std::int32_t seq_len = p.seq_lens[tile.seq];
+    tile.kv_len = min(max(seq_len, 0), plan.key_capacity);
+    if (leader && seq_len != tile.kv_len) record_error(plan.error_word, plan.op, ArgId::kSeqLens, tile.seq, seq_len);
+  } else if (p.kv_start_loc != nullptr) {
+    const int begin = monotonic_entry(p.kv_start_loc, tile.seq, plan.key_capacity);
+    const std::int32_t raw_begin = p.kv_start_loc[tile.seq], raw_end = p.kv_start_loc[tile.seq + 1];
+    const int end = max(begin, min(raw_end, plan.key_capacity));
+    if (leader && raw_begin != begin) record_error(plan.error_word, plan.op, ArgId::kKvStartLoc, tile.seq, raw_begin);
+    if (leader && raw_end != end) record_error(plan.error_word, plan.op, ArgId::kKvStartLoc, tile.seq + 1, raw_end);
+    tile.kv_first_token = begin;
+    tile.kv_len = end - begin;
+  } else {
+    tile.kv_len = plan.key_capacity;
+  }
+
+  const int first = plan.group.quotient(tile.row_begin);
+  const int last = plan.group.quotient(tile.row_begin + tile.num_rows - 1);
+  tile.key_begin = visible_keys(p, tile, first).begin;
+  tile.key_end = visible_keys(p, tile, last).end;
+  if (tile.key_end <= tile.key_begin) tile.key_begin = tile.key_end = 0;
+  return true;
+}
+
+/// How many of num_splits have keys (at least one has, be it none), and how many keys each has at most.
+struct SplitRange {
+  int num_active, keys_per_split;
+};
+
+__device__ __forceinline__ SplitRange active_splits(const Plan& plan, const Tile& tile) {
+  const int keys = tile.key_end - tile.key_begin;
+  const int unit = plan.keys_per_split_min;
+  const int per_split = keys / plan.num_splits + (keys % plan.num_splits != 0);
+  const int units = max(per_split / unit + (per_split % unit != 0), 1);
+  const std::int64_t keys_per_split = static_cast<std::int64_t>(units) * unit;
+  if (keys_per_split >= keys) return SplitRange{1, keys};
+  return SplitRange{static_cast<int>((keys + keys_per_split - 1) / keys_per_split), static_cast<int>(keys_per_split)};
+}
+
+/// A tile row's query head and its row in q, out and lse.
+struct RowIndex {
+  int token;  // within the sequence
+  int head;
+  std::int64_t q_token;  // row of q
+};
+
+__device__ __forceinline__ RowIndex row_index(const Plan& plan, const Tile& tile, int kv_head, int row) {
+  const int packed = tile.row_begin + row;
+  const int token = plan.group.quotient(packed);
+  return RowIndex{token, kv_head * static_cast<int>(plan.group.divisor) + plan.group.remainder(packed, token),
+                  static_cast<std::int64_t>(tile.first_token) + token};
+}
+
+__device__ __forceinline__ std::int64_t stats_index(const Plan& plan, const RowIndex& row) {
+  return row.q_token * plan.params.num_heads + row.head;
+}
+
+/// The factor that finishes a row's sum of p v, and its log-sum-exp, from its largest score (log2 units) and sum.
+struct RowFinish {
+  float factor, lse;
+};
+
+__device__ __forceinline__ RowFinish finish_row(const AttentionParams& p, float max_log2, float sum, int head) {
+  // A row whose every score is NaN has that maximum too, but its sum is NaN.
+  const bool empty = max_log2 == -INFINITY && sum == 0.0f;
+  if (p.sinks == nullptr) {
+    return empty ? RowFinish{0.0f, -INFINITY} : RowFinish{1.0f / sum, max_log2 * kLn2 + logf(sum)};
+  }
+  const float sink = p.sinks[head];
+  if (empty) return RowFinish{0.0f, sink};
+  const float sink_log2 = sink * kLog2E;
+  const float top = fmaxf(fmaxf(max_log2, sink_log2), -FLT_MAX);
+  const float scale = exp2f(max_log2 - top);
+  const float total = sum * scale + exp2f(sink_log2 - top);
+  return RowFinish{scale / total, top * kLn2 + logf(total)};
+}
+
+/// Four consecutive elements of an output row of `dtype`.
+__device__ __forceinline__ void store_out_4(const Plan& plan, const RowIndex& row, int column, float4 value) {
+  const AttentionParams& p = plan.params;
+  const std::int64_t offset = row.q_token * p.out_token_stride + row.head * p.out_head_stride + column;
+  if (p.dtype == DType::kFloat32) {
+    float* out = static_cast<float*>(p.out) + offset;
+    if (plan.out_aligned) {
+      *reinterpret_cast<float4*>(out) = value;
+    } else {
+      out[0] = value.x, out[1] = value.y, out[2] = value.z, out[3] = value.w;
+    }
+    return;
+  }
+  ushort4 bits;
+  if (p.dtype == DType::kBFloat16) {
+    bits = ushort4{__bfloat16_as_ushort(__float2bfloat16_rn(value.x)), __bfloat16_as_ushort(__float2bfloat16_rn(value.y)),
+                   __bfloat16_as_ushort(__float2bfloat16_rn(value.z)), __bfloat16_as_ushort(__float2bfloat16_rn(value.w))};
+  } else {
+    bits = ushort4{__half_as_ushort(__float2half_rn(value.x)), __half_as_ushort(__float2half_rn(value.y)),
+                   __half_as_ushort(__float2half_rn(value.z)), __half_as_ushort(__float2half_rn(value.w))};
+  }
+  auto* out = static_cast<unsigned short*>(p.out) + offset;
+  if (plan.out_aligned) {
+    *reinterpret_cast<ushort4*>(out) = bits;
+  } else {
+    out[0] = bits.x, out[1] = bits.y, out[2] = bits.z, out[3] = bits.w;
+  }
+}
+
+/// Where one key's K and V rows of a kv head begin, in elements from k and v, and whether there is such a key.
+struct KeyLocation {
+  std::int64_t k_offset, v_offset;
+  bool valid;
+};
+
+/// The table entry of a key that is inside its sequence (0 when not paged).
+__device__ __forceinline__ int load_entry(const AttentionParams& p, const Plan& plan, const Tile& tile, int key, int key_end) {
+  if (p.block_tables == nullptr || key >= key_end) return 0;
+  return p.block_tables[tile.seq * p.block_tables_stride + plan.block_size.quotient(key)];
+}
+
+__device__ __forceinline__ KeyLocation locate_key(const AttentionParams& p, const Plan& plan, const Tile& tile, int key,
+                                                  int key_end, int entry) {
+  KeyLocation location{0, 0, key < key_end};
+  if (!location.valid) return location;
+  if (p.block_tables == nullptr) {
+    location.k_offset = (tile.kv_first_token + key) * p.k_token_stride;
+    location.v_offset = (tile.kv_first_token + key) * p.v_token_stride;
+    return location;
+  }
+  const int block = plan.block_size.quotient(key);
+  if (entry < 0 || entry >= p.num_blocks) {
+    location.valid = false;
+    if (entry != -1) record_error(plan.error_word, plan.op, ArgId::kBlockTables, tile.seq * p.max_blocks_per_seq + block, entry);
+    return location;
+  }
+  const int slot = plan.block_size.remainder(key, block);
+  location.k_offset = entry * p.k_block_stride + slot * p.k_token_stride;
+  location.v_offset = entry * p.v_block_stride + slot * p.v_token_stride;
+  return location;
+}
+
+}  // namespace quire::cuda::attn
