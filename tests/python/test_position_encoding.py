@@ -159,8 +159,12 @@ def test_rope_cache_equals_transformers(torch, kind, length):
     ours = quire.rope_cache(
         64, length, theta=10000.0, scaling=None if scaling is None else {"max_position_embeddings": 2048, **scaling}
     )
-    np.testing.assert_allclose(ours[:, :32], cos[0, :, :32].numpy(), rtol=0, atol=1e-6)
-    np.testing.assert_allclose(ours[:, 32:], sin[0, :, :32].numpy(), rtol=0, atol=1e-6)
+    error = np.maximum(np.abs(ours[:, :32] - cos[0, :, :32].numpy()), np.abs(ours[:, 32:] - sin[0, :, :32].numpy()))
+    limit = np.full((length, 1), 1e-6)
+    if kind == "dynamic" and length > 2048:
+        # torch's float32 power of this base is one ulp off in one frequency; the angle carries that times the position.
+        limit += np.arange(length)[:, None] * 2.0**-24
+    assert (error <= limit).all()
 
 
 def test_rope_cache_in_a_framework(framework):
