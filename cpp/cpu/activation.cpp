@@ -26,7 +26,6 @@ void activation(const ActivationParams& p) {
   const ActivationKernel kernel =
       activation_kernels.active().run[static_cast<std::size_t>(p.activation)][static_cast<std::size_t>(p.dtype)];
   const std::int64_t item_bytes = itemsize(p.dtype);
-  const bool stream = p.out != p.x && worth_streaming(p.num_rows * p.width * item_bytes);
 
   // Up to `num_rows` rows from `row` on, columns [column, column + width); returns how many rows share a stride and were done.
   const auto run = [&](std::int64_t row, std::int64_t num_rows, std::int64_t column, std::int64_t width) {
@@ -39,7 +38,6 @@ void activation(const ActivationParams& p) {
     rows.x_stride = x.stride;
     rows.num_rows = std::min({num_rows, out.num_rows, x.num_rows});
     rows.width = width;
-    rows.stream = stream;
     kernel(rows);
     return rows.num_rows;
   };

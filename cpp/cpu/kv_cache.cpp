@@ -36,7 +36,7 @@ template <typename F>
 void for_each_token(const KvParams& p, OpId op, F f) {
   const std::int64_t num_slots = p.num_blocks * p.block_size;
   const std::int64_t bytes_per_token = 2 * p.num_kv_heads * p.head_dim * (itemsize(p.dtype) + itemsize(p.cache_dtype));
-  dispatch_index(p.slot_dtype, "slot_mapping", [&](auto tag) {
+  dispatch_index(p.slot_dtype, op == OpId::kWriteKv ? "write_kv" : "gather_kv", [&](auto tag) {
     const auto* slots = static_cast<const decltype(tag)*>(p.slot_mapping);
     parallel_for(p.num_tokens, ceil_div(kGrainBytes, std::max<std::int64_t>(bytes_per_token, 1)), [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t token = begin; token < end; ++token) {
@@ -134,7 +134,7 @@ void copy_blocks(const CopyBlocksParams& p) {
   const std::int64_t pieces_per_segment = ceil_div(p.segment_bytes, kPieceBytes);
   const std::int64_t items_per_pair = p.num_segments * pieces_per_segment;
   const std::int64_t bytes_per_item = std::min(p.segment_bytes, kPieceBytes);
-  dispatch_index(p.pair_dtype, "pairs", [&](auto tag) {
+  dispatch_index(p.pair_dtype, "copy_blocks", [&](auto tag) {
     const auto* pairs = static_cast<const decltype(tag)*>(p.pairs);
     parallel_for(p.num_pairs * items_per_pair, ceil_div(kGrainBytes, bytes_per_item), [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t item = begin; item < end; ++item) {

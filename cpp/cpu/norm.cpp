@@ -27,8 +27,6 @@ auto* advance(T* data, std::int64_t num_elements, DType dtype) {
 }
 
 void run_rows(const NormParams& p, NormKernel kernel, const void* weight, const void* bias) {
-  const bool in_place = p.out == p.x;
-  const bool stream = !in_place && worth_streaming(p.num_rows * p.hidden * itemsize(p.dtype));
   const auto run = [&](std::int64_t begin, std::int64_t end) {
     while (begin < end) {
       const RowRun out = row_run(p.out_rows, begin), x = row_run(p.x_rows, begin), residual = row_run(p.residual_rows, begin);
@@ -45,7 +43,6 @@ void run_rows(const NormParams& p, NormKernel kernel, const void* weight, const 
       rows.hidden = p.hidden;
       rows.eps = p.eps;
       rows.weight_offset = p.weight_offset;
-      rows.stream = stream;
       kernel(rows);
       begin += rows.num_rows;
     }

@@ -1,10 +1,7 @@
-// Walking the rows of [..., hidden] tensors, and when to write past the caches.
+// Walking the rows of [..., hidden] tensors.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <unistd.h>
-
-#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -22,17 +19,6 @@ inline RowRun row_run(const RowLayout& layout, std::int64_t row) {
   if (layout.inner_extents[1] > 1) return {layout.strides[2], layout.inner_extents[1] - row % layout.inner_extents[1]};
   if (layout.inner_extents[0] > 1) return {layout.strides[1], layout.inner_extents[0] - row % layout.inner_extents[0]};
   return {layout.strides[0], std::numeric_limits<std::int64_t>::max()};
-}
-
-/// Output that the last-level cache cannot keep is written past it: that saves reading the lines first.
-inline bool worth_streaming(std::int64_t output_bytes) {
-  static const std::int64_t last_level_bytes = [] {
-    const std::int64_t l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    const std::int64_t l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    const std::int64_t known = std::max(l2, l3);
-    return known > 0 ? known : std::int64_t{32} << 20;
-  }();
-  return output_bytes > last_level_bytes;
 }
 
 }  // namespace quire::cpu

@@ -8,12 +8,11 @@ namespace quire::cpu {
 
 /// Rows at one stride, in elements.
 struct ActivationRows {
-  void* out;      // [num_rows, width]
-  const void* x;  // [num_rows, width]: the gate, when gated
-  const void* up;  // [num_rows, width], gated only
+  void* out;                          // [num_rows, width]
+  const void* x;                      // [num_rows, width]: the gate, when gated
+  const void* up;                     // [num_rows, width], gated only
   std::int64_t out_stride, x_stride;  // up's is x's
   std::int64_t num_rows, width;
-  bool stream;  // write `out` past the caches
 };
 
 using ActivationKernel = void (*)(const ActivationRows& rows);
@@ -83,25 +82,22 @@ struct ReluSquared {
 };
 
 /// N whole vectors from column i on.
-template <typename F, bool kGated, bool kStream, int N, typename T>
+template <typename F, bool kGated, int N, typename T>
 QUIRE_INLINE void activate_vectors(T* out, const T* x, const T* up, std::int64_t i) {
   Vec y[N];
   for (int k = 0; k < N; ++k) y[k] = load(x + i + k * kLanes);
   F::apply(y);
   for (int k = 0; k < N; ++k) {
     if constexpr (kGated) y[k] *= load(up + i + k * kLanes);
-    if constexpr (kStream)
-      store_stream(out + i + k * kLanes, y[k]);
-    else
-      store(out + i + k * kLanes, y[k]);
+    store(out + i + k * kLanes, y[k]);
   }
 }
 
-template <typename F, bool kGated, bool kStream, typename T>
+template <typename F, bool kGated, typename T>
 QUIRE_INLINE void activate_row(T* out, const T* x, const T* up, std::int64_t width) {
   std::int64_t i = 0;
-  for (; i + 4 * kLanes <= width; i += 4 * kLanes) activate_vectors<F, kGated, kStream, 4>(out, x, up, i);
-  for (; i + kLanes <= width; i += kLanes) activate_vectors<F, kGated, kStream, 1>(out, x, up, i);
+  for (; i + 4 * kLanes <= width; i += 4 * kLanes) activate_vectors<F, kGated, 4>(out, x, up, i);
+  for (; i + kLanes <= width; i += kLanes) activate_vectors<F, kGated, 1>(out, x, up, i);
   if (i < width) {
     const int left = static_cast<int>(width - i);
     Vec y[1] = {load(x + i, left)};
@@ -117,12 +113,8 @@ void activate(const ActivationRows& rows) {
     const T* x = static_cast<const T*>(rows.x) + row * rows.x_stride;
     const T* up = kGated ? static_cast<const T*>(rows.up) + row * rows.x_stride : nullptr;
     T* out = static_cast<T*>(rows.out) + row * rows.out_stride;
-    if (rows.stream && can_stream(out))
-      activate_row<F, kGated, true>(out, x, up, rows.width);
-    else
-      activate_row<F, kGated, false>(out, x, up, rows.width);
+    activate_row<F, kGated>(out, x, up, rows.width);
   }
-  if (rows.stream) stream_fence();
 }
 
 #define QUIRE_KERNELS(F, kGated) {activate<F, kGated, float>, activate<F, kGated, Half>, activate<F, kGated, BFloat16>}

@@ -16,7 +16,6 @@ struct NormRows {
   std::int64_t out_stride, x_stride, residual_stride;
   std::int64_t num_rows, hidden;
   float eps, weight_offset;
-  bool stream;  // write `out` past the caches
 };
 
 using NormKernel = void (*)(const NormRows& rows);
@@ -63,7 +62,7 @@ QUIRE_INLINE float sum_over_row(const T* x, std::int64_t n, Term term) {
 }
 
 /// out = (x - mean) * scale * (weight + weight_offset) + bias.
-template <bool kCentre, bool kBias, bool kStream, typename T, typename W>
+template <bool kCentre, bool kBias, typename T, typename W>
 QUIRE_INLINE void scale_row(T* out, const T* x, const W* weight, const W* bias, std::int64_t hidden, float mean, float scale,
                             float weight_offset) {
   const Vec mean_v = set1(mean), scale_v = set1(scale), offset_v = set1(weight_offset);
@@ -76,10 +75,7 @@ QUIRE_INLINE void scale_row(T* out, const T* x, const W* weight, const W* bias, 
       [&](std::int64_t i) QUIRE_LAMBDA_INLINE {
         Vec y = scaled(load(x + i), load(weight + i));
         if constexpr (kBias) y += load(bias + i);
-        if constexpr (kStream)
-          store_stream(out + i, y);
-        else
-          store(out + i, y);
+        store(out + i, y);
       },
       [&](std::int64_t i, int left) QUIRE_LAMBDA_INLINE {
         Vec y = scaled(load(x + i, left), load(weight + i, left));
@@ -90,12 +86,8 @@ QUIRE_INLINE void scale_row(T* out, const T* x, const W* weight, const W* bias, 
 
 template <bool kCentre, bool kBias, typename T, typename W>
 QUIRE_INLINE void scale_row(const NormRows& rows, T* out, const T* x, float mean, float scale) {
-  const W* weight = static_cast<const W*>(rows.weight);
-  const W* bias = static_cast<const W*>(rows.bias);
-  if (rows.stream && can_stream(out))
-    scale_row<kCentre, kBias, true>(out, x, weight, bias, rows.hidden, mean, scale, rows.weight_offset);
-  else
-    scale_row<kCentre, kBias, false>(out, x, weight, bias, rows.hidden, mean, scale, rows.weight_offset);
+  scale_row<kCentre, kBias>(out, x, static_cast<const W*>(rows.weight), static_cast<const W*>(rows.bias), rows.hidden, mean, scale,
+                            rows.weight_offset);
 }
 
 template <typename T>
@@ -111,7 +103,6 @@ void rms_norm(const NormRows& rows) {
     T* out = static_cast<T*>(rows.out) + row * rows.out_stride;
     scale_row<false, false, T, W>(rows, out, x, 0.0f, inverse_rms(x, rows.hidden, rows.eps));
   }
-  if (rows.stream) stream_fence();
 }
 
 template <typename T, typename W>
@@ -148,7 +139,6 @@ void layer_norm(const NormRows& rows) {
     else
       scale_row<true, false, T, W>(rows, out, x, mean, scale);
   }
-  if (rows.stream) stream_fence();
 }
 
 #define QUIRE_KERNELS_BY_WEIGHT(kernel, T) {kernel<T, float>, kernel<T, Half>, kernel<T, BFloat16>}

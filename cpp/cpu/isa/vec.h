@@ -598,38 +598,6 @@ QUIRE_INLINE void store(Float8E4M3FN* p, Vec a, int n) { detail::store8(p, detai
 QUIRE_INLINE void store(Float8E5M2* p, Vec a, int n) { detail::store8(p, detail::float_to_fp8<2, 15, 0x47600000u, 0x7eu>(a), n); }
 QUIRE_INLINE void store(std::int8_t* p, Vec a, int n) { detail::store8(p, detail::float_to_int8(a), n); }
 
-/// Past the caches. p must be aligned to kLanes elements, and the thread must call stream_fence() before others may read.
-QUIRE_INLINE void store_stream(float* p, Vec a) {
-#if QUIRE_ISA_LEVEL >= 2
-  _mm512_stream_ps(p, a.v);
-#elif QUIRE_ISA_LEVEL == 1
-  _mm256_stream_ps(p, a.v);
-#else
-  store(p, a);
-#endif
-}
-template <typename T>
-  requires(sizeof(T) == 2)
-QUIRE_INLINE void store_stream(T* p, Vec a) {
-#if QUIRE_ISA_LEVEL >= 2
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), detail::pack(p, a));
-#elif QUIRE_ISA_LEVEL == 1
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), detail::pack(p, a));
-#else
-  store(p, a);
-#endif
-}
-/// Whether store_stream may write a row at p.
-template <typename T>
-QUIRE_INLINE bool can_stream(const T* p) {
-  return reinterpret_cast<std::uintptr_t>(p) % (kLanes * sizeof(T)) == 0;
-}
-QUIRE_INLINE void stream_fence() {
-#if QUIRE_ISA_LEVEL >= 1
-  _mm_sfence();
-#endif
-}
-
 // ---- Functions ---------------------------------------------------------------------------------------------------------------
 // The forms on N vectors work in place, step by step on all of them: one chain alone leaves the multipliers waiting.
 
