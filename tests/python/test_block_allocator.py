@@ -1,4 +1,4 @@
-"""The block allocator in Python: the border, the rules an engine relies on, and random use against a simulated cache.
+"""The block allocator in Python: the border, the rules, and random use against a simulated cache.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -15,7 +15,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-
 from quire import BlockAllocator, OutOfBlocksError
 
 BLOCK_SIZE = 4
@@ -196,7 +195,9 @@ def test_empty_inputs():
 
 def test_errors():
     a = make(4)
-    with pytest.raises(IndexError, match=r"^\[block_allocator\] grow: seq_id: expected the id of a sequence, got 9$"):
+    with pytest.raises(
+        IndexError, match=r"^\[block_allocator\] grow: seq_id: expected the id of a sequence, got 9$"
+    ):
         a.grow(9, 1)
     with pytest.raises(IndexError, match=r"expected a block id in \[0, 4\), got 4"):
         a.free([4])
@@ -300,9 +301,17 @@ def test_strided_tables():
         ({"block_tables": np.zeros((2, 4), np.int64)}, TypeError, "block_tables: expected int32"),
         ({"block_tables": np.zeros(4, np.int32)}, ValueError, "block_tables"),
         ({"block_tables": np.zeros((4, 2), np.int32).T}, ValueError, "block_tables"),
-        ({"block_tables": np.zeros((2, 1), np.int32)}, ValueError, "block_tables: expected at least 2 columns, got 1"),
+        (
+            {"block_tables": np.zeros((2, 1), np.int32)},
+            ValueError,
+            "block_tables: expected at least 2 columns, got 1",
+        ),
         ({"slot_mapping": np.zeros(8, np.int32)}, TypeError, "slot_mapping: expected int64"),
-        ({"slot_mapping": np.zeros(3, np.int64), "positions": None}, ValueError, "slot_mapping: expected room for 6"),
+        (
+            {"slot_mapping": np.zeros(3, np.int64), "positions": None},
+            ValueError,
+            "slot_mapping: expected room for 6",
+        ),
         ({"seq_lens": np.zeros(3, np.int32)}, ValueError, "seq_lens"),
         ({"seq_lens": np.zeros(4, np.int32)[::2]}, ValueError, "seq_lens"),
         ({"seq_lens": np.zeros(2, np.int64)}, TypeError, "seq_lens"),
@@ -507,7 +516,7 @@ class Machine(RuleBasedStateMachine):
                 to[dst * self.bs + offset] = source.get(src * self.bs + offset)
 
     def longest_live_hit(self, m):
-        """What must be hit: full blocks that a running sequence has computed, released nothing of, and may share."""
+        """What must be hit: full blocks that a running sequence has computed and may share."""
         best = 0
         for seq_id, other in self.models.items():
             if other.is_swapped or other.tainted or (other.weights, other.salt) != (m.weights, m.salt):
@@ -548,9 +557,12 @@ class Machine(RuleBasedStateMachine):
         width = 1 + 48 // self.bs
         arrays = Arrays(len(ids) + 1, width, total + 2)
         before = states(self.a)
+        error = None
         try:
             copies = self.a.grow_and_write_batch(ids, counts, **vars(arrays))
-        except OutOfBlocksError as error:
+        except OutOfBlocksError as caught:
+            error = caught
+        if error is not None:
             assert arrays.untouched()
             assert error.num_requested > error.num_available == before[1] + before[2]
             assert states(self.a) == before
