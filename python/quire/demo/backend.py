@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from quire.demo import DemoError
 
 Array = Any  # numpy.ndarray or cupy.ndarray
@@ -23,7 +24,8 @@ def numpy_dtype(name: str) -> np.dtype:
             import ml_dtypes
         except ImportError:
             raise DemoError("bf16 arrays need the package ml_dtypes (pip install ml_dtypes)") from None
-        return np.dtype(ml_dtypes.bfloat16)
+        bfloat16: np.dtype = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
     return np.dtype({"fp32": np.float32, "fp16": np.float16}[name])
 
 
@@ -83,7 +85,8 @@ class CupyBackend(Backend):
 
     def host(self, array: Array) -> np.ndarray:
         """A copy on the host; waits for the GPU."""
-        return self.xp.asnumpy(array)
+        copy: np.ndarray = self.xp.asnumpy(array)
+        return copy
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
         """As on the CPU."""

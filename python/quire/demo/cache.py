@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 import quire
 from quire.demo import DemoError
 from quire.demo.backend import Array

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from quire.demo import DemoError
 from quire.demo.config import read_json
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import quire
 from quire.demo import DemoError
 from quire.demo.backend import DTYPES, Backend, numpy_dtype, select_backend
 from quire.demo.cache import KV_DTYPES
@@ -22,7 +23,6 @@ from quire.demo.model import Model
 from quire.demo.sampling import SamplingParams
 
 EMBEDDED_MODEL = Path(__file__).parent / "model"
-KV_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8_e4m3fn": 1, "fp8_e5m2": 1, "int8": 1}
 
 # The demo's prompts share an opening, so that the prefix cache has something to find.
 OPENING = (
@@ -175,11 +175,12 @@ def _num_blocks(args: argparse.Namespace, model: Model, prompts: list[list[int]]
     if args.blocks is not None:
         return int(args.blocks)
     config = model.config
-    items = 2 * config.num_layers * args.block_size * config.num_kv_heads * config.head_dim
-    block_bytes = items * KV_ITEM_BYTES[args.kv_dtype or model.dtype]
     needs = sorted((-(-(len(p) + args.max_tokens) // args.block_size) for p in prompts), reverse=True)
-    limit = max(1, model.backend.free_bytes() // block_bytes)
-    return min(sum(needs[: args.max_seqs]) + 1, limit)
+    limit: int = quire.KVCache.num_blocks_for(
+        model.backend.free_bytes(), config.num_layers, args.block_size, config.num_kv_heads, config.head_dim,
+        KV_DTYPES[args.kv_dtype or model.dtype],
+    )  # fmt: skip
+    return int(min(sum(needs[: args.max_seqs]) + 1, max(limit, 1)))
 
 
 def _prepare(

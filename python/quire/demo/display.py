@@ -29,8 +29,8 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """The text that this token completes, perhaps none."""
         self._ids.append(token_id)
-        before = self._tokenizer.decode(self._ids[self._start : self._shown])
-        after = self._tokenizer.decode(self._ids[self._start :])
+        before: str = self._tokenizer.decode(self._ids[self._start : self._shown])
+        after: str = self._tokenizer.decode(self._ids[self._start :])
         if len(after) <= len(before) or after.endswith(REPLACEMENT):
             return ""
         self._start, self._shown = self._shown, len(self._ids)

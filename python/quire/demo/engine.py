@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+
 import quire
 from quire.demo import DemoError
 from quire.demo.cache import PagedCache
@@ -257,8 +258,7 @@ class Engine:
         copies = self.allocator.grow(request.request_id, count)
         if copies:
             pairs = self.model.backend.array(np.asarray(copies).reshape(-1, 2), np.int64)
-            for pool in (*self.cache.k, *self.cache.v):
-                quire.copy_blocks(pool, pairs)
+            self.cache.pool.copy_blocks(pairs)
 
     def _build_batch(self, scheduled: list[tuple[Request, int]]) -> Batch:
         """Lets the allocator fill the host arrays and takes the used part of them to the device."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 import quire
 from quire.demo import DemoError
 from quire.demo.backend import Array, Backend, numpy_dtype
@@ -191,8 +192,10 @@ class Model:
         quire.rotary_embedding(batch.positions, q, k, self.rope)
         if observe is not None:
             observe(index, k, v)
-        scales = {"k_scale": cache.k_scale[index], "v_scale": cache.v_scale[index]}
-        quire.write_kv(k, v, cache.k[index], cache.v[index], batch.slot_mapping, **scales)
+        k_scale, v_scale = cache.k_scale[index], cache.v_scale[index]
+        quire.write_kv(
+            k, v, cache.k[index], cache.v[index], batch.slot_mapping, k_scale=k_scale, v_scale=v_scale
+        )
         if (
             not cache.quantized and cache.kv_dtype != self.dtype
         ):  # attention wants q in an unquantized cache's dtype
@@ -208,7 +211,8 @@ class Model:
             scale=config.attention_scale,
             window=None if window is None else window - 1,  # quire counts the keys before the query's own
             softcap=config.attention_softcap,
-            **scales,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
         out = out.astype(self.activation_dtype, copy=False).reshape(len(x), heads * head_dim)
         return self.backend.linear(out, layer.output, layer.output_bias)
