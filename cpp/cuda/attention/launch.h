@@ -1,14 +1,21 @@
-// The attention kernels' launchers, one translation unit each per dtype and head_dim.
+// How a configured attention call reaches its kernel; launch_mma has one translation unit per dtype and head_dim.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include "quire/dtype.h"
 #include "quire/stream.h"
 
+namespace quire {
+struct AttentionParams;
+}
+
 namespace quire::cuda::attn {
 
 struct Plan;
 struct Config;
+
+/// Launches the kernels for `config`, which is choose_config's or one that asks for no more workspace.
+void launch(const AttentionParams& params, const Config& config, Stream stream);
 
 /// Launches config's variant for K and V of kKvDType and the padded kHeadDim.
 template <DType kKvDType, int kHeadDim>

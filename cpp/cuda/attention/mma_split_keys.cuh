@@ -12,7 +12,7 @@ struct SplitKeysShape {
   static constexpr int kKeys = Types::kKvRowBytes >= 256 ? 16 : 32;  // per step of a warp
   static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;      // one step's K or V
   // 64 KiB in flight for three CTAs per SM, or 96 for two.
-  static constexpr int kSlots = kSlotBytes == 8192 ? 3 : 16384 / kSlotBytes;
+  static constexpr int kSlots = (kHeadDim == 256 ? 24576 : 16384) / kSlotBytes;
   static constexpr int kRingBytes = kSlots * kSlotBytes;  // of one warp
   static constexpr int kQBytes = kWarpRows * Types::kQRowBytes;
   static constexpr int kOutPitch = kHeadDim + 8;  // floats; rows 8 banks apart

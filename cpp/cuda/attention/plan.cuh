@@ -134,7 +134,7 @@ __device__ inline bool find_sequence(const Plan& plan, int tile_idx, Tile& tile)
         tile.first_token = found == 0 ? carry : previous;
         tile.query_len = end - tile.first_token;
         tile.row_begin = static_cast<int>(tile_idx - first_tile(tile.first_token, tile.seq)) * plan.tile_rows;
-        return true;
+        return tile.row_begin >= 0;  // negative: rows before the first sequence
       }
       carry = __shfl_sync(kAllLanes, loc, 31);
     }
