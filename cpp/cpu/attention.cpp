@@ -97,12 +97,10 @@ struct Plan {
   std::int64_t scratch_bytes = 0;  // of one thread
 };
 
-std::int64_t rows_of(const AttentionTask& task) {
-  return (task.query_end - task.query_begin) * (task.params->num_heads / task.params->num_kv_heads);
-}
-
 // Time is spent on reading keys and on rows times keys.
-std::int64_t cost(const AttentionTask& task) { return (task.key_end - task.key_begin) * (rows_of(task) + 8) + 64; }
+std::int64_t cost(const AttentionTask& task) {
+  return (task.key_end - task.key_begin) * (rows_of(task) + 8 * (task.kv_head_end - task.kv_head_begin)) + 64;
+}
 
 // The plan depends on the batch and on the number of threads, never on timing: neither does any sum's order.
 Plan make_plan(const AttentionParams& p, const std::vector<AttentionSequence>& sequences, std::int64_t threads) {
@@ -118,17 +116,23 @@ Plan make_plan(const AttentionParams& p, const std::vector<AttentionSequence>& s
   while (task_rows > kMinTaskRows && num_rows < task_rows * threads * kTasksPerThread) task_rows /= 2;
   const std::int64_t task_queries = std::max<std::int64_t>(1, task_rows / group);
 
+  // A key's kv heads are near each other in memory: decode takes them together unless the threads need more tasks.
+  std::int64_t decode_heads = p.num_kv_heads;
+  while (decode_heads > 1 && num_rows < decode_heads * group * threads * kTasksPerThread) decode_heads = ceil_div(decode_heads, 2);
+
   Plan plan;
   for (std::int64_t s = 0; s < p.num_seqs; ++s) {
     const AttentionSequence& sequence = sequences[static_cast<std::size_t>(s)];
     // The last queries see most keys: they go first, so that the threads end together.
     for (std::int64_t query_end = sequence.num_queries; query_end > 0; query_end -= std::min(query_end, task_queries)) {
-      for (std::int64_t kv_head = 0; kv_head < p.num_kv_heads; ++kv_head) {
-        const std::int64_t query_begin = std::max<std::int64_t>(0, query_end - task_queries);
-        const std::int64_t key_begin = visible_keys(p, sequence, query_begin).begin;
-        const std::int64_t key_end = std::max(key_begin, visible_keys(p, sequence, query_end - 1).end);
-        const bool is_decode = query_end - query_begin == 1 && group <= kMaxDecodeGroup;
-        plan.works.push_back({{&p, sequence, s, kv_head, query_begin, query_end, key_begin, key_end, nullptr}, is_decode ? decode : prefill});
+      const std::int64_t query_begin = std::max<std::int64_t>(0, query_end - task_queries);
+      const bool is_decode = query_end - query_begin == 1 && group <= kMaxDecodeGroup;
+      const std::int64_t task_heads = is_decode ? decode_heads : 1;
+      const std::int64_t key_begin = visible_keys(p, sequence, query_begin).begin;
+      const std::int64_t key_end = std::max(key_begin, visible_keys(p, sequence, query_end - 1).end);
+      for (std::int64_t head = 0; head < p.num_kv_heads; head += task_heads) {
+        const std::int64_t head_end = std::min(head + task_heads, p.num_kv_heads);
+        plan.works.push_back({{&p, sequence, s, head, head_end, query_begin, query_end, key_begin, key_end, nullptr}, is_decode ? decode : prefill});
         plan.total_cost += cost(plan.works.back().task);
       }
     }
@@ -186,8 +190,8 @@ alignas(64) constexpr std::byte kZeroRow[256 * sizeof(float)] = {};
 void locate_keys(const AttentionTask& task, std::int64_t key, int num_keys, int num_padded_keys, AttentionKeyTile& tile) {
   const AttentionParams& p = *task.params;
   const std::int64_t item = itemsize(p.kv_dtype);
-  const std::byte* k = static_cast<const std::byte*>(p.k) + task.kv_head * p.k_head_stride * item;
-  const std::byte* v = static_cast<const std::byte*>(p.v) + task.kv_head * p.v_head_stride * item;
+  const std::byte* k = static_cast<const std::byte*>(p.k) + task.kv_head_begin * p.k_head_stride * item;
+  const std::byte* v = static_cast<const std::byte*>(p.v) + task.kv_head_begin * p.v_head_stride * item;
   const std::int64_t k_step = p.k_token_stride * item, v_step = p.v_token_stride * item;
   tile.any_hidden = false;
   int i = 0;
