@@ -21,7 +21,24 @@
 #include "cpu/thread_pool.h"
 
 namespace quire::cpu {
+
+QUIRE_ISA_TABLES(AttentionKernels, attention_kernels);
+QUIRE_ISA_TABLES(AttentionBf16Kernels, attention_bf16_kernels);
+#if defined(__x86_64__)
+namespace avx512_amx {
+extern const AttentionBf16Kernels attention_bf16_kernels;
+}
+#endif
+
 namespace {
+
+// The one family with kernels of its own for AMX.
+const AttentionBf16Kernels& active_bf16_kernels() {
+#if defined(__x86_64__)
+  if (isa() == Isa::kAvx512Amx) return avx512_amx::attention_bf16_kernels;
+#endif
+  return attention_bf16_kernels.active();
+}
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -34,15 +51,6 @@ constexpr std::int64_t kMinKeysPerSplit = 256;
 constexpr std::int64_t kTasksPerThread = 4;
 // In units of cost(): below it, waking the other threads costs more than they save.
 constexpr std::int64_t kMinParallelCost = 4096;
-
-#if defined(__x86_64__)
-constexpr IsaTables<AttentionKernels> kKernels = {{&scalar::attention_kernels, &avx2::attention_kernels, &avx512::attention_kernels, nullptr}};
-constexpr IsaTables<AttentionBf16Kernels> kBf16Kernels = {{&scalar::attention_bf16_kernels, &avx2::attention_bf16_kernels,
-                                                           &avx512::attention_bf16_kernels, &avx512_amx::attention_bf16_kernels}};
-#else
-constexpr IsaTables<AttentionKernels> kKernels = {{&scalar::attention_kernels, nullptr, nullptr, nullptr}};
-constexpr IsaTables<AttentionBf16Kernels> kBf16Kernels = {{&scalar::attention_bf16_kernels, nullptr, nullptr, nullptr}};
-#endif
 
 std::int64_t clamp_index(std::int64_t value, std::int64_t low, std::int64_t high, OpId op, ArgId arg, std::int64_t index) {
   const std::int64_t clamped = std::clamp(value, low, high);
@@ -106,9 +114,9 @@ std::int64_t cost(const AttentionTask& task) {
 Plan make_plan(const AttentionParams& p, const std::vector<AttentionSequence>& sequences, std::int64_t threads) {
   const std::int64_t group = p.num_heads / p.num_kv_heads;
   const auto kv_dtype = static_cast<std::size_t>(p.kv_dtype);
-  const AttentionKernel* decode = &kKernels.active().decode[kv_dtype];
+  const AttentionKernel* decode = &attention_kernels.active().decode[kv_dtype];
   const AttentionKernel* prefill =
-      p.dtype == DType::kBFloat16 ? &kBf16Kernels.active().prefill[kv_dtype] : &kKernels.active().prefill[kv_dtype];
+      p.dtype == DType::kBFloat16 ? &active_bf16_kernels().prefill[kv_dtype] : &attention_kernels.active().prefill[kv_dtype];
 
   std::int64_t num_rows = 0;
   for (const AttentionSequence& sequence : sequences) num_rows += sequence.num_queries * p.num_heads;
@@ -263,7 +271,7 @@ void attention(const AttentionParams& params) {
       const Split& split = plan.splits[static_cast<std::size_t>(i)];
       AttentionTask task = plan.works[split.first_work].task;
       task.partial = nullptr;
-      kKernels.active().merge(task, partials + split.partial_offset, static_cast<std::int64_t>(split.num_works));
+      attention_kernels.active().merge(task, partials + split.partial_offset, static_cast<std::int64_t>(split.num_works));
     }
   });
 }

@@ -90,20 +90,4 @@ struct AttentionBf16Kernels {
   AttentionKernel prefill[kNumKvDTypes];
 };
 
-namespace scalar {
-extern const AttentionKernels attention_kernels;
-extern const AttentionBf16Kernels attention_bf16_kernels;
-}  // namespace scalar
-namespace avx2 {
-extern const AttentionKernels attention_kernels;
-extern const AttentionBf16Kernels attention_bf16_kernels;
-}  // namespace avx2
-namespace avx512 {
-extern const AttentionKernels attention_kernels;
-extern const AttentionBf16Kernels attention_bf16_kernels;
-}  // namespace avx512
-namespace avx512_amx {
-extern const AttentionBf16Kernels attention_bf16_kernels;
-}  // namespace avx512_amx
-
 }  // namespace quire::cpu

@@ -102,9 +102,9 @@ QUIRE_INLINE void score_keys(const float* q, std::int64_t q_stride, const void* 
 template <int kRows, int kChunks, bool kTail, typename KvT>
 QUIRE_INLINE void add_values(const float* weights, const float* rescale, const void* const* values, int num_keys, int d, int head_dim,
                              float* sums, std::int64_t stride) {
-  Vec total[kRows][kChunks];
+  Vec total[kRows][kChunks];  // of these keys alone, as a shorter sum has a smaller error
   for (int r = 0; r < kRows; ++r)
-    for (int c = 0; c < kChunks; ++c) total[r][c] = load(sums + r * stride + d + c * kLanes) * set1(rescale[r]);
+    for (int c = 0; c < kChunks; ++c) total[r][c] = zero();
   for (int j = 0; j < num_keys; ++j) {
     const KvT* v = static_cast<const KvT*>(values[j]) + d;
     Vec chunk[kChunks];
@@ -116,7 +116,10 @@ QUIRE_INLINE void add_values(const float* weights, const float* rescale, const v
     }
   }
   for (int r = 0; r < kRows; ++r)
-    for (int c = 0; c < kChunks; ++c) store(sums + r * stride + d + c * kLanes, total[r][c]);
+    for (int c = 0; c < kChunks; ++c) {
+      float* sum = sums + r * stride + d + c * kLanes;
+      store(sum, fma(load(sum), set1(rescale[r]), total[r][c]));
+    }
 }
 
 template <int kRows, typename KvT>

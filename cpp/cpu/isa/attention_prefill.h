@@ -24,10 +24,7 @@ QUIRE_INLINE void multiply_in_registers(const std::uint32_t* a, std::int64_t a_s
       const std::uint32_t* a_rows = a + row * a_stride;
       Vec sums[kStep][2];
 #pragma GCC unroll 8
-      for (int r = 0; r < kStep; ++r) {
-        sums[r][0] = kAdd ? load(c_tile + r * c_stride) : zero();
-        sums[r][1] = kAdd ? load(c_tile + r * c_stride + kLanes) : zero();
-      }
+      for (int r = 0; r < kStep; ++r) sums[r][0] = sums[r][1] = zero();
       for (int w = 0; w < num_words; ++w) {
         const Bits b0 = detail::load32(b_panel + w * kPanel), b1 = detail::load32(b_panel + w * kPanel + kLanes);
 #pragma GCC unroll 8
@@ -39,8 +36,10 @@ QUIRE_INLINE void multiply_in_registers(const std::uint32_t* a, std::int64_t a_s
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kStep; ++r) {
-        store(c_tile + r * c_stride, sums[r][0]);
-        store(c_tile + r * c_stride + kLanes, sums[r][1]);
+        // Added last: a shorter sum has a smaller error.
+        float* c_row = c_tile + r * c_stride;
+        store(c_row, kAdd ? load(c_row) + sums[r][0] : sums[r][0]);
+        store(c_row + kLanes, kAdd ? load(c_row + kLanes) + sums[r][1] : sums[r][1]);
       }
     }
   }

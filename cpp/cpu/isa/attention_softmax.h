@@ -39,7 +39,7 @@ struct ScratchLayout {
 
   template <typename T>
   QUIRE_INLINE T* take(std::int64_t count) {
-    T* piece = reinterpret_cast<T*>(base + num_bytes);
+    T* piece = base ? reinterpret_cast<T*>(base + num_bytes) : nullptr;
     num_bytes += round_up<std::int64_t>(count * static_cast<std::int64_t>(sizeof(T)), 64);
     return piece;
   }
