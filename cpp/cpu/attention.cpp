@@ -21,7 +21,24 @@
 #include "cpu/thread_pool.h"
 
 namespace quire::cpu {
+
+QUIRE_ISA_TABLES(AttentionKernels, attention_kernels);
+QUIRE_ISA_TABLES(AttentionBf16Kernels, attention_bf16_kernels);
+#if defined(__x86_64__)
+namespace avx512_amx {
+extern const AttentionBf16Kernels attention_bf16_kernels;
+}
+#endif
+
 namespace {
+
+// The one family with kernels of its own for AMX.
+const AttentionBf16Kernels& active_bf16_kernels() {
+#if defined(__x86_64__)
+  if (isa() == Isa::kAvx512Amx) return avx512_amx::attention_bf16_kernels;
+#endif
+  return attention_bf16_kernels.active();
+}
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -34,15 +51,6 @@ constexpr std::int64_t kMinKeysPerSplit = 256;
 constexpr std::int64_t kTasksPerThread = 4;
 // In units of cost(): below it, waking the other threads costs more than they save.
 constexpr std::int64_t kMinParallelCost = 4096;
-
-#if defined(__x86_64__)
-constexpr IsaTables<AttentionKernels> kKernels = {{&scalar::attention_kernels, &avx2::attention_kernels, &avx512::attention_kernels, nullptr}};
-constexpr IsaTables<AttentionBf16Kernels> kBf16Kernels = {{&scalar::attention_bf16_kernels, &avx2::attention_bf16_kernels,
-                                                           &avx512::attention_bf16_kernels, &avx512_amx::attention_bf16_kernels}};
-#else
-constexpr IsaTables<AttentionKernels> kKernels = {{&scalar::attention_kernels, nullptr, nullptr, nullptr}};
-constexpr IsaTables<AttentionBf16Kernels> kBf16Kernels = {{&scalar::attention_bf16_kernels, nullptr, nullptr, nullptr}};
-#endif
 
 std::int64_t clamp_index(std::int64_t value, std::int64_t low, std::int64_t high, OpId op, ArgId arg, std::int64_t index) {
   const std::int64_t clamped = std::clamp(value, low, high);
@@ -97,20 +105,18 @@ struct Plan {
   std::int64_t scratch_bytes = 0;  // of one thread
 };
 
-std::int64_t rows_of(const AttentionTask& task) {
-  return (task.query_end - task.query_begin) * (task.params->num_heads / task.params->num_kv_heads);
-}
-
 // Time is spent on reading keys and on rows times keys.
-std::int64_t cost(const AttentionTask& task) { return (task.key_end - task.key_begin) * (rows_of(task) + 8) + 64; }
+std::int64_t cost(const AttentionTask& task) {
+  return (task.key_end - task.key_begin) * (rows_of(task) + 8 * (task.kv_head_end - task.kv_head_begin)) + 64;
+}
 
 // The plan depends on the batch and on the number of threads, never on timing: neither does any sum's order.
 Plan make_plan(const AttentionParams& p, const std::vector<AttentionSequence>& sequences, std::int64_t threads) {
   const std::int64_t group = p.num_heads / p.num_kv_heads;
   const auto kv_dtype = static_cast<std::size_t>(p.kv_dtype);
-  const AttentionKernel* decode = &kKernels.active().decode[kv_dtype];
+  const AttentionKernel* decode = &attention_kernels.active().decode[kv_dtype];
   const AttentionKernel* prefill =
-      p.dtype == DType::kBFloat16 ? &kBf16Kernels.active().prefill[kv_dtype] : &kKernels.active().prefill[kv_dtype];
+      p.dtype == DType::kBFloat16 ? &active_bf16_kernels().prefill[kv_dtype] : &attention_kernels.active().prefill[kv_dtype];
 
   std::int64_t num_rows = 0;
   for (const AttentionSequence& sequence : sequences) num_rows += sequence.num_queries * p.num_heads;
@@ -118,17 +124,23 @@ Plan make_plan(const AttentionParams& p, const std::vector<AttentionSequence>& s
   while (task_rows > kMinTaskRows && num_rows < task_rows * threads * kTasksPerThread) task_rows /= 2;
   const std::int64_t task_queries = std::max<std::int64_t>(1, task_rows / group);
 
+  // A key's kv heads are near each other in memory: decode takes them together unless the threads need more tasks.
+  std::int64_t decode_heads = p.num_kv_heads;
+  while (decode_heads > 1 && num_rows < decode_heads * group * threads * kTasksPerThread) decode_heads = ceil_div(decode_heads, 2);
+
   Plan plan;
   for (std::int64_t s = 0; s < p.num_seqs; ++s) {
     const AttentionSequence& sequence = sequences[static_cast<std::size_t>(s)];
     // The last queries see most keys: they go first, so that the threads end together.
     for (std::int64_t query_end = sequence.num_queries; query_end > 0; query_end -= std::min(query_end, task_queries)) {
-      for (std::int64_t kv_head = 0; kv_head < p.num_kv_heads; ++kv_head) {
-        const std::int64_t query_begin = std::max<std::int64_t>(0, query_end - task_queries);
-        const std::int64_t key_begin = visible_keys(p, sequence, query_begin).begin;
-        const std::int64_t key_end = std::max(key_begin, visible_keys(p, sequence, query_end - 1).end);
-        const bool is_decode = query_end - query_begin == 1 && group <= kMaxDecodeGroup;
-        plan.works.push_back({{&p, sequence, s, kv_head, query_begin, query_end, key_begin, key_end, nullptr}, is_decode ? decode : prefill});
+      const std::int64_t query_begin = std::max<std::int64_t>(0, query_end - task_queries);
+      const bool is_decode = query_end - query_begin == 1 && group <= kMaxDecodeGroup;
+      const std::int64_t task_heads = is_decode ? decode_heads : 1;
+      const std::int64_t key_begin = visible_keys(p, sequence, query_begin).begin;
+      const std::int64_t key_end = std::max(key_begin, visible_keys(p, sequence, query_end - 1).end);
+      for (std::int64_t head = 0; head < p.num_kv_heads; head += task_heads) {
+        const std::int64_t head_end = std::min(head + task_heads, p.num_kv_heads);
+        plan.works.push_back({{&p, sequence, s, head, head_end, query_begin, query_end, key_begin, key_end, nullptr}, is_decode ? decode : prefill});
         plan.total_cost += cost(plan.works.back().task);
       }
     }
@@ -186,8 +198,8 @@ alignas(64) constexpr std::byte kZeroRow[256 * sizeof(float)] = {};
 void locate_keys(const AttentionTask& task, std::int64_t key, int num_keys, int num_padded_keys, AttentionKeyTile& tile) {
   const AttentionParams& p = *task.params;
   const std::int64_t item = itemsize(p.kv_dtype);
-  const std::byte* k = static_cast<const std::byte*>(p.k) + task.kv_head * p.k_head_stride * item;
-  const std::byte* v = static_cast<const std::byte*>(p.v) + task.kv_head * p.v_head_stride * item;
+  const std::byte* k = static_cast<const std::byte*>(p.k) + task.kv_head_begin * p.k_head_stride * item;
+  const std::byte* v = static_cast<const std::byte*>(p.v) + task.kv_head_begin * p.v_head_stride * item;
   const std::int64_t k_step = p.k_token_stride * item, v_step = p.v_token_stride * item;
   tile.any_hidden = false;
   int i = 0;
@@ -259,7 +271,7 @@ void attention(const AttentionParams& params) {
       const Split& split = plan.splits[static_cast<std::size_t>(i)];
       AttentionTask task = plan.works[split.first_work].task;
       task.partial = nullptr;
-      kKernels.active().merge(task, partials + split.partial_offset, static_cast<std::int64_t>(split.num_works));
+      attention_kernels.active().merge(task, partials + split.partial_offset, static_cast<std::int64_t>(split.num_works));
     }
   });
 }

@@ -17,12 +17,13 @@ struct AttentionSequence {
   std::int64_t kv_len;
 };
 
-/// A unit of work: some queries of one sequence, for the query heads of one kv head, over a range of keys. Its rows are
-/// (query, head of the group), query outermost.
+/// A unit of work: some queries of one sequence, for the query heads of some kv heads, over a range of keys. Its rows are
+/// (query, head), query outermost. Decode takes one query, prefill one kv head.
 struct AttentionTask {
   const AttentionParams* params;
   AttentionSequence sequence;
-  std::int64_t seq_idx, kv_head;
+  std::int64_t seq_idx;
+  std::int64_t kv_head_begin, kv_head_end;
   std::int64_t query_begin, query_end;  // within the sequence
   std::int64_t key_begin, key_end;      // within the sequence; may be empty
   /// Null: the finished rows go to out and lse. Else this range of keys is one of several, and its state goes here: weighted sums
@@ -47,6 +48,15 @@ inline __attribute__((always_inline)) AttentionKeyRange visible_keys(const Atten
   return {begin > 0 ? begin : 0, end < sequence.kv_len ? end : sequence.kv_len};
 }
 
+/// Rows of a task per query.
+inline __attribute__((always_inline)) std::int64_t heads_of(const AttentionTask& task) {
+  return (task.kv_head_end - task.kv_head_begin) * (task.params->num_heads / task.params->num_kv_heads);
+}
+
+inline __attribute__((always_inline)) std::int64_t rows_of(const AttentionTask& task) {
+  return (task.query_end - task.query_begin) * heads_of(task);
+}
+
 inline constexpr int kMaxTileKeys = 256;
 
 /// Where consecutive keys lie. A hidden key, and one past the tile's keys, points to a row of zeros.
@@ -57,7 +67,8 @@ struct AttentionKeyTile {
   bool any_hidden;
 };
 
-/// Finds the keys [key, key + num_keys) of the task's sequence, guards the block table and records what it holds out of range.
+/// Finds the keys [key, key + num_keys) of the task's sequence and first kv head, guards the block table and records what it holds
+/// out of range.
 void locate_keys(const AttentionTask& task, std::int64_t key, int num_keys, int num_padded_keys, AttentionKeyTile& tile);
 
 struct AttentionKernel {
@@ -68,8 +79,8 @@ struct AttentionKernel {
 inline constexpr int kNumKvDTypes = 6;  // float32 to int8, as DType counts them
 
 struct AttentionKernels {
-  AttentionKernel decode[kNumKvDTypes];   // tasks of one query
-  AttentionKernel prefill[kNumKvDTypes];  // any task
+  AttentionKernel decode[kNumKvDTypes];
+  AttentionKernel prefill[kNumKvDTypes];
   /// Merges the states of num_partials ranges of keys, which lie one after the other, and finishes the rows.
   void (*merge)(const AttentionTask& task, float* partials, std::int64_t num_partials);
 };
@@ -78,21 +89,5 @@ struct AttentionKernels {
 struct AttentionBf16Kernels {
   AttentionKernel prefill[kNumKvDTypes];
 };
-
-namespace scalar {
-extern const AttentionKernels attention_kernels;
-extern const AttentionBf16Kernels attention_bf16_kernels;
-}  // namespace scalar
-namespace avx2 {
-extern const AttentionKernels attention_kernels;
-extern const AttentionBf16Kernels attention_bf16_kernels;
-}  // namespace avx2
-namespace avx512 {
-extern const AttentionKernels attention_kernels;
-extern const AttentionBf16Kernels attention_bf16_kernels;
-}  // namespace avx512
-namespace avx512_amx {
-extern const AttentionBf16Kernels attention_bf16_kernels;
-}  // namespace avx512_amx
 
 }  // namespace quire::cpu

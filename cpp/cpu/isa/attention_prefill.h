@@ -24,10 +24,7 @@ QUIRE_INLINE void multiply_in_registers(const std::uint32_t* a, std::int64_t a_s
       const std::uint32_t* a_rows = a + row * a_stride;
       Vec sums[kStep][2];
 #pragma GCC unroll 8
-      for (int r = 0; r < kStep; ++r) {
-        sums[r][0] = kAdd ? load(c_tile + r * c_stride) : zero();
-        sums[r][1] = kAdd ? load(c_tile + r * c_stride + kLanes) : zero();
-      }
+      for (int r = 0; r < kStep; ++r) sums[r][0] = sums[r][1] = zero();
       for (int w = 0; w < num_words; ++w) {
         const Bits b0 = detail::load32(b_panel + w * kPanel), b1 = detail::load32(b_panel + w * kPanel + kLanes);
 #pragma GCC unroll 8
@@ -39,8 +36,10 @@ QUIRE_INLINE void multiply_in_registers(const std::uint32_t* a, std::int64_t a_s
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kStep; ++r) {
-        store(c_tile + r * c_stride, sums[r][0]);
-        store(c_tile + r * c_stride + kLanes, sums[r][1]);
+        // Added last: a shorter sum has a smaller error.
+        float* c_row = c_tile + r * c_stride;
+        store(c_row, kAdd ? load(c_row) + sums[r][0] : sums[r][0]);
+        store(c_row + kLanes, kAdd ? load(c_row + kLanes) + sums[r][1] : sums[r][1]);
       }
     }
   }
@@ -225,14 +224,14 @@ void run_prefill(const AttentionTask& task, std::byte* scratch_bytes, const Tile
   for (std::int64_t r = 0; r < padded_rows; ++r) {
     std::uint32_t* q = scratch.q + r * q_words;
     if (r < num_rows)
-      Engine::load_query_words(p, task.sequence.query_begin + task.query_begin + r / group, task.kv_head * group + r % group, q, q_words);
+      Engine::load_query_words(p, task.sequence.query_begin + task.query_begin + r / group, task.kv_head_begin * group + r % group, q, q_words);
     else
       __builtin_memset(q, 0, static_cast<std::size_t>(q_words) * sizeof(*q));
     scratch.states[r] = {-kInfinity, 0.0f};
   }
   __builtin_memset(scratch.sums, 0, static_cast<std::size_t>(padded_rows * sums_stride) * sizeof(float));
 
-  const ScoreRule rule = score_rule(task);
+  const ScoreRule rule = score_rule(p, task.kv_head_begin);
   const std::int64_t first_position = task.sequence.kv_len - task.sequence.num_queries;
   const auto keys_of = [&](std::int64_t row) __attribute__((always_inline)) {
     return visible_keys(p, task.sequence, task.query_begin + row / group);
@@ -267,7 +266,7 @@ void run_prefill(const AttentionTask& task, std::byte* scratch_bytes, const Tile
         const AttentionKeyRange seen = keys_of(row);
         const RowMask mask = {static_cast<int>(larger<std::int64_t>(seen.begin - key, 0)),
                               static_cast<int>(smaller<std::int64_t>(larger<std::int64_t>(seen.end - key, 0), num_keys)), hidden};
-        const float alibi = p.alibi_slopes ? p.alibi_slopes[task.kv_head * group + row % group] * kLog2E : 0.0f;
+        const float alibi = p.alibi_slopes ? p.alibi_slopes[task.kv_head_begin * group + row % group] * kLog2E : 0.0f;
         float* score_row = scratch.scores + static_cast<std::int64_t>(r) * tile_size;
         std::uint32_t* weight_row = Engine::weight_row(score_row, scratch.weights + r * weight_stride);
         const float rescale = softmax_row(score_row, first, last, mask, rule, alibi, key - (first_position + query), scratch.states[row],

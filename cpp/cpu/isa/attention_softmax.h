@@ -39,7 +39,7 @@ struct ScratchLayout {
 
   template <typename T>
   QUIRE_INLINE T* take(std::int64_t count) {
-    T* piece = reinterpret_cast<T*>(base + num_bytes);
+    T* piece = base ? reinterpret_cast<T*>(base + num_bytes) : nullptr;
     num_bytes += round_up<std::int64_t>(count * static_cast<std::int64_t>(sizeof(T)), 64);
     return piece;
   }
@@ -67,20 +67,21 @@ QUIRE_INLINE Vec exp2_weight(Vec t) {
   return select(t < set1(-125.0f), zero(), power);
 }
 
-template <typename T>
-QUIRE_INLINE void load_as_float(const T* x, std::int64_t count, float* out, std::int64_t padded_count) {
+template <typename T, typename Out>
+QUIRE_INLINE void convert_row(const T* x, std::int64_t count, Out* out, std::int64_t padded_count) {
   std::int64_t d = 0;
   for (; d + kLanes <= count; d += kLanes) store(out + d, load(x + d));
   for (; d < padded_count; d += kLanes) store(out + d, load(x + d, static_cast<int>(larger<std::int64_t>(count - d, 0))));
 }
 
-/// A row of q as floats, padded with zeros; padded_count is a multiple of kLanes.
-QUIRE_INLINE void load_query(const AttentionParams& p, std::int64_t token, std::int64_t head, float* out, std::int64_t padded_count) {
+/// A row of q, padded with zeros; padded_count is a multiple of kLanes.
+template <typename Out>
+QUIRE_INLINE void load_query(const AttentionParams& p, std::int64_t token, std::int64_t head, Out* out, std::int64_t padded_count) {
   const std::int64_t offset = token * p.q_token_stride + head * p.q_head_stride;
   switch (p.dtype) {
-    case DType::kFloat16: load_as_float(static_cast<const Half*>(p.q) + offset, p.head_dim, out, padded_count); break;
-    case DType::kBFloat16: load_as_float(static_cast<const BFloat16*>(p.q) + offset, p.head_dim, out, padded_count); break;
-    default: load_as_float(static_cast<const float*>(p.q) + offset, p.head_dim, out, padded_count); break;
+    case DType::kFloat16: convert_row(static_cast<const Half*>(p.q) + offset, p.head_dim, out, padded_count); break;
+    case DType::kBFloat16: convert_row(static_cast<const BFloat16*>(p.q) + offset, p.head_dim, out, padded_count); break;
+    default: convert_row(static_cast<const float*>(p.q) + offset, p.head_dim, out, padded_count); break;
   }
 }
 
@@ -91,9 +92,8 @@ struct ScoreRule {
   bool plain;     // the factor is all there is
 };
 
-QUIRE_INLINE ScoreRule score_rule(const AttentionTask& task) {
-  const AttentionParams& p = *task.params;
-  const float scale = p.scale * (p.k_scale ? p.k_scale[task.kv_head * p.k_scale_stride] : 1.0f);
+QUIRE_INLINE ScoreRule score_rule(const AttentionParams& p, std::int64_t kv_head) {
+  const float scale = p.scale * (p.k_scale ? p.k_scale[kv_head * p.k_scale_stride] : 1.0f);
   if (p.softcap > 0.0f) return {scale / p.softcap, p.softcap * kLog2E, false};
   return {scale * kLog2E, 0.0f, p.alibi_slopes == nullptr};
 }
@@ -174,9 +174,9 @@ QUIRE_INLINE void store_scaled(T* out, const float* sums, float factor, std::int
 /// Ends a row of a task: writes out and lse.
 inline void finish_row(const AttentionTask& task, std::int64_t row, const float* sums, RowState state) {
   const AttentionParams& p = *task.params;
-  const std::int64_t group = p.num_heads / p.num_kv_heads;
-  const std::int64_t token = task.sequence.query_begin + task.query_begin + row / group;
-  const std::int64_t head = task.kv_head * group + row % group;
+  const std::int64_t group = p.num_heads / p.num_kv_heads, num_heads = heads_of(task);
+  const std::int64_t token = task.sequence.query_begin + task.query_begin + row / num_heads;
+  const std::int64_t head = task.kv_head_begin * group + row % num_heads;
   const float sink = p.sinks ? p.sinks[head] * kLog2E : -kInfinity;
   float lse = p.sinks ? p.sinks[head] : -kInfinity, factor = 0.0f;
   // The sum tells whether there were keys: scores that are all NaN leave the maximum at -inf.
@@ -185,7 +185,7 @@ inline void finish_row(const AttentionTask& task, std::int64_t row, const float*
     const float rescale = __builtin_exp2f(state.max - reference);
     const float denominator = state.sum * rescale + (p.sinks ? __builtin_exp2f(sink - reference) : 0.0f);
     lse = reference * kLn2 + __builtin_logf(denominator);
-    factor = rescale / denominator * (p.v_scale ? p.v_scale[task.kv_head * p.v_scale_stride] : 1.0f);
+    factor = rescale / denominator * (p.v_scale ? p.v_scale[head / group * p.v_scale_stride] : 1.0f);
   }
   const std::int64_t offset = token * p.out_token_stride + head * p.out_head_stride;
   switch (p.dtype) {
@@ -198,8 +198,7 @@ inline void finish_row(const AttentionTask& task, std::int64_t row, const float*
 
 /// Ends a task: finishes its rows, or writes their partial state. Row r's sums are at sums + r * stride.
 inline void finish_rows(const AttentionTask& task, const float* sums, std::int64_t stride, const RowState* states) {
-  const std::int64_t head_dim = task.params->head_dim;
-  const std::int64_t num_rows = (task.query_end - task.query_begin) * (task.params->num_heads / task.params->num_kv_heads);
+  const std::int64_t head_dim = task.params->head_dim, num_rows = rows_of(task);
   for (std::int64_t row = 0; row < num_rows; ++row) {
     if (!task.partial) {
       finish_row(task, row, sums + row * stride, states[row]);
@@ -213,8 +212,7 @@ inline void finish_rows(const AttentionTask& task, const float* sums, std::int64
 }
 
 inline void merge_partials(const AttentionTask& task, float* partials, std::int64_t num_partials) {
-  const std::int64_t head_dim = task.params->head_dim;
-  const std::int64_t num_rows = (task.query_end - task.query_begin) * (task.params->num_heads / task.params->num_kv_heads);
+  const std::int64_t head_dim = task.params->head_dim, num_rows = rows_of(task);
   const std::int64_t partial_size = num_rows * (head_dim + 2);
   for (std::int64_t row = 0; row < num_rows; ++row) {
     const float* row_maxima = partials + num_rows * head_dim + row;

@@ -10,6 +10,7 @@ namespace quire::cpu::QUIRE_ISA_NAMESPACE {
 template <typename KvT>
 inline constexpr AttentionKernel kDecode = {decode<KvT>, decode_scratch_bytes};
 
+extern const AttentionKernels attention_kernels;
 const AttentionKernels attention_kernels = {
     {kDecode<float>, kDecode<Half>, kDecode<BFloat16>, kDecode<Float8E4M3FN>, kDecode<Float8E5M2>, kDecode<std::int8_t>},
     {kPrefill<FloatEngine, float>, kPrefill<FloatEngine, Half>, kPrefill<FloatEngine, BFloat16>, kPrefill<FloatEngine, Float8E4M3FN>,

@@ -1,7 +1,9 @@
 // Prefill attention of bfloat16 queries on AMX tiles.
 // SPDX-License-Identifier: Apache-2.0
+#if defined(__x86_64__)
 #define QUIRE_ISA_NAMESPACE avx512_amx
 #define QUIRE_ISA_LEVEL 3
+
 #include "cpu/isa/attention_bf16.h"
 
 namespace quire::cpu::avx512_amx {
@@ -93,6 +95,8 @@ struct AmxEngine : Bf16Operands {
 
 }  // namespace
 
+extern const AttentionBf16Kernels attention_bf16_kernels;
 const AttentionBf16Kernels attention_bf16_kernels = kBf16Kernels<AmxEngine>;
 
 }  // namespace quire::cpu::avx512_amx
+#endif
