@@ -17,7 +17,7 @@ pytest.importorskip("tokenizers")
 import quire.demo
 from quire.demo import DemoError
 from quire.demo.backend import Backend, select_backend
-from quire.demo.cache import KV_DTYPES, PagedCache
+from quire.demo.cache import CALIBRATION_TARGET, PagedCache
 from quire.demo.checkpoint import Checkpoint
 from quire.demo.config import parse_config, read_config
 from quire.demo.engine import Engine
@@ -180,17 +180,17 @@ def perplexity(model: Model, kv_dtype: str, windows: list[list[int]]) -> float:
 
 
 def test_perplexity_of_quantized_kv_caches(backend: Backend) -> None:
-    """On held-out text: what the model card says, and float8 and int8 caches within 1 % of bfloat16's."""
+    """On held-out text, float8 and int8 caches stay within 1 % of bfloat16's perplexity."""
     pytest.importorskip("ml_dtypes")
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
     model = Model.load(EMBEDDED, backend, "fp32")
-    ids = tokenizer.encode(HELD_OUT.read_text(encoding="utf-8")[:14000]).ids
-    windows = [ids[i : i + 512] for i in range(0, len(ids), 512)]
+    ids = tokenizer.encode(HELD_OUT.read_text(encoding="utf-8")[:40000]).ids
+    windows = [ids[i : i + 1024] for i in range(0, 8 * 1024, 1024)]
     baseline = perplexity(model, "bf16", windows)
-    assert 2.2 < np.log(baseline) < 3.0  # the card's figure, 2.69, is over all of the held-out text
-    for kv_dtype in KV_DTYPES:
+    assert 2.4 < np.log(baseline) < 2.8  # the card's figure over all of the held-out text is 2.69
+    for kv_dtype in CALIBRATION_TARGET:
         assert perplexity(model, kv_dtype, windows) == pytest.approx(baseline, rel=0.01), kv_dtype
 
 
