@@ -34,7 +34,8 @@ __device__ __forceinline__ float activate(float x) {
   if constexpr (kActivation == Activation::kSilu) {
     return gated_by(x);
   } else if constexpr (kActivation == Activation::kGelu) {
-    return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+    // erfc keeps the digits of the lower tail that 1 + erf loses.
+    return 0.5f * x * erfcf(x * -0.7071067811865476f);
   } else if constexpr (kActivation == Activation::kGeluTanh || kActivation == Activation::kGeluNew) {
     return gated_by(2.0f * kSqrt2OverPi * fmaf(0.044715f * x * x, x, x));
   } else if constexpr (kActivation == Activation::kGeluFast) {

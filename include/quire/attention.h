@@ -36,7 +36,7 @@ struct AttentionOptions {
   double softcap = 0.0;            ///< 0: none.
   const TensorView* alibi_slopes = nullptr;  ///< float32 [num_heads], or null.
   const TensorView* sinks = nullptr;         ///< float32 [num_heads], or null.
-  const TensorView* k_scale = nullptr;       ///< float32 [1] or [num_kv_heads], or null for 1; for quantized caches.
+  const TensorView* k_scale = nullptr;       ///< float32 [1] or [num_kv_heads], or null for 1; only for float8 and int8 keys.
   const TensorView* v_scale = nullptr;       ///< Likewise.
   Validate validate = Validate::kShape;
 };

@@ -114,7 +114,8 @@ def paged_attention(
         softcap: None or 0 for none.
         alibi_slopes: float32 ``[num_heads]``.
         sinks: float32 ``[num_heads]``: ``exp(sink)`` joins the softmax's denominator and nothing joins the output.
-        k_scale: float32 ``[1]`` or ``[num_kv_heads]``: a quantized cache is read as ``stored * scale``. None is 1.
+        k_scale: float32 ``[1]`` or ``[num_kv_heads]``: a float8 or int8 cache is read as ``stored * scale``. None is 1,
+            and all that a float cache takes.
         v_scale: Likewise.
         out: As ``q``, or None to allocate it in q's framework.
         return_lse: Also return the log-sum-exp.

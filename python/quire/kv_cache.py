@@ -45,7 +45,7 @@ def write_kv(
         v_cache: As ``k_cache``.
         slot_mapping: int32 or int64 ``[num_tokens]``. -1 skips a token; any other value outside the cache is skipped and
             recorded for :func:`quire.check_errors`.
-        k_scale: float32 ``[1]`` or ``[num_kv_heads]``; None is 1.
+        k_scale: float32 ``[1]`` or ``[num_kv_heads]``, for float8 and int8 caches only; None is 1.
         v_scale: Likewise.
         stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 

@@ -644,12 +644,15 @@ def good_arguments():
         ("alibi_slopes", np.ones(3, np.float32), ValueError, r"alibi_slopes: expected float32 \[4\], got float32 \[3\]"),
         ("sinks", np.ones(4, np.float16), TypeError, r"sinks: expected float32, got float16"),
         ("k_scale", np.ones(3, np.float32), ValueError, r"k_scale: expected float32 \[1\] or \[2\], got float32 \[3\]"),
+        ("v_scale", np.ones(1, np.float32), ValueError, r"v_scale: expected none for float32 keys and values"),
         ("validate", "all", ValueError, r'validate: expected "shape" or "full", got "all"'),
     ],
 )
 def test_bad_calls(name, value, error, text):
     arguments = good_arguments()
     out = arguments["out"]
+    if name == "k_scale":
+        arguments["k_cache"] = arguments["v_cache"] = np.ones((3, 4, 2, 16), np.int8)
     arguments[name] = value
     with pytest.raises(error, match=r"\[paged_attention\] .*" + text if "|" not in text else text):
         quire.paged_attention(**arguments)

@@ -34,6 +34,12 @@ def bits(x):
 @pytest.mark.parametrize("scales", ["none", "tensor", "head"])
 def test_write_and_gather(backend, rng, dtype, cache_dtype, scales):
     """Exact, bit for bit; slots that were not named keep their bits."""
+    if scales != "none" and cache_dtype in DTYPES:
+        x, cache = np.ones((1, 1, 8), np_dtype(dtype)), np.zeros((1, 1, 1, 8), np_dtype(cache_dtype))
+        arguments = [backend.array(a) for a in (x, x, cache, cache.copy(), np.zeros(1, np.int64))]
+        with pytest.raises(ValueError, match=rf"k_scale: expected none for a {cache_dtype} cache \(scales belong to float8 and int8\)"):
+            quire.write_kv(*arguments, k_scale=backend.array(np.ones(1, np.float32)))
+        return
     num_tokens, heads, dim, blocks, block_size = 23, 3, 40, 7, 5
     k, v = draw(rng, (num_tokens, heads, dim), dtype, 3.0), draw(rng, (num_tokens, heads, dim), dtype, 3.0)
     slots = rng.permutation(blocks * block_size)[:num_tokens]
@@ -286,8 +292,8 @@ def test_bad_calls(name, value, error, text):
     arguments = {
         "k": np.ones((2, 1, 8), np.float32),
         "v": np.ones((2, 1, 8), np.float32),
-        "k_cache": np.zeros((2, 4, 1, 8), np.float32),
-        "v_cache": np.zeros((2, 4, 1, 8), np.float32),
+        "k_cache": np.zeros((2, 4, 1, 8), np.int8 if name.endswith("scale") else np.float32),
+        "v_cache": np.zeros((2, 4, 1, 8), np.int8 if name.endswith("scale") else np.float32),
         "slot_mapping": np.arange(2),
     }
     caches = arguments["k_cache"], arguments["v_cache"]

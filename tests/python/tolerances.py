@@ -20,7 +20,7 @@ ULPS = {
     "rotary": (8.0, 0.55),
     "merge": (16.0, 0.6),
     # Attention rounds probabilities to 16 bits for the matrix units, as every peer does.
-    "attention": (64.0, 2.1),
+    "attention": (64.0, 3.0),
 }
 
 #: Below this share of the result's largest magnitude an error counts as if at that magnitude.
