@@ -23,13 +23,10 @@ def find_stub() -> Path:
     return Path(spec.origin).with_name("_core.pyi")
 
 
-def link_tree(folder: Path) -> Path:
-    """Makes `folder`/quire of links to the Python files and the stub; returns `folder`."""
+def copy_tree(folder: Path) -> Path:
+    """Makes `folder`/quire with copies of the Python files and the stub; returns `folder`."""
     stub = find_stub()
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "quire").mkdir(parents=True)
-    for entry in SOURCE.iterdir():
-        if entry.name not in ("__pycache__", "_core.pyi"):
-            (folder / "quire" / entry.name).symlink_to(entry)
-    (folder / "quire" / "_core.pyi").symlink_to(stub)
+    shutil.copytree(SOURCE, folder / "quire", ignore=shutil.ignore_patterns("__pycache__", "_core*", "*.safetensors"))
+    shutil.copy(stub, folder / "quire")
     return folder

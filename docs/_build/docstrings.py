@@ -12,6 +12,7 @@ def convert(text: str) -> str:
     """Names the example section as Griffe does, turns Sphinx roles into code, and drops the licence line."""
     text = re.sub(r"^([ \t]*)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
     text = re.sub(r":(?:func|class|meth):`~?([^`]+)`", r"`\1`", text)
+    text = text.replace('"cuda:<index>"', '`"cuda:<index>"`')
     return text.replace("SPDX-License-Identifier: Apache-2.0", "").strip()
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / ".ci"))
 
-from package_tree import link_tree  # noqa: E402
+from mkdocs.plugins import event_priority  # noqa: E402
+from package_tree import copy_tree  # noqa: E402
 
 
+@event_priority(100)  # before mkdocstrings looks for the folder
 def on_config(config):
-    """Links the package and completes the navigation with the pages that these folders hold."""
-    link_tree(ROOT / "build" / "docs")
+    """Copies the package and completes the navigation with the pages that these folders hold."""
+    copy_tree(ROOT / "build" / "docs")
     docs = Path(config.docs_dir)
     for section in config.nav:
         for pages in section.values():
