@@ -265,7 +265,9 @@ void bind_records(nb::module_& m) {
 // num_requested and num_available as attributes, besides the text.
 void bind_error(nb::module_& m) {
   static PyObject* type = nullptr;
-  type = nb::exception<OutOfBlocksError>(m, "OutOfBlocksError", PyExc_MemoryError).inc_ref().ptr();
+  nb::exception<OutOfBlocksError> error_type(m, "OutOfBlocksError", PyExc_MemoryError);
+  error_type.attr("__doc__") = "Not enough free and cached blocks; nothing was allocated. Has ``num_requested`` and ``num_available``.";
+  type = error_type.inc_ref().ptr();
   nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
     try {
       std::rethrow_exception(pointer);

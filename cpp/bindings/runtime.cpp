@@ -13,8 +13,10 @@ namespace quire::bindings {
 
 void bind_runtime(nb::module_& m) {
   // The translator that is registered last is asked first; TypeError is an invalid_argument, so it must come before the built-in.
-  nb::exception<UnsupportedError>(m, "UnsupportedError", PyExc_RuntimeError);
-  nb::exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
+  nb::exception<UnsupportedError>(m, "UnsupportedError", PyExc_RuntimeError).attr("__doc__") =
+      "The request is well formed, but this build, device or kernel does not do it; the text names what is supported.";
+  nb::exception<CudaError>(m, "CudaError", PyExc_RuntimeError).attr("__doc__") =
+      "A CUDA call failed; the text holds the call, the error's name and text, and file:line.";
   nb::register_exception_translator(
       [](const std::exception_ptr& pointer, void*) {
         try {

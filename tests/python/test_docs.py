@@ -1,0 +1,110 @@
+"""The documentation's code: every Python block of the guides, the docstrings' examples, and the API pages' completeness.
+
+SPDX-License-Identifier: Apache-2.0
+
+The blocks below one second-level heading share a namespace. A ```text block right after a ```python block is what it prints.
+"""
+
+import contextlib
+import doctest
+import importlib
+import io
+import re
+from pathlib import Path
+
+import frameworks
+import numpy as np
+import pytest
+
+import quire
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ["README.md", "docs/quickstart.md", "docs/concepts/index.md", "docs/building.md", "docs/debugging.md"]
+FRAMEWORKS = ["torch", "cupy", "jax", "ml_dtypes"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def sections(page):
+    """(heading, [(code, what it prints or None), ...]) of a page's sections that have Python code."""
+    path = ROOT / page
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = []
+    # A heading-like line inside a fence is a comment of a shell or Python block: hide fences while splitting.
+    for part in re.split(r"^## (?=.*$)", FENCE.sub(lambda m: m[0].replace("\n#", "\n\0#"), text), flags=re.MULTILINE):
+        heading = part.partition("\n")[0].strip("# ")
+        fences = [(m[1], m[2].replace("\0", ""), m.start(), m.end()) for m in FENCE.finditer(part)]
+        blocks = []
+        for i, (language, code, _, end) in enumerate(fences):
+            if language != "python":
+                continue
+            follows = i + 1 < len(fences) and fences[i + 1][0] == "text" and not part[end : fences[i + 1][2]].strip()
+            blocks.append((code, fences[i + 1][1] if follows else None))
+        if blocks:
+            found.append((heading, blocks))
+    return found
+
+
+def cases():
+    for page in PAGES:
+        for heading, blocks in sections(page):
+            # README puts all frameworks in one section; each framework's blocks are a case of their own there.
+            groups: dict[str, list] = {}
+            name = ""
+            for code, expected in blocks:
+                imported = [f for f in FRAMEWORKS if re.search(rf"^\s*import {f}\b", code, re.MULTILINE) and f != "ml_dtypes"]
+                name = imported[0] if imported else name
+                groups.setdefault(name, []).append((code, expected))
+            for framework, group in groups.items():
+                yield pytest.param(group, id=f"{page}-{heading}" + (f"-{framework}" if framework else ""))
+
+
+def skip_what_is_absent(code):
+    for name in FRAMEWORKS:
+        if re.search(rf"^\s*import {name}\b", code, re.MULTILINE) and not frameworks.has_module(name):
+            pytest.skip(f"{name} is not installed")
+    if "import cupy" in code and not frameworks.has_gpu():
+        pytest.skip("cupy: no CUDA device, or a CPU-only build")
+
+
+@pytest.mark.parametrize("blocks", list(cases()))
+def test_blocks_run(blocks):
+    namespace: dict[str, object] = {"__name__": "docs"}
+    for code, expected in blocks:
+        skip_what_is_absent(code)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "<documentation>", "exec"), namespace)
+        if expected is not None:
+            assert printed.getvalue().strip() == expected.strip()
+
+
+def test_every_page_is_found():
+    if not (ROOT / "docs").exists():
+        pytest.skip("the source tree is not there")
+    assert [page for page in PAGES if not sections(page)] == []
+
+
+@pytest.mark.parametrize("name", [name for name in quire.__all__ if not name.startswith("__")])
+def test_docstring_examples(name):
+    item = getattr(quire, name)
+    assert item.__doc__, f"quire.{name} has no docstring"
+    examples = doctest.DocTestParser().get_doctest(item.__doc__, {}, name, None, 0)
+    printed = io.StringIO()
+    with np.printoptions(legacy=False):
+        doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(examples, out=printed.write)
+    assert printed.getvalue() == ""
+
+
+def test_api_pages_are_complete():
+    if not (ROOT / "docs").exists():
+        pytest.skip("the source tree is not there")
+    documented = set()
+    for page in (ROOT / "docs" / "api").glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"^::: (\S+)", text, re.MULTILINE):
+            documented.add(target.rpartition(".")[2])
+            with contextlib.suppress(ModuleNotFoundError):
+                documented |= set(getattr(importlib.import_module(target), "__all__", ()))
+        for members in re.findall(r"members: \[(.*)\]", text):
+            documented |= {member.strip() for member in members.split(",")}
+    assert {name for name in quire.__all__ if not name.startswith("__")} - documented == set()
