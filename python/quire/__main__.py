@@ -37,9 +37,9 @@ COMMANDS = {
         "add_doctor_arguments",
         "run_doctor",
         "report on this machine and this build, with a fix for each problem",
-        "Reports the environment, the GPUs and their driver, what this build of quire contains, and which array "
-        "frameworks are here with which of their DLPack features. Ends with verdict lines, each with a fix. Changes "
-        "nothing, opens no connection, and runs where everything else is broken.",
+        "Reports the environment, the GPUs and their driver, what this build of quire contains, and which "
+        "array frameworks are here with which of their DLPack features. Ends with verdict lines, each with a "
+        "fix. Changes nothing, opens no connection, and runs where everything else is broken.",
         "exit code: 0 when quire is usable, 1 when a verdict is 'fail'",
     ),
     "bench": Command(
@@ -61,7 +61,7 @@ COMMANDS = {
         "add_demo_arguments",
         "run_demo",
         "generate text with the model that ships with quire",
-        "Runs a continuous-batching generator on quire's kernels with a small model that ships in the package.",
+        "Runs a continuous-batching generator on quire's kernels with a small model of the package's own.",
     ),
     "generate": Command(
         "quire.demo.cli",
@@ -90,7 +90,7 @@ class _Version(argparse.Action):
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Callable[[argparse.Namespace], int]]:
-    """Parses the arguments; raises SystemExit as argparse does, and ImportError if the command's module cannot load."""
+    """Parses the arguments. Raises SystemExit as argparse does, ImportError if the command cannot load."""
     parser = argparse.ArgumentParser(
         prog="quire",
         description="Kernels for LLM inference on any DLPack tensor, on CPU and CUDA.",
@@ -106,7 +106,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Callable[[argparse.
             help=command.summary,
             description=command.description,
             epilog=command.epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter if "\n" in command.epilog else argparse.HelpFormatter,
+            formatter_class=argparse.RawDescriptionHelpFormatter
+            if "\n" in command.epilog
+            else argparse.HelpFormatter,
         )
         if name == chosen:
             module = importlib.import_module(command.module)

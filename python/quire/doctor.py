@@ -3,8 +3,8 @@
 SPDX-License-Identifier: Apache-2.0
 """
 
-# Only the standard library is imported here. Whatever can hang, raise or crash (quire's extension, the driver, the array
-# frameworks) is tried in a child process with a time limit, so that the report is complete whatever is broken.
+# Only the standard library is imported here. Whatever can hang, raise or crash (quire's extension, the driver,
+# the array frameworks) is tried in a child process with a deadline, so that the report is always complete.
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,31 @@ __all__ = ["Verdict", "add_doctor_arguments", "architecture_support", "examine",
 Facts = dict[str, Any]
 
 FRAMEWORKS = ("numpy", "ml_dtypes", "torch", "jax", "cupy", "tokenizers", "safetensors")
-_CPU_FLAGS = (
-    "avx2 fma f16c avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_bf16 amx_int8 "
-    "asimd asimddp bf16 i8mm sve sve2"
-).split()
-# The oldest driver for each major version of the CUDA runtime (CUDA Toolkit release notes, minor version compatibility).
+_CPU_FLAGS = [
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "bf16",
+    "i8mm",
+    "sve",
+    "sve2",
+]
+# The oldest driver for each major version of the CUDA runtime (release notes of the CUDA toolkit).
 _OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
-_CUDA_LIBRARY = re.compile(r"/(lib(?:cuda|cudart|cublas|cublasLt|cudnn|nvrtc|nccl|nvJitLink|cutlass)\b[^/]*\.so[^/]*)$")
+_CUDA_LIBRARY = re.compile(
+    r"/(lib(?:cuda|cudart|cublas|cublasLt|cudnn|nvrtc|nccl|nvJitLink|cutlass)\b[^/]*\.so[^/]*)$"
+)
 
 # Every child starts with the parent's import path, and prints its result as the last line.
 _CHILD = """
@@ -65,9 +85,10 @@ os._exit(0)
 _CORE = """
     from quire import _core
     return {
-        "file": _core.__file__, "version": _core.version(), "cpu_isa": _core.cpu_isa(), "num_threads": _core.num_threads(),
+        "file": _core.__file__, "version": _core.version(),
+        "cpu_isa": _core.cpu_isa(), "num_threads": _core.num_threads(),
         "has_cuda": _core.has_cuda(), "cuda_architectures": _core.cuda_architectures(),
-        "cuda_runtime_version": getattr(_core, "cuda_runtime_version", lambda: 0)(),
+        "cuda_runtime_version": _core.cuda_runtime_version(),
         "num_cuda_devices": _core.num_cuda_devices(),
     }
 """
@@ -190,7 +211,7 @@ class _Child:
     """A child process that runs the body of a function and gives back its dictionary."""
 
     def __init__(self, body: str, timeout: float, **environment: str) -> None:
-        self._timeout = timeout
+        self._timeout, self._deadline = timeout, time.monotonic() + timeout
         self._start_error = ""
         try:
             self._process: subprocess.Popen[str] | None = subprocess.Popen(
@@ -209,7 +230,7 @@ class _Child:
         if self._process is None:
             return {"error": f"cannot start {sys.executable}: {self._start_error}"}
         try:
-            stdout, stderr = self._process.communicate(timeout=self._timeout)
+            stdout, stderr = self._process.communicate(timeout=max(0.1, self._deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()
@@ -268,7 +289,8 @@ def _environment() -> Facts:
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith("QUIRE_") or name in ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_LAUNCH_BLOCKING")
+            if name.startswith("QUIRE_")
+            or name in ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_LAUNCH_BLOCKING")
         },
     }
 
@@ -289,7 +311,10 @@ def _cpu() -> Facts:
 
 
 def _memory() -> Facts:
-    sizes = {key: int(value) * 1024 for key, value in re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.M)}
+    sizes = {
+        key: int(value) * 1024
+        for key, value in re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.M)
+    }
     limit = _read("/sys/fs/cgroup/memory.max").strip()
     return {
         "total_bytes": sizes.get("MemTotal", 0),
@@ -341,10 +366,12 @@ def examine(*, frameworks: bool = True, timeout: float = 60.0) -> Facts:
     """
     core = _Child(_CORE, timeout)
     driver = _Child(_DRIVER, timeout, CUDA_DEVICE_ORDER="PCI_BUS_ID")
-    versions = {name: _guard(lambda name=name: _version_of(name)) for name in FRAMEWORKS}
+    versions = {name: _guard(partial(_version_of, name)) for name in FRAMEWORKS}
     children = {
         # JAX would take most of a GPU's memory, and its CPU backend exports the same dtypes.
-        name: _Child(_FRAMEWORK_CHILD[name], timeout, JAX_PLATFORMS="cpu", XLA_PYTHON_CLIENT_PREALLOCATE="false")
+        name: _Child(
+            _FRAMEWORK_CHILD[name], timeout, JAX_PLATFORMS="cpu", XLA_PYTHON_CLIENT_PREALLOCATE="false"
+        )
         for name, version in versions.items()
         if frameworks and version is not None
     }
@@ -373,19 +400,21 @@ def examine(*, frameworks: bool = True, timeout: float = 60.0) -> Facts:
 
 
 def architecture_support(architectures: str, capability: tuple[int, int]) -> str:
-    """How CUDA kernels built for ``architectures`` run on a GPU: "machine code", "PTX" or "none".
+    """How kernels built for ``architectures`` run on a GPU: "machine code", "PTX" or "none".
 
     Args:
-        architectures: As CMake spells them, separated by spaces or semicolons: "90a-real 80-virtual", "80", "90f".
+        architectures: As CMake spells them, with spaces or semicolons between: "90a-real 80-virtual", "90f".
         capability: The GPU's compute capability.
 
-    Machine code runs within its major version from its minor version on; with the suffix "a" on that one architecture, with "f"
-    on its family. PTX runs on everything newer, except that "a" and "f" bind it in the same way.
+    Machine code runs within its major version from its minor version on; with the suffix "a" on that one
+    architecture, with "f" on its family. PTX runs on everything newer, unless "a" or "f" binds it likewise.
 
     Example:
         >>> from quire.doctor import architecture_support
-        >>> architecture_support("90a-real 80-virtual", (9, 0)), architecture_support("90a-real 80-virtual", (12, 0))
-        ('machine code', 'PTX')
+        >>> architecture_support("90a-real 80-virtual", (9, 0))
+        'machine code'
+        >>> architecture_support("90a-real 80-virtual", (12, 0))
+        'PTX'
     """
     support = "none"
     for number, suffix, kind in re.findall(r"\b(\d{2,3})([af]?)(?:-(real|virtual))?\b", architectures):
@@ -410,7 +439,11 @@ def verdicts(facts: Mapping[str, Any]) -> list[Verdict]:
             found += judge(facts)
         except Exception as error:
             found.append(
-                Verdict("warn", f"{judge.__name__[7:]}: no verdict ({type(error).__name__}: {error})", "report this")
+                Verdict(
+                    "warn",
+                    f"{judge.__name__[7:]}: no verdict ({type(error).__name__}: {error})",
+                    "report this",
+                )
             )
     return found
 
@@ -420,11 +453,15 @@ def _judge_python(facts: Mapping[str, Any]) -> list[Verdict]:
     found = []
     version = tuple(int(part) for part in re.findall(r"\d+", environment.get("python", "0"))[:2])
     if version < (3, 10):
-        found.append(Verdict("fail", f"Python {environment.get('python')} is too old", "use Python 3.10 or newer"))
+        found.append(
+            Verdict("fail", f"Python {environment.get('python')} is too old", "use Python 3.10 or newer")
+        )
     else:
         found.append(Verdict("ok", f"Python {environment['python']}"))
     if environment.get("free_threaded"):
-        found.append(Verdict("warn", "free-threaded Python: not tested", "use a build of Python with the GIL"))
+        found.append(
+            Verdict("warn", "free-threaded Python: not tested", "use a build of Python with the GIL")
+        )
     if "error" in package:
         found.append(
             Verdict("warn", f"quire is not installed as a package ({package['error']})", "pip install .")
@@ -518,9 +555,15 @@ def _judge_gpu(facts: Mapping[str, Any]) -> list[Verdict]:
         if "libcuda" in reason:
             reason = "no driver"
         elif visible is not None and "NO_DEVICE" in reason:
-            return [Verdict("warn", f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU", "unset CUDA_VISIBLE_DEVICES")]
+            return [
+                Verdict(
+                    "warn", f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU", "unset CUDA_VISIBLE_DEVICES"
+                )
+            ]
         if "init_error" in driver and "NO_DEVICE" not in reason:
-            return [Verdict("warn", f"the CUDA driver does not start: {reason}", "repair or update the driver")]
+            return [
+                Verdict("warn", f"the CUDA driver does not start: {reason}", "repair or update the driver")
+            ]
         return [Verdict("ok", f"no GPU ({reason}): quire runs on the CPU")]
     if "error" in core:
         return []
@@ -531,7 +574,9 @@ def _judge_gpu(facts: Mapping[str, Any]) -> list[Verdict]:
     oldest = _OLDEST_DRIVER.get(runtime // 1000)
     if version and oldest and _older(version, oldest):
         text = f"driver {version} is older than {oldest}, which CUDA {runtime // 1000} needs"
-        return [Verdict("fail", text, f"update the driver to {oldest} or newer, or build with an older toolkit")]
+        return [
+            Verdict("fail", text, f"update the driver to {oldest} or newer, or build with an older toolkit")
+        ]
     if not core.get("num_cuda_devices"):
         text = f"quire sees none of {len(devices)} GPUs"
         return [Verdict("fail", text, "update the driver, or build quire with the toolkit that fits it")]
@@ -543,7 +588,9 @@ def _judge_gpu(facts: Mapping[str, Any]) -> list[Verdict]:
         if support == "machine code":
             found.append(Verdict("ok", f"{name}: kernels in machine code"))
         elif support == "PTX":
-            found.append(Verdict("warn", f"{name}: kernels as PTX only, compiled at first use and slower", build))
+            found.append(
+                Verdict("warn", f"{name}: kernels as PTX only, compiled at first use and slower", build)
+            )
         else:
             found.append(Verdict("fail", f"{name}: no kernel of this build runs on it", build))
     return found
@@ -568,9 +615,15 @@ def _judge_frameworks(facts: Mapping[str, Any]) -> list[Verdict]:
     for name in ("tokenizers", "safetensors"):
         if frameworks[name].get("version") is None:
             found.append(Verdict("warn", f"quire demo and quire generate need {name}", f"pip install {name}"))
-    if facts["core"].get("num_cuda_devices") and all(frameworks[n].get("version") is None for n in ("torch", "cupy", "jax")):
+    if facts["core"].get("num_cuda_devices") and all(
+        frameworks[n].get("version") is None for n in ("torch", "cupy", "jax")
+    ):
         found.append(Verdict("warn", "no array framework for the GPU", "pip install cupy-cuda13x"))
-    usable = [n for n in ("numpy", "torch", "jax", "cupy") if frameworks[n].get("version") and not frameworks[n].get("error")]
+    usable = [
+        n
+        for n in ("numpy", "torch", "jax", "cupy")
+        if frameworks[n].get("version") and not frameworks[n].get("error")
+    ]
     if usable:
         found.append(Verdict("ok", f"array frameworks: {', '.join(usable)}"))
     return found
@@ -580,9 +633,15 @@ def _judge_variables(facts: Mapping[str, Any]) -> list[Verdict]:
     variables = facts["environment"].get("variables", {})
     found = []
     if variables.get("QUIRE_SYNC", "0") not in ("", "0"):
-        found.append(Verdict("warn", "QUIRE_SYNC waits for the GPU after each op", "unset QUIRE_SYNC but for debugging"))
+        found.append(
+            Verdict(
+                "warn", "QUIRE_SYNC waits for the GPU after each op", "unset QUIRE_SYNC but for debugging"
+            )
+        )
     if variables.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0"):
-        found.append(Verdict("warn", "CUDA_LAUNCH_BLOCKING makes every launch wait", "unset CUDA_LAUNCH_BLOCKING"))
+        found.append(
+            Verdict("warn", "CUDA_LAUNCH_BLOCKING makes every launch wait", "unset CUDA_LAUNCH_BLOCKING")
+        )
     return found
 
 
@@ -612,9 +671,15 @@ def _feature_text(name: str, entry: Mapping[str, Any]) -> str:
         return ", ".join([*parts, "no GPU for it"])
     if "max_version" in entry:
         exported = entry["max_version"]
-        parts.append({"versioned": "DLPack 1.x", "unversioned": "DLPack 0.x"}.get(exported, f"no DLPack ({exported})"))
+        parts.append(
+            {"versioned": "DLPack 1.x", "unversioned": "DLPack 0.x"}.get(exported, f"no DLPack ({exported})")
+        )
         parts.append("exchange API" if entry["c_exchange_api"] else "no exchange API")
-        for label, dtype in (("bf16", "bfloat16"), ("fp8_e4m3fn", "float8_e4m3fn"), ("fp8_e5m2", "float8_e5m2")):
+        for label, dtype in (
+            ("bf16", "bfloat16"),
+            ("fp8_e4m3fn", "float8_e4m3fn"),
+            ("fp8_e5m2", "float8_e5m2"),
+        ):
             if entry[dtype] in ("versioned", "unversioned"):
                 parts.append(label)
             elif name in ("numpy", "cupy") and "BufferError" in entry[dtype]:
@@ -644,7 +709,12 @@ def _text(facts: Mapping[str, Any]) -> str:
     section("Environment")
     environment, package, cpu, memory = (facts[key] for key in ("environment", "package", "cpu", "memory"))
     if not failed(environment):
-        row("system", f"{environment['os']}, Linux {environment['kernel']}, {environment['machine']}, {environment['libc']}")
+        row(
+            "system",
+            ", ".join(
+                [environment["os"], environment["kernel"], environment["machine"], environment["libc"]]
+            ),
+        )
         row("Python", f"{environment['python']} ({environment['abi'] or environment['implementation']})")
         for name, value in environment["variables"].items():
             row(name, value)
@@ -666,7 +736,10 @@ def _text(facts: Mapping[str, Any]) -> str:
         row("driver", f"{_driver_version(facts) or 'unknown version'}, CUDA up to {_cuda_text(supports)}")
     for device in _devices(facts):
         major, minor = device["compute_capability"]
-        row(f"GPU {device['index']}", f"{device['name']}, compute capability {major}.{minor}, {_gib(device['memory_bytes'])}")
+        row(
+            f"GPU {device['index']}",
+            f"{device['name']}, compute capability {major}.{minor}, {_gib(device['memory_bytes'])}",
+        )
     if not _devices(facts):
         row("none", driver.get("init_error") or driver.get("error") or "the driver shows none")
 
@@ -697,9 +770,15 @@ def _text(facts: Mapping[str, Any]) -> str:
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `quire doctor`."""
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.add_argument("--no-frameworks", action="store_true", help="do not import the array frameworks (faster)")
     parser.add_argument(
-        "--timeout", type=float, default=60.0, metavar="S", help="seconds that each probe may take (%(default)s)"
+        "--no-frameworks", action="store_true", help="do not import the array frameworks (faster)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds that each probe may take (%(default)s)",
     )
 
 

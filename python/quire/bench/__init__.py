@@ -7,7 +7,7 @@ from __future__ import annotations
 
 __all__ = ["FAMILIES", "BenchError"]
 
-#: The families, in the order of a full run. Each is a module of this package with ``cases(context) -> Iterator[Case]``.
+#: The families in the order of a full run. Each is a module here with ``cases(context) -> Iterator[Case]``.
 FAMILIES = {
     "border": "what a call costs before any arithmetic: importing tensors, one tiny op",
     "block_allocator": "the block allocator's hot paths",

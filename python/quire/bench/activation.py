@@ -27,7 +27,7 @@ def cases(context: Context) -> Iterator[Case]:
     elif context.is_cuda:
         grid = [(1, 14336), (64, 14336), (4096, 14336), (16384, 14336)]
     else:
-        grid = [(1, 14336), (64, 14336), (512, 14336)]
+        grid = [(1, 14336), (64, 14336), (1024, 14336)]
     for op in ("silu_and_mul", "gelu_tanh_and_mul"):
         for dtype in ("bfloat16",) if context.is_cuda else ("bfloat16", "float32"):
             for tokens, width in grid:

@@ -131,7 +131,7 @@ class TorchArrays(Arrays):
 
 
 class CupyArrays(Arrays):
-    """CuPy; tensors of floats are quire's own, which every dtype of quire can be had in, filled through CuPy."""
+    """CuPy. Tensors of floats are quire's own, which come in every dtype, filled through CuPy."""
 
     name = "cupy"
 
@@ -171,9 +171,9 @@ class CupyArrays(Arrays):
 
     def as_torch(self, x: Array) -> Any:
         """The same memory as a torch tensor."""
-        import torch
+        import torch.utils.dlpack
 
-        return torch.from_dlpack(x)
+        return torch.utils.dlpack.from_dlpack(x)
 
 
 def for_device(device: str) -> Arrays:

@@ -59,12 +59,17 @@ _PREFILL_CUDA = [
 
 def cases(context: Context) -> Iterator[Case]:
     """Decode with the cache in bfloat16 and in float8_e4m3fn, then prefill in bfloat16."""
+    masks: tuple[bool, ...] = (True,)
     if context.quick:
         decode, prefill, masks = [(2, 100, 4, 2, 64)], [(1, 64, 4, 2, 64)], (True,)
     elif context.is_cuda:
         decode, prefill, masks = _DECODE_CUDA, _PREFILL_CUDA, (True, False)
     else:
-        decode, prefill, masks = [(1, 4096, 32, 8, 128), (8, 4096, 32, 8, 128)], [(1, 512, 32, 8, 128), (1, 2048, 32, 8, 128)], (True,)
+        decode, prefill, masks = (
+            [(1, 4096, 32, 8, 128), (8, 4096, 32, 8, 128)],
+            [(1, 512, 32, 8, 128), (1, 2048, 32, 8, 128)],
+            (True,),
+        )
     on_cpu = not context.is_cuda and not context.quick
     for cache_dtype in ("bfloat16", "float8_e4m3fn"):
         for shape in decode:
@@ -85,8 +90,9 @@ def cases(context: Context) -> Iterator[Case]:
         for causal in masks:
             # By convention half of the score matrix counts under the causal mask.
             flops = 4.0 * batch * length * length * num_heads * head_dim * (0.5 if causal else 1.0)
+            mask = "causal" if causal else "full"
             yield Case(
-                name=f"prefill B{batch} L{length} {num_heads}/{num_kv_heads} D{head_dim} {'causal' if causal else 'full'} bfloat16",
+                name=f"prefill B{batch} L{length} {num_heads}/{num_kv_heads} D{head_dim} {mask} bfloat16",
                 prepare=partial(_prefill, context, shape, causal),
                 num_flops=flops,
                 bound="matmul",

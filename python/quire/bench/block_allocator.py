@@ -36,15 +36,24 @@ def cases(context: Context) -> Iterator[Case]:
         num_items=64,
         op="allocate",
     )
-    yield Case(name="allocate(1) + free, two calls from Python", prepare=partial(_allocate_free, 1), op="allocate")
     yield Case(
-        name="hash_blocks of 4096 tokens, block size 16", prepare=_hash_blocks, target=Target(max_us=60.0), op="hash_blocks"
+        name="allocate(1) + free, two calls from Python", prepare=partial(_allocate_free, 1), op="allocate"
     )
     yield Case(
-        name="add_sequence + free_sequence of 4096 tokens, all cached", prepare=partial(_add_free, None), op="add_sequence"
+        name="hash_blocks of 4096 tokens, block size 16",
+        prepare=_hash_blocks,
+        target=Target(max_us=60.0),
+        op="hash_blocks",
     )
     yield Case(
-        name="add_sequence + free_sequence of 4096 tokens, none cached", prepare=partial(_add_free, "other"), op="add_sequence"
+        name="add_sequence + free_sequence of 4096 tokens, all cached",
+        prepare=partial(_add_free, None),
+        op="add_sequence",
+    )
+    yield Case(
+        name="add_sequence + free_sequence of 4096 tokens, none cached",
+        prepare=partial(_add_free, "other"),
+        op="add_sequence",
     )
 
 
@@ -73,7 +82,9 @@ def _decode_step(num_seqs: int, length: int, columns: int) -> Work:
         spent = 0.0
         for _ in range(_BLOCK_SIZE):
             start = clock()
-            allocator.grow_and_write_batch(ids, ones, tables, slots, seq_lens, starts)
+            allocator.grow_and_write_batch(
+                ids, ones, block_tables=tables, slot_mapping=slots, seq_lens=seq_lens, query_start_loc=starts
+            )
             spent += clock() - start
             allocator.commit_batch(ids, ones)
             allocator.append_token_batch(ids, tokens)

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ __all__ = ["measure_ceilings"]
 
 
 def measure_ceilings(context: Context) -> tuple[dict[str, float], dict[str, str]]:
-    """The ceilings "copy" and "read" in GB/s (bytes read plus written) and "matmul" in TFLOP/s, and how each was measured."""
+    """The ceilings "copy" and "read" (GB/s, read plus written) and "matmul" (TFLOP/s); how each came."""
     return _cuda(context) if context.is_cuda else _cpu(context)
 
 
@@ -33,7 +34,10 @@ def _cpu(context: Context) -> tuple[dict[str, float], dict[str, str]]:
     num_bytes = min((64 if context.quick else 512) << 20, available_bytes // 8)
     source = np.ones(num_bytes // 4, np.int32)
     target = np.zeros_like(source)
-    parts = [slice(i * source.size // num_threads, (i + 1) * source.size // num_threads) for i in range(num_threads)]
+    parts = [
+        slice(i * source.size // num_threads, (i + 1) * source.size // num_threads)
+        for i in range(num_threads)
+    ]
     repeats = 2 if context.quick else 5
 
     with ThreadPoolExecutor(num_threads) as pool:
@@ -91,9 +95,9 @@ def _cuda(context: Context) -> tuple[dict[str, float], dict[str, str]]:
     num_bytes = min((256 << 20) if context.quick else (4 << 30), library.free_bytes() // 4)
     source, target = library.buffer(num_bytes), library.buffer(num_bytes)
     library.fill(source)
-    times, _ = timer.times({"copy": lambda: library.copy(target, source)})
+    times, _ = timer.times({"copy": partial(library.copy, target, source)})
     copy = 2 * num_bytes / statistics.median(times["copy"]) / 1e9
-    del source, target
+    del source, target  # the matrices may need the room
     size = 2048 if context.quick else 8192
     run, dtype = library.matmul(size)
     times, _ = timer.times({"matmul": run})

@@ -43,15 +43,38 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("family", nargs="*", help=f"any of {', '.join(FAMILIES)} (default: all)")
     add("--list", action="store_true", help="list the families and exit")
-    add("--device", help="cpu, cuda or cuda:N (default: cuda if this build, a GPU and torch or CuPy are there)")
+    add(
+        "--device",
+        help="cpu, cuda or cuda:N (default: cuda if this build, a GPU and torch or CuPy are there)",
+    )
     add("--format", choices=FORMATS, default="md", help="%(choices)s (%(default)s)")
     add("--output", type=Path, metavar="FILE", help="write the report there instead of to the terminal")
     add("--plot", type=Path, metavar="FILE.png", help="also draw the times (needs matplotlib)")
     add("--quick", action="store_true", help="tiny shapes and few rounds: a smoke test, no measurement")
-    add("--peers", action=argparse.BooleanOptionalAction, default=True, help="time other libraries beside ours (on)")
-    add("--ceilings", action=argparse.BooleanOptionalAction, default=True, help="measure the machine's ceilings first (on)")
-    add("--min-time", type=_seconds, metavar="S", help="seconds to spend on a case at least (0.5, --quick 0.02)")
-    add("--threads", type=int, metavar="N", help="threads of the CPU kernels and of torch (default: all cores)")
+    add(
+        "--peers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time other libraries beside ours (on)",
+    )
+    add(
+        "--ceilings",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure the machine's ceilings first (on)",
+    )
+    add(
+        "--min-time",
+        type=_seconds,
+        metavar="S",
+        help="seconds to spend on a case at least (0.5, --quick 0.02)",
+    )
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads of the CPU kernels and of torch (default: all cores)",
+    )
     add("--check", action="store_true", help="exit with 1 where a case misses its target")
 
 
@@ -100,7 +123,9 @@ def _bench(args: argparse.Namespace) -> int:
             report.floor_us = timer.floor_us()
         cases: list[tuple[str, Case]] = []
         for family in families:
-            cases += [(family, case) for case in importlib.import_module(f"quire.bench.{family}").cases(context)]
+            cases += [
+                (family, case) for case in importlib.import_module(f"quire.bench.{family}").cases(context)
+            ]
         for number, (family, case) in enumerate(cases):
             progress.show(number, len(cases), f"{family}: {case.name}")
             report.results.append(measure(family, case, context, report.ceilings))
@@ -169,18 +194,22 @@ def _set_threads(count: int | None) -> None:
 
 
 def _method(context: Context) -> str:
-    turns = "ours and the peers' in turn; peer / quire is the median of the rounds' ratios"
+    turns = "ours and the peers' in turn"
     if context.is_cuda:
-        return f"times are medians of device time by CUDA events, L2 flushed before each run, {turns}; host cases: the best round"
+        return (
+            f"times are medians of device time by CUDA events, L2 flushed before each run, {turns}; "
+            "of the border and the block allocator the best round of host time"
+        )
     return f"times are the best round, {turns}"
 
 
 def _machine(context: Context) -> dict[str, str]:
     """What a figure is worth nothing without."""
+    cores = len(os.sched_getaffinity(0))
     found = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "quire": quire.__version__,
-        "CPU": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores, {quire.cpu_isa()}, {quire.num_threads()} threads",
+        "CPU": f"{_cpu_model()}, {cores} cores, {quire.cpu_isa()}, {quire.num_threads()} threads",
     }
     if context.is_cuda:
         found["GPU"] = _gpu(int(context.device.partition(":")[2] or 0))
@@ -199,20 +228,29 @@ def _machine(context: Context) -> dict[str, str]:
 
 def _cpu_model() -> str:
     try:
-        match = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(
+            r"^(?:model name|Model)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
     except OSError:
         match = None
     return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def _gpu(index: int) -> str:
-    """Name, memory and driver as nvidia-smi tells them, for the index that CUDA_VISIBLE_DEVICES makes of it."""
+    """Name, memory and driver as nvidia-smi tells them, by the index under CUDA_VISIBLE_DEVICES."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return "unknown (nvidia-smi is not on the PATH)"
-    visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    visible = [
+        entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()
+    ]
     chosen = visible[index] if index < len(visible) else str(index)
-    command = [program, f"--id={chosen}", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    command = [
+        program,
+        f"--id={chosen}",
+        "--query-gpu=name,memory.total,driver_version",
+        "--format=csv,noheader",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired):

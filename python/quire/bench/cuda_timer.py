@@ -28,7 +28,8 @@ class _Torch:
         self.l2_bytes = int(getattr(torch.cuda.get_device_properties(self._device), "L2_cache_size", 0))
 
     def event(self) -> Any:
-        return self._torch.cuda.Event(enable_timing=True)
+        event: Any = self._torch.cuda.Event
+        return event(enable_timing=True)
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         return float(start.elapsed_time(end))
@@ -106,7 +107,7 @@ class _Cupy:
 
 
 class CudaTimer(Timer):
-    """Events around each run; a buffer of more than the L2 cache is written before each, which also hides the launch."""
+    """Events around each run. Before it a buffer larger than L2 is written, which also hides the launch."""
 
     kind = "median"
 

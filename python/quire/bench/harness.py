@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
-from typing import Any
 
 from quire.bench.arrays import Arrays
 
@@ -19,10 +18,14 @@ __all__ = ["Case", "Context", "Result", "Sample", "Target", "Timer", "Work", "ma
 
 Run = Callable[[], object]
 
+_BEYOND_CACHES = 64 << 20
+# Worker threads, ours and the peers', spin for a while after a call, on cores that the next one may need.
+_REST_S = 0.003
+
 
 @dataclass(frozen=True)
 class Target:
-    """What a case is held to: at most so many microseconds, or so many times as fast as a peer."""
+    """What a case is held to: at most so many µs, or so many times as fast as a peer."""
 
     max_us: float | None = None
     min_speedup: float | None = None
@@ -38,7 +41,7 @@ class Target:
 class Work:
     """What is timed: ours, and the peers by name.
 
-    With ``is_round``, each callable is a whole round that does its own timing and returns seconds for one call.
+    With ``is_round``, each callable is a whole round that times itself and returns seconds for one call.
     """
 
     run: Run
@@ -48,7 +51,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a table. ``prepare`` makes the tensors when the case's turn comes; they are dropped after it."""
+    """One line of a table. ``prepare`` makes the tensors when the case's turn comes; they go after it."""
 
     name: str
     prepare: Callable[[], Work]
@@ -84,7 +87,7 @@ class Result:
     percent_of_ceiling: float | None = None
     ceiling: str = ""
     peers: dict[str, float] = field(default_factory=dict)  # µs, likewise
-    speedups: dict[str, float] = field(default_factory=dict)  # median over rounds of peer's time / ours
+    speedups: dict[str, float] = field(default_factory=dict)  # peer's time / ours
     target: str = ""
     target_met: bool | None = None
     error: str = ""
@@ -108,7 +111,7 @@ class Context:
 
 
 class Timer:
-    """Rounds of calls, ours and the peers' in turn, so that a busy machine disturbs all alike and ratios hold."""
+    """Rounds of calls, ours and the peers' in turn, so that a busy machine disturbs all alike."""
 
     kind = "best round"
 
@@ -121,12 +124,14 @@ class Timer:
         """Waits until what was launched is done."""
 
     def times(self, runs: Mapping[str, Run], is_round: bool = False) -> tuple[dict[str, list[float]], int]:
-        """Seconds of one call, for each round and each run; and the calls of a round."""
+        """Seconds of one call, for each round and each run; and the calls of a round of the first."""
         return self.host_times(runs, is_round)
 
-    def host_times(self, runs: Mapping[str, Run], is_round: bool = False) -> tuple[dict[str, list[float]], int]:
-        """As times(), by the host's clock; the device's queue is emptied between rounds, outside of what is timed."""
-        num_calls = 1 if is_round else self._calibrate(next(iter(runs.values())))
+    def host_times(
+        self, runs: Mapping[str, Run], is_round: bool = False
+    ) -> tuple[dict[str, list[float]], int]:
+        """As times(), by the host's clock; the device's queue is emptied between rounds, untimed."""
+        num_calls = {name: 1 if is_round else self._calibrate(run) for name, run in runs.items()}
         times: dict[str, list[float]] = {name: [] for name in runs}
         enabled = gc.isenabled()
         gc.disable()
@@ -135,7 +140,13 @@ class Timer:
             min_rounds = 3 if self.quick else 5
             while True:
                 for name, run in runs.items():
-                    times[name].append(cast(float, run()) if is_round else _loop(run, num_calls))
+                    if is_round:
+                        times[name].append(cast(float, run()))
+                        continue
+                    if len(runs) > 1:
+                        time.sleep(_REST_S)
+                        run()
+                    times[name].append(_loop(run, num_calls[name]))
                     self.settle()
                 spent = time.perf_counter() - start
                 rounds = len(next(iter(times.values())))
@@ -147,13 +158,13 @@ class Timer:
         finally:
             if enabled:
                 gc.enable()
-        return times, num_calls
+        return times, next(iter(num_calls.values()))
 
     def _calibrate(self, run: Run) -> int:
-        """Calls that make a round of about a millisecond or more, at most 1/20 of the time to spend."""
+        """Calls that make a round of about a millisecond: long for the clock, short for the scheduler."""
         run()
         self.settle()
-        wanted = max(0.001, min(0.01, self.min_time / 20))
+        wanted = 0.001
         num_calls = 1
         while num_calls < 1 << 20:
             spent = _loop(run, num_calls) * num_calls
@@ -196,13 +207,19 @@ def measure(family: str, case: Case, context: Context, ceilings: Mapping[str, fl
     ours = times.pop("quire")
     us = center(ours) * scale
     seconds = us * 1e-6 * case.num_items
-    speedups = {
-        name: statistics.median(theirs / own for theirs, own in zip(peer, ours) if own > 0) for name, peer in times.items()
-    }
+    speedups = {name: center(peer) / center(ours) for name, peer in times.items() if center(ours) > 0}
     gb_per_s = case.num_bytes / seconds / 1e9 if case.num_bytes else None
     tflop_per_s = case.num_flops / seconds / 1e12 if case.num_flops else None
-    ceiling = case.bound if case.bound in ceilings else "copy" if case.bound == "read" and "copy" in ceilings else ""
+    ceiling = (
+        case.bound
+        if case.bound in ceilings
+        else "copy"
+        if case.bound == "read" and "copy" in ceilings
+        else ""
+    )
     achieved = tflop_per_s if case.bound == "matmul" else gb_per_s
+    if case.bound != "matmul" and not context.is_cuda and case.num_bytes < _BEYOND_CACHES:
+        ceiling = ""  # what stays in the caches is not held to the memory's bandwidth
     percent = 100.0 * achieved / ceilings[ceiling] if ceiling and achieved is not None else None
     met: bool | None = None
     if case.target is not None:
@@ -238,5 +255,3 @@ def make_timer(arrays: Arrays, min_time: float, quick: bool) -> Timer:
     from quire.bench.cuda_timer import CudaTimer
 
     return CudaTimer(arrays, min_time, quick)
-
-

@@ -57,7 +57,9 @@ def _write_kv(context: Context, tokens: int, cache_dtype: str) -> Work:
     shape = (num_blocks, _BLOCK_SIZE, _NUM_KV_HEADS, _HEAD_DIM)
     k_cache, v_cache = (arrays.empty(shape, cache_dtype) for _ in range(2))
     slot_mapping = arrays.put(slots)
-    peers = peers_of(context, "write_kv", k=k, v=v, k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping)
+    peers = peers_of(
+        context, "write_kv", k=k, v=v, k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping
+    )
     return Work(lambda: quire.write_kv(k, v, k_cache, v_cache, slot_mapping), peers)
 
 
@@ -69,7 +71,13 @@ def _gather_kv(context: Context, tokens: int, cache_dtype: str) -> Work:
     k_cache, v_cache = (arrays.random(shape, cache_dtype) for _ in range(2))
     slot_mapping = arrays.put(slots)
     peers = peers_of(
-        context, "gather_kv", out_k=out[0], out_v=out[1], k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping
+        context,
+        "gather_kv",
+        out_k=out[0],
+        out_v=out[1],
+        k_cache=k_cache,
+        v_cache=v_cache,
+        slot_mapping=slot_mapping,
     )
     return Work(lambda: quire.gather_kv(k_cache, v_cache, slot_mapping, out=(out[0], out[1])), peers)
 

@@ -1,21 +1,25 @@
-"""Callables over other libraries, timed beside ours: torch, FlashInfer, vLLM, FlashAttention-3, and those of a file of the user's.
+"""Other libraries, timed beside ours: torch, FlashInfer, vLLM, FlashAttention-3, and those of a user's file.
 
-A peer is a factory for an op. It takes the op's tensors as torch tensors by keyword, and returns a callable without arguments;
-where it does not apply (library absent, dtype or shape not supported) it raises anything, and is left out with that reason.
+A peer is a factory for an op. It takes the op's tensors as torch tensors by keyword, and returns a callable
+without arguments. Where it cannot (library absent, dtype or shape not supported) it raises anything, and is
+left out with that reason.
 
 The environment variable QUIRE_BENCH_PEERS names a Python file with more of them::
 
     def register(add):
-        add("rms_norm", "mine", lambda *, out, x, weight, eps: lambda: my_library.rms_norm(out, x, weight, eps))
+        add("rms_norm", "mine", lambda *, out, x, weight, eps: lambda: mine.rms_norm(out, x, weight, eps))
 
 Ops and their keywords (shapes as in quire's functions of the same name):
 
-- rms_norm: out, x, weight, eps. fused_add_rms_norm: x, residual, weight, eps (in place). layer_norm: out, x, weight, bias, eps
+- rms_norm: out, x, weight, eps. layer_norm: out, x, weight, bias, eps
+- fused_add_rms_norm: x, residual, weight, eps (in place)
 - silu_and_mul, gelu_tanh_and_mul: out, x
 - rotary_embedding: positions, q, k, cos_sin_cache (in place, style neox)
-- write_kv: k, v, k_cache, v_cache, slot_mapping. gather_kv: out_k, out_v, k_cache, v_cache, slot_mapping
+- write_kv: k, v, k_cache, v_cache, slot_mapping
+- gather_kv: out_k, out_v, k_cache, v_cache, slot_mapping
 - paged_attention_decode: out, q, k_cache, v_cache, block_tables, seq_lens, max_seq_len
-- attention_prefill: out, q, k, v ``[batch * length, heads, head_dim]``, query_start_loc, batch, length, causal
+- attention_prefill: out, q, k, v ``[batch * length, heads, head_dim]``, query_start_loc, batch, length,
+  causal
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -32,9 +36,14 @@ from quire.bench import BenchError
 from quire.bench.arrays import available
 from quire.bench.harness import Context, Run
 
-__all__ = ["load_file", "peers_of"]
+__all__ = ["NotApplicable", "load_file", "peers_of"]
 
 Factory = Callable[..., Run]
+
+
+class NotApplicable(Exception):
+    """A peer cannot do the case; it is left out without a word."""
+
 
 _registered: dict[str, dict[str, Factory]] = {}
 
@@ -57,7 +66,9 @@ def load_file(path: str) -> None:
         raise BenchError(f"QUIRE_BENCH_PEERS: {path}: {type(error).__name__}: {error}") from None
 
 
-def peers_of(context: Context, op: str, *, only_cpu: dict[str, Run] | None = None, **arguments: Array) -> dict[str, Run]:
+def peers_of(
+    context: Context, op: str, *, only_cpu: dict[str, Run] | None = None, **arguments: Array
+) -> dict[str, Run]:
     """The callables of the peers that apply.
 
     Args:
@@ -86,6 +97,8 @@ def peers_of(context: Context, op: str, *, only_cpu: dict[str, Run] | None = Non
     for name, factory in factories.items():
         try:
             runs[name] = factory(**tensors)
+        except NotApplicable:
+            continue
         except Exception as error:
             text = " ".join(str(error).split())[:200]
             context.skipped_peers[f"{op}: {name}"] = f"{type(error).__name__}: {text}"
@@ -94,10 +107,10 @@ def peers_of(context: Context, op: str, *, only_cpu: dict[str, Run] | None = Non
 
 def _need_cuda(x: Any, library: str) -> None:
     if not x.is_cuda:
-        raise ValueError(f"{library} is for CUDA")
+        raise NotApplicable(f"{library} is for CUDA")
 
 
-# ---- torch ------------------------------------------------------------------------------------------------------------------
+# ---- torch -------------------------------------------------------------------------------------
 
 
 def _torch_rms_norm(*, out: Any, x: Any, weight: Any, eps: float) -> Run:
@@ -153,7 +166,7 @@ def _torch_rotary_embedding(*, positions: Any, q: Any, k: Any, cos_sin_cache: An
 
 def _torch_write_kv(*, k: Any, v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any) -> Run:
     if k_cache.dtype != k.dtype:
-        raise ValueError("a cache of another dtype")
+        raise NotApplicable("a cache of another dtype")
     flat_k, flat_v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
 
     def run() -> object:
@@ -167,7 +180,7 @@ def _torch_gather_kv(*, out_k: Any, out_v: Any, k_cache: Any, v_cache: Any, slot
     import torch
 
     if k_cache.dtype != out_k.dtype:
-        raise ValueError("a cache of another dtype")
+        raise NotApplicable("a cache of another dtype")
     flat_k, flat_v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
 
     def run() -> object:
@@ -184,7 +197,7 @@ def _torch_decode(
     from torch.nn.functional import scaled_dot_product_attention
 
     if k_cache.dtype != q.dtype:
-        raise ValueError("a cache of another dtype")
+        raise NotApplicable("a cache of another dtype")
 
     def contiguous(cache: Any) -> Any:
         rows = cache[block_tables.long()].flatten(1, 2)[:, :max_seq_len]
@@ -203,7 +216,7 @@ def _torch_prefill(
     return lambda: scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
 
 
-# ---- FlashInfer -------------------------------------------------------------------------------------------------------------
+# ---- FlashInfer --------------------------------------------------------------------------------
 
 
 def _flashinfer_rms_norm(*, out: Any, x: Any, weight: Any, eps: float) -> Run:
@@ -262,11 +275,19 @@ def _xqa_decode(
     workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=q.device)
     scale = q.shape[-1] ** -0.5
     return lambda: xqa_batch_decode_with_kv_cache(
-        q, (k_cache, v_cache), workspace, block_tables, seq_lens, max_seq_len, bmm1_scale=scale, bmm2_scale=1.0, kv_layout="NHD"
+        q,
+        (k_cache, v_cache),
+        workspace,
+        block_tables,
+        seq_lens,
+        max_seq_len,
+        bmm1_scale=scale,
+        bmm2_scale=1.0,
+        kv_layout="NHD",
     )
 
 
-# ---- vLLM -------------------------------------------------------------------------------------------------------------------
+# ---- vLLM --------------------------------------------------------------------------------------
 
 
 def _vllm_ops(x: Any) -> Any:
@@ -311,7 +332,7 @@ def _vllm_write_kv(*, k: Any, v: Any, k_cache: Any, v_cache: Any, slot_mapping: 
     if k_cache.dtype == k.dtype:
         return lambda: op(k, v, k_cache, v_cache, slot_mapping, "auto", one, one)
     if k_cache.dtype != torch.float8_e4m3fn:
-        raise ValueError(f"a cache of {k_cache.dtype}")
+        raise NotApplicable(f"a cache of {k_cache.dtype}")
     bytes_k, bytes_v = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     return lambda: op(k, v, bytes_k, bytes_v, slot_mapping, "fp8", one, one)
 
@@ -328,24 +349,42 @@ def _vllm_decode(version: int) -> Factory:
         is_fp8 = k_cache.dtype == torch.float8_e4m3fn
         raw_k, raw_v = (x.view(torch.uint8) if is_fp8 else x for x in (k_cache, v_cache))
         group = 16 // raw_k.element_size()
-        # Its own layout of the same contents: [blocks, kv_heads, head_dim / group, block_size, group] and [.., head_dim, block_size].
-        keys = raw_k.view(num_blocks, block_size, num_kv_heads, head_dim // group, group).permute(0, 2, 3, 1, 4).contiguous()
+        # Its own layout: [blocks, kv_heads, head_dim / group, block_size, group], [.., head_dim, block_size].
+        keys = (
+            raw_k.view(num_blocks, block_size, num_kv_heads, head_dim // group, group)
+            .permute(0, 2, 3, 1, 4)
+            .contiguous()
+        )
         values = raw_v.permute(0, 2, 3, 1).contiguous()
         one, mode = torch.ones((), device=q.device), "fp8" if is_fp8 else "auto"
-        common = (q, keys, values, num_kv_heads, head_dim**-0.5, block_tables, seq_lens, block_size, max_seq_len, None)
+        common = (
+            q,
+            keys,
+            values,
+            num_kv_heads,
+            head_dim**-0.5,
+            block_tables,
+            seq_lens,
+            block_size,
+            max_seq_len,
+            None,
+        )
         tail = (mode, one, one, 0, 0, 0, 64, 0)
         result = torch.empty_like(q)
         if version == 1:
             return lambda: ops.paged_attention_v1(result, *common, *tail)
         parts = -(-max_seq_len // 512)
         sums = torch.empty(batch, num_heads, parts, device=q.device)
-        maxima, partial = torch.empty_like(sums), torch.empty(batch, num_heads, parts, head_dim, device=q.device, dtype=q.dtype)
+        maxima, partial = (
+            torch.empty_like(sums),
+            torch.empty(batch, num_heads, parts, head_dim, device=q.device, dtype=q.dtype),
+        )
         return lambda: ops.paged_attention_v2(result, sums, maxima, partial, *common, *tail)
 
     return factory
 
 
-# ---- FlashAttention-3 -------------------------------------------------------------------------------------------------------
+# ---- FlashAttention-3 --------------------------------------------------------------------------
 
 
 def _fa3_decode(
@@ -355,7 +394,9 @@ def _fa3_decode(
     from flash_attn_interface import flash_attn_with_kvcache
 
     query = q.unsqueeze(1)
-    return lambda: flash_attn_with_kvcache(query, k_cache, v_cache, cache_seqlens=seq_lens, page_table=block_tables, causal=True)
+    return lambda: flash_attn_with_kvcache(
+        query, k_cache, v_cache, cache_seqlens=seq_lens, page_table=block_tables, causal=True
+    )
 
 
 def _fa3_prefill(
@@ -364,7 +405,9 @@ def _fa3_prefill(
     _need_cuda(q, "FlashAttention-3")
     from flash_attn_interface import flash_attn_varlen_func
 
-    return lambda: flash_attn_varlen_func(q, k, v, query_start_loc, query_start_loc, length, length, causal=causal)
+    return lambda: flash_attn_varlen_func(
+        q, k, v, query_start_loc, query_start_loc, length, length, causal=causal
+    )
 
 
 _BUILT_IN: dict[str, dict[str, Factory]] = {
@@ -375,7 +418,11 @@ _BUILT_IN: dict[str, dict[str, Factory]] = {
         "vLLM": _vllm_fused_add_rms_norm,
     },
     "layer_norm": {"torch": _torch_layer_norm},
-    "silu_and_mul": {"torch": _torch_silu_and_mul, "FlashInfer": _flashinfer_silu_and_mul, "vLLM": _vllm_silu_and_mul},
+    "silu_and_mul": {
+        "torch": _torch_silu_and_mul,
+        "FlashInfer": _flashinfer_silu_and_mul,
+        "vLLM": _vllm_silu_and_mul,
+    },
     "gelu_tanh_and_mul": {"torch": _torch_gelu_tanh_and_mul, "vLLM": _vllm_gelu_tanh_and_mul},
     "rotary_embedding": {"torch": _torch_rotary_embedding, "vLLM": _vllm_rotary_embedding},
     "write_kv": {"torch": _torch_write_kv, "vLLM": _vllm_write_kv},

@@ -52,17 +52,23 @@ class Report:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         columns = ["family", "case", "device", "implementation", "us", "median_us", "gb_per_s", "tflop_per_s"]
-        writer.writerow([*columns, "percent_of_ceiling", "ceiling", "speedup_of_quire", "target", "target_met", "error"])
+        writer.writerow(
+            [*columns, "percent_of_ceiling", "ceiling", "speedup_of_quire", "target", "target_met", "error"]
+        )
         device = self.settings.get("device", "")
         for r in self.results:
             median = r.sample.median_us if r.sample else None
             rates = [r.gb_per_s, r.tflop_per_s, r.percent_of_ceiling]
             cells = [_csv_number(value) for value in (r.us, median, *rates)]
             met = "" if r.target_met is None else str(r.target_met).lower()
-            writer.writerow([r.family, r.name, device, "quire", *cells, r.ceiling, "", r.target, met, r.error])
+            writer.writerow(
+                [r.family, r.name, device, "quire", *cells, r.ceiling, "", r.target, met, r.error]
+            )
             for name, us in r.peers.items():
                 speedup = _csv_number(r.speedups.get(name))
-                writer.writerow([r.family, r.name, device, name, _csv_number(us), "", "", "", "", "", speedup, "", "", ""])
+                writer.writerow(
+                    [r.family, r.name, device, name, _csv_number(us), "", "", "", "", "", speedup, "", "", ""]
+                )
         return text.getvalue()
 
     def _markdown(self) -> str:
@@ -72,7 +78,9 @@ class Report:
             unit = "TFLOP/s" if name == "matmul" else "GB/s"
             lines.append(f"- ceiling, {name}: {_number(rate)} {unit} ({self.ceilings_how.get(name, '')})")
         if self.floor_us is not None:
-            lines.append(f"- a kernel that does nothing takes {_number(self.floor_us)} µs by this timer; every figure holds it")
+            lines.append(
+                f"- a kernel that does nothing: {_number(self.floor_us)} µs by this timer, in every figure"
+            )
         lines.append(f"- {self.settings['method']}")
         for family, results in self.families().items():
             lines += ["", f"## {family}", "", FAMILIES.get(family, ""), "", *_table(results)]
@@ -80,7 +88,12 @@ class Report:
         if errors:
             lines += ["", "## Failed", "", *(f"- {result.name}: {result.error}" for result in errors)]
         if self.skipped_peers:
-            lines += ["", "## Peers left out", "", *(f"- {name}: {why}" for name, why in sorted(self.skipped_peers.items()))]
+            lines += [
+                "",
+                "## Peers left out",
+                "",
+                *(f"- {name}: {why}" for name, why in sorted(self.skipped_peers.items())),
+            ]
         return "\n".join(lines) + "\n"
 
 
@@ -122,22 +135,28 @@ def _table(results: Sequence[Result]) -> list[str]:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))]
+        padded = [
+            cells[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:])),
+        ]
         return f"| {' | '.join(padded)} |"
 
-    rule = "|-" + "-|-".join("-" * (width - (i > 0)) + ":" * (i > 0) for i, width in enumerate(widths)) + "-|"
+    rule = (
+        "|" + "|".join("-" * (width + 1) + ("-" if i == 0 else ":") for i, width in enumerate(widths)) + "|"
+    )
     return [line(header), rule, *(line(row) for row in rows)]
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draws each family's times, ours beside the peers', on a logarithmic axis. Raises BenchError without matplotlib."""
+    """Draws each family's times, ours beside the peers', on a log axis. BenchError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise BenchError(f"--plot needs matplotlib (pip install matplotlib): {error}") from None
     families = {
-        name: [result for result in results if result.us is not None] for name, results in report.families().items()
+        name: [result for result in results if result.us is not None]
+        for name, results in report.families().items()
     }
     families = {name: results for name, results in families.items() if results}
     if not families:
@@ -145,19 +164,34 @@ def plot(report: Report, path: Path) -> None:
     heights = [len(results) * 0.28 + 0.9 for results in families.values()]
     figure = Figure(figsize=(11, sum(heights) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(" · ".join(value for key, value in report.machine.items() if key in ("quire", "CPU", "GPU", "date")), fontsize=9)
+    figure.suptitle(
+        " · ".join(value for key, value in report.machine.items() if key in ("quire", "CPU", "GPU", "date")),
+        fontsize=9,
+    )
     axes = figure.subplots(len(families), 1, squeeze=False, height_ratios=heights)[:, 0]
+    implementations = _unique(["quire", *(name for result in report.results for name in result.peers)])
     for axis, (family, results) in zip(axes, families.items()):
         places = range(len(results))
-        implementations = _unique(["quire", *(name for result in results for name in result.peers)])
-        for name, marker in zip(implementations, "osD^v<>Ph*X" * 2):
+        here = {"quire", *(name for result in results for name in result.peers)}
+        for number, name in enumerate(implementations):
+            if name not in here:
+                continue
+            marker = "osD^v<>PhX"[number % 10]
             points = [
                 (us, place)
                 for place, result in zip(places, results)
                 if (us := result.us if name == "quire" else result.peers.get(name)) is not None
             ]
             x, y = [point[0] for point in points], [point[1] for point in points]
-            axis.plot(x, y, marker, label=name, markersize=6 if name == "quire" else 5, alpha=1.0 if name == "quire" else 0.7)
+            axis.plot(
+                x,
+                y,
+                marker,
+                color=f"C{number % 10}",
+                label=name,
+                markersize=6 if name == "quire" else 5,
+                alpha=1.0 if name == "quire" else 0.7,
+            )
         axis.set_xscale("log")
         axis.set_yticks(list(places), [result.name for result in results], fontsize=7)
         axis.invert_yaxis()
