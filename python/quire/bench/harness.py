@@ -32,6 +32,7 @@ class Target:
     peer: str = "torch"
 
     def __str__(self) -> str:
+        """As the tables say it."""
         if self.max_us is not None:
             return f"<= {self.max_us:g} µs"
         return f">= {self.min_speedup:g}x {self.peer}"
