@@ -3,8 +3,8 @@
 SPDX-License-Identifier: Apache-2.0
 """
 
-# Only the standard library is imported here. Whatever can hang, raise or crash (the extension, the driver, the
-# frameworks) is tried in a child process with a deadline, so that the report is always complete.
+# Only the standard library is imported here. Whatever can hang, raise or crash (the extension, the driver,
+# the frameworks) is tried in a child process with a deadline, so that the report is always complete.
 
 from __future__ import annotations
 

@@ -25,9 +25,14 @@ def cases(context: Context) -> Iterator[Case]:
     for length, columns in [(500, 64)] if context.quick else [(500, 64), (1500, 128), (3500, 256)]:
         yield Case(
             name=f"grow {num_seqs} sequences of {length} by one token, fill four arrays ({columns} columns)",
-            prepare=partial(_decode_step, num_seqs, length, columns),
+            prepare=partial(_decode_step, num_seqs, length, columns, "grow"),
             target=Target(max_us=25.0),
             op="grow_and_write_batch",
+        )
+        yield Case(
+            name=f"commit and append one token to {num_seqs} sequences of {length}",
+            prepare=partial(_decode_step, num_seqs, length, columns, "commit"),
+            op="commit_batch",
         )
     yield Case(
         name="allocate(64) + free, for each block",
@@ -57,7 +62,7 @@ def cases(context: Context) -> Iterator[Case]:
     )
 
 
-def _decode_step(num_seqs: int, length: int, columns: int) -> Work:
+def _decode_step(num_seqs: int, length: int, columns: int, part: str) -> Work:
     allocator = quire.BlockAllocator(num_seqs * (columns + 1), _BLOCK_SIZE)
     ids = np.arange(1000, 1000 + num_seqs, dtype=np.int64)
     for seq_id in ids.tolist():
@@ -79,17 +84,19 @@ def _decode_step(num_seqs: int, length: int, columns: int) -> Work:
             for seq_id in ids.tolist():
                 allocator.truncate(seq_id, length)
             current = length
-        spent = 0.0
+        grown = committed = 0.0
         for _ in range(_BLOCK_SIZE):
             start = clock()
             allocator.grow_and_write_batch(
                 ids, ones, block_tables=tables, slot_mapping=slots, seq_lens=seq_lens, query_start_loc=starts
             )
-            spent += clock() - start
+            middle = clock()
             allocator.commit_batch(ids, ones)
             allocator.append_token_batch(ids, tokens)
+            committed += clock() - middle
+            grown += middle - start
         current += _BLOCK_SIZE
-        return spent / _BLOCK_SIZE
+        return (grown if part == "grow" else committed) / _BLOCK_SIZE
 
     return Work(sixteen_steps, is_round=True)
 
