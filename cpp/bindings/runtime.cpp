@@ -33,6 +33,7 @@ void bind_runtime(nb::module_& m) {
   m.def("has_cuda", &has_cuda, "True if this build contains CUDA kernels.");
   m.def("num_cuda_devices", &num_cuda_devices, "CUDA devices that the driver shows; 0 without one. Never raises.");
   m.def("cuda_architectures", &cuda_architectures, "Architectures of the CUDA kernels; empty in a CPU-only build.");
+  m.def("cuda_runtime_version", &cuda_runtime_version, "The CUDA runtime of this build, 1000 * major + 10 * minor; 0 in a CPU-only build.");
   m.def("cpu_isa", &cpu_isa, "The instruction set that the CPU kernels use.");
   m.def("set_num_threads", [](nb::handle n) {
     const std::int64_t count = to_int("set_num_threads", "num_threads", n);

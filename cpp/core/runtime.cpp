@@ -152,6 +152,7 @@ ScopedDevice::~ScopedDevice() {
 #ifndef QUIRE_HAS_CUDA
 int num_cuda_devices() { return 0; }
 std::string cuda_architectures() { return {}; }
+int cuda_runtime_version() { return 0; }
 #endif
 
 }  // namespace quire

@@ -265,4 +265,6 @@ int num_cuda_devices() {
 
 std::string cuda_architectures() { return QUIRE_CUDA_ARCHITECTURES; }
 
+int cuda_runtime_version() { return CUDART_VERSION; }
+
 }  // namespace quire

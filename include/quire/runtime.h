@@ -24,6 +24,9 @@ QUIRE_API int num_cuda_devices();
 /// The architectures that the CUDA kernels were compiled for, as CMake spells them; empty in a CPU-only build.
 QUIRE_API std::string cuda_architectures();
 
+/// The CUDA runtime that the library was built with, as 1000 * major + 10 * minor; 0 in a CPU-only build.
+QUIRE_API int cuda_runtime_version();
+
 /// The instruction set that the CPU kernels use on this machine: "scalar", "avx2", "avx512" or "avx512_amx".
 /// The environment variable QUIRE_CPU_ISA lowers it.
 QUIRE_API std::string cpu_isa();

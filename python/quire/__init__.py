@@ -3,42 +3,52 @@
 SPDX-License-Identifier: Apache-2.0
 """
 
-from quire._core import (
-    CudaError,
-    Tensor,
-    UnsupportedError,
-    check_errors,
-    cpu_isa,
-    cuda_architectures,
-    empty,
-    has_cuda,
-    num_cuda_devices,
-    num_threads,
-    set_num_threads,
-)
-from quire._core import version as _version
-from quire.activation import (
-    gelu_and_mul,
-    gelu_fast,
-    gelu_new,
-    gelu_quick,
-    gelu_tanh_and_mul,
-    relu_squared,
-    silu_and_mul,
-)
-from quire.attention import (
-    attention,
-    attention_workspace_size,
-    merge_attention,
-    paged_attention,
-    paged_attention_workspace_size,
-)
-from quire.block_allocator import BlockAllocator, OutOfBlocksError
-from quire.kv_cache import KVCache, copy_blocks, gather_kv, swap_blocks, write_kv
-from quire.norm import fused_add_rms_norm, layer_norm, rms_norm
-from quire.position_encoding import rope_cache, rotary_embedding
+import os
+import sys
 
-__version__ = _version()
+
+def _is_doctor() -> bool:
+    """Whether this is `quire doctor`, which must run, and say why, also where nothing below can be loaded."""
+    return sys.argv[1:2] == ["doctor"] and (sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "quire")
+
+
+if not _is_doctor():
+    from quire._core import (
+        CudaError,
+        Tensor,
+        UnsupportedError,
+        check_errors,
+        cpu_isa,
+        cuda_architectures,
+        empty,
+        has_cuda,
+        num_cuda_devices,
+        num_threads,
+        set_num_threads,
+    )
+    from quire._core import version as _version
+    from quire.activation import (
+        gelu_and_mul,
+        gelu_fast,
+        gelu_new,
+        gelu_quick,
+        gelu_tanh_and_mul,
+        relu_squared,
+        silu_and_mul,
+    )
+    from quire.attention import (
+        attention,
+        attention_workspace_size,
+        merge_attention,
+        paged_attention,
+        paged_attention_workspace_size,
+    )
+    from quire.block_allocator import BlockAllocator, OutOfBlocksError
+    from quire.kv_cache import KVCache, copy_blocks, gather_kv, swap_blocks, write_kv
+    from quire.norm import fused_add_rms_norm, layer_norm, rms_norm
+    from quire.position_encoding import rope_cache, rotary_embedding
+
+    __version__ = _version()
 
 __all__ = [
     "BlockAllocator",

@@ -1,4 +1,4 @@
-"""Times of the block allocator's calls from Python, single thread.
+"""Benchmarks of the block allocator, single thread, through its Python bindings.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -6,104 +6,121 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
-from quire.block_allocator import BlockAllocator
+
+import quire
+from quire.bench.harness import Case, Context, Target, Work
 
 __all__ = ["cases"]
 
-Result = tuple[str, float, str]
+_BLOCK_SIZE = 16
 
 
-def _seconds_per_call(call: Callable[[], object], num_calls: int, num_rounds: int = 9) -> float:
-    best = float("inf")
-    for _ in range(num_rounds):
-        start = time.perf_counter()
-        for _ in range(num_calls):
-            call()
-        best = min(best, time.perf_counter() - start)
-    return best / num_calls
+def cases(context: Context) -> Iterator[Case]:
+    """The work of one decode step, raw blocks, and the prefix cache. All on the host, whatever the device."""
+    num_seqs = 256
+    for length, columns in [(500, 64)] if context.quick else [(500, 64), (1500, 128), (3500, 256)]:
+        yield Case(
+            name=f"grow {num_seqs} sequences of {length} by one token, fill four arrays ({columns} columns)",
+            prepare=partial(_decode_step, num_seqs, length, columns, "grow"),
+            target=Target(max_us=25.0),
+            op="grow_and_write_batch",
+        )
+        yield Case(
+            name=f"commit and append one token to {num_seqs} sequences of {length}",
+            prepare=partial(_decode_step, num_seqs, length, columns, "commit"),
+            op="commit_batch",
+        )
+    yield Case(
+        name="allocate(64) + free, for each block",
+        prepare=partial(_allocate_free, 64),
+        target=Target(max_us=0.1),
+        num_items=64,
+        op="allocate",
+    )
+    yield Case(
+        name="allocate(1) + free, two calls from Python", prepare=partial(_allocate_free, 1), op="allocate"
+    )
+    yield Case(
+        name="hash_blocks of 4096 tokens, block size 16",
+        prepare=_hash_blocks,
+        target=Target(max_us=60.0),
+        op="hash_blocks",
+    )
+    yield Case(
+        name="add_sequence + free_sequence of 4096 tokens, all cached",
+        prepare=partial(_add_free, None),
+        op="add_sequence",
+    )
+    yield Case(
+        name="add_sequence + free_sequence of 4096 tokens, none cached",
+        prepare=partial(_add_free, "other"),
+        op="add_sequence",
+    )
 
 
-def allocate_and_free() -> Result:
-    """One block, taken and given back."""
-    a = BlockAllocator(65536)
+def _decode_step(num_seqs: int, length: int, columns: int, part: str) -> Work:
+    allocator = quire.BlockAllocator(num_seqs * (columns + 1), _BLOCK_SIZE)
+    ids = np.arange(1000, 1000 + num_seqs, dtype=np.int64)
+    for seq_id in ids.tolist():
+        # Different contents, so that nothing is shared.
+        allocator.add_sequence(seq_id, np.full(length, seq_id, np.int32))
+        allocator.grow(seq_id, length)
+        allocator.commit(seq_id, length)
+    ones, tokens = np.ones(num_seqs, np.int64), np.full(num_seqs, 5, np.int32)
+    tables = np.zeros((num_seqs, columns), np.int32)
+    slots = np.zeros(num_seqs, np.int64)
+    seq_lens, starts = np.zeros(num_seqs, np.int32), np.zeros(num_seqs + 1, np.int32)
+    clock = time.perf_counter
+    current = length
 
-    def call() -> None:
-        a.free(a.allocate(1))
-
-    seconds = _seconds_per_call(call, 20000)
-    return "allocate + free of one block", seconds, f"{1e-6 / seconds:.2f} M/s"
-
-
-def hash_prompt() -> Result:
-    """The hashes of a prompt of 4096 tokens in blocks of 16, and their conversion to ints."""
-    a = BlockAllocator(1024)
-    prompt = np.arange(4096, dtype=np.int32)
-    seconds = _seconds_per_call(lambda: a.hash_blocks(prompt), 200)
-    return "hash_blocks, 4096 tokens", seconds, f"{4096e-6 / seconds:.0f} M tokens/s"
-
-
-def prefix_hit() -> Result:
-    """A prompt of 4096 tokens that is cached already: looked up, compared, taken over, given back."""
-    a = BlockAllocator(1024)
-    prompt = np.arange(4096, dtype=np.int32)
-    a.add_sequence(1, prompt)
-    a.grow(1, 4096)
-    a.commit(1, 4096)
-
-    def call() -> None:
-        a.add_sequence(2, prompt)
-        a.free_sequence(2)
-
-    seconds = _seconds_per_call(call, 200)
-    return "add_sequence + free_sequence, 4096 cached tokens", seconds, f"{4096e-6 / seconds:.0f} M tokens/s"
-
-
-def decode_step(num_seqs: int = 256, seq_len: int = 1500, max_blocks: int = 128) -> list[Result]:
-    """Growing every sequence by one token and filling the four arrays; then committing and appending."""
-    a = BlockAllocator(num_seqs * (max_blocks + 1))
-    for seq_id in range(num_seqs):
-        a.add_sequence(seq_id, np.full(seq_len, seq_id, np.int32))
-        a.grow(seq_id, seq_len)
-        a.commit(seq_id, seq_len)
-    ids = np.arange(num_seqs)
-    ones = np.ones(num_seqs, np.int64)
-    tokens = np.zeros(num_seqs, np.int32)
-    arrays = {
-        "block_tables": np.empty((num_seqs, max_blocks), np.int32),
-        "slot_mapping": np.empty(num_seqs, np.int64),
-        "seq_lens": np.empty(num_seqs, np.int32),
-        "query_start_loc": np.empty(num_seqs + 1, np.int32),
-    }
-    block_size = a.block_size
-    grow = rest = float("inf")
-    for _ in range(min(20, (max_blocks * block_size - seq_len) // block_size)):
-        grown = finished = 0.0
-        for _ in range(block_size):  # every sequence takes one block in these
-            start = time.perf_counter()
-            a.grow_and_write_batch(ids, ones, **arrays)
-            middle = time.perf_counter()
-            a.commit_batch(ids, ones)
-            a.append_token_batch(ids, tokens)
-            finished += time.perf_counter() - middle
+    def sixteen_steps() -> float:
+        """Seconds of a step; in sixteen of them each sequence takes one new block."""
+        nonlocal current
+        if current + _BLOCK_SIZE > columns * _BLOCK_SIZE:
+            for seq_id in ids.tolist():
+                allocator.truncate(seq_id, length)
+            current = length
+        grown = committed = 0.0
+        for _ in range(_BLOCK_SIZE):
+            start = clock()
+            allocator.grow_and_write_batch(
+                ids, ones, block_tables=tables, slot_mapping=slots, seq_lens=seq_lens, query_start_loc=starts
+            )
+            middle = clock()
+            allocator.commit_batch(ids, ones)
+            allocator.append_token_batch(ids, tokens)
+            committed += clock() - middle
             grown += middle - start
-        grow, rest = min(grow, grown / block_size), min(rest, finished / block_size)
-    what = f"{num_seqs} sequences of {seq_len} tokens, {max_blocks} columns"
-    return [
-        (f"grow_and_write_batch, {what}", grow, f"{grow / num_seqs * 1e9:.0f} ns per sequence"),
-        (f"commit_batch + append_token_batch, {what}", rest, f"{rest / num_seqs * 1e9:.0f} ns per sequence"),
-    ]
+        current += _BLOCK_SIZE
+        return (grown if part == "grow" else committed) / _BLOCK_SIZE
+
+    return Work(sixteen_steps, is_round=True)
 
 
-def cases() -> list[Callable[[], Result | list[Result]]]:
-    """The benchmarks; each returns (name, seconds per call, figure), or a list of them."""
-    return [allocate_and_free, hash_prompt, prefix_hit, decode_step]
+def _allocate_free(count: int) -> Work:
+    allocator = quire.BlockAllocator(65536, _BLOCK_SIZE)
+    return Work(lambda: allocator.free(allocator.allocate(count)))
 
 
-if __name__ == "__main__":
-    for case in cases():
-        outcome = case()
-        for name, seconds, figure in outcome if isinstance(outcome, list) else [outcome]:
-            print(f"{name:80} {seconds * 1e6:9.2f} us  {figure}")
+def _hash_blocks() -> Work:
+    allocator = quire.BlockAllocator(65536, _BLOCK_SIZE)
+    prompt = np.arange(4096, dtype=np.int32)
+    return Work(partial(allocator.hash_blocks, prompt))
+
+
+def _add_free(salt: str | None) -> Work:
+    allocator = quire.BlockAllocator(65536, _BLOCK_SIZE)
+    prompt = np.arange(4096, dtype=np.int32)
+    allocator.add_sequence(1, prompt)
+    allocator.grow(1, 4096)
+    allocator.commit(1, 4096)
+
+    def run() -> None:
+        allocator.add_sequence(2, prompt, salt=salt)
+        allocator.free_sequence(2)
+
+    return Work(run)

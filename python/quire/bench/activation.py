@@ -1,0 +1,55 @@
+"""Benchmarks of the gated activations.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import quire
+from quire.bench.harness import Case, Context, Target, Work
+from quire.bench.peers import peers_of
+
+__all__ = ["cases"]
+
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def cases(context: Context) -> Iterator[Case]:
+    """T tokens, I numbers of output each."""
+    if context.quick:
+        grid = [(16, 512)]
+    elif context.is_cuda:
+        grid = [(1, 14336), (64, 14336), (4096, 14336), (16384, 14336)]
+    else:
+        grid = [(1, 14336), (64, 14336), (1024, 14336)]
+    for op in ("silu_and_mul", "gelu_tanh_and_mul"):
+        for dtype in ("bfloat16",) if context.is_cuda else ("bfloat16", "float32"):
+            for tokens, width in grid:
+                held = op == "silu_and_mul" and not context.is_cuda and not context.quick and tokens > 1
+                yield Case(
+                    name=f"{op} T{tokens} I{width} {dtype}",
+                    prepare=partial(_prepare, context, op, (tokens, width), dtype),
+                    num_bytes=_ITEM_BYTES[dtype] * 3 * tokens * width,
+                    bound="copy",
+                    target=Target(min_speedup=2.0) if held else None,
+                    op=op,
+                )
+
+
+def _prepare(context: Context, op: str, shape: tuple[int, int], dtype: str) -> Work:
+    tokens, width = shape
+    x, out = context.arrays.random((tokens, 2 * width), dtype), context.arrays.empty(shape, dtype)
+    function = getattr(quire, op)
+
+    def numpy_silu_and_mul() -> Any:
+        gate = x[:, :width]
+        return gate / (1 + np.exp(-gate)) * x[:, width:]
+
+    only_cpu = {"NumPy": numpy_silu_and_mul} if op == "silu_and_mul" and dtype == "float32" else {}
+    return Work(lambda: function(x, out=out), peers_of(context, op, only_cpu=only_cpu, out=out, x=x))

@@ -1,0 +1,89 @@
+"""Benchmarks of the norms.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import quire
+from quire.bench.harness import Case, Context, Target, Work
+from quire.bench.peers import peers_of
+
+__all__ = ["cases"]
+
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def cases(context: Context) -> Iterator[Case]:
+    """T tokens of H numbers."""
+    if context.quick:
+        grid = [(16, 1024)]
+    elif context.is_cuda:
+        grid = [
+            (1, 4096),
+            (1, 8192),
+            (64, 4096),
+            (64, 8192),
+            (4096, 4096),
+            (4096, 8192),
+            (16384, 4096),
+            (16384, 8192),
+        ]
+    else:
+        grid = [(1, 4096), (64, 4096), (4096, 4096)]
+    for op, prepare, num_passes in (
+        ("rms_norm", _rms_norm, 2),
+        ("fused_add_rms_norm", _fused_add_rms_norm, 4),
+        ("layer_norm", _layer_norm, 2),
+    ):
+        for dtype in ("bfloat16",) if context.is_cuda else ("bfloat16", "float32"):
+            for tokens, hidden in grid:
+                held = op == "rms_norm" and not context.is_cuda and not context.quick and tokens > 1
+                yield Case(
+                    name=f"{op} T{tokens} H{hidden} {dtype}",
+                    prepare=partial(prepare, context, (tokens, hidden), dtype),
+                    num_bytes=_ITEM_BYTES[dtype] * (num_passes * tokens + 1) * hidden,
+                    bound="copy",
+                    target=Target(min_speedup=2.0) if held else None,
+                    op=op,
+                )
+
+
+def _rms_norm(context: Context, shape: tuple[int, int], dtype: str) -> Work:
+    x, weight = context.arrays.random(shape, dtype), context.arrays.random(shape[1:], dtype)
+    out = context.arrays.empty(shape, dtype)
+
+    def numpy_rms_norm() -> Any:
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6) * weight
+
+    peers = peers_of(
+        context,
+        "rms_norm",
+        only_cpu={"NumPy": numpy_rms_norm} if dtype == "float32" else {},
+        out=out,
+        x=x,
+        weight=weight,
+        eps=1e-6,
+    )
+    return Work(lambda: quire.rms_norm(x, weight, out=out), peers)
+
+
+def _fused_add_rms_norm(context: Context, shape: tuple[int, int], dtype: str) -> Work:
+    # Repeated in place, the residual must stay finite: normed rows that are added again grow it linearly.
+    x, residual = context.arrays.random(shape, dtype, 1e-3), context.arrays.random(shape, dtype)
+    weight = context.arrays.random(shape[1:], dtype, 1e-3)
+    peers = peers_of(context, "fused_add_rms_norm", x=x, residual=residual, weight=weight, eps=1e-6)
+    return Work(lambda: quire.fused_add_rms_norm(x, residual, weight), peers)
+
+
+def _layer_norm(context: Context, shape: tuple[int, int], dtype: str) -> Work:
+    x, weight = context.arrays.random(shape, dtype), context.arrays.random(shape[1:], dtype)
+    bias, out = context.arrays.random(shape[1:], dtype), context.arrays.empty(shape, dtype)
+    peers = peers_of(context, "layer_norm", out=out, x=x, weight=weight, bias=bias, eps=1e-5)
+    return Work(lambda: quire.layer_norm(x, weight, bias, out=out), peers)

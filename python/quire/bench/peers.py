@@ -1,0 +1,439 @@
+"""Other libraries, timed beside ours: torch, FlashInfer, vLLM, FlashAttention-3, and those of a user's file.
+
+A peer is a factory for an op. It takes the op's tensors as torch tensors by keyword, and returns a callable
+without arguments. Where it cannot (library absent, dtype or shape not supported) it raises anything, and is
+left out with that reason.
+
+The environment variable QUIRE_BENCH_PEERS names a Python file with more of them::
+
+    def register(add):
+        add("rms_norm", "mine", lambda *, out, x, weight, eps: lambda: mine.rms_norm(out, x, weight, eps))
+
+Ops and their keywords (shapes as in quire's functions of the same name):
+
+- rms_norm: out, x, weight, eps. layer_norm: out, x, weight, bias, eps
+- fused_add_rms_norm: x, residual, weight, eps (in place)
+- silu_and_mul, gelu_tanh_and_mul: out, x
+- rotary_embedding: positions, q, k, cos_sin_cache (in place, style neox)
+- write_kv: k, v, k_cache, v_cache, slot_mapping
+- gather_kv: out_k, out_v, k_cache, v_cache, slot_mapping
+- paged_attention_decode: out, q, k_cache, v_cache, block_tables, seq_lens, max_seq_len
+- attention_prefill: out, q, k, v ``[batch * length, heads, head_dim]``, query_start_loc, batch, length,
+  causal
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+from quire._allocate import Array
+from quire.bench import BenchError
+from quire.bench.arrays import available
+from quire.bench.harness import Context, Run
+
+__all__ = ["NotApplicable", "load_file", "peers_of"]
+
+Factory = Callable[..., Run]
+
+
+class NotApplicable(Exception):
+    """A peer cannot do the case; it is left out without a word."""
+
+
+_registered: dict[str, dict[str, Factory]] = {}
+
+
+def add(op: str, name: str, factory: Factory) -> None:
+    """Adds a peer to an op, or replaces it."""
+    _registered.setdefault(op, {})[name] = factory
+
+
+def load_file(path: str) -> None:
+    """Runs the register(add) of a Python file. Raises BenchError where that cannot be done."""
+    spec = importlib.util.spec_from_file_location("quire_bench_peers", path)
+    if spec is None or spec.loader is None or not os.path.isfile(path):
+        raise BenchError(f"QUIRE_BENCH_PEERS: {path!r} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        module.register(add)
+    except Exception as error:
+        raise BenchError(f"QUIRE_BENCH_PEERS: {path}: {type(error).__name__}: {error}") from None
+
+
+def peers_of(
+    context: Context, op: str, *, only_cpu: dict[str, Run] | None = None, **arguments: Array
+) -> dict[str, Run]:
+    """The callables of the peers that apply.
+
+    Args:
+        context: Of the benchmark.
+        op: As listed above.
+        only_cpu: More peers, on NumPy arrays.
+        arguments: The op's tensors and scalars.
+    """
+    if not context.use_peers:
+        return {}
+    runs: dict[str, Run] = {} if context.is_cuda else dict(only_cpu or {})
+    factories = {**_BUILT_IN.get(op, {}), **_registered.get(op, {})}
+    if not factories:
+        return runs
+    if not available("torch"):
+        context.skipped_peers["torch"] = "not installed"
+        return runs
+    try:
+        tensors = {
+            name: context.arrays.as_torch(value) if hasattr(type(value), "__dlpack__") else value
+            for name, value in arguments.items()
+        }
+    except Exception as error:
+        context.skipped_peers["torch"] = f"{type(error).__name__}: {error}"
+        return runs
+    for name, factory in factories.items():
+        try:
+            runs[name] = factory(**tensors)
+        except NotApplicable:
+            continue
+        except Exception as error:
+            text = " ".join(str(error).split())[:200]
+            context.skipped_peers[f"{op}: {name}"] = f"{type(error).__name__}: {text}"
+    return runs
+
+
+def _need_cuda(x: Any, library: str) -> None:
+    if not x.is_cuda:
+        raise NotApplicable(f"{library} is for CUDA")
+
+
+# ---- torch -------------------------------------------------------------------------------------
+
+
+def _torch_rms_norm(*, out: Any, x: Any, weight: Any, eps: float) -> Run:
+    from torch.nn.functional import rms_norm
+
+    return lambda: rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def _torch_fused_add_rms_norm(*, x: Any, residual: Any, weight: Any, eps: float) -> Run:
+    from torch.nn.functional import rms_norm
+
+    def run() -> object:
+        residual.add_(x)
+        return rms_norm(residual, (x.shape[-1],), weight, eps)
+
+    return run
+
+
+def _torch_layer_norm(*, out: Any, x: Any, weight: Any, bias: Any, eps: float) -> Run:
+    from torch.nn.functional import layer_norm
+
+    return lambda: layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def _torch_silu_and_mul(*, out: Any, x: Any) -> Run:
+    from torch.nn.functional import silu
+
+    gate, up = x.chunk(2, -1)
+    return lambda: silu(gate).mul_(up)
+
+
+def _torch_gelu_tanh_and_mul(*, out: Any, x: Any) -> Run:
+    from torch.nn.functional import gelu
+
+    gate, up = x.chunk(2, -1)
+    return lambda: gelu(gate, approximate="tanh").mul_(up)
+
+
+def _torch_rotary_embedding(*, positions: Any, q: Any, k: Any, cos_sin_cache: Any) -> Run:
+    import torch
+
+    def rotate(x: Any, cos: Any, sin: Any) -> Any:
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+    def run() -> object:
+        cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, -1)
+        q.copy_(rotate(q, cos, sin))
+        return k.copy_(rotate(k, cos, sin))
+
+    return run
+
+
+def _torch_write_kv(*, k: Any, v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any) -> Run:
+    if k_cache.dtype != k.dtype:
+        raise NotApplicable("a cache of another dtype")
+    flat_k, flat_v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+
+    def run() -> object:
+        flat_k.index_copy_(0, slot_mapping, k)
+        return flat_v.index_copy_(0, slot_mapping, v)
+
+    return run
+
+
+def _torch_gather_kv(*, out_k: Any, out_v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any) -> Run:
+    import torch
+
+    if k_cache.dtype != out_k.dtype:
+        raise NotApplicable("a cache of another dtype")
+    flat_k, flat_v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+
+    def run() -> object:
+        torch.index_select(flat_k, 0, slot_mapping, out=out_k)
+        return torch.index_select(flat_v, 0, slot_mapping, out=out_v)
+
+    return run
+
+
+def _torch_decode(
+    *, out: Any, q: Any, k_cache: Any, v_cache: Any, block_tables: Any, seq_lens: Any, max_seq_len: int
+) -> Run:
+    """SDPA on keys and values that were gathered beforehand: what decode costs without paging."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if k_cache.dtype != q.dtype:
+        raise NotApplicable("a cache of another dtype")
+
+    def contiguous(cache: Any) -> Any:
+        rows = cache[block_tables.long()].flatten(1, 2)[:, :max_seq_len]
+        return rows.transpose(1, 2).contiguous()
+
+    k, v, query = contiguous(k_cache), contiguous(v_cache), q.unsqueeze(2)
+    return lambda: scaled_dot_product_attention(query, k, v, enable_gqa=True)
+
+
+def _torch_prefill(
+    *, out: Any, q: Any, k: Any, v: Any, query_start_loc: Any, batch: int, length: int, causal: bool
+) -> Run:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    query, key, value = (x.unflatten(0, (batch, length)).transpose(1, 2) for x in (q, k, v))
+    return lambda: scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
+
+
+# ---- FlashInfer --------------------------------------------------------------------------------
+
+
+def _flashinfer_rms_norm(*, out: Any, x: Any, weight: Any, eps: float) -> Run:
+    _need_cuda(x, "FlashInfer")
+    from flashinfer.norm import rmsnorm
+
+    return lambda: rmsnorm(x, weight, eps, out=out)
+
+
+def _flashinfer_fused_add_rms_norm(*, x: Any, residual: Any, weight: Any, eps: float) -> Run:
+    _need_cuda(x, "FlashInfer")
+    from flashinfer.norm import fused_add_rmsnorm
+
+    return lambda: fused_add_rmsnorm(x, residual, weight, eps)
+
+
+def _flashinfer_silu_and_mul(*, out: Any, x: Any) -> Run:
+    _need_cuda(x, "FlashInfer")
+    from flashinfer.activation import silu_and_mul
+
+    return lambda: silu_and_mul(x, out=out)
+
+
+def _flashinfer_decode(
+    *, out: Any, q: Any, k_cache: Any, v_cache: Any, block_tables: Any, seq_lens: Any, max_seq_len: int
+) -> Run:
+    _need_cuda(q, "FlashInfer")
+    import flashinfer
+    import torch
+
+    batch, columns = block_tables.shape
+    block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
+    workspace = torch.empty(512 << 20, dtype=torch.uint8, device=q.device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+    wrapper.plan(
+        torch.arange(batch + 1, dtype=torch.int32, device=q.device) * columns,
+        block_tables.flatten().contiguous(),
+        torch.full((batch,), max_seq_len - (columns - 1) * block_size, dtype=torch.int32, device=q.device),
+        q.shape[1],
+        num_kv_heads,
+        q.shape[2],
+        block_size,
+        q_data_type=q.dtype,
+        kv_data_type=k_cache.dtype,
+    )
+    return lambda: wrapper.run(q, (k_cache, v_cache))
+
+
+def _xqa_decode(
+    *, out: Any, q: Any, k_cache: Any, v_cache: Any, block_tables: Any, seq_lens: Any, max_seq_len: int
+) -> Run:
+    _need_cuda(q, "XQA")
+    import torch
+    from flashinfer.decode import xqa_batch_decode_with_kv_cache
+
+    workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=q.device)
+    scale = q.shape[-1] ** -0.5
+    return lambda: xqa_batch_decode_with_kv_cache(
+        q,
+        (k_cache, v_cache),
+        workspace,
+        block_tables,
+        seq_lens,
+        max_seq_len,
+        bmm1_scale=scale,
+        bmm2_scale=1.0,
+        kv_layout="NHD",
+    )
+
+
+# ---- vLLM --------------------------------------------------------------------------------------
+
+
+def _vllm_ops(x: Any) -> Any:
+    _need_cuda(x, "vLLM")
+    import torch
+    import vllm._custom_ops  # noqa: F401  registers torch.ops._C and torch.ops._C_cache_ops
+
+    return torch.ops
+
+
+def _vllm_rms_norm(*, out: Any, x: Any, weight: Any, eps: float) -> Run:
+    op = _vllm_ops(x)._C.rms_norm
+    return lambda: op(out, x, weight, eps)
+
+
+def _vllm_fused_add_rms_norm(*, x: Any, residual: Any, weight: Any, eps: float) -> Run:
+    op = _vllm_ops(x)._C.fused_add_rms_norm
+    return lambda: op(x, residual, weight, eps)
+
+
+def _vllm_silu_and_mul(*, out: Any, x: Any) -> Run:
+    op = _vllm_ops(x)._C.silu_and_mul
+    return lambda: op(out, x)
+
+
+def _vllm_gelu_tanh_and_mul(*, out: Any, x: Any) -> Run:
+    op = _vllm_ops(x)._C.gelu_tanh_and_mul
+    return lambda: op(out, x)
+
+
+def _vllm_rotary_embedding(*, positions: Any, q: Any, k: Any, cos_sin_cache: Any) -> Run:
+    op = _vllm_ops(q)._C.rotary_embedding
+    flat_q, flat_k, table = q.flatten(1), k.flatten(1), cos_sin_cache.to(q.dtype)
+    return lambda: op(positions, flat_q, flat_k, q.shape[-1], table, True)
+
+
+def _vllm_write_kv(*, k: Any, v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any) -> Run:
+    import torch
+
+    op = _vllm_ops(k)._C_cache_ops.reshape_and_cache_flash
+    one = torch.ones((), device=k.device)
+    if k_cache.dtype == k.dtype:
+        return lambda: op(k, v, k_cache, v_cache, slot_mapping, "auto", one, one)
+    if k_cache.dtype != torch.float8_e4m3fn:
+        raise NotApplicable(f"a cache of {k_cache.dtype}")
+    bytes_k, bytes_v = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    return lambda: op(k, v, bytes_k, bytes_v, slot_mapping, "fp8", one, one)
+
+
+def _vllm_decode(version: int) -> Factory:
+    def factory(
+        *, out: Any, q: Any, k_cache: Any, v_cache: Any, block_tables: Any, seq_lens: Any, max_seq_len: int
+    ) -> Run:
+        import torch
+
+        ops = _vllm_ops(q)._C
+        batch, num_heads, head_dim = q.shape
+        num_blocks, block_size, num_kv_heads, _ = k_cache.shape
+        is_fp8 = k_cache.dtype == torch.float8_e4m3fn
+        raw_k, raw_v = (x.view(torch.uint8) if is_fp8 else x for x in (k_cache, v_cache))
+        group = 16 // raw_k.element_size()
+        # Its own layout: [blocks, kv_heads, head_dim / group, block_size, group], [.., head_dim, block_size].
+        keys = (
+            raw_k.view(num_blocks, block_size, num_kv_heads, head_dim // group, group)
+            .permute(0, 2, 3, 1, 4)
+            .contiguous()
+        )
+        values = raw_v.permute(0, 2, 3, 1).contiguous()
+        one, mode = torch.ones((), device=q.device), "fp8" if is_fp8 else "auto"
+        common = (
+            q,
+            keys,
+            values,
+            num_kv_heads,
+            head_dim**-0.5,
+            block_tables,
+            seq_lens,
+            block_size,
+            max_seq_len,
+            None,
+        )
+        tail = (mode, one, one, 0, 0, 0, 64, 0)
+        result = torch.empty_like(q)
+        if version == 1:
+            return lambda: ops.paged_attention_v1(result, *common, *tail)
+        parts = -(-max_seq_len // 512)
+        sums = torch.empty(batch, num_heads, parts, device=q.device)
+        maxima, partial = (
+            torch.empty_like(sums),
+            torch.empty(batch, num_heads, parts, head_dim, device=q.device, dtype=q.dtype),
+        )
+        return lambda: ops.paged_attention_v2(result, sums, maxima, partial, *common, *tail)
+
+    return factory
+
+
+# ---- FlashAttention-3 --------------------------------------------------------------------------
+
+
+def _fa3_decode(
+    *, out: Any, q: Any, k_cache: Any, v_cache: Any, block_tables: Any, seq_lens: Any, max_seq_len: int
+) -> Run:
+    _need_cuda(q, "FlashAttention-3")
+    from flash_attn_interface import flash_attn_with_kvcache
+
+    query = q.unsqueeze(1)
+    return lambda: flash_attn_with_kvcache(
+        query, k_cache, v_cache, cache_seqlens=seq_lens, page_table=block_tables, causal=True
+    )
+
+
+def _fa3_prefill(
+    *, out: Any, q: Any, k: Any, v: Any, query_start_loc: Any, batch: int, length: int, causal: bool
+) -> Run:
+    _need_cuda(q, "FlashAttention-3")
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return lambda: flash_attn_varlen_func(
+        q, k, v, query_start_loc, query_start_loc, length, length, causal=causal
+    )
+
+
+_BUILT_IN: dict[str, dict[str, Factory]] = {
+    "rms_norm": {"torch": _torch_rms_norm, "FlashInfer": _flashinfer_rms_norm, "vLLM": _vllm_rms_norm},
+    "fused_add_rms_norm": {
+        "torch": _torch_fused_add_rms_norm,
+        "FlashInfer": _flashinfer_fused_add_rms_norm,
+        "vLLM": _vllm_fused_add_rms_norm,
+    },
+    "layer_norm": {"torch": _torch_layer_norm},
+    "silu_and_mul": {
+        "torch": _torch_silu_and_mul,
+        "FlashInfer": _flashinfer_silu_and_mul,
+        "vLLM": _vllm_silu_and_mul,
+    },
+    "gelu_tanh_and_mul": {"torch": _torch_gelu_tanh_and_mul, "vLLM": _vllm_gelu_tanh_and_mul},
+    "rotary_embedding": {"torch": _torch_rotary_embedding, "vLLM": _vllm_rotary_embedding},
+    "write_kv": {"torch": _torch_write_kv, "vLLM": _vllm_write_kv},
+    "gather_kv": {"torch": _torch_gather_kv},
+    "paged_attention_decode": {
+        "torch": _torch_decode,
+        "FA3": _fa3_decode,
+        "FlashInfer": _flashinfer_decode,
+        "XQA": _xqa_decode,
+        "vLLM v1": _vllm_decode(1),
+        "vLLM v2": _vllm_decode(2),
+    },
+    "attention_prefill": {"torch": _torch_prefill, "FA3": _fa3_prefill},
+}
