@@ -58,7 +58,12 @@ struct FloatEngine {
   template <bool kAdd>
   static void multiply(const std::uint32_t* a, std::int64_t a_stride, int num_rows, const std::uint32_t* b, std::int64_t panel_stride,
                        int num_panels, int num_words, float* c, std::int64_t c_stride) {
-    multiply_in_registers<FloatEngine, kAdd>(a, a_stride, num_rows, b, panel_stride, num_panels, num_words, c, c_stride);
+    // The error of a sum grows with its length: long ones are taken in pieces.
+    constexpr int kMaxWords = 128;
+    multiply_in_registers<FloatEngine, kAdd>(a, a_stride, num_rows, b, panel_stride, num_panels, smaller(num_words, kMaxWords), c, c_stride);
+    for (int w = kMaxWords; w < num_words; w += kMaxWords)
+      multiply_in_registers<FloatEngine, true>(a + w, a_stride, num_rows, b + w * kPanel, panel_stride, num_panels,
+                                               smaller(num_words - w, kMaxWords), c, c_stride);
   }
 
   static QUIRE_INLINE void load_query_words(const AttentionParams& p, std::int64_t token, std::int64_t head, std::uint32_t* out,
