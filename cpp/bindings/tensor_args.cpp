@@ -190,6 +190,10 @@ std::string dlpack_dtype_text(DLDataType d) {
 bool is_cuda(DLDeviceType type) { return type == kDLCUDA || type == kDLCUDAManaged; }
 bool is_host(DLDeviceType type) { return type == kDLCPU || type == kDLCUDAHost; }
 
+[[noreturn]] void throw_other_device(const char* op, const char* arg, DLDeviceType type) {
+  throw UnsupportedError(message(op, arg, "a tensor on cpu or cuda", "one on DLPack device type " + std::to_string(type)));
+}
+
 void fill_view(const char* op, const char* arg, const DLTensor& t, bool read_only, TensorView& view) {
   const std::optional<DType> dtype = from_dlpack(t.dtype);
   if (!dtype)
@@ -203,7 +207,7 @@ void fill_view(const char* op, const char* arg, const DLTensor& t, bool read_onl
   } else if (is_host(t.device.device_type)) {
     view.device = Device{};
   } else {
-    throw UnsupportedError(message(op, arg, "a tensor on cpu or cuda", "DLPack device type " + std::to_string(t.device.device_type)));
+    throw_other_device(op, arg, t.device.device_type);
   }
   view.dtype = *dtype;
   view.read_only = read_only;
@@ -306,10 +310,11 @@ class Importer {
       case Kind::kJax:
       case Kind::kProtocol: {
         const DLDevice device = ask_device(tensor);
-        if (!is_cuda(device.device_type)) {
+        if (is_host(device.device_type)) {
           import_host_protocol(tensor, i, info.kind == Kind::kJax);
           break;
         }
+        if (!is_cuda(device.device_type)) throw_other_device(args_.op_, tensor.name, device.device_type);
         if (!kHasCuda) throw_cpu_only_build(args_.op_);
         note_device(device.device_id);
         if (info.kind == Kind::kCuPy) has_cupy_ = true;

@@ -48,7 +48,9 @@ def empty(like: Array, shape: Sequence[int], dtype: str | None = None) -> Array:
     framework = framework_of(like)
     if "torch" in sys.modules and isinstance(like, sys.modules["torch"].Tensor):
         torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=like.dtype if dtype is None else getattr(torch, dtype), device=like.device)
+        return torch.empty(
+            shape, dtype=like.dtype if dtype is None else getattr(torch, dtype), device=like.device
+        )
     if framework == "cupy":
         cupy = sys.modules["cupy"]
         with like.device:

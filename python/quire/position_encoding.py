@@ -126,8 +126,15 @@ def _powers(dim: int, base: float) -> np.ndarray[Any, Any]:
 
 def _parameter(scaling: dict[str, Any], kind: str, name: str) -> float:
     value = scaling.get(name)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"[rope_cache] scaling: expected {name!r} above 0 for rope_type {kind!r}, got {value!r}")
+    if (
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or value <= 0
+    ):
+        raise ValueError(
+            f"[rope_cache] scaling: expected {name!r} above 0 for rope_type {kind!r}, got {value!r}"
+        )
     return float(value)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import frameworks
 import numpy as np
 import pytest
-
 import quire
 
 

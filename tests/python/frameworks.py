@@ -21,7 +21,9 @@ def np_dtype(name: str) -> np.dtype:
 
 def as_float64(array: np.ndarray) -> np.ndarray:
     """Exact for every dtype that the library takes."""
-    return array.astype(np.float32).astype(np.float64) if array.dtype.itemsize <= 4 else array.astype(np.float64)
+    return (
+        array.astype(np.float32).astype(np.float64) if array.dtype.itemsize <= 4 else array.astype(np.float64)
+    )
 
 
 class Framework:

@@ -5,11 +5,10 @@ SPDX-License-Identifier: Apache-2.0
 
 import numpy as np
 import pytest
+import quire
 from frameworks import as_float64, np_dtype
 from reference import activation as reference
 from tolerances import assert_close
-
-import quire
 
 DTYPES = ["float32", "float16", "bfloat16"]
 
@@ -74,14 +73,23 @@ def test_limits(backend, op):
 
 def test_zero_size(framework):
     for shape in [(0, 8), (3, 0)]:
-        assert framework.numpy(quire.silu_and_mul(framework.array(np.zeros(shape, np.float32)))).shape == (shape[0], shape[1] // 2)
+        assert framework.numpy(quire.silu_and_mul(framework.array(np.zeros(shape, np.float32)))).shape == (
+            shape[0],
+            shape[1] // 2,
+        )
 
 
 def test_bad_calls():
     x = np.ones((2, 6), np.float32)
-    with pytest.raises(ValueError, match=r"\[silu_and_mul\] x: expected an even last dimension \(gate and up\), got float32 \[2, 7\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"\[silu_and_mul\] x: expected an even last dimension \(gate and up\), got float32 \[2, 7\]",
+    ):
         quire.silu_and_mul(np.ones((2, 7), np.float32), out=np.ones((2, 3), np.float32))
-    with pytest.raises(ValueError, match=r"\[silu_and_mul\] out: expected float32 \[2, 3\] like half of x, got float32 \[2, 6\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"\[silu_and_mul\] out: expected float32 \[2, 3\] like half of x, got float32 \[2, 6\]",
+    ):
         quire.silu_and_mul(x, out=np.ones((2, 6), np.float32))
     with pytest.raises(ValueError, match=r"out: expected memory apart from x"):
         quire.silu_and_mul(x, out=x[:, :3])

@@ -7,10 +7,9 @@ import gc
 
 import numpy as np
 import pytest
+import quire
 from frameworks import np_dtype
 from reference import kv_cache as reference
-
-import quire
 
 DTYPES = ["float32", "float16", "bfloat16"]
 CACHE_DTYPES = [*DTYPES, "float8_e4m3fn", "float8_e5m2", "int8"]
@@ -22,7 +21,11 @@ def draw(rng, shape, dtype, scale=1.0):
 
 def poisoned(shape, dtype):
     """Every byte 0xFF: NaN in each float dtype."""
-    return np.full((*shape, np_dtype(dtype).itemsize), 0xFF, np.uint8).reshape(*shape[:-1], -1).view(np_dtype(dtype))
+    return (
+        np.full((*shape, np_dtype(dtype).itemsize), 0xFF, np.uint8)
+        .reshape(*shape[:-1], -1)
+        .view(np_dtype(dtype))
+    )
 
 
 def bits(x):
@@ -37,7 +40,10 @@ def test_write_and_gather(backend, rng, dtype, cache_dtype, scales):
     if scales != "none" and cache_dtype in DTYPES:
         x, cache = np.ones((1, 1, 8), np_dtype(dtype)), np.zeros((1, 1, 1, 8), np_dtype(cache_dtype))
         arguments = [backend.array(a) for a in (x, x, cache, cache.copy(), np.zeros(1, np.int64))]
-        with pytest.raises(ValueError, match=rf"k_scale: expected none for a {cache_dtype} cache \(scales belong to float8 and int8\)"):
+        with pytest.raises(
+            ValueError,
+            match=rf"k_scale: expected none for a {cache_dtype} cache \(scales belong to float8 and int8\)",
+        ):
             quire.write_kv(*arguments, k_scale=backend.array(np.ones(1, np.float32)))
         return
     num_tokens, heads, dim, blocks, block_size = 23, 3, 40, 7, 5
@@ -50,9 +56,15 @@ def test_write_and_gather(backend, rng, dtype, cache_dtype, scales):
     k_cache, v_cache = (poisoned((blocks, block_size, heads, dim), cache_dtype) for _ in range(2))
     bk_cache, bv_cache = backend.array(k_cache), backend.array(v_cache)
     scale_arguments = {
-        name: None if s is None else backend.array(s) for name, s in (("k_scale", k_scale), ("v_scale", v_scale))
+        name: None if s is None else backend.array(s)
+        for name, s in (("k_scale", k_scale), ("v_scale", v_scale))
     }
-    assert quire.write_kv(backend.array(k), backend.array(v), bk_cache, bv_cache, backend.array(slots), **scale_arguments) is None
+    assert (
+        quire.write_kv(
+            backend.array(k), backend.array(v), bk_cache, bv_cache, backend.array(slots), **scale_arguments
+        )
+        is None
+    )
     for cache, x, scale, got in ((k_cache, k, k_scale, bk_cache), (v_cache, v, v_scale, bv_cache)):
         want = cache.reshape(blocks * block_size, heads, dim).copy()
         stored = reference.store(x.astype(np.float32), scale, cache_dtype)
@@ -67,7 +79,12 @@ def test_write_and_gather(backend, rng, dtype, cache_dtype, scales):
         want[slots < 0] = 0.0
         host = backend.numpy(got)
         assert host.dtype == np_dtype(out_dtype)
-        np.testing.assert_allclose(host.astype(np.float64), want, rtol={"float32": 2e-7, "float16": 5e-4, "bfloat16": 4e-3}[out_dtype], atol=1e-30)
+        np.testing.assert_allclose(
+            host.astype(np.float64),
+            want,
+            rtol={"float32": 2e-7, "float16": 5e-4, "bfloat16": 4e-3}[out_dtype],
+            atol=1e-30,
+        )
 
 
 @pytest.mark.parametrize("cache_dtype", ["float8_e4m3fn", "float8_e5m2", "int8"])
@@ -118,7 +135,9 @@ def test_cache_layouts(backend, rng, layout):
 
     def views(x):
         if layout == "heads_first":
-            return tuple(c.swapaxes(1, 2) if isinstance(c, np.ndarray) else c.transpose(1, 2) for c in (x[0], x[1]))
+            return tuple(
+                c.swapaxes(1, 2) if isinstance(c, np.ndarray) else c.transpose(1, 2) for c in (x[0], x[1])
+            )
         if layout == "pool":
             return x[0], x[1]
         if layout == "interleaved":
@@ -147,7 +166,9 @@ def test_hostile_slots(backend, rng, index_dtype):
     want = cache.reshape(8, 1, 16).copy()
     want[0], want[7] = k[0], k[6]
     np.testing.assert_array_equal(backend.numpy(bk).reshape(8, 1, 16), want)
-    with pytest.raises(IndexError, match=r"\[write_kv\] slot_mapping: expected a value in range \(or -1 to skip\), got "):
+    with pytest.raises(
+        IndexError, match=r"\[write_kv\] slot_mapping: expected a value in range \(or -1 to skip\), got "
+    ):
         quire.check_errors(backend.device)
     got, _ = quire.gather_kv(bk, bv, backend.array(slots))
     host = backend.numpy(got)
@@ -156,7 +177,9 @@ def test_hostile_slots(backend, rng, index_dtype):
     with pytest.raises(IndexError, match=r"\[gather_kv\] slot_mapping"):
         quire.check_errors(backend.device)
     # -1 alone is no error.
-    quire.write_kv(backend.array(k[:1]), backend.array(k[:1]), bk, bv, backend.array(np.array([-1], index_dtype)))
+    quire.write_kv(
+        backend.array(k[:1]), backend.array(k[:1]), bk, bv, backend.array(np.array([-1], index_dtype))
+    )
     quire.check_errors(backend.device)
 
 
@@ -177,7 +200,9 @@ def test_every_framework(framework, rng):
     slots = np.array([3, 0, 11, 5, 6, -1], np.int32)
     arrays = [framework.array(x) for x in (k, k, cache, cache, slots)]
     if not framework.writable:
-        with pytest.raises(ValueError, match=r"\[write_kv\] k_cache: expected a writable tensor, got a JAX array"):
+        with pytest.raises(
+            ValueError, match=r"\[write_kv\] k_cache: expected a writable tensor, got a JAX array"
+        ):
             quire.write_kv(*arrays)
         out, _ = quire.gather_kv(arrays[2], arrays[3], arrays[4])
         assert type(out) is type(arrays[0])
@@ -278,13 +303,48 @@ def test_swap_blocks_refuses():
     [
         ("k", np.zeros((2, 1, 7), np.float32), ValueError, r"v: expected float32 \[2, 1, 7\] like k"),
         ("v", np.zeros((2, 1, 8), np.float16), TypeError, r"v: expected float32 like k, got float16"),
-        ("k_cache", np.zeros((2, 4, 2, 8), np.float32), ValueError, r"k_cache: expected float32 \[\*, \*, 1, 8\], got float32 \[2, 4, 2, 8\]"),
-        ("v_cache", np.zeros((2, 4, 1, 8), np.int8), TypeError, r"v_cache: expected float32 like k_cache, got int8"),
-        ("v_cache", np.zeros((3, 4, 1, 8), np.float32), ValueError, r"v_cache: expected float32 \[2, 4, 1, 8\] like k_cache"),
-        ("k_cache", np.zeros((2, 4, 1, 8), np.int32), TypeError, r"k_cache: expected float32, float16, .* or int8, got int32"),
-        ("slot_mapping", np.zeros(3, np.int64), ValueError, r"slot_mapping: expected int64 \[2\], got int64 \[3\]"),
-        ("slot_mapping", np.zeros(2, np.float32), TypeError, r"slot_mapping: expected int32 or int64, got float32"),
-        ("k_scale", np.ones(2, np.float32), ValueError, r"k_scale: expected float32 \[1\] or \[1\], got float32 \[2\]"),
+        (
+            "k_cache",
+            np.zeros((2, 4, 2, 8), np.float32),
+            ValueError,
+            r"k_cache: expected float32 \[\*, \*, 1, 8\], got float32 \[2, 4, 2, 8\]",
+        ),
+        (
+            "v_cache",
+            np.zeros((2, 4, 1, 8), np.int8),
+            TypeError,
+            r"v_cache: expected float32 like k_cache, got int8",
+        ),
+        (
+            "v_cache",
+            np.zeros((3, 4, 1, 8), np.float32),
+            ValueError,
+            r"v_cache: expected float32 \[2, 4, 1, 8\] like k_cache",
+        ),
+        (
+            "k_cache",
+            np.zeros((2, 4, 1, 8), np.int32),
+            TypeError,
+            r"k_cache: expected float32, float16, .* or int8, got int32",
+        ),
+        (
+            "slot_mapping",
+            np.zeros(3, np.int64),
+            ValueError,
+            r"slot_mapping: expected int64 \[2\], got int64 \[3\]",
+        ),
+        (
+            "slot_mapping",
+            np.zeros(2, np.float32),
+            TypeError,
+            r"slot_mapping: expected int32 or int64, got float32",
+        ),
+        (
+            "k_scale",
+            np.ones(2, np.float32),
+            ValueError,
+            r"k_scale: expected float32 \[1\] or \[1\], got float32 \[2\]",
+        ),
         ("v_scale", np.ones(1, np.float16), TypeError, r"v_scale: expected float32, got float16"),
     ],
 )
@@ -317,7 +377,13 @@ def test_kv_cache_sizes():
     assert quire.KVCache.num_blocks_for(10**6, 2, 16, 8, 128, "int8") == 10**6 // (2 * 2 * 16 * 8 * 128)
     assert quire.KVCache.num_blocks_for(10, 2, 16, 8, 128, "int8") == 0
     cache = quire.KVCache(2, 10, 16, 8, 128, np.float16)
-    assert (cache.num_layers, cache.num_blocks, cache.block_size, cache.num_kv_heads, cache.head_dim) == (2, 10, 16, 8, 128)
+    assert (cache.num_layers, cache.num_blocks, cache.block_size, cache.num_kv_heads, cache.head_dim) == (
+        2,
+        10,
+        16,
+        8,
+        128,
+    )
     assert (cache.dtype, cache.device) == ("float16", "cpu")
     assert cache.num_bytes_allocated == quire.KVCache.num_bytes(2, 10, 16, 8, 128, "float16")
     assert cache.pool.data_ptr % 64 == 0
@@ -384,7 +450,9 @@ def test_kv_cache_on_every_device(framework, rng):
     k = draw(rng, (5, 2, 16), "float16")
     slots = framework.array(np.array([1, 3, 5, 7, 9]))
     quire.write_kv(framework.array(k), framework.array(k), cache.k(1), cache.v(1), slots)
-    out, _ = quire.gather_kv(cache.k(1), cache.v(1), slots, out=(framework.array(k * 0), framework.array(k * 0)))
+    out, _ = quire.gather_kv(
+        cache.k(1), cache.v(1), slots, out=(framework.array(k * 0), framework.array(k * 0))
+    )
     np.testing.assert_array_equal(framework.numpy(out), k)
     host = quire.KVCache(2, 4, 4, 2, 16, "float16", "cpu", pinned=framework.device != "cpu")
     host.swap_blocks_from(cache, np.array([[i, i] for i in range(4)]))

@@ -5,11 +5,10 @@ SPDX-License-Identifier: Apache-2.0
 
 import numpy as np
 import pytest
+import quire
 from frameworks import as_float64, np_dtype
 from reference import norm as reference
 from tolerances import assert_close
-
-import quire
 
 DTYPES = ["float32", "float16", "bfloat16"]
 #: Odd ones, vector edges, more than one CTA pass, and more than registers hold.
@@ -28,7 +27,9 @@ def test_every_framework(framework, rng, dtype):
     assert_close("norm", framework.numpy(out), reference.rms_norm(as_float64(x), as_float64(weight), 1e-6))
     out = quire.layer_norm(framework.array(x), framework.array(weight), framework.array(bias))
     assert_close(
-        "layer_norm", framework.numpy(out), reference.layer_norm(as_float64(x), as_float64(weight), as_float64(bias), 1e-5)
+        "layer_norm",
+        framework.numpy(out),
+        reference.layer_norm(as_float64(x), as_float64(weight), as_float64(bias), 1e-5),
     )
 
 
@@ -45,7 +46,11 @@ def test_rms_norm(backend, rng, hidden, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_layer_norm(backend, rng, hidden, dtype):
-    x, weight, bias = draw(rng, (3, hidden), dtype), draw(rng, (hidden,), dtype), draw(rng, (hidden,), "float32")
+    x, weight, bias = (
+        draw(rng, (3, hidden), dtype),
+        draw(rng, (hidden,), dtype),
+        draw(rng, (hidden,), "float32"),
+    )
     for b in (bias, None):
         out = quire.layer_norm(
             backend.array(x), backend.array(weight), None if b is None else backend.array(b), 1e-5
@@ -59,7 +64,11 @@ def test_layer_norm(backend, rng, hidden, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_fused_add_rms_norm(backend, rng, hidden, dtype):
-    x, residual, weight = draw(rng, (3, hidden), dtype), draw(rng, (3, hidden), dtype), draw(rng, (hidden,), dtype)
+    x, residual, weight = (
+        draw(rng, (3, hidden), dtype),
+        draw(rng, (3, hidden), dtype),
+        draw(rng, (hidden,), dtype),
+    )
     bx, br = backend.array(x), backend.array(residual)
     got_x, got_r = quire.fused_add_rms_norm(bx, br, backend.array(weight))
     assert got_x is bx
@@ -111,7 +120,9 @@ def test_one_dimension_and_out(framework, rng):
     x, weight = draw(rng, (33,), "float32"), draw(rng, (33,), "float32")
     want = reference.rms_norm(as_float64(x), as_float64(weight), 1e-6)
     if not framework.writable:
-        with pytest.raises(ValueError, match=r"\[rms_norm\] out: expected a writable tensor, got a JAX array.*quire\.jax"):
+        with pytest.raises(
+            ValueError, match=r"\[rms_norm\] out: expected a writable tensor, got a JAX array.*quire\.jax"
+        ):
             quire.rms_norm(framework.array(x), framework.array(weight), out=framework.array(x))
         return
     out = framework.array(np.full_like(x, np.nan))
@@ -121,7 +132,9 @@ def test_one_dimension_and_out(framework, rng):
 
 def test_no_rows(framework):
     x = np.zeros((0, 16), np.float32)
-    assert framework.numpy(quire.rms_norm(framework.array(x), framework.array(np.ones(16, np.float32)))).shape == (0, 16)
+    assert framework.numpy(
+        quire.rms_norm(framework.array(x), framework.array(np.ones(16, np.float32)))
+    ).shape == (0, 16)
 
 
 def test_extreme_values(backend):
@@ -130,7 +143,9 @@ def test_extreme_values(backend):
     x[0] = 60000.0
     x[2, 5] = np.inf
     x[3, 7] = np.nan
-    out = backend.numpy(quire.rms_norm(backend.array(x), backend.array(np.ones(64, np.float16)))).astype(np.float32)
+    out = backend.numpy(quire.rms_norm(backend.array(x), backend.array(np.ones(64, np.float16)))).astype(
+        np.float32
+    )
     np.testing.assert_allclose(out[0], 1.0, rtol=1e-3)
     np.testing.assert_array_equal(out[1], 0.0)
     assert np.isnan(out[2, 5])
@@ -141,29 +156,81 @@ def test_extreme_values(backend):
 @pytest.mark.parametrize(
     ("mutate", "error", "text"),
     [
-        (lambda a: a.update(weight=np.ones(15, np.float32)), ValueError, r"\[rms_norm\] weight: expected float32 \[16\], got float32 \[15\]"),
-        (lambda a: a.update(weight=np.ones((1, 16), np.float32)), ValueError, r"weight: expected float32 \[16\]"),
-        (lambda a: a.update(weight=np.ones(32, np.float32)[::2]), ValueError, r"weight: expected a contiguous tensor, got strides \[2\]"),
-        (lambda a: a.update(weight=np.ones(16, np.int32)), TypeError, r"weight: expected float32, float16 or bfloat16, got int32 \[16\]"),
-        (lambda a: a.update(x=np.ones((2, 16), np.float64)), TypeError, r"x: expected float32, .*, got float64"),
-        (lambda a: a.update(x=np.ones((2, 16), np.int64)), TypeError, r"x: expected float32, float16 or bfloat16, got int64 \[2, 16\]"),
-        (lambda a: a.update(x=np.ones((2, 32), np.float32)[:, ::2]), ValueError, r"x: expected stride 1 in the last dimension, got strides \[32, 2\]"),
-        (lambda a: a.update(x=np.ones((2, 0), np.float32)), ValueError, r"x: expected a last dimension of 1 or more"),
+        (
+            lambda a: a.update(weight=np.ones(15, np.float32)),
+            ValueError,
+            r"\[rms_norm\] weight: expected float32 \[16\], got float32 \[15\]",
+        ),
+        (
+            lambda a: a.update(weight=np.ones((1, 16), np.float32)),
+            ValueError,
+            r"weight: expected float32 \[16\]",
+        ),
+        (
+            lambda a: a.update(weight=np.ones(32, np.float32)[::2]),
+            ValueError,
+            r"weight: expected a contiguous tensor, got strides \[2\]",
+        ),
+        (
+            lambda a: a.update(weight=np.ones(16, np.int32)),
+            TypeError,
+            r"weight: expected float32, float16 or bfloat16, got int32 \[16\]",
+        ),
+        (
+            lambda a: a.update(x=np.ones((2, 16), np.float64)),
+            TypeError,
+            r"x: expected float32, .*, got float64",
+        ),
+        (
+            lambda a: a.update(x=np.ones((2, 16), np.int64)),
+            TypeError,
+            r"x: expected float32, float16 or bfloat16, got int64 \[2, 16\]",
+        ),
+        (
+            lambda a: a.update(x=np.ones((2, 32), np.float32)[:, ::2]),
+            ValueError,
+            r"x: expected stride 1 in the last dimension, got strides \[32, 2\]",
+        ),
+        (
+            lambda a: a.update(x=np.ones((2, 0), np.float32)),
+            ValueError,
+            r"x: expected a last dimension of 1 or more",
+        ),
         (lambda a: a.update(x=np.ones((1, 1, 1, 2, 16), np.float32)), ValueError, r"x: expected rank 1 to 4"),
         (lambda a: a.update(x=np.float32(1.0)), TypeError, r"x: expected a tensor"),
-        (lambda a: a.update(out=np.ones((2, 15), np.float32)), ValueError, r"out: expected float32 \[2, 16\] like x, got float32 \[2, 15\]"),
-        (lambda a: a.update(out=np.ones((2, 16), np.float16)), TypeError, r"out: expected float32 like x, got float16 \[2, 16\]"),
+        (
+            lambda a: a.update(out=np.ones((2, 15), np.float32)),
+            ValueError,
+            r"out: expected float32 \[2, 16\] like x, got float32 \[2, 15\]",
+        ),
+        (
+            lambda a: a.update(out=np.ones((2, 16), np.float16)),
+            TypeError,
+            r"out: expected float32 like x, got float16 \[2, 16\]",
+        ),
         (lambda a: a.update(out=np.broadcast_to(np.float32(0), (2, 16))), ValueError, r"out: expected"),
-        (lambda a: a.update(out=np.ones((2, 16), np.float32)[::-1]), ValueError, r"out: expected an output whose elements do not share memory .*got strides \[-16, 1\]"),
+        (
+            lambda a: a.update(out=np.ones((2, 16), np.float32)[::-1]),
+            ValueError,
+            r"out: expected an output whose elements do not share memory .*got strides \[-16, 1\]",
+        ),
         (lambda a: a.update(eps=float("nan")), ValueError, r"eps: expected a finite number, got nan"),
         (lambda a: a.update(eps=-1.0), ValueError, r"eps: expected 0 or more, got -1"),
         (lambda a: a.update(eps="small"), TypeError, r"eps: expected a number, got str"),
         (lambda a: a.update(weight=None), TypeError, r"weight: expected a tensor .*, got NoneType"),
-        (lambda a: a.update(stream="s"), TypeError, r"stream: expected an int, an object with __cuda_stream__, or None, got str"),
+        (
+            lambda a: a.update(stream="s"),
+            TypeError,
+            r"stream: expected an int, an object with __cuda_stream__, or None, got str",
+        ),
     ],
 )
 def test_bad_calls(mutate, error, text):
-    arguments = {"x": np.ones((2, 16), np.float32), "weight": np.ones(16, np.float32), "out": np.full((2, 16), 7.0, np.float32)}
+    arguments = {
+        "x": np.ones((2, 16), np.float32),
+        "weight": np.ones(16, np.float32),
+        "out": np.full((2, 16), 7.0, np.float32),
+    }
     mutate(arguments)
     before = np.array(arguments["out"])
     with pytest.raises(error, match=text):

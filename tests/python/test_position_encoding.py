@@ -5,11 +5,10 @@ SPDX-License-Identifier: Apache-2.0
 
 import numpy as np
 import pytest
+import quire
 from frameworks import as_float64, np_dtype
 from reference import position_encoding as reference
 from tolerances import assert_close
-
-import quire
 
 DTYPES = ["float32", "float16", "bfloat16"]
 STYLES = ["neox", "gptj"]
@@ -19,16 +18,25 @@ def draw(rng, shape, dtype):
     return rng.standard_normal(shape).astype(np.float32).astype(np_dtype(dtype))
 
 
-def check(backend, rng, positions, heads, kv_heads, head_dim, rotary_dim, style, dtype, table_dtype="float32"):
-    q, k = draw(rng, (len(positions), heads, head_dim), dtype), draw(rng, (len(positions), kv_heads, head_dim), dtype)
+def check(
+    backend, rng, positions, heads, kv_heads, head_dim, rotary_dim, style, dtype, table_dtype="float32"
+):
+    q, k = (
+        draw(rng, (len(positions), heads, head_dim), dtype),
+        draw(rng, (len(positions), kv_heads, head_dim), dtype),
+    )
     table = quire.rope_cache(head_dim, 64, rotary_dim=rotary_dim, dtype=table_dtype)
     bq, bk = backend.array(q), backend.array(k) if kv_heads else None
     got_q, got_k = quire.rotary_embedding(backend.array(positions), bq, bk, backend.array(table), style=style)
     assert got_q is bq
     assert got_k is bk
-    assert_close("rotary", backend.numpy(bq), reference.rotary(positions, as_float64(q), as_float64(table), style))
+    assert_close(
+        "rotary", backend.numpy(bq), reference.rotary(positions, as_float64(q), as_float64(table), style)
+    )
     if kv_heads:
-        assert_close("rotary", backend.numpy(bk), reference.rotary(positions, as_float64(k), as_float64(table), style))
+        assert_close(
+            "rotary", backend.numpy(bk), reference.rotary(positions, as_float64(k), as_float64(table), style)
+        )
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -43,7 +51,18 @@ def test_head_dims(backend, rng, head_dim, dtype, style):
 @pytest.mark.parametrize("rotary_dim", [2, 6, 32, 64])
 @pytest.mark.parametrize("table_dtype", DTYPES)
 def test_partial_rotary(backend, rng, rotary_dim, table_dtype, style):
-    check(backend, rng, rng.integers(0, 64, 9).astype(np.int32), 4, 2, 96, rotary_dim, style, "bfloat16", table_dtype)
+    check(
+        backend,
+        rng,
+        rng.integers(0, 64, 9).astype(np.int32),
+        4,
+        2,
+        96,
+        rotary_dim,
+        style,
+        "bfloat16",
+        table_dtype,
+    )
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 65, 300])
@@ -55,7 +74,9 @@ def test_token_and_head_counts(backend, rng, num_tokens, kv_heads):
 @pytest.mark.parametrize("style", STYLES)
 def test_every_writable_framework(framework, rng, style):
     if not framework.writable:
-        with pytest.raises(ValueError, match=r"\[rotary_embedding\] q: expected a writable tensor, got a JAX array"):
+        with pytest.raises(
+            ValueError, match=r"\[rotary_embedding\] q: expected a writable tensor, got a JAX array"
+        ):
             quire.rotary_embedding(
                 framework.array(np.zeros(1, np.int32)),
                 framework.array(np.zeros((1, 1, 8), np.float32)),
@@ -79,7 +100,9 @@ def test_positions_out_of_range(backend, rng, index_dtype):
     got = backend.numpy(bq)
     np.testing.assert_array_equal(got[1:6], q[1:6])
     assert_close("rotary", got, reference.rotary(positions, as_float64(q), as_float64(table), "neox"))
-    with pytest.raises(IndexError, match=r"\[rotary_embedding\] positions: expected a value in range \(or -1 to skip\), got "):
+    with pytest.raises(
+        IndexError, match=r"\[rotary_embedding\] positions: expected a value in range \(or -1 to skip\), got "
+    ):
         quire.check_errors(backend.device)
     quire.check_errors(backend.device)
 
@@ -92,7 +115,9 @@ def test_strided_packed_projection(backend, rng):
     packed = backend.array(qkv)
     quire.rotary_embedding(backend.array(positions), packed[:, :4], packed[:, 4:6], backend.array(table))
     got = backend.numpy(packed)
-    assert_close("rotary", got[:, :6], reference.rotary(positions, as_float64(qkv[:, :6]), as_float64(table), "neox"))
+    assert_close(
+        "rotary", got[:, :6], reference.rotary(positions, as_float64(qkv[:, :6]), as_float64(table), "neox")
+    )
     np.testing.assert_array_equal(got[:, 6:].view(np.uint16), qkv[:, 6:].view(np.uint16))
 
 
@@ -102,7 +127,10 @@ def test_bad_calls():
         quire.rotary_embedding(np.zeros(3, np.int32), q, None, table)
     with pytest.raises(TypeError, match=r"positions: expected int32 or int64, got uint8"):
         quire.rotary_embedding(np.zeros(2, np.uint8), q, None, table)
-    with pytest.raises(ValueError, match=r"cos_sin_cache: expected an even rotary_dim of at most head_dim 8, got float32 \[4, 10\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"cos_sin_cache: expected an even rotary_dim of at most head_dim 8, got float32 \[4, 10\]",
+    ):
         quire.rotary_embedding(positions, q, None, np.zeros((4, 10), np.float32))
     with pytest.raises(ValueError, match=r'style: expected "neox" or "gptj", got "llama"'):
         quire.rotary_embedding(positions, q, None, table, style="llama")
@@ -124,7 +152,12 @@ SCALINGS = {
         "mscale": 0.707,
         "mscale_all_dim": 1.2,
     },
-    "yarn-untruncated": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "truncate": False},
+    "yarn-untruncated": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 512,
+        "truncate": False,
+    },
     "llama3": {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -151,15 +184,24 @@ def test_rope_cache_equals_transformers(torch, kind, length):
     scaling = SCALINGS[kind]
     parameters = {"rope_theta": 10000.0, **({"rope_type": "default"} if scaling is None else scaling)}
     config = transformers.LlamaConfig(
-        hidden_size=256, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048, rope_parameters=parameters
+        hidden_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        rope_parameters=parameters,
     )
     rope = LlamaRotaryEmbedding(config)
     positions = torch.arange(length)[None]
     cos, sin = rope(torch.zeros(1, length, 256), positions)
     ours = quire.rope_cache(
-        64, length, theta=10000.0, scaling=None if scaling is None else {"max_position_embeddings": 2048, **scaling}
+        64,
+        length,
+        theta=10000.0,
+        scaling=None if scaling is None else {"max_position_embeddings": 2048, **scaling},
     )
-    error = np.maximum(np.abs(ours[:, :32] - cos[0, :, :32].numpy()), np.abs(ours[:, 32:] - sin[0, :, :32].numpy()))
+    error = np.maximum(
+        np.abs(ours[:, :32] - cos[0, :, :32].numpy()), np.abs(ours[:, 32:] - sin[0, :, :32].numpy())
+    )
     limit = np.full((length, 1), 1e-6)
     if kind == "dynamic" and length > 2048:
         # torch's float32 power of this base is one ulp off in one frequency; the angle carries that times the position.
@@ -172,7 +214,8 @@ def test_rope_cache_in_a_framework(framework):
     table = quire.rope_cache(16, 8, dtype="bfloat16", like=like)
     assert type(table) is type(like)
     np.testing.assert_array_equal(
-        framework.numpy(table).astype(np.float32), quire.rope_cache(16, 8, dtype="bfloat16").astype(np.float32)
+        framework.numpy(table).astype(np.float32),
+        quire.rope_cache(16, 8, dtype="bfloat16").astype(np.float32),
     )
 
 
@@ -182,10 +225,16 @@ def test_rope_cache_in_a_framework(framework):
         ({"rotary_dim": 7}, "rotary_dim: expected an even number"),
         ({"rotary_dim": 128}, "rotary_dim: expected an even number of 2 to head_dim 64"),
         ({"theta": 0.0}, "theta: expected a number above 0"),
-        ({"scaling": {"rope_type": "ntk"}}, "expected rope_type default, linear, dynamic, yarn, longrope or llama3, got 'ntk'"),
+        (
+            {"scaling": {"rope_type": "ntk"}},
+            "expected rope_type default, linear, dynamic, yarn, longrope or llama3, got 'ntk'",
+        ),
         ({"scaling": {"rope_type": "linear"}}, "expected 'factor' above 0 for rope_type 'linear', got None"),
         ({"scaling": {"rope_type": "yarn", "factor": 2.0}}, "'original_max_position_embeddings' above 0"),
-        ({"scaling": {**SCALINGS["longrope"], "short_factor": [1.0]}}, "'short_factor' with 32 numbers, got 1"),
+        (
+            {"scaling": {**SCALINGS["longrope"], "short_factor": [1.0]}},
+            "'short_factor' with 32 numbers, got 1",
+        ),
     ],
 )
 def test_rope_cache_refuses(kwargs, text):

@@ -24,7 +24,14 @@ ULPS = {
 }
 
 #: Below this share of the result's largest magnitude an error counts as if at that magnitude.
-FLOOR = {"norm": 1e-6, "layer_norm": 0.25, "activation": 2e-3, "rotary": 0.25, "merge": 0.1, "attention": 0.25}
+FLOOR = {
+    "norm": 1e-6,
+    "layer_norm": 0.25,
+    "activation": 2e-3,
+    "rotary": 0.25,
+    "merge": 0.1,
+    "attention": 0.25,
+}
 
 #: Largest error of a log-sum-exp (natural log), relative to its magnitude or 1.
 LSE_ERROR = {"float32": 2e-6, "float16": 1e-4, "bfloat16": 1e-4}

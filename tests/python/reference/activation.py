@@ -39,7 +39,12 @@ def relu_squared(x: np.ndarray) -> np.ndarray:
 
 
 GATED = {"silu_and_mul": silu, "gelu_and_mul": gelu, "gelu_tanh_and_mul": gelu_tanh}
-PLAIN = {"gelu_new": gelu_tanh, "gelu_fast": gelu_fast, "gelu_quick": gelu_quick, "relu_squared": relu_squared}
+PLAIN = {
+    "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_fast,
+    "gelu_quick": gelu_quick,
+    "relu_squared": relu_squared,
+}
 
 
 def gated(name: str, x: np.ndarray) -> np.ndarray:

@@ -6,7 +6,9 @@ SPDX-License-Identifier: Apache-2.0
 import numpy as np
 
 
-def attend(q, k, v, *, q_start, scale=None, causal=True, window=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None):
+def attend(
+    q, k, v, *, q_start, scale=None, causal=True, window=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None
+):
     """One sequence: q [q_len, heads, dim], k and v [kv_len, kv_heads, dim]; query i stands at q_start + i. Returns out, lse."""
     q_len, heads, dim = q.shape
     kv_len, kv_heads, _ = k.shape
