@@ -19,7 +19,9 @@ def find_stub() -> Path:
     except ImportError:
         spec = None
     if spec is None or spec.origin is None or not Path(spec.origin).with_name("_core.pyi").exists():
-        raise FileNotFoundError("the stub of quire._core was not found; install quire first, with this Python")
+        raise FileNotFoundError(
+            "the stub of quire._core was not found; install quire first, with this Python"
+        )
     return Path(spec.origin).with_name("_core.pyi")
 
 
@@ -27,6 +29,8 @@ def copy_tree(folder: Path) -> Path:
     """Makes `folder`/quire with copies of the Python files and the stub; returns `folder`."""
     stub = find_stub()
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(SOURCE, folder / "quire", ignore=shutil.ignore_patterns("__pycache__", "_core*", "*.safetensors"))
+    shutil.copytree(
+        SOURCE, folder / "quire", ignore=shutil.ignore_patterns("__pycache__", "_core*", "*.safetensors")
+    )
     shutil.copy(stub, folder / "quire")
     return folder

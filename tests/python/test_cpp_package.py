@@ -81,19 +81,36 @@ def test_no_path_of_the_build(prefix, build):
 def test_headers_include_only_the_standard_library(prefix):
     for header in (prefix / "include" / "quire").iterdir():
         for name in re.findall(r"^\s*#\s*include\s+(.*)$", header.read_text(), re.MULTILINE):
-            assert re.fullmatch(r'"quire/[a-z_]+\.h"|<[a-z_]+>', name.strip()), f"{header.name} includes {name}"
+            assert re.fullmatch(r'"quire/[a-z_]+\.h"|<[a-z_]+>', name.strip()), (
+                f"{header.name} includes {name}"
+            )
 
 
 def test_every_header_compiles_alone(prefix, build, tmp_path):
-    compiler = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.*)$", (build / "CMakeCache.txt").read_text(), re.MULTILINE)[1]
+    compiler = re.search(
+        r"^CMAKE_CXX_COMPILER:\w+=(.*)$", (build / "CMakeCache.txt").read_text(), re.MULTILINE
+    )[1]
     for header in (prefix / "include" / "quire").iterdir():
         source = tmp_path / f"{header.stem}.cpp"
         source.write_text(f"#include <quire/{header.name}>\n")
-        run(compiler, "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-I", prefix / "include", source)
+        run(
+            compiler,
+            "-std=c++20",
+            "-fsyntax-only",
+            "-Wall",
+            "-Wextra",
+            "-Wconversion",
+            "-Werror",
+            "-I",
+            prefix / "include",
+            source,
+        )
 
 
 def test_version_is_checked(prefix, tmp_path):
     (tmp_path / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.25)\nproject(p LANGUAGES CXX)\nfind_package(quire 99.0)\nmessage(STATUS found=${quire_FOUND})\n"
     )
-    assert "found=0" in run(CMAKE, "-S", tmp_path, "-B", tmp_path / "b", *GENERATOR, f"-DCMAKE_PREFIX_PATH={prefix}")
+    assert "found=0" in run(
+        CMAKE, "-S", tmp_path, "-B", tmp_path / "b", *GENERATOR, f"-DCMAKE_PREFIX_PATH={prefix}"
+    )

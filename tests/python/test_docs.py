@@ -30,14 +30,20 @@ def sections(page):
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     found = []
     # A heading-like line inside a fence is a comment of a shell or Python block: hide fences while splitting.
-    for part in re.split(r"^## (?=.*$)", FENCE.sub(lambda m: m[0].replace("\n#", "\n\0#"), text), flags=re.MULTILINE):
+    for part in re.split(
+        r"^## (?=.*$)", FENCE.sub(lambda m: m[0].replace("\n#", "\n\0#"), text), flags=re.MULTILINE
+    ):
         heading = part.partition("\n")[0].strip("# ")
         fences = [(m[1], m[2].replace("\0", ""), m.start(), m.end()) for m in FENCE.finditer(part)]
         blocks = []
         for i, (language, code, _, end) in enumerate(fences):
             if language != "python":
                 continue
-            follows = i + 1 < len(fences) and fences[i + 1][0] == "text" and not part[end : fences[i + 1][2]].strip()
+            follows = (
+                i + 1 < len(fences)
+                and fences[i + 1][0] == "text"
+                and not part[end : fences[i + 1][2]].strip()
+            )
             blocks.append((code, fences[i + 1][1] if follows else None))
         if blocks:
             found.append((heading, blocks))
@@ -51,7 +57,11 @@ def cases():
             groups: dict[str, list] = {}
             name = ""
             for code, expected in blocks:
-                imported = [f for f in FRAMEWORKS if re.search(rf"^\s*import {f}\b", code, re.MULTILINE) and f != "ml_dtypes"]
+                imported = [
+                    f
+                    for f in FRAMEWORKS
+                    if re.search(rf"^\s*import {f}\b", code, re.MULTILINE) and f != "ml_dtypes"
+                ]
                 name = imported[0] if imported else name
                 groups.setdefault(name, []).append((code, expected))
             for framework, group in groups.items():

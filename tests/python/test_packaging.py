@@ -13,9 +13,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import quire._core
 
 import quire
-import quire._core
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
@@ -23,7 +23,9 @@ CMAKE = shutil.which("cmake", path=TOOLS)
 
 
 def python(code: str, **environment: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment})
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
     assert result.returncode == 0, result.stderr
     # An editable install that rebuilds on import may speak before the program does.
     return result.stdout.splitlines()[-1]
@@ -84,7 +86,7 @@ WRONG = {
     "quire.rms_norm(x)": "call-arg",
     "quire.rms_norm(x, x, 1e-5, 1.0)": "call-arg|misc",
     'quire.paged_attention(x, x, x, x, x, validate="half")': "call-overload",
-    'blocks: list[str] = quire.BlockAllocator(8, 4).allocate(2)': "assignment",
+    "blocks: list[str] = quire.BlockAllocator(8, 4).allocate(2)": "assignment",
     "quire.no_such_op(x)": "attr-defined",
 }
 
@@ -105,7 +107,16 @@ def mypy(tmp_path_factory):
     def check(code: str) -> dict[int, str]:
         program = folder / "program.py"
         program.write_text(code)
-        command = [sys.executable, "-m", "mypy", "--strict", "--config-file", os.devnull, "--no-pretty", program.name]
+        command = [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--strict",
+            "--config-file",
+            os.devnull,
+            "--no-pretty",
+            program.name,
+        ]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
         assert result.returncode in (0, 1), result.stdout + result.stderr
         errors = re.findall(r"^(.*?\.pyi?):(\d+): error: .*\[([a-z-]+)\]$", result.stdout, re.MULTILINE)
@@ -121,7 +132,9 @@ def test_mypy_accepts_a_right_program(mypy):
 
 
 def test_mypy_flags_a_wrong_program(mypy):
-    errors = mypy("import numpy as np\nimport quire\nx = np.ones((2, 8), np.float32)\n" + "\n".join(WRONG) + "\n")
+    errors = mypy(
+        "import numpy as np\nimport quire\nx = np.ones((2, 8), np.float32)\n" + "\n".join(WRONG) + "\n"
+    )
     assert list(errors) == list(range(4, 4 + len(WRONG)))
     for kind, expected in zip(errors.values(), WRONG.values()):
         assert re.fullmatch(expected, kind)
@@ -137,7 +150,14 @@ def configure(tmp_path):
     environment = {**os.environ, "PATH": TOOLS, "CUDACXX": str(tmp_path / "no-nvcc")}
 
     def run(*settings: str) -> tuple[int, str]:
-        command = [CMAKE, "-S", str(ROOT), "-B", str(tmp_path / "build"), *(f"-D{setting}" for setting in settings)]
+        command = [
+            CMAKE,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(tmp_path / "build"),
+            *(f"-D{setting}" for setting in settings),
+        ]
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         return result.returncode, " ".join((result.stdout + result.stderr).split())
 
