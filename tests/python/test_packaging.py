@@ -13,8 +13,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-import quire
 import quire._core
+
+import quire
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
