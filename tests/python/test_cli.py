@@ -266,7 +266,8 @@ def test_bench_quick(capsys: pytest.CaptureFixture[str], tmp_path: Path, family:
     output = tmp_path / "report.json"
     arguments = ("bench", family, "--quick", "--device", "cpu", "--no-ceilings", "--min-time", "0.001")
     code, out, err = run(capsys, *arguments, "--format", "json", "--output", str(output))
-    assert (code, out, err) == (0, "", "")
+    assert (code, out) == (0, "")
+    assert not err or "load average" in err
     report = json.loads(output.read_text())
     assert report["results"]
     assert {result["family"] for result in report["results"]} == {family}

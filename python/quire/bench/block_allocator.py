@@ -27,11 +27,13 @@ def cases(context: Context) -> Iterator[Case]:
             name=f"grow {num_seqs} sequences of {length} by one token, fill four arrays ({columns} columns)",
             prepare=partial(_decode_step, num_seqs, length, columns, "grow"),
             target=Target(max_us=25.0),
+            timer="host",
             op="grow_and_write_batch",
         )
         yield Case(
             name=f"commit and append one token to {num_seqs} sequences of {length}",
             prepare=partial(_decode_step, num_seqs, length, columns, "commit"),
+            timer="host",
             op="commit_batch",
         )
     yield Case(
@@ -39,25 +41,32 @@ def cases(context: Context) -> Iterator[Case]:
         prepare=partial(_allocate_free, 64),
         target=Target(max_us=0.1),
         num_items=64,
+        timer="host",
         op="allocate",
     )
     yield Case(
-        name="allocate(1) + free, two calls from Python", prepare=partial(_allocate_free, 1), op="allocate"
+        name="allocate(1) + free, two calls from Python",
+        prepare=partial(_allocate_free, 1),
+        timer="host",
+        op="allocate",
     )
     yield Case(
         name="hash_blocks of 4096 tokens, block size 16",
         prepare=_hash_blocks,
         target=Target(max_us=60.0),
+        timer="host",
         op="hash_blocks",
     )
     yield Case(
         name="add_sequence + free_sequence of 4096 tokens, all cached",
         prepare=partial(_add_free, None),
+        timer="host",
         op="add_sequence",
     )
     yield Case(
         name="add_sequence + free_sequence of 4096 tokens, none cached",
         prepare=partial(_add_free, "other"),
+        timer="host",
         op="add_sequence",
     )
 

@@ -114,6 +114,8 @@ def _bench(args: argparse.Namespace) -> int:
         },
         skipped_peers=context.skipped_peers,
     )
+    if "warning" in report.machine:
+        print(f"quire bench: {report.machine['warning']}", file=sys.stderr)
     progress = _Progress()
     try:
         if args.ceilings:
@@ -221,6 +223,12 @@ def _machine(context: Context) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     found["versions"] = ", ".join(versions)
+    load = os.getloadavg()[0]
+    if load > 0.5 * cores:
+        found["warning"] = (
+            f"load average {load:.1f} on {cores} cores: other processes take part in these figures; thread "
+            "pools that wait for all their threads, as torch's, suffer most"
+        )
     if context.quick:
         found["note"] = "--quick: tiny shapes and few rounds; these are no measurements"
     return found
