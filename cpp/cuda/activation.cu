@@ -11,9 +11,9 @@
 namespace quire::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 // Vectors (gated: pairs of vectors) that a thread has in flight.
-constexpr int kUnroll = 2;
+constexpr int kUnroll = 4;
 
 // exp(x) and a / b: a 16-bit result hides the error of the fast forms (2 ulp), a float32 one does not.
 template <bool kPrecise>

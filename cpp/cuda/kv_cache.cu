@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <bit>
+#include <string>
 #include <type_traits>
 
 #include "core/dispatch.h"
@@ -14,32 +15,72 @@ namespace {
 
 constexpr int kThreads = 128;
 // Vectors that a thread has in flight.
-constexpr int kUnroll = 4;
+constexpr int kVectorsInFlight = 4;
 // Tokens per SM below which a token is spread over as many threads as it has vectors.
 constexpr int kManyTokensPerSm = 8;
 
-// v / scale, equal bit for bit to float32 division wherever an 8-bit type tells quotients apart: one reciprocal per vector and
-// two residual corrections per quotient, which is what the division itself does without its handling of extreme operands.
-template <int kVec>
-__device__ __forceinline__ void divide_by_scale(float (&v)[kVec], float scale) {
-  if (scale == 1.0f) return;
-  // Inside this range no intermediate of a quotient that matters overflows or loses bits.
-  if (fabsf(scale) >= 0x1p-60f && fabsf(scale) <= 0x1p60f) {
-    const float reciprocal = __frcp_rn(scale);
-#pragma unroll
-    for (int e = 0; e < kVec; ++e) {
-      const float estimate = v[e] * reciprocal;
-      float quotient = fmaf(fmaf(-estimate, scale, v[e]), reciprocal, estimate);
-      quotient = fmaf(fmaf(-quotient, scale, v[e]), reciprocal, quotient);
-      // A zero keeps its sign; what saturates, Inf and NaN stay as they are.
-      const float magnitude = fabsf(estimate);
-      v[e] = magnitude > 0.0f && magnitude < 0x1p20f ? quotient : estimate;
-    }
-  } else {
-#pragma unroll
-    for (int e = 0; e < kVec; ++e) v[e] = __fdiv_rn(v[e], scale);
+// Division by one scale, with the result of float32 division, bit for bit.
+class Divisor {
+ public:
+  __device__ __forceinline__ explicit Divisor(float scale) {
+    scale_ = scale;
+    // Inside this range no intermediate of a quotient that an 8-bit type tells from 0 or from its largest value overflows or
+    // loses bits.
+    in_range_ = fabsf(scale) >= 0x1p-60f && fabsf(scale) <= 0x1p60f;
+    reciprocal_ = in_range_ ? __frcp_rn(scale) : 0.0f;
+    // A power of two has an exact reciprocal.
+    margin_ = (__float_as_uint(scale) & 0x7fffffu) == 0u ? 0.0f : reciprocal_ * 0x1p-21f;
   }
-}
+
+  template <typename CacheT, int kVec>
+  __device__ __forceinline__ Packed<CacheT, kVec> divide_and_pack(float (&v)[kVec]) const {
+    if (scale_ == 1.0f) return pack<CacheT, kVec>(v);
+    if (sizeof(CacheT) == 1 && in_range_) {
+      // Two products enclose every quotient. Where they round to one 8-bit value, so does the quotient between them; that is
+      // nearly always, unless many quotients are ties.
+      float low[kVec], high[kVec];
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) {
+        low[e] = v[e] * (reciprocal_ - margin_);
+        high[e] = v[e] * (reciprocal_ + margin_);
+      }
+      const Packed<CacheT, kVec> result = pack<CacheT, kVec>(low);
+      if (is_same(result, pack<CacheT, kVec>(high))) return result;
+      // Two residual corrections make an estimate the correctly rounded quotient.
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) {
+        const float estimate = v[e] * reciprocal_;
+        float quotient = fmaf(fmaf(-estimate, scale_, v[e]), reciprocal_, estimate);
+        quotient = fmaf(fmaf(-quotient, scale_, v[e]), reciprocal_, quotient);
+        // A zero keeps its sign; what saturates, Inf and NaN stay as they are.
+        const float magnitude = fabsf(estimate);
+        v[e] = magnitude > 0.0f && magnitude < 0x1p20f ? quotient : estimate;
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) v[e] = __fdiv_rn(v[e], scale_);
+    }
+    return pack<CacheT, kVec>(v);
+  }
+
+ private:
+  template <int kBytes>
+  __device__ static bool is_same(const RawVector<kBytes>& a, const RawVector<kBytes>& b) {
+    if constexpr (kBytes == 1) {
+      return a.byte == b.byte;
+    } else if constexpr (kBytes == 2) {
+      return a.half_word == b.half_word;
+    } else {
+      std::uint32_t difference = 0;
+#pragma unroll
+      for (int i = 0; i < kBytes / 4; ++i) difference |= a.words[i] ^ b.words[i];
+      return difference == 0;
+    }
+  }
+
+  float scale_, reciprocal_, margin_;
+  bool in_range_;
+};
 
 // Where the elements of K, or of V, of one call lie.
 struct KvSide {
@@ -52,22 +93,24 @@ struct KvSide {
 struct KvKernelParams {
   KvSide sides[2];
   const void* slot_mapping;
-  std::int64_t slot_stride, num_tokens, num_heads, head_dim, num_slots, block_size;
+  std::int64_t slot_stride, num_tokens, num_slots, block_size;
+  std::uint32_t num_heads, head_dim;
   bool slots_are_int64;
   int group_shift;
+  int head_shift;  // log2 of the vectors of a head, or -1 if that is no whole number
   ErrorWord* error_word;
 };
 
 // Grid: groups of 2^group_shift threads; a group moves K or V of one token between its row and its slot, kVec elements at a
-// time. CTAs walk all (token, side) items. With T equal to CacheT bits are copied, else values are converted, and scaled for
-// the 8-bit types.
-template <bool kWrite, typename T, typename CacheT, int kVec>
+// time. CTAs walk all (token, side) items. kRaw copies bits, between types of one size; else values are scaled and converted.
+template <bool kWrite, bool kRaw, typename T, typename CacheT, int kVec>
 __global__ void __launch_bounds__(kThreads) kv_kernel(const __grid_constant__ KvKernelParams p) {
-  constexpr bool kQuantized = sizeof(CacheT) == 1;
-  const int group_size = 1 << p.group_shift;
-  const int lane = static_cast<int>(threadIdx.x) & (group_size - 1);
-  const std::int64_t num_vectors = p.num_heads * p.head_dim / kVec;
-  const std::int64_t vectors_per_head = p.head_dim / kVec;
+  // Rare pairs of types get less code, not less width.
+  constexpr int kUnroll = kVec > 1 && (kRaw || sizeof(CacheT) == 1) ? kVectorsInFlight : 1;
+  const std::uint32_t group_size = 1u << p.group_shift;
+  const std::uint32_t lane = threadIdx.x & (group_size - 1u);
+  const std::uint32_t num_vectors = p.num_heads * p.head_dim / kVec;
+  const std::uint32_t vectors_per_head = p.head_dim / kVec;
   const std::int64_t item_step = (static_cast<std::int64_t>(gridDim.x) * kThreads) >> p.group_shift;
   const std::int64_t first_item = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) >> p.group_shift;
   for (std::int64_t item = first_item; item < 2 * p.num_tokens; item += item_step) {
@@ -76,9 +119,9 @@ __global__ void __launch_bounds__(kThreads) kv_kernel(const __grid_constant__ Kv
     const std::int64_t slot = p.slots_are_int64 ? static_cast<const std::int64_t*>(p.slot_mapping)[token * p.slot_stride]
                                                 : static_cast<const std::int32_t*>(p.slot_mapping)[token * p.slot_stride];
     T* const row = static_cast<T*>(side.tokens) + token * side.token_stride;
-    const auto head_of = [&](std::int64_t vector) { return p.num_heads == 1 ? 0 : divide(vector, vectors_per_head); };
-    const auto row_at = [&](std::int64_t vector) {
-      const std::int64_t head = head_of(vector);
+    const auto head_of = [&](std::uint32_t vector) { return p.head_shift >= 0 ? vector >> p.head_shift : vector / vectors_per_head; };
+    const auto row_at = [&](std::uint32_t vector) {
+      const std::uint32_t head = head_of(vector);
       return row + head * side.head_stride + (vector - head * vectors_per_head) * kVec;
     };
     const bool skipped = slot < 0 || slot >= p.num_slots;
@@ -90,27 +133,32 @@ __global__ void __launch_bounds__(kThreads) kv_kernel(const __grid_constant__ Kv
     if constexpr (!kWrite) {
       if (skipped) {
         record();
-        for (std::int64_t vector = lane; vector < num_vectors; vector += group_size) store_raw(row_at(vector), Packed<T, kVec>{});
+        for (std::uint32_t vector = lane; vector < num_vectors; vector += group_size) store_raw(row_at(vector), Packed<T, kVec>{});
         continue;
       }
     }
-    const std::int64_t block_idx = divide(skipped ? 0 : slot, p.block_size);
+    const std::int64_t safe_slot = skipped ? 0 : slot;
+    const std::int64_t block_idx = divide(safe_slot, p.block_size);
     CacheT* const slot_row = static_cast<CacheT*>(side.cache) + block_idx * side.cache_block_stride +
-                             (slot - block_idx * p.block_size) * side.cache_slot_stride;
-    const auto slot_at = [&](std::int64_t vector) {
-      const std::int64_t head = head_of(vector);
+                             (safe_slot - block_idx * p.block_size) * side.cache_slot_stride;
+    const auto slot_at = [&](std::uint32_t vector) {
+      const std::uint32_t head = head_of(vector);
       return slot_row + head * side.cache_head_stride + (vector - head * vectors_per_head) * kVec;
     };
-    const float common_scale = kQuantized && side.scale != nullptr ? side.scale[0] : 1.0f;
-    const auto scale_of = [&](std::int64_t vector) { return side.scale_stride == 0 ? common_scale : side.scale[head_of(vector)]; };
+    // One scale for all heads is taken in hand once; scales per head are fetched beside the data.
+    const bool scale_per_head = !kRaw && side.scale_stride != 0;
+    const float common_scale = !kRaw && side.scale != nullptr ? side.scale[0] : 1.0f;
+    const Divisor common_divisor(common_scale);
 
-    for (std::int64_t first = lane; first < num_vectors; first += kUnroll * group_size) {
+    for (std::uint32_t first = lane; first < num_vectors; first += kUnroll * group_size) {
       using Source = std::conditional_t<kWrite, T, CacheT>;
       Packed<Source, kVec> packed[kUnroll];
+      float scales[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const std::int64_t vector = first + u * group_size;
+        const std::uint32_t vector = first + u * group_size;
         if (vector >= num_vectors) continue;
+        scales[u] = scale_per_head ? side.scale[head_of(vector)] : common_scale;
         if constexpr (kWrite) {
           packed[u] = load_packed<T, kVec>(row_at(vector));
         } else {
@@ -121,22 +169,19 @@ __global__ void __launch_bounds__(kThreads) kv_kernel(const __grid_constant__ Kv
       if (kWrite && skipped) break;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const std::int64_t vector = first + u * group_size;
+        const std::uint32_t vector = first + u * group_size;
         if (vector >= num_vectors) continue;
-        if constexpr (std::is_same_v<T, CacheT>) {
+        if constexpr (kRaw) {
           store_raw(kWrite ? static_cast<void*>(slot_at(vector)) : static_cast<void*>(row_at(vector)), packed[u]);
         } else {
           float v[kVec];
           unpack<Source, kVec>(v, packed[u]);
           if constexpr (kWrite) {
-            if constexpr (kQuantized) divide_by_scale(v, scale_of(vector));
-            store_floats(slot_at(vector), v);
+            const Divisor divisor = scale_per_head ? Divisor(scales[u]) : common_divisor;
+            store_raw(slot_at(vector), divisor.divide_and_pack<CacheT>(v));
           } else {
-            if constexpr (kQuantized) {
-              const float scale = scale_of(vector);
 #pragma unroll
-              for (int e = 0; e < kVec; ++e) v[e] *= scale;
-            }
+            for (int e = 0; e < kVec; ++e) v[e] *= scales[u];
             store_floats(row_at(vector), v);
           }
         }
@@ -148,20 +193,22 @@ __global__ void __launch_bounds__(kThreads) kv_kernel(const __grid_constant__ Kv
   }
 }
 
-template <bool kWrite, typename T, typename CacheT, int kVec>
+template <bool kWrite, bool kRaw, typename T, typename CacheT, int kVec>
 void launch_kv(KvKernelParams p, const char* name, Stream stream) {
-  const std::int64_t num_vectors = p.num_heads * p.head_dim / kVec;
+  const std::uint32_t num_vectors = p.num_heads * p.head_dim / kVec;
   const bool many_tokens = p.num_tokens >= kManyTokensPerSm * current_device_properties().num_sms;
-  const std::int64_t group_size =
-      static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(many_tokens ? ceil_div(num_vectors, kUnroll) : num_vectors)));
-  p.group_shift = std::countr_zero(static_cast<std::uint64_t>(std::min<std::int64_t>(group_size, kThreads)));
+  const std::uint32_t wanted = many_tokens ? (num_vectors + kVectorsInFlight - 1) / kVectorsInFlight : num_vectors;
+  const std::uint32_t vectors_per_head = p.head_dim / kVec;
+  // A single head takes in every vector.
+  p.head_shift = p.num_heads == 1 ? 31 : std::has_single_bit(vectors_per_head) ? std::countr_zero(vectors_per_head) : -1;
+  p.group_shift = std::countr_zero(std::bit_ceil(std::min<std::uint32_t>(wanted, kThreads)));
   const std::int64_t num_ctas = ceil_div(2 * p.num_tokens, kThreads >> p.group_shift);
-  kv_kernel<kWrite, T, CacheT, kVec>
+  kv_kernel<kWrite, kRaw, T, CacheT, kVec>
       <<<static_cast<unsigned>(std::min<std::int64_t>(num_ctas, 0x7fffffff)), kThreads, 0, cuda_stream(stream)>>>(p);
   QUIRE_CHECK_LAUNCH(name, stream);
 }
 
-template <bool kWrite, typename T, typename CacheT>
+template <bool kWrite, bool kRaw, typename T, typename CacheT>
 void launch_kv_vectors(const KvKernelParams& p, const char* name, Stream stream) {
   constexpr int kVec = 16 / static_cast<int>(std::max(sizeof(T), sizeof(CacheT)));
   const auto side_is_aligned = [&](const KvSide& side) {
@@ -173,14 +220,18 @@ void launch_kv_vectors(const KvKernelParams& p, const char* name, Stream stream)
            keeps_alignment(p.num_heads, side.cache_head_stride, sizeof(CacheT), kCacheBytes);
   };
   if (p.head_dim % kVec == 0 && side_is_aligned(p.sides[0]) && side_is_aligned(p.sides[1])) {
-    launch_kv<kWrite, T, CacheT, kVec>(p, name, stream);
+    launch_kv<kWrite, kRaw, T, CacheT, kVec>(p, name, stream);
   } else {
-    launch_kv<kWrite, T, CacheT, 1>(p, name, stream);
+    launch_kv<kWrite, kRaw, T, CacheT, 1>(p, name, stream);
   }
 }
 
 template <bool kWrite>
 void move_kv(const KvParams& params, const char* name, Stream stream) {
+  // A kernel counts a token's elements in 32 bits, with room for a step past the end.
+  if (params.num_kv_heads > 0x40000000 / params.head_dim)
+    throw UnsupportedError(std::string("[") + name + "] k: expected at most 2^30 elements per token, got " +
+                           std::to_string(params.num_kv_heads) + " x " + std::to_string(params.head_dim));
   KvKernelParams p{
       {{params.k, params.k_cache, params.k_scale, params.k_scale_stride, params.k_token_stride, params.k_head_stride,
         params.k_cache_block_stride, params.k_cache_slot_stride, params.k_cache_head_stride},
@@ -189,11 +240,12 @@ void move_kv(const KvParams& params, const char* name, Stream stream) {
       params.slot_mapping,
       params.slot_stride,
       params.num_tokens,
-      params.num_kv_heads,
-      params.head_dim,
       params.num_blocks * params.block_size,
       params.block_size,
+      static_cast<std::uint32_t>(params.num_kv_heads),
+      static_cast<std::uint32_t>(params.head_dim),
       params.slot_dtype == DType::kInt64,
+      0,
       0,
       error_word()};
   for (KvSide& side : p.sides)
@@ -208,20 +260,19 @@ void move_kv(const KvParams& params, const char* name, Stream stream) {
     p.head_dim *= p.num_heads;
     p.num_heads = 1;
   }
-  if (params.dtype == params.cache_dtype) {
-    if (params.dtype == DType::kFloat32) return launch_kv_vectors<kWrite, std::uint32_t, std::uint32_t>(p, name, stream);
-    return launch_kv_vectors<kWrite, std::uint16_t, std::uint16_t>(p, name, stream);
+  if (params.dtype == params.cache_dtype && params.k_scale == nullptr && params.v_scale == nullptr) {
+    if (params.dtype == DType::kFloat32) return launch_kv_vectors<kWrite, true, std::uint32_t, std::uint32_t>(p, name, stream);
+    return launch_kv_vectors<kWrite, true, std::uint16_t, std::uint16_t>(p, name, stream);
   }
   dispatch_float(params.dtype, name, [&](auto dtype) {
     using T = Element<decltype(dtype)::value>;
     dispatch_kv(params.cache_dtype, name, [&](auto cache_dtype) {
-      using CacheT = Element<decltype(cache_dtype)::value>;
-      if constexpr (!std::is_same_v<T, CacheT>) launch_kv_vectors<kWrite, T, CacheT>(p, name, stream);
+      launch_kv_vectors<kWrite, false, T, Element<decltype(cache_dtype)::value>>(p, name, stream);
     });
   });
 }
 
-// Grid: work item = one pair x one chunk of kThreads * kUnroll vectors of kBytes; CTAs walk all items.
+// Grid: work item = one pair x one chunk of kThreads * kVectorsInFlight vectors of kBytes; CTAs walk all items.
 template <int kBytes, typename Index>
 __global__ void __launch_bounds__(kThreads) copy_blocks_kernel(const __grid_constant__ CopyBlocksParams p, const std::int64_t num_chunks,
                                                                ErrorWord* const error_word) {
@@ -242,11 +293,11 @@ __global__ void __launch_bounds__(kThreads) copy_blocks_kernel(const __grid_cons
     }
     const char* const from = static_cast<const char*>(p.cache) + src * p.block_stride_bytes;
     char* const to = static_cast<char*>(p.cache) + dst * p.block_stride_bytes;
-    RawVector<kBytes> vectors[kUnroll];
-    std::int64_t offsets[kUnroll];
+    RawVector<kBytes> vectors[kVectorsInFlight];
+    std::int64_t offsets[kVectorsInFlight];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const std::int64_t vector = (chunk * kUnroll + u) * kThreads + threadIdx.x;
+    for (int u = 0; u < kVectorsInFlight; ++u) {
+      const std::int64_t vector = (chunk * kVectorsInFlight + u) * kThreads + threadIdx.x;
       offsets[u] = -1;
       if (vector >= num_vectors) continue;
       const std::int64_t segment = p.num_segments == 1 ? 0 : divide(vector, vectors_per_segment);
@@ -254,14 +305,14 @@ __global__ void __launch_bounds__(kThreads) copy_blocks_kernel(const __grid_cons
       vectors[u] = load_raw<kBytes>(from + offsets[u]);
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
+    for (int u = 0; u < kVectorsInFlight; ++u)
       if (offsets[u] >= 0) store_raw(to + offsets[u], vectors[u]);
   }
 }
 
 template <int kBytes>
 void launch_copy_blocks(const CopyBlocksParams& p, Stream stream) {
-  const std::int64_t num_chunks = ceil_div(p.num_segments * (p.segment_bytes / kBytes), std::int64_t{kThreads} * kUnroll);
+  const std::int64_t num_chunks = ceil_div(p.num_segments * (p.segment_bytes / kBytes), std::int64_t{kThreads} * kVectorsInFlight);
   const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(p.num_pairs * num_chunks, 0x7fffffff));
   dispatch_index(p.pair_dtype, "copy_blocks", [&](auto index) {
     copy_blocks_kernel<kBytes, decltype(index)><<<num_ctas, kThreads, 0, cuda_stream(stream)>>>(p, num_chunks, error_word());

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kThreads = 256;
 // Heads that a thread rotates by one set of angles; their loads are in flight together.
-constexpr int kHeadsPerThread = 4;
+constexpr int kHeadsPerThread = 2;
 // Tokens per SM below which heads are spread over as many threads as there are.
 constexpr int kManyTokensPerSm = 8;
 
