@@ -5,6 +5,8 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include <vector>
+
 #include "bindings/bindings.h"
 #include "bindings/tensor_args.h"
 #include "quire/error.h"
@@ -40,11 +42,22 @@ void bind_runtime(nb::module_& m) {
     set_num_threads(static_cast<int>(count < 0 ? 0 : count > 4096 ? 4096 : count));
   }, nb::arg("num_threads"), "Sets the number of threads that CPU ops use, the caller included.");
   m.def("num_threads", &num_threads, "The number of threads that CPU ops use.");
-  m.def("check_errors", [](nb::handle device) {
-    const Device d = to_device("check_errors", device);
-    const nb::gil_scoped_release release;
-    check_errors(d);
-  }, nb::arg("device"), "Raises IndexError if an op on the device met an index value out of range since the last call.");
+  m.def(
+      "check_errors",
+      [](nb::handle device) {
+        std::vector<Device> devices;
+        if (device.is_none()) {
+          devices.push_back(Device{});
+          for (int i = 0; i < num_cuda_devices(); ++i) devices.push_back(Device{DeviceType::kCUDA, i});
+        } else {
+          devices.push_back(to_device("check_errors", device));
+        }
+        const nb::gil_scoped_release release;
+        for (const Device d : devices) check_errors(d);
+      },
+      nb::arg("device") = nb::none(),
+      "Raises IndexError if an op on the device met an index value out of range since the last call; None looks at every device. "
+      "Waits for the work of a CUDA device.");
   m.def("import_tensors", [](nb::handle a, nb::handle b, nb::handle c, nb::handle d, nb::handle e, nb::handle f) {
     const Args args("import_tensors", nb::none(), {{a, "a"}, {b, "b"}, {c, "c"}, {d, "d"}, {e, "e"}, {f, "f"}});
   }, nb::arg("a").none(), nb::arg("b").none(), nb::arg("c").none(), nb::arg("d").none(), nb::arg("e").none(), nb::arg("f").none(),

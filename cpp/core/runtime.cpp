@@ -45,7 +45,7 @@ int num_threads() { return cpu::num_threads(); }
 
 void throw_cpu_only_build(const char* op) {
   throw UnsupportedError(std::string("[") + op + "] device: expected cpu, got cuda: this build of quire contains no CUDA kernels; " +
-                         "reinstall with --config-settings=quire.cuda=on");
+                         "reinstall with -C quire.cuda=on (or quire.cuda=pypi, where there is no CUDA toolkit)");
 }
 
 const char* name(OpId op) {

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/runtime.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -22,7 +23,7 @@ constexpr int kMaxDevices = 64;
 struct DeviceState {
   std::once_flag properties_once, word_once;
   DeviceProperties properties{};
-  ErrorWord* word = nullptr;
+  std::atomic<ErrorWord*> word = nullptr;
   std::mutex attribute_mutex;
   std::map<const void*, int> shared_bytes;
 };
@@ -139,6 +140,7 @@ ErrorWord* error_word() {
 }
 
 ErrorWord take_error(int device_index) {
+  if (device_state(device_index).word.load() == nullptr) return ErrorWord{};  // no guarded op has run there
   const DeviceGuard guard(device_index);
   QUIRE_CUDA_CHECK(cudaDeviceSynchronize());
   ErrorWord host{};

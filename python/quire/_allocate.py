@@ -31,6 +31,20 @@ def numpy_dtype(name: str) -> Any:
     return np.dtype(name)
 
 
+def shape_of(op: str, arg: str, x: Array) -> tuple[int, ...]:
+    """The shape of an argument that an output is made like.
+
+    Raises:
+        TypeError: It is no tensor.
+    """
+    shape = getattr(x, "shape", None)
+    if shape is None or not hasattr(x, "__dlpack__"):
+        raise TypeError(
+            f"[{op}] {arg}: expected a tensor (any object with __dlpack__), got {type(x).__qualname__}"
+        )
+    return tuple(shape)
+
+
 def empty(like: Array, shape: Sequence[int], dtype: str | None = None) -> Array:
     """A new tensor with undefined contents, of the framework and on the device of ``like``.
 

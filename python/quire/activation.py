@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from quire import _core
-from quire._allocate import Array, empty, finish
+from quire._allocate import Array, empty, finish, shape_of
 
 __all__ = [
     "gelu_and_mul",
@@ -22,13 +22,16 @@ __all__ = [
 
 
 def _gated(op: Callable[..., None], x: Array, out: Array | None, stream: object) -> Array:
-    result = empty(x, (*x.shape[:-1], x.shape[-1] // 2)) if out is None else out
+    result = out
+    if out is None:
+        *rows, width = shape_of(op.__name__, "x", x) or (0,)
+        result = empty(x, (*rows, width // 2))
     op(result, x, stream)
     return finish(result, x) if out is None else out
 
 
 def _plain(op: Callable[..., None], x: Array, out: Array | None, stream: object) -> Array:
-    result = empty(x, x.shape) if out is None else out
+    result = empty(x, shape_of(op.__name__, "x", x)) if out is None else out
     op(result, x, stream)
     return finish(result, x) if out is None else out
 

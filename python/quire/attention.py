@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal, overload
 
 from quire import _core
-from quire._allocate import Array, empty, finish
+from quire._allocate import Array, empty, finish, shape_of
 
 __all__ = [
     "attention",
@@ -147,8 +147,9 @@ def paged_attention(
         >>> quire.paged_attention(q, k_cache, v_cache, tables, lens)[0, 0, :3]
         array([1., 1., 1.], dtype=float32)
     """
-    result = empty(q, q.shape) if out is None else out
-    lse = empty(q, q.shape[:2], "float32") if return_lse else None
+    shape = shape_of("paged_attention", "q", q) if out is None or return_lse else ()
+    result = empty(q, shape) if out is None else out
+    lse = empty(q, shape[:2], "float32") if return_lse else None
     _core.paged_attention(
         result,
         lse,
@@ -232,8 +233,9 @@ def attention(
         >>> quire.attention(x, x, x).shape
         (3, 2, 8)
     """
-    result = empty(q, q.shape) if out is None else out
-    lse = empty(q, q.shape[:2], "float32") if return_lse else None
+    shape = shape_of("attention", "q", q) if out is None or return_lse else ()
+    result = empty(q, shape) if out is None else out
+    lse = empty(q, shape[:2], "float32") if return_lse else None
     _core.attention(
         result,
         lse,
@@ -296,8 +298,9 @@ def merge_attention(
         >>> float(out[0, 0, 0]), round(float(lse[0, 0]), 4)
         (0.5, 0.6931)
     """
-    result = empty(out_a, out_a.shape) if out is None else out
-    lse = empty(out_a, out_a.shape[:2], "float32") if out_lse is None else out_lse
+    shape = shape_of("merge_attention", "out_a", out_a) if out is None or out_lse is None else ()
+    result = empty(out_a, shape) if out is None else out
+    lse = empty(out_a, shape[:2], "float32") if out_lse is None else out_lse
     _core.merge_attention(result, lse, out_a, lse_a, out_b, lse_b, stream)
     return (
         finish(result, out_a) if out is None else out,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 
 from quire import _core
-from quire._allocate import Array, empty, finish
+from quire._allocate import Array, empty, finish, shape_of
 
 __all__ = ["KVCache", "copy_blocks", "gather_kv", "swap_blocks", "write_kv"]
 
@@ -100,9 +100,15 @@ def gather_kv(
         array([8., 0.], dtype=float32)
     """
     if out is None:
+        cache_shape = shape_of("gather_kv", "k_cache", k_cache)
+        if len(cache_shape) != 4:
+            raise ValueError(
+                f"[gather_kv] k_cache: expected [num_blocks, block_size, num_kv_heads, head_dim], got {list(cache_shape)}"
+            )
+        num_tokens = shape_of("gather_kv", "slot_mapping", slot_mapping)[:1] or (0,)
         name = str(k_cache.dtype).rpartition(".")[2]
         dtype = "float32" if _ITEM_BYTES.get(name) == 1 else None
-        shape = (slot_mapping.shape[0], k_cache.shape[2], k_cache.shape[3])
+        shape = (*num_tokens, *cache_shape[2:])
         k, v = empty(k_cache, shape, dtype), empty(k_cache, shape, dtype)
     else:
         k, v = out

@@ -6,7 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 from quire import _core
-from quire._allocate import Array, empty, finish
+from quire._allocate import Array, empty, finish, shape_of
 
 __all__ = ["fused_add_rms_norm", "layer_norm", "rms_norm"]
 
@@ -50,7 +50,7 @@ def rms_norm(
     if out is not None:
         _core.rms_norm(out, x, weight, eps, weight_offset, stream)
         return out
-    result = empty(x, x.shape)
+    result = empty(x, shape_of("rms_norm", "x", x))
     _core.rms_norm(result, x, weight, eps, weight_offset, stream)
     return finish(result, x)
 
@@ -126,6 +126,6 @@ def layer_norm(
         >>> quire.layer_norm(np.array([[1.0, 3.0]], np.float32), np.ones(2, np.float32), eps=0.0)
         array([[-1.,  1.]], dtype=float32)
     """
-    result = empty(x, x.shape) if out is None else out
+    result = empty(x, shape_of("layer_norm", "x", x)) if out is None else out
     _core.layer_norm(result, x, weight, bias, eps, stream)
     return finish(result, x) if out is None else out

@@ -128,6 +128,12 @@ def test_not_a_tensor():
     for thing in (None, 3, [1.0, 2.0], "text", object(), np.float32(1.0)):
         with pytest.raises(TypeError, match=r"\[rms_norm\] x: expected a tensor"):
             quire.rms_norm(thing, np.ones(2, np.float32), out=np.ones(2, np.float32))
+        with pytest.raises(TypeError, match=r"\[rms_norm\] x: expected a tensor"):
+            quire.rms_norm(thing, np.ones(2, np.float32))
+        with pytest.raises(TypeError, match=r"\[silu_and_mul\] x: expected a tensor"):
+            quire.silu_and_mul(thing)
+        with pytest.raises(TypeError, match=r"\[attention\] q: expected a tensor"):
+            quire.attention(thing, np.ones(2, np.float32), np.ones(2, np.float32))
 
 
 class Producer:
