@@ -99,6 +99,8 @@ def peers_of(
             runs[name] = factory(**tensors)
         except NotApplicable:
             continue
+        except ModuleNotFoundError as error:
+            context.skipped_peers[name] = f"not installed ({error})"
         except Exception as error:
             text = " ".join(str(error).split())[:200]
             context.skipped_peers[f"{op}: {name}"] = f"{type(error).__name__}: {text}"
