@@ -352,7 +352,8 @@ class Importer {
     const DLPackExchangeAPI* const api = info.api;
     DLTensor t;
     if (api->dltensor_from_py_object_no_sync(object, &t) != 0) throw_torch_refusal(args_.op_, tensor.name, tensor.object, take_python_error());
-    check_autograd_flags(tensor, info.flags);
+    // Integers are outside autograd, and are no view of a complex tensor.
+    if (t.dtype.code != kDLInt && t.dtype.code != kDLUInt) check_autograd_flags(tensor, info.flags);
     if (t.data == nullptr && truthy_attribute(tensor.object, "is_meta"))
       throw TypeError(message(args_.op_, tensor.name, "a tensor with data", "a meta tensor; materialize it first"));
     fill_view(args_.op_, tensor.name, t, false, args_.views_[i].emplace());
