@@ -22,6 +22,14 @@ def framework_of(x: Array) -> str:
     return type(x).__module__.partition(".")[0]
 
 
+def dtype_name(dtype: object) -> str:
+    """The name of a dtype of any framework; what is no dtype of ours comes back as text, for an error message."""
+    try:
+        return "None" if dtype is None else _core.dtype_name(dtype)
+    except TypeError:
+        return str(dtype)
+
+
 def numpy_dtype(name: str) -> Any:
     """NumPy's dtype of a name; bfloat16 and float8 come from ml_dtypes."""
     if name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):

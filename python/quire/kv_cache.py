@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 
 from quire import _core
-from quire._allocate import Array, empty, finish, shape_of
+from quire._allocate import Array, dtype_name, empty, finish, shape_of
 
 __all__ = ["KVCache", "copy_blocks", "gather_kv", "swap_blocks", "write_kv"]
 
@@ -114,7 +114,9 @@ def gather_kv(
         try:
             k, v = out
         except TypeError:
-            raise TypeError(f"[gather_kv] out: expected a pair (k, v), got {type(out).__qualname__}") from None
+            raise TypeError(
+                f"[gather_kv] out: expected a pair (k, v), got {type(out).__qualname__}"
+            ) from None
         except ValueError:
             raise ValueError(f"[gather_kv] out: expected a pair (k, v), got {len(out)} of them") from None
     _core.gather_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, stream)
@@ -340,7 +342,7 @@ class KVCache:
 
 
 def _item_bytes(dtype: object) -> int:
-    name = _core.dtype_name(dtype)
+    name = dtype_name(dtype)
     if name not in _ITEM_BYTES:
         raise TypeError(f"[KVCache] dtype: expected one of {', '.join(_ITEM_BYTES)}, got {name}")
     return _ITEM_BYTES[name]

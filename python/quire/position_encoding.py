@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from quire import _core
-from quire._allocate import Array, from_numpy, numpy_dtype, shape_of
+from quire._allocate import Array, dtype_name, from_numpy, numpy_dtype, shape_of
 
 __all__ = ["rope_cache", "rotary_embedding"]
 
@@ -119,15 +119,18 @@ def rope_cache(
         raise ValueError(f"[rope_cache] theta: expected a finite number above 0, got {theta}")
     if scaling is not None and not isinstance(scaling, Mapping):
         raise TypeError(f"[rope_cache] scaling: expected a mapping or None, got {type(scaling).__qualname__}")
-    name = _core.dtype_name(dtype) if dtype is not None else "None"
+    name = dtype_name(dtype)
     if name not in ("float32", "float16", "bfloat16"):
         raise TypeError(f"[rope_cache] dtype: expected float32, float16 or bfloat16, got {name}")
     if like is not None:
         shape_of("rope_cache", "like", like)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         inv_freq, attention_factor = _inverse_frequencies(dim, max_position, theta, dict(scaling or {}))
-    if not (np.isfinite(inv_freq).all() and math.isfinite(attention_factor)):
-        raise ValueError("[rope_cache] scaling: expected parameters that give finite frequencies, got infinity")
+    if not (np.isfinite(inv_freq).all() and (inv_freq > 0).all() and math.isfinite(attention_factor)):
+        raise ValueError(
+            "[rope_cache] theta, scaling: expected frequencies above 0 and finite in float32, got "
+            f"{inv_freq.min()} to {inv_freq.max()}"
+        )
     angles = np.arange(max_position, dtype=np.float32)[:, None] * inv_freq[None, :]
     # The products are rounded to float32, as everywhere; cos and sin of those are taken exactly.
     wide = angles.astype(np.float64)

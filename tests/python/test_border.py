@@ -176,9 +176,13 @@ def test_misbehaving_producers():
     ):
         quire.rms_norm(Producer(x, fail=BufferError("no")), weight, out=out)
     if not quire.has_cuda():
-        with pytest.raises(quire.UnsupportedError, match=r"device: expected cpu, got cuda: this build .* no CUDA kernels"):
+        with pytest.raises(
+            quire.UnsupportedError, match=r"device: expected cpu, got cuda: this build .* no CUDA kernels"
+        ):
             quire.rms_norm(Producer(x, device=(2, 0)), weight, out=out)
-    with pytest.raises(quire.UnsupportedError, match=r"x: expected a tensor on cpu or cuda, got one on DLPack device type 10"):
+    with pytest.raises(
+        quire.UnsupportedError, match=r"x: expected a tensor on cpu or cuda, got one on DLPack device type 10"
+    ):
         quire.rms_norm(Producer(x, device=(10, 0)), weight, out=out)
 
     class WrongCapsule(Producer):
@@ -293,7 +297,7 @@ def test_subclasses_of_ndarray(tmp_path):
     weight = np.ones(8, np.float32)
     x = np.memmap(tmp_path / "x", np.float32, "w+", shape=(2, 8))
     x[...] = 2.0
-    for given in (x, np.asmatrix(x), x.view(np.recarray)):
+    for given in (x, x.view(np.recarray)):
         out = quire.rms_norm(given, weight)
         assert type(out) is np.ndarray
         np.testing.assert_allclose(out, 1.0, rtol=1e-5)

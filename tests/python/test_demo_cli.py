@@ -116,6 +116,29 @@ def test_demo_takes_prompts_from_the_command_line_and_a_file(
     assert "[2/2] Two of two" in out
 
 
+def test_a_prompt_that_does_not_decode_is_one_line() -> None:
+    for arguments in (["demo", b"a\xff"], ["generate", "--prompt", "a", "--prompt", b"a\xff"]):
+        command = [sys.executable, "-X", "utf8", "-m", "quire", *arguments, "--device", "cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert done.stderr.endswith(
+            f"quire {arguments[0]}: prompt {len(arguments) // 2}: is not UTF-8 text\n"
+        )
+        assert "Traceback" not in done.stderr
+
+
+def test_a_tiny_temperature_is_greedy(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = set()
+    for temperature in ("0", "1e-300"):
+        assert (
+            generate("--prompt", "And the king said", "--max-tokens", "6", "--temperature", temperature) == 0
+        )
+        captured = capsys.readouterr()
+        assert "Warning" not in captured.err
+        texts.add(captured.out)
+    assert len(texts) == 1
+
+
 def expect_error(capsys: pytest.CaptureFixture[str], message: str, *arguments: str) -> None:
     """Exit code 2, one line on stderr that says what is wrong, nothing on stdout."""
     assert generate(*arguments) == 2

@@ -227,7 +227,10 @@ def test_rope_cache_in_a_framework(framework):
         ({"theta": 0.0}, "theta: expected a finite number above 0"),
         ({"theta": float("inf")}, "theta: expected a finite number above 0, got inf"),
         ({"theta": float("nan")}, "theta: expected a finite number above 0, got nan"),
-        ({"theta": 1.0, "scaling": SCALINGS["yarn"]}, "theta: expected a number above 1 for rope_type 'yarn', got 1.0"),
+        (
+            {"theta": 1.0, "scaling": SCALINGS["yarn"]},
+            "theta: expected a number above 1 for rope_type 'yarn', got 1.0",
+        ),
         ({"max_position": 0}, "max_position: expected 1 or more, got 0"),
         (
             {"scaling": {**SCALINGS["longrope"], "original_max_position_embeddings": 1}},
@@ -248,9 +251,13 @@ def test_rope_cache_in_a_framework(framework):
             "expected 'max_position_embeddings' above 0",
         ),
         (
-            {"theta": 1e38, "scaling": {"rope_type": "dynamic", "factor": 64.0, "max_position_embeddings": 4}},
-            "scaling: expected parameters that give finite frequencies",
+            {
+                "theta": 1e38,
+                "scaling": {"rope_type": "dynamic", "factor": 64.0, "max_position_embeddings": 4},
+            },
+            "theta, scaling: expected frequencies above 0 and finite in float32, got 0.0",
         ),
+        ({"theta": 1e300}, "theta, scaling: expected frequencies above 0 and finite in float32, got 0.0"),
         (
             {"scaling": {"rope_type": "ntk"}},
             "expected rope_type default, linear, dynamic, yarn, longrope or llama3, got 'ntk'",

@@ -19,9 +19,9 @@ ULPS = {
     "layer_norm": (8.0, 0.55),
     "activation": (12.0, 0.54),
     "rotary": (8.0, 0.55),
-    "merge": (16.0, 0.6),
+    "merge": (8.0, 0.55),
     # Attention rounds probabilities to 16 bits for the matrix units, as every peer does.
-    "attention": (64.0, 3.0),
+    "attention": (64.0, 2.5),
 }
 
 #: Below this share of the largest magnitude, of the result or of the row, an error counts as if at that magnitude.
@@ -30,8 +30,8 @@ FLOOR = {
     "layer_norm": 0.25,
     "activation": 2e-3,
     "rotary": 0.25,
-    "merge": 0.1,
-    "attention": 0.25,
+    "merge": 0.5,
+    "attention": 0.5,
 }
 
 #: The ops whose floor is of each row along the last axis: a row of small values hides behind no other.
