@@ -88,6 +88,7 @@ def _jax_device(x: Array) -> str:
 def finish(out: Array, like: Array) -> Array:
     """Turns what empty() gave for ``like`` into a tensor of its framework, now that it is written."""
     if isinstance(out, _core.Tensor) and framework_of(like) in ("jax", "jaxlib"):
+        _core.hand_over(out)
         return sys.modules["jax"].dlpack.from_dlpack(out)
     return out
 
