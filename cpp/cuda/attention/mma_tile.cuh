@@ -90,70 +90,136 @@ __device__ __forceinline__ FullRange full_range(const Plan& plan, const Tile& ti
   return FullRange{visible_keys(plan.params, tile, last).begin, visible_keys(plan.params, tile, first).end};
 }
 
-/// Prepares q's rows [first_row, first_row + kRows) of the tile in shared memory (`q_shared` and `row_params` are the whole tile's), a
-/// row per step of the warp; zero where there is no row or no column. For 8-bit K also divides each row by a power of two near its
-/// largest element, so that bfloat16 values fit float16, and puts that into the row's scale.
+/// A warp starts the copy of q's rows [first_row, first_row + kRows) of the tile to shared memory, zero where there is no row or column,
+/// and writes their parameters. `q_shared` and `row_params` are the whole tile's.
 template <typename Types, int kHeadDim, int kRows>
-__device__ __forceinline__ void load_q(const Plan& plan, const Tile& tile, int kv_head, int first_row, char* q_shared, RowParams* row_params) {
+__device__ __forceinline__ void copy_q(const Plan& plan, const Tile& tile, int kv_head, int first_row, std::uint32_t q_shared,
+                                       RowParams* row_params) {
+  using QRows = Rows<Types::kQRowBytes>;
   const AttentionParams& p = plan.params;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  constexpr int kPerLane = kHeadDim / 32;  // 2, 4 or 8 consecutive elements
-  const int column = lane * kPerLane;
-  const float scale = p.scale * (p.k_scale != nullptr ? p.k_scale[kv_head * p.k_scale_stride] : 1.0f);
-#pragma unroll 4
-  for (int i = 0; i < kRows; ++i) {
-    const int row = first_row + i;
-    // Rows past the last get the last one's parameters, no q, and are never stored.
+  constexpr int kRowsPerPass = 32 / QRows::kChunks;  // of 8, 16 or 32 chunks each
+  const int chunk = lane % QRows::kChunks;
+  const int bytes = chunk * 8 < p.head_dim ? 16 : 0;
+#pragma unroll
+  for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
+    const int row = first_row + pass * kRowsPerPass + lane / QRows::kChunks;
     const RowIndex index = row_index(plan, tile, kv_head, min(row, tile.num_rows - 1));
-    alignas(16) std::uint16_t bits[kPerLane];
-#pragma unroll
-    for (int e = 0; e < kPerLane; ++e) bits[e] = 0;
-    if (row < tile.num_rows && column < p.head_dim) {
-      const auto* source =
-          static_cast<const std::uint16_t*>(p.q) + index.q_token * p.q_token_stride + index.head * p.q_head_stride + column;
-      if (plan.q_aligned) {
-        if constexpr (kPerLane == 8) *reinterpret_cast<uint4*>(bits) = *reinterpret_cast<const uint4*>(source);
-        if constexpr (kPerLane == 4) *reinterpret_cast<uint2*>(bits) = *reinterpret_cast<const uint2*>(source);
-        if constexpr (kPerLane == 2) *reinterpret_cast<std::uint32_t*>(bits) = *reinterpret_cast<const std::uint32_t*>(source);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kPerLane; ++e) bits[e] = source[e];
-      }
-    }
-    float up = 1.0f;
-    const auto at = [&](int target_column) {
-      return q_shared + row * Types::kQRowBytes + ((target_column / 8 ^ Rows<Types::kQRowBytes>::key(row)) << 4) + target_column % 8 * 2;
-    };
-    if constexpr (Types::kQuantized) {
-      float values[kPerLane];
-      float largest = 0.0f;
-#pragma unroll
-      for (int e = 0; e < kPerLane; ++e) {
-        values[e] = p.dtype == DType::kBFloat16 ? __bfloat162float(__ushort_as_bfloat16(bits[e])) : __half2float(__ushort_as_half(bits[e]));
-        largest = fmaxf(largest, fabsf(values[e]));
-      }
-      // Positive floats compare like their bits. 2^-e and 2^e, both normal; 1 for zero, subnormal and infinite rows.
-      const unsigned exponent = __reduce_max_sync(kAllLanes, __float_as_uint(largest)) >> 23;
-      const bool scaled = exponent >= 1 && exponent <= 254;
-      const unsigned biased = min(exponent, 253u);
-      const float down = scaled ? __uint_as_float((254u - biased) << 23) : 1.0f;
-      if (scaled) up = __uint_as_float(biased << 23);
-#pragma unroll
-      for (int e = 0; e < kPerLane; ++e) {
-        const int within = (column + e) % 16;
-        const int position = 2 * (within / 4) + within % 2 + (within % 4 >= 2 ? 8 : 0);
-        *reinterpret_cast<std::uint16_t*>(at(column + e - within + position)) = __half_as_ushort(__float2half_rn(values[e] * down));
-      }
+    const int present = row < tile.num_rows ? bytes : 0;
+    const char* source = static_cast<const char*>(p.q) + (index.q_token * p.q_token_stride + index.head * p.q_head_stride) * 2;
+    const std::uint32_t target = QRows::address(q_shared, row, chunk);
+    if (plan.q_alignment == 16) {
+      device::copy_async_16(target, source + (present > 0 ? chunk * 16 : 0), present);
     } else {
-      char* target = at(column);
-      if constexpr (kPerLane == 8) *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(bits);
-      if constexpr (kPerLane == 4) *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(bits);
-      if constexpr (kPerLane == 2) *reinterpret_cast<std::uint32_t*>(target) = *reinterpret_cast<const std::uint32_t*>(bits);
+      device::copy_narrow_16(target, source + (present > 0 ? chunk * 16 : 0), present, plan.q_alignment);
     }
-    if (lane == 0) {
-      const KeyRange range = visible_keys(p, tile, index.token);
-      row_params[row] = RowParams{scale * up, p.alibi_slopes != nullptr ? p.alibi_slopes[index.head] * kLog2E : 0.0f,
-                                  tile.kv_len - tile.query_len + index.token, range.begin, range.end};
+  }
+  if (lane < kRows) {
+    // Rows past the last get the last one's parameters and are never stored.
+    const RowIndex index = row_index(plan, tile, kv_head, min(first_row + lane, tile.num_rows - 1));
+    const KeyRange range = visible_keys(p, tile, index.token);
+    row_params[first_row + lane] =
+        RowParams{p.scale * (p.k_scale != nullptr ? p.k_scale[kv_head * p.k_scale_stride] : 1.0f),
+                  p.alibi_slopes != nullptr ? p.alibi_slopes[index.head] * kLog2E : 0.0f, tile.kv_len - tile.query_len + index.token,
+                  range.begin, range.end};
+  }
+}
+
+/// For 8-bit K: turns the warp's rows of q, which copy_q has brought, into float16 in the order that 8-bit K is read in. Each row is
+/// divided by a power of two near its largest element, so that bfloat16 values fit float16; that goes into the row's scale.
+template <typename Types, int kHeadDim, int kRows>
+__device__ __forceinline__ void convert_q(const Plan& plan, int first_row, char* q_shared, RowParams* row_params) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  constexpr int kPerLane = kHeadDim / 32;
+#pragma unroll 1
+  for (int row = first_row; row < first_row + kRows; ++row) {
+    const auto at = [&](int column) -> std::uint16_t& {
+      const int chunk = column / 8 ^ Rows<Types::kQRowBytes>::key(row);
+      return *reinterpret_cast<std::uint16_t*>(q_shared + row * Types::kQRowBytes + (chunk << 4) + column % 8 * 2);
+    };
+    float values[kPerLane];
+    float largest = 0.0f;
+#pragma unroll
+    for (int e = 0; e < kPerLane; ++e) {
+      const std::uint16_t bits = at(lane + 32 * e);
+      values[e] = plan.params.dtype == DType::kBFloat16 ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
+      largest = fmaxf(largest, fabsf(values[e]));
+    }
+    // Positive floats compare like their bits. 2^-e and 2^e, both normal; 1 for zero, subnormal and infinite rows.
+    const unsigned exponent = __reduce_max_sync(kAllLanes, __float_as_uint(largest)) >> 23;
+    const bool scaled = exponent >= 1 && exponent <= 254;
+    const unsigned biased = min(exponent, 253u);
+    const float down = scaled ? __uint_as_float((254u - biased) << 23) : 1.0f;
+    if (scaled && lane == 0) row_params[row].scale *= __uint_as_float(biased << 23);
+#pragma unroll
+    for (int e = 0; e < kPerLane; ++e) {
+      const int within = lane % 16;
+      const int position = 2 * (within / 4) + within % 2 + (within % 4 >= 2 ? 8 : 0);
+      at(lane - within + position + 32 * e) = __half_as_ushort(__float2half_rn(values[e] * down));
+    }
+  }
+}
+
+/// K or V of one kv head, and how to get at a key's row.
+struct KvView {
+  const char* base;
+  int row_bytes;
+  std::int64_t block_stride, token_stride;  // in bytes
+  uint2 chunk_strides;
+};
+
+template <typename Types>
+__device__ __forceinline__ KvView k_view(const AttentionParams& p, const Plan& plan, int kv_head) {
+  return KvView{static_cast<const char*>(p.k) + kv_head * p.k_head_stride * Types::kElementBytes, static_cast<int>(p.head_dim) * Types::kElementBytes,
+                p.k_block_stride * Types::kElementBytes, p.k_token_stride * Types::kElementBytes, plan.k_chunk_strides};
+}
+
+template <typename Types>
+__device__ __forceinline__ KvView v_view(const AttentionParams& p, const Plan& plan, int kv_head) {
+  return KvView{static_cast<const char*>(p.v) + kv_head * p.v_head_stride * Types::kElementBytes, static_cast<int>(p.head_dim) * Types::kElementBytes,
+                p.v_block_stride * Types::kElementBytes, p.v_token_stride * Types::kElementBytes, plan.v_chunk_strides};
+}
+
+/// A warp starts the copy of kKeys rows to `slot` from its row `first_row` on. Lane first_lane + i knows key i's location, and bit
+/// first_lane + i of `valid` says whether there is one. Keys that do not exist become zero: their weights are zero, and zero times what
+/// was there could be NaN.
+template <typename Types, int kKeys>
+__device__ __forceinline__ void copy_rows(const Plan& plan, const KvView& view, const KeyLocation& location, std::uint32_t valid, int first_lane,
+                                          std::uint32_t slot, int first_row) {
+  using KvRows = Rows<Types::kKvRowBytes>;
+  constexpr int kRowsPerPass = 32 / KvRows::kChunks;
+  constexpr int kPasses = kKeys / kRowsPerPass;
+  constexpr std::uint32_t kAll = kKeys == 32 ? 0xffffffffu : (1u << (kKeys % 32)) - 1;
+  static_assert(kPasses * kRowsPerPass == kKeys && kKeys % 8 == 0);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int chunk = lane % KvRows::kChunks;
+  const int pass_lane = first_lane + lane / KvRows::kChunks;
+  const int bytes = min(max(view.row_bytes - chunk * 16, 0), 16);
+  const std::uint32_t target = KvRows::address(slot, first_row + lane / KvRows::kChunks, chunk);
+  if (plan.chunk_strides_exist && (valid >> first_lane & kAll) == kAll) {
+    const std::uint32_t offset = static_cast<std::uint32_t>(location.entry) * view.chunk_strides.x +
+                                 static_cast<std::uint32_t>(location.slot) * view.chunk_strides.y;
+    const char* source = view.base + (bytes > 0 ? chunk * 16 : 0);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const std::uint32_t row_offset = __shfl_sync(kAllLanes, offset, pass_lane + pass * kRowsPerPass);
+      device::copy_async_16(KvRows::advance(target, pass * kRowsPerPass, KvRows::key(pass * kRowsPerPass)),
+                            source + static_cast<std::uint64_t>(row_offset) * 16, bytes);
+    }
+  } else {
+#pragma unroll 1
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row_lane = pass_lane + pass * kRowsPerPass;
+      const int entry = __shfl_sync(kAllLanes, location.entry, row_lane);
+      const int token = __shfl_sync(kAllLanes, location.slot, row_lane);
+      const int present = (valid >> row_lane) & 1u ? bytes : 0;
+      const char* source = present > 0 ? view.base + entry * view.block_stride + token * view.token_stride + chunk * 16 : view.base;
+      const std::uint32_t row_target = KvRows::advance(target, pass * kRowsPerPass, KvRows::key(pass * kRowsPerPass));
+      if (plan.kv_alignment == 16) {
+        device::copy_async_16(row_target, source, present);
+      } else {
+        device::copy_narrow_16(row_target, source, present, plan.kv_alignment);
+      }
     }
   }
 }
@@ -265,6 +331,7 @@ struct MmaRows {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const RowParams row = row_params[lane / 4 + 8 * r];
+      const float inverse_cap = 1.0f / softcap;
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
@@ -273,7 +340,7 @@ struct MmaRows {
           float value = scores[n][2 * r + e] * row.scale;
           if (softcap > 0.0f) {
             // tanh(x) = 1 - 2 / (e^2x + 1), which saturates as it should.
-            const float power = device::exp2_approx(value / softcap * (2.0f * kLog2E));
+            const float power = device::exp2_approx(value * inverse_cap * (2.0f * kLog2E));
             value = softcap - __fdividef(2.0f * softcap, power + 1.0f);
           }
           scores[n][2 * r + e] = value * kLog2E - row.slope * static_cast<float>(row.position - key);
