@@ -60,20 +60,20 @@ constexpr int ctas_per_sm(Variant variant, int bucket) {
   return bucket == 256 ? 2 : 3;
 }
 
-/// How many CTAs share a tile's keys: when few tiles there are, as many as fill the device once; else the fewest that come near
-/// the best balance of equal CTAs over `slots`.
-constexpr int choose_num_splits(std::int64_t num_ctas, std::int64_t slots, std::int64_t max_splits) {
-  if (max_splits <= 1 || num_ctas >= 4 * slots) return 1;
-  if (num_ctas * 8 <= slots) return static_cast<int>(std::min(max_splits, slots / num_ctas));
-  const auto efficiency = [&](std::int64_t splits) {
-    return static_cast<double>(num_ctas * splits) / static_cast<double>(ceil_div(num_ctas * splits, slots) * slots);
+/// How many CTAs share a tile's keys. The cost that it minimises: CTAs run in rounds of ctas_per_sm on each SM; a last round of fewer
+/// than about 1.6 per SM cannot draw the whole memory bandwidth; and splitting has a price of its own. Of equals, the fewest splits.
+constexpr int choose_num_splits(std::int64_t num_ctas, std::int64_t num_sms, std::int64_t ctas_per_sm, std::int64_t max_splits) {
+  const std::int64_t enough = num_sms * 8 / 5;
+  if (num_ctas * 8 <= enough) return static_cast<int>(std::min(max_splits, ceil_div(enough, num_ctas)));
+  const auto cost = [&](std::int64_t splits) {
+    const std::int64_t last = num_ctas * splits % (num_sms * ctas_per_sm);
+    const std::int64_t rounds = num_ctas * splits - last + (last == 0 ? 0 : std::max(last, enough));
+    return static_cast<double>(rounds) / static_cast<double>(splits) * (splits == 1 ? 1.0 : 1.08);
   };
-  max_splits = std::min<std::int64_t>(max_splits, 16);
-  double best = 0.0;
-  for (std::int64_t splits = 1; splits <= max_splits; ++splits) best = std::max(best, efficiency(splits));
-  for (std::int64_t splits = 1; splits < max_splits; ++splits)
-    if (efficiency(splits) >= 0.9 * best) return static_cast<int>(splits);
-  return static_cast<int>(max_splits);
+  int best = 1;
+  for (int splits = 2; splits <= std::min<std::int64_t>(max_splits, 16); ++splits)
+    if (cost(splits) < 0.98 * cost(best)) best = splits;
+  return best;
 }
 
 /// The largest key count that a sequence can have, as far as the host knows. Kernels add a step to key indices in 32 bits.
@@ -109,11 +109,10 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
   const bool narrow = head_dim_bucket(config.variant, params.head_dim) * itemsize(params.kv_dtype) <= 128;
   config.keys_per_split_min = config.variant != Variant::kMmaSplitKeys ? 256 : narrow ? 128 : 64;
 
-  const std::int64_t slots = std::int64_t{ctas_per_sm(config.variant, config.head_dim_bucket)} * device.num_sms;
   const std::int64_t max_splits =
       std::min({std::int64_t{kMaxSplits}, ceil_div(std::max<std::int64_t>(key_capacity(params), 1), config.keys_per_split_min),
                 std::int64_t{kPartialRowsPerSm} * device.num_sms / (num_ctas * rows)});
-  config.num_splits = choose_num_splits(num_ctas, slots, max_splits);
+  config.num_splits = choose_num_splits(num_ctas, device.num_sms, ctas_per_sm(config.variant, config.head_dim_bucket), max_splits);
   return config;
 }
 

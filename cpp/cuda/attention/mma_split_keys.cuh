@@ -20,7 +20,8 @@ struct SplitKeysShape {
   static constexpr int kRowParamsOffset = kWarps * kRingBytes + kQBytes;
   static constexpr int kStatsOffset = kRowParamsOffset + kWarpRows * static_cast<int>(sizeof(RowParams));
   static constexpr int kNotesOffset = kStatsOffset + 2 * kWarps * kWarpRows * static_cast<int>(sizeof(float));
-  static constexpr int kSharedBytes = kNotesOffset + kWarpRows * kNoteWords<kHeadDim> * 4;
+  static constexpr int kTileOffset = kNotesOffset + kWarpRows * kNoteWords<kHeadDim> * 4;
+  static constexpr int kSharedBytes = kTileOffset + static_cast<int>(sizeof(Tile));
   static constexpr int kCtasPerSm = ctas_per_sm(Variant::kMmaSplitKeys, kHeadDim);
   static_assert(kWarps * kWarpRows * kOutPitch * 4 <= kWarps * kRingBytes, "the rings hold the merge");
 };
@@ -90,8 +91,14 @@ __global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim>::
   const int kv_head = static_cast<int>(blockIdx.x) - tile_idx * num_kv_heads;
 
   device::launch_dependents();
-  Tile tile;
-  if (!locate_tile(plan, tile_idx, tile)) return;
+  // In shared memory, since the loop has no registers to spare.
+  Tile& tile = *reinterpret_cast<Tile*>(shared + Shape::kTileOffset);
+  {
+    Tile found;
+    if (!locate_tile(plan, tile_idx, found)) return;
+    if (threadIdx.x == 0) tile = found;
+    __syncthreads();
+  }
   const SplitRange splits = active_splits(plan, tile);
   const int split = static_cast<int>(blockIdx.y);
   if (split >= splits.num_active) return;
