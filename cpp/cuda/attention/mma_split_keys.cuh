@@ -2,35 +2,35 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "cuda/attention/mma_tile.cuh"
+#include "cuda/attention/mma_columns.cuh"
 #include "cuda/device/dependent_launch.cuh"
 
 namespace quire::cuda::attn {
 
-template <DType kKvDType, int kHeadDim>
+template <DType kKvDType, int kHeadDim, int kTiles>
 struct SplitKeysShape {
   using Types = MmaTypes<kKvDType, kHeadDim>;
+  static constexpr int kRows = 8 * kTiles;
+  static constexpr int kCtasPerSm = ctas_per_sm(kTiles == 1 ? Variant::kMmaSplitKeys8 : Variant::kMmaSplitKeys16, kHeadDim);
   static constexpr int kKeys = Types::kKvRowBytes >= 256 ? 16 : 32;  // per step of a warp
   static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;      // one step's K or V
-  // 64 KiB in flight for three CTAs per SM, or 96 for two.
-  static constexpr int kSlots = (kHeadDim == 256 ? 24576 : 16384) / kSlotBytes;
-  static constexpr int kRingBytes = kSlots * kSlotBytes;  // of one warp
-  static constexpr int kQBytes = kWarpRows * Types::kQRowBytes;
-  static constexpr int kOutPitch = kHeadDim + 8;  // floats; rows 8 banks apart
-  static constexpr int kRowParamsOffset = kWarps * kRingBytes + kQBytes;
-  static constexpr int kStatsOffset = kRowParamsOffset + kWarpRows * static_cast<int>(sizeof(RowParams));
-  static constexpr int kNotesOffset = kStatsOffset + 2 * kWarps * kWarpRows * static_cast<int>(sizeof(float));
-  static constexpr int kTileOffset = kNotesOffset + kWarpRows * kNoteWords<kHeadDim> * 4;
+  static constexpr int kSlots = 48 * 1024 / kCtasPerSm / kSlotBytes;  // 192 KiB for all warps of an SM
+  static constexpr int kRingBytes = kSlots * kSlotBytes;              // of one warp
+  static constexpr int kOutPitch = kHeadDim + 4;                      // floats; every second row 8 banks on
+  static constexpr int kQOffset = kWarps * kRingBytes;
+  static constexpr int kRowParamsOffset = kQOffset + kRows * Types::kQRowBytes;
+  static constexpr int kStatsOffset = kRowParamsOffset + kRows * static_cast<int>(sizeof(RowParams));
+  static constexpr int kNotesOffset = kStatsOffset + 2 * kWarps * kRows * static_cast<int>(sizeof(float));
+  static constexpr int kTileOffset = kNotesOffset + kRows * kNoteWords<kHeadDim> * 4;
   static constexpr int kSharedBytes = kTileOffset + static_cast<int>(sizeof(Tile));
-  static constexpr int kCtasPerSm = ctas_per_sm(Variant::kMmaSplitKeys, kHeadDim);
-  static_assert(kWarps * kWarpRows * kOutPitch * 4 <= kWarps * kRingBytes, "the rings hold the merge");
+  static_assert(kSlots >= 3);
+  static_assert(kWarps * kRows * kOutPitch * 4 <= kWarps * kRingBytes, "the rings hold the merge");
 };
 
 /// One warp's keys: steps first, first + kWarps, ... of the CTA's range, copied ahead into a ring of slots K0 V0 K1 V1 ...
-template <DType kKvDType, int kHeadDim>
+template <typename Shape>
 struct KeyStream {
-  using Types = MmaTypes<kKvDType, kHeadDim>;
-  using Shape = SplitKeysShape<kKvDType, kHeadDim>;
+  using Types = typename Shape::Types;
 
   int kv_head;
   int key_end;
@@ -72,13 +72,14 @@ struct KeyStream {
   }
 };
 
-/// Grid: x = tile * num_kv_heads + kv_head, y = split. A CTA computes 16 packed rows against its split's keys and writes them to
+/// Grid: x = tile * num_kv_heads + kv_head, y = split. A CTA computes 8 * kTiles packed rows against its split's keys and writes them to
 /// out and lse, or to the workspace if other splits have keys too.
-template <DType kKvDType, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim>::kCtasPerSm)
+template <DType kKvDType, int kHeadDim, int kTiles>
+__global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim, kTiles>::kCtasPerSm)
     attention_mma_split_keys_kernel(const __grid_constant__ Plan plan) {
   using Types = MmaTypes<kKvDType, kHeadDim>;
-  using Shape = SplitKeysShape<kKvDType, kHeadDim>;
+  using Shape = SplitKeysShape<kKvDType, kHeadDim, kTiles>;
+  constexpr int kRows = Shape::kRows;
   constexpr int kKeys = Shape::kKeys;
   constexpr int kSlots = Shape::kSlots;
   constexpr bool kEven = kSlots % 2 == 0;
@@ -105,30 +106,31 @@ __global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim>::
   const int key_begin = tile.key_begin + split * splits.keys_per_split;
   const int key_end = min(static_cast<std::int64_t>(key_begin) + splits.keys_per_split, std::int64_t{tile.key_end});
 
-  char* q_shared = shared + kWarps * Shape::kRingBytes;
+  char* q_shared = shared + Shape::kQOffset;
   auto* row_params = reinterpret_cast<RowParams*>(shared + Shape::kRowParamsOffset);
-  auto& stats = *reinterpret_cast<float(*)[2][kWarps][kWarpRows]>(shared + Shape::kStatsOffset);
+  auto& stats = *reinterpret_cast<float(*)[2][kWarps][kRows]>(shared + Shape::kStatsOffset);
   const std::uint32_t shared_base = device::shared_address(shared);
   const std::uint32_t ring = shared_base + static_cast<std::uint32_t>(warp * Shape::kRingBytes);
   auto* notes = reinterpret_cast<std::uint32_t*>(shared + Shape::kNotesOffset);
 
   const FullRange full = full_range(plan, tile);
   const bool one_token = plan.group.quotient(tile.row_begin) == plan.group.quotient(tile.row_begin + tile.num_rows - 1);
-  using MmaState = MmaRows<kKvDType, kHeadDim>;
-  MmaState rows;
-  ScoreScale score;
+  using MmaState = MmaColumns<kKvDType, kHeadDim, kTiles>;
+  MmaState state;
+  typename MmaState::Scale score;
   const std::uint32_t k_offset = MmaState::k_thread_offset();
   const std::uint32_t v_offset = MmaState::v_thread_offset();
 
-  copy_q<Types, kHeadDim, kWarpRows / kWarps>(plan, tile, kv_head, warp * (kWarpRows / kWarps), device::shared_address(q_shared), row_params);
+  copy_q<Types, kRows>(plan, tile, kv_head, 0, warp, kWarps, device::shared_address(q_shared));
+  if (threadIdx.x < kRows) row_params[threadIdx.x] = make_row_params(plan, tile, kv_head, static_cast<int>(threadIdx.x));
   device::copy_async_commit();
 
   // A second pass only where NaN or infinity in V reached rows that do not see it.
   bool selecting = false;
   for (;; selecting = true) {
-    KeyStream<kKvDType, kHeadDim> stream;
+    KeyStream<Shape> stream;
     stream.start(plan, tile, kv_head, key_begin + warp * kKeys, key_end);
-    rows.reset();
+    state.reset();
 
     // The first kLead rounds only fill the ring: one copy of the code serves both, which matters to a cold instruction cache.
     constexpr int kLead = (kSlots + 1) / 2;
@@ -138,18 +140,18 @@ __global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim>::
     for (int round = -kLead;; ++round, key += kWarps * kKeys) {
       if (round == 0) {
         if (selecting) {
-          for (int i = static_cast<int>(threadIdx.x); i < kWarpRows * kNoteWords<kHeadDim>; i += kThreads) notes[i] = 0;
+          for (int i = static_cast<int>(threadIdx.x); i < kRows * kNoteWords<kHeadDim>; i += kThreads) notes[i] = 0;
         } else {
           device::copy_async_wait<kSlots>();
           if constexpr (Types::kQuantized) {
-            __syncwarp();
-            convert_q<Types, kHeadDim, kWarpRows / kWarps>(plan, warp * (kWarpRows / kWarps), q_shared, row_params);
+            __syncthreads();
+            convert_q<Types, kHeadDim, kRows / kWarps>(plan, warp * (kRows / kWarps), q_shared, row_params);
           }
         }
         __syncthreads();
         if (!selecting) {
-          score = make_score_scale(p, row_params, 0);
-          rows.attach_q(device::shared_address(q_shared), 0);
+          score = make_score_scale<MmaState::kQueries>(p, row_params, MmaState::query);
+          state.attach_q(device::shared_address(q_shared));
         }
       }
       if (round >= 0 && key >= key_end) break;
@@ -158,11 +160,11 @@ __global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim>::
       const std::uint32_t v_address = ring + slot * Shape::kSlotBytes;
       slot = slot + 1 == kSlots ? 0 : slot + 1;
 
-      float scores[kKeys / 8][4];
+      float scores[kKeys / 16][kTiles][4];
       if (round >= 0) {
         device::copy_async_wait<kSlots - 1>();
         __syncwarp();
-        rows.template multiply_qk<kKeys>(scores, k_address + k_offset);
+        state.template multiply_qk<kKeys>(scores, k_address + k_offset);
         __syncwarp();
       }
       if constexpr (kEven) {
@@ -173,13 +175,12 @@ __global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim>::
       device::copy_async_commit();
 
       if (round >= 0) {
-        if (score.transform) rows.template transform_scores<kKeys>(scores, row_params, p.softcap, key);
+        if (score.transform) state.template transform_scores<kKeys>(scores, row_params, p.softcap, key);
         constexpr std::uint32_t kAll = kKeys == 32 ? 0xffffffffu : (1u << (kKeys % 32)) - 1;
         if (valid[0] != kAll || key < full.begin || key > full.end - kKeys) {
-          const std::uint32_t mask[1] = {valid[0]};
-          rows.template mask_scores<kKeys>(scores, row_params, key, mask);
+          state.template mask_scores<kKeys>(scores, row_params, key, valid[0]);
         }
-        rows.template softmax<kKeys>(scores, score);
+        state.template softmax<kKeys>(scores, score);
 
         device::copy_async_wait<kSlots - 1>();
         __syncwarp();
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim>::
           take_out_not_finite<kKvDType, kHeadDim>(shared + (v_address - shared_base), 0, kKeys, key, row_params, notes, tile.num_rows);
           __syncwarp();
         }
-        rows.template multiply_pv<kKeys>(scores, v_address + v_offset);
+        state.template multiply_pv<kKeys>(scores, v_address + v_offset);
         __syncwarp();
       }
       if constexpr (kEven) {
@@ -200,35 +201,33 @@ __global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim>::
       for (int i = 0; i < kLead; ++i) valid[i] = valid[i + 1];
     }
     device::copy_async_wait<0>();
-    if (!kMayBeNotFinite<kKvDType> || selecting || one_token || !__syncthreads_or(rows.not_finite())) break;
+    if (!kMayBeNotFinite<kKvDType> || selecting || one_token || !__syncthreads_or(state.not_finite())) break;
   }
 
   // Bring the four warps to one maximum.
-  rows.reduce_sum();
-  if (lane % 4 == 0) {
+  state.reduce_sum();
+  if (lane < 4) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      stats[0][warp][lane / 4 + 8 * r] = rows.largest[r] * score.log2_scale[r];
-      stats[1][warp][lane / 4 + 8 * r] = rows.sum[r];
+    for (int i = 0; i < MmaState::kQueries; ++i) {
+      stats[0][warp][MmaState::query(i)] = state.largest[i] * score.log2_scale[i];
+      stats[1][warp][MmaState::query(i)] = state.sum[i];
     }
   }
   __syncthreads();
   auto* merged = reinterpret_cast<float*>(shared);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    if (8 * r >= tile.num_rows) break;
-    const int row = lane / 4 + 8 * r;
+  for (int i = 0; i < MmaState::kQueries; ++i) {
+    const int row = MmaState::query(i);
     float top = stats[0][0][row];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) top = fmaxf(top, stats[0][w][row]);
     const float weight = exp2f(stats[0][warp][row] - (top == -INFINITY ? 0.0f : top));
+    if (row < tile.num_rows) {
+      float* target = merged + (warp * kRows + row) * Shape::kOutPitch;
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 16; ++i) {
-      int column;
-      float4 value = rows.columns(i, r, column);
-      value.x *= weight, value.y *= weight, value.z *= weight, value.w *= weight;
-      if (row < tile.num_rows)
-        *reinterpret_cast<float4*>(merged + (warp * kWarpRows + row) * Shape::kOutPitch + column) = value;
+      for (int c = 0; c < MmaState::kSteps; ++c)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) target[MmaState::column(c, half)] = weight * state.out[c][i / 2][2 * half + i % 2];
     }
   }
   __syncthreads();
@@ -248,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim>::
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       total += stats[1][w][row] * exp2f(stats[0][w][row] - (top == -INFINITY ? 0.0f : top));
-      const float4 part = *reinterpret_cast<const float4*>(merged + (w * kWarpRows + row) * Shape::kOutPitch + column);
+      const float4 part = *reinterpret_cast<const float4*>(merged + (w * kRows + row) * Shape::kOutPitch + column);
       value.x += part.x, value.y += part.y, value.z += part.z, value.w += part.w;
     }
     if (selecting) value = with_notes<kHeadDim>(value, notes, row, column);

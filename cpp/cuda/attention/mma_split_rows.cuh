@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "cuda/attention/mma_tile.cuh"
+#include "cuda/attention/mma_rows.cuh"
 #include "cuda/device/dependent_launch.cuh"
 
 namespace quire::cuda::attn {
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim>::
   const int warp_row = warp * kWarpRows;
   using MmaState = MmaRows<kKvDType, kHeadDim>;
   MmaState rows;
-  ScoreScale score;
+  ScoreScale<2> score;
   const std::uint32_t k_thread_offset = MmaState::k_thread_offset();
   const std::uint32_t v_thread_offset = Shape::kSlotBytes + MmaState::v_thread_offset();
 
@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim>::
     }
   };
 
-  copy_q<Types, kHeadDim, kWarpRows>(plan, tile, kv_head, warp_row, device::shared_address(q_shared), row_params);
+  copy_q<Types, kWarpRows>(plan, tile, kv_head, warp_row, 0, 1, device::shared_address(q_shared));
+  if (lane < kWarpRows) row_params[warp_row + lane] = make_row_params(plan, tile, kv_head, warp_row + lane);
   device::copy_async_commit();
 
   // A second pass only where NaN or infinity in V reached rows that do not see it.
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim>::
         convert_q<Types, kHeadDim, kWarpRows>(plan, warp_row, q_shared, row_params);
         __syncwarp();
       }
-      score = make_score_scale(p, row_params, warp_row);
+      score = make_score_scale<2>(p, row_params, [&](int i) { return warp_row + lane / 4 + 8 * i; });
       rows.attach_q(device::shared_address(q_shared), warp_row);
     }
     rows.reset();
