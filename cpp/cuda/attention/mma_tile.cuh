@@ -168,6 +168,7 @@ __device__ __forceinline__ void convert_q(const Plan& plan, int first_row, char*
     const unsigned biased = min(exponent, 253u);
     const float down = scaled ? __uint_as_float((254u - biased) << 23) : 1.0f;
     if (scaled && lane == 0) row_params[row].scale *= __uint_as_float(biased << 23);
+    __syncwarp();  // all have read the row before it is overwritten in another order
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e) {
       const int within = lane % 16;
