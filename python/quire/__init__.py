@@ -5,14 +5,35 @@ SPDX-License-Identifier: Apache-2.0
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 
 def _is_doctor() -> bool:
-    """Whether this is `quire doctor`, which must run, and say why, also where nothing below can be loaded."""
-    return sys.argv[1:2] == ["doctor"] and (sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "quire")
+    """Whether this is `python -m quire doctor` or `quire doctor`, told from other programs that take a `doctor`."""
+    if sys.argv[1:2] != ["doctor"]:
+        return False
+    # Where the interpreter's own arguments end: the module's name, or "-m" and the name in one, or the script.
+    (program,) = sys.orig_argv[-len(sys.argv) :][:1] or [""]
+    if sys.argv[0] == "-m":
+        return program == "quire" or (program.startswith("-") and program.endswith("mquire"))
+    return program == sys.argv[0] and os.path.basename(program) in ("quire", "quire.exe")
 
 
-if not _is_doctor():
+# `quire doctor` must run, and say why, also where nothing below can be loaded, or crashes when it is. There, and only
+# there, it waits for the first use, and an ImportError comes then.
+_deferred = "_deferred" not in globals() and _is_doctor()
+
+if _deferred:
+    if not TYPE_CHECKING:
+
+        def __getattr__(name: str) -> object:
+            if name not in __all__:
+                raise AttributeError(f"module 'quire' has no attribute {name!r}")
+            import importlib
+
+            return getattr(importlib.reload(sys.modules[__name__]), name)
+
+else:
     from quire._core import (
         CudaError,
         Tensor,

@@ -35,14 +35,39 @@ def shape_of(op: str, arg: str, x: Array) -> tuple[int, ...]:
     """The shape of an argument that an output is made like.
 
     Raises:
-        TypeError: It is no tensor.
+        TypeError: It is no tensor, a masked array, or a JAX tracer.
+        ValueError: It is a JAX array that is deleted, or on more than one device.
     """
+    if framework_of(x) in ("jax", "jaxlib"):
+        _check_jax(op, arg, x)
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            f"[{op}] {arg}: expected a tensor without a mask, got {type(x).__qualname__}; call .filled() first"
+        )
     shape = getattr(x, "shape", None)
     if shape is None or not hasattr(x, "__dlpack__"):
         raise TypeError(
             f"[{op}] {arg}: expected a tensor (any object with __dlpack__), got {type(x).__qualname__}"
         )
     return tuple(shape)
+
+
+def _check_jax(op: str, arg: str, x: Array) -> None:
+    jax = sys.modules["jax"]
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(
+            f"[{op}] {arg}: expected a JAX array with data, got a tracer: JAX tracers cannot be taken here, "
+            "call outside jax.jit (quire.jax to come)"
+        )
+    if not isinstance(x, jax.Array):
+        return
+    if x.is_deleted():
+        raise ValueError(f"[{op}] {arg}: expected a JAX array with data, got a deleted or donated one")
+    if len(x.sharding.device_set) > 1:
+        raise ValueError(
+            f"[{op}] {arg}: expected a JAX array on one device, got one sharded over "
+            f"{len(x.sharding.device_set)}"
+        )
 
 
 def empty(like: Array, shape: Sequence[int], dtype: str | None = None) -> Array:
@@ -57,7 +82,7 @@ def empty(like: Array, shape: Sequence[int], dtype: str | None = None) -> Array:
         TypeError: ``like`` belongs to no framework that quire can allocate in; pass ``out=``.
     """
     shape = tuple(int(n) for n in shape)
-    if type(like) is np.ndarray:
+    if isinstance(like, np.ndarray):  # a subclass, such as np.memmap, gives a plain array
         return np.empty(shape, like.dtype if dtype is None else numpy_dtype(dtype))
     framework = framework_of(like)
     if "torch" in sys.modules and isinstance(like, sys.modules["torch"].Tensor):
@@ -74,7 +99,11 @@ def empty(like: Array, shape: Sequence[int], dtype: str | None = None) -> Array:
     if framework in ("jax", "jaxlib"):
         # JAX arrays cannot be written. The result is written to memory of ours, which finish() hands to JAX.
         return _core.empty(shape, str(like.dtype) if dtype is None else dtype, _jax_device(like))
-    raise TypeError(
+    raise _unknown_framework(like)
+
+
+def _unknown_framework(like: Array) -> TypeError:
+    return TypeError(
         f"[empty] like: expected a NumPy, CuPy, PyTorch, JAX or quire tensor to allocate an output for, got "
         f"{type(like).__module__}.{type(like).__qualname__}; pass out="
     )
@@ -88,13 +117,22 @@ def _jax_device(x: Array) -> str:
 def finish(out: Array, like: Array) -> Array:
     """Turns what empty() gave for ``like`` into a tensor of its framework, now that it is written."""
     if isinstance(out, _core.Tensor) and framework_of(like) in ("jax", "jaxlib"):
+        jax = sys.modules["jax"]
         _core.hand_over(out)
-        return sys.modules["jax"].dlpack.from_dlpack(out)
+        result = jax.dlpack.from_dlpack(out)
+        # DLPack knows one CPU, JAX may have several.
+        return result if result.device == like.device else jax.device_put(result, like.device)
     return out
 
 
 def from_numpy(array: np.ndarray[Any, Any], like: Array) -> Array:
-    """A copy of a NumPy array in the framework and on the device of ``like``."""
+    """A copy of a NumPy array in the framework and on the device of ``like``.
+
+    Raises:
+        TypeError: ``like`` belongs to no framework that quire can allocate in.
+    """
+    if isinstance(like, np.ndarray):
+        return array.copy()
     framework = framework_of(like)
     if "torch" in sys.modules and isinstance(like, sys.modules["torch"].Tensor):
         torch = sys.modules["torch"]
@@ -105,4 +143,9 @@ def from_numpy(array: np.ndarray[Any, Any], like: Array) -> Array:
             return sys.modules["cupy"].asarray(array)
     if framework in ("jax", "jaxlib"):
         return sys.modules["jax"].device_put(array, like.device)
-    return array.copy()
+    if framework == "quire":
+        # As one block, because that op copies from the host to any device.
+        block = _core.empty((1, *array.shape), array.dtype.name, like.device)
+        _core.swap_blocks(block, array[None], np.zeros((1, 2), np.int64), None)
+        return block[0]
+    raise _unknown_framework(like)

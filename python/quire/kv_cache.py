@@ -111,7 +111,12 @@ def gather_kv(
         shape = (*num_tokens, *cache_shape[2:])
         k, v = empty(k_cache, shape, dtype), empty(k_cache, shape, dtype)
     else:
-        k, v = out
+        try:
+            k, v = out
+        except TypeError:
+            raise TypeError(f"[gather_kv] out: expected a pair (k, v), got {type(out).__qualname__}") from None
+        except ValueError:
+            raise ValueError(f"[gather_kv] out: expected a pair (k, v), got {len(out)} of them") from None
     _core.gather_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, stream)
     return (finish(k, k_cache), finish(v, k_cache)) if out is None else (k, v)
 
@@ -316,8 +321,11 @@ class KVCache:
         """Copies blocks of every layer's K and V from another cache, as :func:`swap_blocks`.
 
         Raises:
-            ValueError: The caches differ in layers, block shape or dtype.
+            ValueError: The caches differ in layers or block shape.
+            TypeError: The caches differ in dtype, or src is no KVCache.
         """
+        if not isinstance(src, KVCache):
+            raise TypeError(f"[KVCache] src: expected a quire.KVCache, got {type(src).__qualname__}")
         if src.num_layers != self.num_layers:
             raise ValueError(f"[KVCache] src: expected {self.num_layers} layers, got {src.num_layers}")
         for layer in range(self.num_layers):

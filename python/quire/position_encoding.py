@@ -6,13 +6,15 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from quire import _core
-from quire._allocate import Array, from_numpy, numpy_dtype
+from quire._allocate import Array, from_numpy, numpy_dtype, shape_of
 
 __all__ = ["rope_cache", "rotary_embedding"]
 
@@ -91,6 +93,8 @@ def rope_cache(
 
     Raises:
         ValueError: A size or a parameter is out of range, missing, or the type is unknown.
+        TypeError: A size is no integer, ``theta`` no number, ``dtype`` none of the three, ``scaling`` no mapping, or ``like`` no
+            tensor.
 
     Source: Su et al. 2021; Peng et al., YaRN, 2023; Ding et al., LongRoPE, 2024; Llama 3.1's scaling. Arithmetic is done in
     float32 in the order of HF transformers, so that the tables agree with it.
@@ -100,22 +104,43 @@ def rope_cache(
         >>> quire.rope_cache(64, 16, theta=500000.0).shape
         (16, 64)
     """
-    dim = head_dim if rotary_dim is None else rotary_dim
+    head_dim, max_position = _integer("head_dim", head_dim), _integer("max_position", max_position)
+    dim = head_dim if rotary_dim is None else _integer("rotary_dim", rotary_dim)
     if dim < 2 or dim % 2 or dim > head_dim:
         raise ValueError(
             f"[rope_cache] rotary_dim: expected an even number of 2 to head_dim {head_dim}, got {dim}"
         )
     if max_position < 1:
         raise ValueError(f"[rope_cache] max_position: expected 1 or more, got {max_position}")
-    if not theta > 0.0:
-        raise ValueError(f"[rope_cache] theta: expected a number above 0, got {theta}")
-    inv_freq, attention_factor = _inverse_frequencies(dim, max_position, float(theta), dict(scaling or {}))
+    if not isinstance(theta, numbers.Real):
+        raise TypeError(f"[rope_cache] theta: expected a number, got {type(theta).__qualname__}")
+    theta = float(theta)
+    if not 0.0 < theta < math.inf:
+        raise ValueError(f"[rope_cache] theta: expected a finite number above 0, got {theta}")
+    if scaling is not None and not isinstance(scaling, Mapping):
+        raise TypeError(f"[rope_cache] scaling: expected a mapping or None, got {type(scaling).__qualname__}")
+    name = _core.dtype_name(dtype) if dtype is not None else "None"
+    if name not in ("float32", "float16", "bfloat16"):
+        raise TypeError(f"[rope_cache] dtype: expected float32, float16 or bfloat16, got {name}")
+    if like is not None:
+        shape_of("rope_cache", "like", like)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        inv_freq, attention_factor = _inverse_frequencies(dim, max_position, theta, dict(scaling or {}))
+    if not (np.isfinite(inv_freq).all() and math.isfinite(attention_factor)):
+        raise ValueError("[rope_cache] scaling: expected parameters that give finite frequencies, got infinity")
     angles = np.arange(max_position, dtype=np.float32)[:, None] * inv_freq[None, :]
     # The products are rounded to float32, as everywhere; cos and sin of those are taken exactly.
     wide = angles.astype(np.float64)
     table = np.concatenate([np.cos(wide), np.sin(wide)], axis=1).astype(np.float32)
-    table = (table * np.float32(attention_factor)).astype(numpy_dtype(dtype))
+    table = (table * np.float32(attention_factor)).astype(numpy_dtype(name))
     return table if like is None else from_numpy(table, like)
+
+
+def _integer(name: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"[rope_cache] {name}: expected an integer, got {type(value).__qualname__}") from None
 
 
 def _powers(dim: int, base: float) -> np.ndarray[Any, Any]:
@@ -138,6 +163,11 @@ def _parameter(scaling: dict[str, Any], kind: str, name: str) -> float:
     return float(value)
 
 
+def _optional(scaling: dict[str, Any], kind: str, name: str, default: float) -> float:
+    """A parameter that 0 and None leave at its default, as in HF transformers."""
+    return _parameter(scaling, kind, name) if scaling.get(name) else default
+
+
 def _inverse_frequencies(
     dim: int, max_position: int, theta: float, scaling: dict[str, Any]
 ) -> tuple[np.ndarray[Any, Any], float]:
@@ -149,8 +179,8 @@ def _inverse_frequencies(
         return one / _powers(dim, theta) / np.float32(_parameter(scaling, kind, "factor")), 1.0
     if kind == "dynamic":
         factor = _parameter(scaling, kind, "factor")
-        trained = scaling.get("original_max_position_embeddings") or scaling.get("max_position_embeddings")
-        trained = max_position if trained is None else trained
+        trained = _optional(scaling, kind, "max_position_embeddings", max_position)
+        trained = _optional(scaling, kind, "original_max_position_embeddings", trained)
         length = max(max_position, trained)
         if dim == 2:
             raise ValueError("[rope_cache] rotary_dim: expected 4 or more for rope_type 'dynamic', got 2")
@@ -172,21 +202,26 @@ def _inverse_frequencies(
 def _factor(scaling: dict[str, Any], kind: str, max_position: int, original: float) -> float:
     if scaling.get("factor") is not None:
         return _parameter(scaling, kind, "factor")
-    return float(scaling.get("max_position_embeddings") or max_position) / original
+    return _optional(scaling, kind, "max_position_embeddings", max_position) / original
 
 
 def _yarn(
     dim: int, max_position: int, theta: float, scaling: dict[str, Any]
 ) -> tuple[np.ndarray[Any, Any], float]:
+    if theta <= 1.0:
+        raise ValueError(f"[rope_cache] theta: expected a number above 1 for rope_type 'yarn', got {theta}")
     original = _parameter(scaling, "yarn", "original_max_position_embeddings")
     factor = _factor(scaling, "yarn", max_position, original)
 
     def magnitude(scale: float, weight: float) -> float:
         return 1.0 if scale <= 1.0 else 0.1 * weight * math.log(scale) + 1.0
 
-    attention_factor = scaling.get("attention_factor")
-    if attention_factor is None:
-        mscale, mscale_all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if scaling.get("attention_factor") is not None:
+        attention_factor = _parameter(scaling, "yarn", "attention_factor")
+    else:
+        mscale, mscale_all_dim = (
+            _optional(scaling, "yarn", name, 0.0) for name in ("mscale", "mscale_all_dim")
+        )
         if mscale and mscale_all_dim:
             attention_factor = magnitude(factor, mscale) / magnitude(factor, mscale_all_dim)
         else:
@@ -195,8 +230,8 @@ def _yarn(
     def dim_of(rotations: float) -> float:
         return (dim * math.log(original / (rotations * 2 * math.pi))) / (2 * math.log(theta))
 
-    low = dim_of(scaling.get("beta_fast") or 32)
-    high = dim_of(scaling.get("beta_slow") or 1)
+    low = dim_of(_optional(scaling, "yarn", "beta_fast", 32))
+    high = dim_of(_optional(scaling, "yarn", "beta_slow", 1))
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -207,7 +242,7 @@ def _yarn(
     powers = _powers(dim, theta)
     extrapolated = np.float32(1.0) / powers
     interpolated = np.float32(1.0) / (np.float32(factor) * powers)
-    return interpolated * (np.float32(1.0) - keep) + extrapolated * keep, float(attention_factor)
+    return interpolated * (np.float32(1.0) - keep) + extrapolated * keep, attention_factor
 
 
 def _longrope(
@@ -215,16 +250,31 @@ def _longrope(
 ) -> tuple[np.ndarray[Any, Any], float]:
     original = _parameter(scaling, "longrope", "original_max_position_embeddings")
     factor = _factor(scaling, "longrope", max_position, original)
-    attention_factor = scaling.get("attention_factor")
-    if attention_factor is None:
-        attention_factor = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
+    if scaling.get("attention_factor") is not None:
+        attention_factor = _parameter(scaling, "longrope", "attention_factor")
+    elif factor <= 1.0:
+        attention_factor = 1.0
+    elif original > 1.0:
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original))
+    else:
+        raise ValueError(
+            "[rope_cache] scaling: expected 'original_max_position_embeddings' above 1 for rope_type "
+            f"'longrope' without 'attention_factor', got {original}"
+        )
     which = "long_factor" if max_position > original else "short_factor"
-    factors = np.asarray(scaling.get(which, []), dtype=np.float32)
+    try:
+        factors = np.asarray(scaling.get(which, []), dtype=np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"[rope_cache] scaling: expected {which!r} with {dim // 2} numbers, got {scaling[which]!r}"
+        ) from None
     if factors.shape != (dim // 2,):
         raise ValueError(
             f"[rope_cache] scaling: expected {which!r} with {dim // 2} numbers, got {factors.size}"
         )
-    return np.float32(1.0) / (factors * _powers(dim, theta)), float(attention_factor)
+    if not (factors > 0).all():
+        raise ValueError(f"[rope_cache] scaling: expected {which!r} above 0, got {factors.min()}")
+    return np.float32(1.0) / (factors * _powers(dim, theta)), attention_factor
 
 
 def _llama3(dim: int, theta: float, scaling: dict[str, Any]) -> np.ndarray[Any, Any]:

@@ -4,6 +4,7 @@ SPDX-License-Identifier: Apache-2.0
 """
 
 import gc
+import os
 import subprocess
 import sys
 import timeit
@@ -302,3 +303,60 @@ def test_call_overhead(torch):
     assert best(lambda: _core.import_tensors(*arrays)) < 10e-6
     assert best(lambda: _core.import_tensors(*tensors)) < 10e-6
     assert best(lambda: quire.rms_norm(x, weight, out=out)) < 20e-6
+
+
+# ---- what out=None is made like ----------------------------------------------------------------------------------------
+
+
+def test_subclasses_of_ndarray(tmp_path):
+    weight = np.ones(8, np.float32)
+    x = np.memmap(tmp_path / "x", np.float32, "w+", shape=(2, 8))
+    x[...] = 2.0
+    for given in (x, np.asmatrix(x), x.view(np.recarray)):
+        out = quire.rms_norm(given, weight)
+        assert type(out) is np.ndarray
+        np.testing.assert_allclose(out, 1.0, rtol=1e-5)
+    with pytest.raises(TypeError, match=r"\[rms_norm\] x: expected a tensor without a mask, got MaskedArray"):
+        quire.rms_norm(np.ma.masked_array(np.ones((2, 8), np.float32), mask=True), weight)
+
+
+def test_jax_refusals():
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    weight = jax.numpy.ones(8)
+    with pytest.raises(TypeError, match=r"\[rms_norm\] x: .* JAX tracers cannot be taken here, call outside"):
+        jax.jit(lambda x: quire.rms_norm(x, weight))(jax.numpy.ones((2, 8)))
+    gone = jax.numpy.ones((2, 8))
+    gone.delete()
+    with pytest.raises(ValueError, match=r"\[rms_norm\] x: expected a JAX array with data, got a deleted"):
+        quire.rms_norm(gone, weight)
+
+
+MANY_JAX_DEVICES = """
+import jax, numpy as np, quire
+first, second = jax.devices("cpu")
+x = jax.device_put(np.full((2, 8), 2.0, np.float32), second)
+out = quire.rms_norm(x, jax.device_put(np.ones(8, np.float32), second))
+assert out.device == second, out.device
+np.testing.assert_allclose(out, 1.0, rtol=1e-5)
+table = quire.rope_cache(8, 4, like=x)
+assert table.device == second, table.device
+mesh = jax.sharding.Mesh(np.array([first, second]), ("x",))
+sharded = jax.device_put(np.ones((2, 8), np.float32), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
+for call in (lambda: quire.rms_norm(sharded, np.ones(8, np.float32)), lambda: quire.rope_cache(8, 4, like=sharded)):
+    try:
+        call()
+    except ValueError as error:
+        assert "expected a JAX array on one device, got one sharded over 2" in str(error), error
+    else:
+        raise AssertionError("a sharded array was taken")
+"""
+
+
+def test_jax_with_many_devices():
+    pytest.importorskip("jax", reason="jax is not installed")
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    subprocess.run([sys.executable, "-c", MANY_JAX_DEVICES], check=True, env=environment, timeout=300)

@@ -150,6 +150,64 @@ def test_doctor_with_everything_broken(tmp_path: Path) -> None:
     assert all(verdict["fix"] for verdict in facts["verdicts"] if verdict["level"] != "ok")
 
 
+BROKEN = "import sys\nsys.modules['quire._core'] = None\n"
+
+
+def spawn_python(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.mark.parametrize("program", ["mypkg", "quire_app", "tool"])
+@pytest.mark.parametrize("broken", [False, True])
+def test_another_programs_doctor_is_not_ours(tmp_path: Path, program: str, broken: bool) -> None:
+    """A subcommand of that name elsewhere gets the whole package, or the ImportError at once."""
+    for place in ("__init__.py", "__main__.py"):
+        (tmp_path / program).mkdir(exist_ok=True)
+        (tmp_path / program / place).write_text("import quire\nprint('rms_norm' in vars(quire))\n")
+    if broken:
+        (tmp_path / "sitecustomize.py").write_text(BROKEN)
+    done = spawn_python(tmp_path, "-m", program, "doctor", "quire", "doctor")
+    if broken:
+        assert done.returncode == 1
+        assert "quire._core" in done.stderr.splitlines()[-1]
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[-2:] == ["True", "True"]
+
+
+@pytest.mark.parametrize("module", [("-m", "quire"), ("-mquire",), ("-Im", "quire")])
+@pytest.mark.parametrize("broken", [False, True])
+def test_under_the_doctor_the_first_use_imports(tmp_path: Path, module: tuple[str, ...], broken: bool) -> None:
+    script = (
+        f"import sys\nsys.argv, sys.orig_argv = ['-m', 'doctor'], ['python', *{module!r}, 'doctor']\n"
+        "import quire\nassert 'rms_norm' not in vars(quire)\n"
+        "for _ in range(2):\n"
+        "    try:\n"
+        "        from quire import rms_norm\n"
+        "        print(quire.__version__, quire.paged_attention.__name__)\n"
+        "    except ImportError as error:\n"
+        "        print(error)\n"
+        "assert not hasattr(quire, 'nonsense')\n"
+    )
+    if broken:
+        script = BROKEN + script
+    done = spawn_python(tmp_path, "-c", script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("quire._core" if broken else "paged_attention") == 2
+
+
+def test_doctor_as_console_script(tmp_path: Path) -> None:
+    """The script that pip writes, where the extension cannot be loaded."""
+    (tmp_path / "sitecustomize.py").write_text(BROKEN)
+    script = tmp_path / "quire"
+    script.write_text("import sys\nfrom quire.__main__ import main\nsys.exit(main())\n")
+    done = spawn_python(tmp_path, str(script), "doctor", "--json", "--no-frameworks")
+    assert done.returncode == 1, done.stderr
+    assert "quire._core" in last_json(done.stdout)["core"]["error"]
+
+
 def test_doctor_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "doctor", "--no-frameworks")
     assert code in (0, 1)

@@ -136,7 +136,9 @@ def test_every_kv_dtype_generates(model: Model, text_ids: list[int], kv_dtype: s
     (tokens,) = run(engine, [(text_ids[:200], SamplingParams(30))])
     (exact,) = run(Engine(model, num_blocks=32), [(text_ids[:200], SamplingParams(30))])
     agreeing = next((i for i, (a, b) in enumerate(zip(tokens, exact, strict=True)) if a != b), 30)
-    assert agreeing >= 1, f"{tokens} against {exact}"
+    # A cache in 16 bits may turn a near tie after a while; perplexities tell how good the quantized ones are.
+    assert agreeing >= {"fp32": 30, "fp16": 20, "bf16": 10}.get(kv_dtype, 1), f"{tokens} against {exact}"
+    assert all(0 <= token < model.config.vocab_size for token in tokens)
 
 
 def test_sampling_follows_the_distribution() -> None:
@@ -155,6 +157,14 @@ def test_sampling_follows_the_distribution() -> None:
     hot = np.array([0.5, 0.3, 0.15, 0.05]) ** 0.5
     np.testing.assert_allclose(frequencies(2.0, 1.0), hot / hot.sum(), atol=0.03)
     np.testing.assert_array_equal(frequencies(0.0, 1.0), [1, 0, 0, 0])
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    logits = np.random.default_rng(1).standard_normal((3, 50)).astype(np.float32)
+    with np.errstate(all="raise", under="ignore"):
+        for temperature in (0.0, 1e-300, 1e-44, 9.9e-6, 1e-5):
+            params = [SamplingParams(temperature=temperature, seed=s) for s in range(3)]
+            np.testing.assert_array_equal(sample(logits, params, [0] * 3, Backend()), logits.argmax(axis=-1))
 
 
 def test_sampling_mixes_greedy_and_random_rows() -> None:

@@ -425,6 +425,8 @@ def test_kv_cache_sizes():
         ((1, -3, 1, 1, 8, "float32"), ValueError, r"num_blocks: expected 1 or more, got -3"),
         ((1, 2.5, 1, 1, 8, "float32"), TypeError, r"num_blocks: expected an integer, got float"),
         ((1, 1, 1, 1, 8, "int64"), TypeError, r"dtype: expected one of float32, .*, got int64"),
+        ((1, 1, 1, 1, 8, None), TypeError, r"\[KVCache\] dtype: expected one of float32, .*, got None"),
+        ((1, 1, 1, 1, 8, 7), TypeError, r"\[KVCache\] dtype: expected one of float32, .*, got int"),
         ((1, 1, 1, 1, 8, "float7"), TypeError, r"dtype: expected float32, .*, got float7"),
         ((2**31, 2**31, 2**10, 1, 8, "float32"), ValueError, r"expected a size that fits in 64 bits"),
         ((1, 2**40, 16, 8, 128, "float32"), MemoryError, r"could not get \d+ bytes"),
@@ -437,6 +439,23 @@ def test_kv_cache_refuses(arguments, error, text):
         quire.KVCache(1, 1, 1, 1, 8, "float32", "tpu")
     with pytest.raises(IndexError):
         quire.KVCache(1, 1, 1, 1, 8, "float32").k(1)
+
+
+def test_swap_blocks_from_refuses():
+    cache = quire.KVCache(2, 1, 1, 1, 8, "float32")
+    pairs = np.zeros((1, 2), np.int64)
+    for thing in (5, None, cache.pool):
+        with pytest.raises(TypeError, match=r"\[KVCache\] src: expected a quire.KVCache, got "):
+            cache.swap_blocks_from(thing, pairs)
+    with pytest.raises(ValueError, match=r"\[KVCache\] src: expected 2 layers, got 1"):
+        cache.swap_blocks_from(quire.KVCache(1, 1, 1, 1, 8, "float32"), pairs)
+
+
+def test_gather_kv_refuses_what_is_no_pair():
+    cache, out = np.zeros((2, 4, 1, 8), np.float32), np.zeros((1, 1, 8), np.float32)
+    for given, error in (((out,), ValueError), ((out, out, out), ValueError), (5, TypeError)):
+        with pytest.raises(error, match=r"\[gather_kv\] out: expected a pair \(k, v\), got "):
+            quire.gather_kv(cache, cache, np.zeros(1, np.int64), out=given)
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)

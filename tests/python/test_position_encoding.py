@@ -224,7 +224,33 @@ def test_rope_cache_in_a_framework(framework):
     [
         ({"rotary_dim": 7}, "rotary_dim: expected an even number"),
         ({"rotary_dim": 128}, "rotary_dim: expected an even number of 2 to head_dim 64"),
-        ({"theta": 0.0}, "theta: expected a number above 0"),
+        ({"theta": 0.0}, "theta: expected a finite number above 0"),
+        ({"theta": float("inf")}, "theta: expected a finite number above 0, got inf"),
+        ({"theta": float("nan")}, "theta: expected a finite number above 0, got nan"),
+        ({"theta": 1.0, "scaling": SCALINGS["yarn"]}, "theta: expected a number above 1 for rope_type 'yarn', got 1.0"),
+        ({"max_position": 0}, "max_position: expected 1 or more, got 0"),
+        (
+            {"scaling": {**SCALINGS["longrope"], "original_max_position_embeddings": 1}},
+            "'original_max_position_embeddings' above 1 for rope_type 'longrope' without 'attention_factor', got 1.0",
+        ),
+        (
+            {"scaling": {**SCALINGS["longrope"], "short_factor": ["a"], "long_factor": ["a"]}},
+            "scaling: expected 'short_factor' with 32 numbers",
+        ),
+        (
+            {"scaling": {**SCALINGS["longrope"], "short_factor": [0.0] * 32}},
+            "scaling: expected 'short_factor' above 0, got 0.0",
+        ),
+        ({"scaling": {**SCALINGS["yarn"], "beta_fast": -1}}, "expected 'beta_fast' above 0"),
+        ({"scaling": {**SCALINGS["yarn"], "attention_factor": "x"}}, "expected 'attention_factor' above 0"),
+        (
+            {"scaling": {"rope_type": "dynamic", "factor": 2.0, "max_position_embeddings": "x"}},
+            "expected 'max_position_embeddings' above 0",
+        ),
+        (
+            {"theta": 1e38, "scaling": {"rope_type": "dynamic", "factor": 64.0, "max_position_embeddings": 4}},
+            "scaling: expected parameters that give finite frequencies",
+        ),
         (
             {"scaling": {"rope_type": "ntk"}},
             "expected rope_type default, linear, dynamic, yarn, longrope or llama3, got 'ntk'",
@@ -238,5 +264,38 @@ def test_rope_cache_in_a_framework(framework):
     ],
 )
 def test_rope_cache_refuses(kwargs, text):
-    with pytest.raises(ValueError, match=text):
-        quire.rope_cache(64, 16, **kwargs)
+    with pytest.raises(ValueError, match=r"\[rope_cache\] .*" + text):
+        quire.rope_cache(64, kwargs.pop("max_position", 16), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"head_dim": 64.0}, "head_dim: expected an integer, got float"),
+        ({"max_position": 4.5}, "max_position: expected an integer, got float"),
+        ({"rotary_dim": 8.0}, "rotary_dim: expected an integer, got float"),
+        ({"theta": "10000"}, "theta: expected a number, got str"),
+        ({"dtype": "int8"}, "dtype: expected float32, float16 or bfloat16, got int8"),
+        ({"dtype": None}, "dtype: expected float32, float16 or bfloat16, got None"),
+        ({"scaling": "yarn"}, "scaling: expected a mapping or None, got str"),
+        ({"like": [1]}, "like: expected a tensor"),
+        ({"like": np.ma.zeros(2)}, "like: expected a tensor without a mask"),
+    ],
+)
+def test_rope_cache_refuses_types(kwargs, text):
+    with pytest.raises(TypeError, match=r"\[rope_cache\] " + text):
+        quire.rope_cache(**{"head_dim": 64, "max_position": 16, **kwargs})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_cache_like_a_quire_tensor(backend, dtype):
+    like = quire.empty((1,), "float32", backend.device)
+    table = quire.rope_cache(16, 8, dtype=dtype, like=like)
+    assert isinstance(table, quire.Tensor)
+    assert (table.shape, table.dtype, table.device) == ((8, 16), dtype, like.device)
+    host = quire.empty((8, 16), dtype, "cpu")
+    quire.swap_blocks(host, table, np.array([[i, i] for i in range(8)]))
+    backend.synchronize()
+    np.testing.assert_array_equal(
+        host.numpy().astype(np.float32), quire.rope_cache(16, 8, dtype=dtype).astype(np.float32)
+    )

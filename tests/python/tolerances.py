@@ -1,6 +1,7 @@
 """How close results must be, in one place: ulps of the result's dtype, by op.
 
-An ulp is taken at the reference's own value, and not below `floor` times the largest value of the result (sums cancel).
+An ulp is taken at the reference's own value, and not below `floor` times the largest value of the result, or of its row along the
+last axis where the rows are sums of their own (sums cancel).
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -23,7 +24,7 @@ ULPS = {
     "attention": (64.0, 3.0),
 }
 
-#: Below this share of the result's largest magnitude an error counts as if at that magnitude.
+#: Below this share of the largest magnitude, of the result or of the row, an error counts as if at that magnitude.
 FLOOR = {
     "norm": 1e-6,
     "layer_norm": 0.25,
@@ -32,6 +33,9 @@ FLOOR = {
     "merge": 0.1,
     "attention": 0.25,
 }
+
+#: The ops whose floor is of each row along the last axis: a row of small values hides behind no other.
+PER_ROW = {"merge", "attention"}
 
 #: Largest error of a log-sum-exp (natural log), relative to its magnitude or 1.
 LSE_ERROR = {"float32": 2e-6, "float16": 1e-4, "bfloat16": 1e-4}
@@ -54,7 +58,9 @@ def assert_close(op: str, got: np.ndarray, want: np.ndarray) -> None:
     if not finite.any():
         return
     limit = ULPS[op][0 if name == "float32" else 1]
-    scale = np.maximum(np.abs(want), FLOOR[op] * np.abs(want[finite]).max())
+    size = np.where(finite, np.abs(want), 0.0)
+    largest = size.max(axis=-1, keepdims=True) if op in PER_ROW else size.max()
+    scale = np.maximum(size, FLOOR[op] * largest)
     smallest = np.finfo(np.float32).tiny if name != "float16" else 2.0**-14
     exponent = np.floor(np.log2(np.maximum(scale, smallest)))
     ulp = np.exp2(exponent - MANTISSA_BITS[name])

@@ -13,9 +13,13 @@ import numpy as np
 from quire.demo.backend import Array, Backend
 
 
+#: Below this a temperature counts as 0: the logits divided by it would leave float32.
+GREEDY_TEMPERATURE = 1e-5
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request's tokens are chosen and when it ends. Temperature 0 is greedy."""
+    """How one request's tokens are chosen and when it ends. A temperature below 1e-5 is greedy."""
 
     max_tokens: int = 64
     temperature: float = 0.0
@@ -42,7 +46,7 @@ def sample(
     """
     xp = backend.xp
     tokens = backend.host(xp.argmax(logits, axis=-1)).astype(np.int64)
-    rows = [i for i, p in enumerate(params) if p.temperature > 0]
+    rows = [i for i, p in enumerate(params) if p.temperature >= GREEDY_TEMPERATURE]
     if not rows:
         return tokens
     column = [[params[i].temperature, params[i].top_p, params[i].uniform(token_idxs[i])] for i in rows]
