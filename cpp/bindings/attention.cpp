@@ -34,11 +34,11 @@ AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle caus
   return options;
 }
 
-// The caller's workspace, or the shared one in `storage`.
-const TensorView* choose_workspace(const TensorView* given, std::int64_t num_bytes, const TensorView& q, Stream stream, TensorView& storage) {
+// The caller's workspace, or a lease of the shared one in `lease`.
+const TensorView* choose_workspace(const TensorView* given, std::int64_t num_bytes, const TensorView& q, Stream stream, WorkspaceLease& lease) {
   if (given != nullptr || num_bytes == 0) return given;
-  storage = shared_workspace(num_bytes, q.device, stream);
-  return &storage;
+  lease = shared_workspace(num_bytes, q.device, stream);
+  return &lease.view;
 }
 
 // Bytes for this call; 0 for shapes that the op itself will refuse.
@@ -67,10 +67,10 @@ void bind_attention(nb::module_& m) {
     options.sinks = args.optional(10);
     options.k_scale = args.optional(11);
     options.v_scale = args.optional(12);
-    TensorView storage;
     const std::int64_t num_bytes = workspace_bytes(&paged_attention_workspace_size, args[2], args[6].ndim == 1 ? args[6].size(0) : 0);
-    const TensorView* const space = choose_workspace(args.optional(8), num_bytes, args[2], args.stream(), storage);
     args.run([&](Stream s) {
+      WorkspaceLease lease;
+      const TensorView* const space = choose_workspace(args.optional(8), num_bytes, args[2], s, lease);
       paged_attention(args[0], args.optional(1), args[2], args[3], args[4], args[5], args[6], args.optional(7), space, options, s);
     });
   }, nb::arg("out").none(), nb::arg("lse").none(), nb::arg("q").none(), nb::arg("k_cache").none(), nb::arg("v_cache").none(), nb::arg("block_tables").none(), nb::arg("seq_lens").none(),
@@ -91,11 +91,11 @@ void bind_attention(nb::module_& m) {
     options.sinks = args.optional(9);
     options.k_scale = args.optional(10);
     options.v_scale = args.optional(11);
-    TensorView storage;
     const TensorView* const loc = args.optional(5);
     const std::int64_t num_bytes = workspace_bytes(&attention_workspace_size, args[2], loc == nullptr ? 1 : loc->ndim == 1 ? loc->size(0) - 1 : 0);
-    const TensorView* const space = choose_workspace(args.optional(7), num_bytes, args[2], args.stream(), storage);
     args.run([&](Stream s) {
+      WorkspaceLease lease;
+      const TensorView* const space = choose_workspace(args.optional(7), num_bytes, args[2], s, lease);
       attention(args[0], args.optional(1), args[2], args[3], args[4], args.optional(5), args.optional(6), space, options, s);
     });
   }, nb::arg("out").none(), nb::arg("lse").none(), nb::arg("q").none(), nb::arg("k").none(), nb::arg("v").none(), nb::arg("query_start_loc").none(),

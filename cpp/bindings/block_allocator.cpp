@@ -80,7 +80,9 @@ class Integers {
     }
     storage_.reserve(static_cast<std::size_t>(PyList_Size(list.ptr())));
     for (Py_ssize_t i = 0; i < PyList_Size(list.ptr()); ++i) {
-      PyObject* const item = PyList_GetItem(list.ptr(), i);
+      // Held, because the item's own __index__ may take it out of the list.
+      const nb::object held = nb::borrow(PyList_GetItem(list.ptr(), i));
+      PyObject* const item = held.ptr();
       int overflow = 0;
       long long value = 0;
       if (PyLong_CheckExact(item)) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/gil.h"
 #include "bindings/tensor_args.h"
 #include "quire/error.h"
 
@@ -52,7 +53,7 @@ void bind_runtime(nb::module_& m) {
         } else {
           devices.push_back(to_device("check_errors", device));
         }
-        const nb::gil_scoped_release release;
+        const GilRelease release;
         for (const Device d : devices) check_errors(d);
       },
       nb::arg("device") = nb::none(),

@@ -8,8 +8,10 @@
 #include <string>
 
 #include "bindings/bindings.h"
+#include "bindings/gil.h"
 #include "bindings/tensor_args.h"
 #include "core/check.h"
+#include "core/runtime.h"
 #include "quire/error.h"
 
 namespace quire::bindings {
@@ -65,6 +67,13 @@ nb::object dlpack(const Tensor& self, nb::handle stream, nb::handle max_version,
     if (nb::cast<int>(wanted[0]) != type || nb::cast<int>(wanted[1]) != self.view.device.index)
       throw nb::buffer_error("[Tensor.__dlpack__] dl_device: expected the tensor's own device");
   }
+  if constexpr (kHasCuda) {
+    if (self.written != nullptr) {
+      const std::int64_t number = stream.is_none() ? 1 : to_int("Tensor.__dlpack__", "stream", stream);
+      if (number != -1)
+        self.written->make_wait(Stream(reinterpret_cast<void*>(static_cast<std::intptr_t>(number == 0 ? 1 : number))), self.view.device.index);
+    }
+  }
   const bool versioned = !max_version.is_none() && nb::cast<int>(nb::cast<nb::tuple>(max_version)[0]) >= 1;
   return versioned ? make_capsule<DLManagedTensorVersioned>(self, "dltensor_versioned") : make_capsule<DLManagedTensor>(self, "dltensor");
 }
@@ -80,7 +89,7 @@ Tensor select(const Tensor& self, nb::handle key) {
   const nb::tuple indices = nb::isinstance<nb::tuple>(key) ? nb::borrow<nb::tuple>(key) : nb::make_tuple(key);
   if (indices.size() > static_cast<std::size_t>(self.view.ndim))
     throw IndexError("[Tensor] index: expected at most " + std::to_string(self.view.ndim) + " indices, got " + std::to_string(indices.size()));
-  Tensor result{TensorView(), self.buffer};
+  Tensor result{TensorView(), self.buffer, self.written};
   TensorView& view = result.view;
   view = self.view;
   std::int64_t offset = 0;
@@ -149,7 +158,7 @@ Tensor empty(nb::handle shape, nb::handle dtype, nb::handle device, bool pinned)
   }
   const std::int64_t num_bytes = checked_mul(numel, itemsize(view.dtype), "empty", "shape");
   if (pinned && view.device.type != DeviceType::kCPU) throw std::invalid_argument("[empty] pinned: expected device cpu, got " + describe(view.device));
-  const nb::gil_scoped_release release;
+  const GilRelease release;
   tensor.buffer = pinned ? Buffer::allocate_pinned(num_bytes) : Buffer::allocate(num_bytes, view.device);
   view.data = tensor.buffer->data();
   return tensor;
@@ -182,7 +191,8 @@ void bind_tensor(nb::module_& m) {
       }, nb::sig("def __dlpack_device__(self) -> tuple[int, int]"))
       .def("__dlpack__", &dlpack, nb::kw_only(), nb::arg("stream") = nb::none(), nb::arg("max_version") = nb::none(),
            nb::arg("dl_device") = nb::none(), nb::arg("copy") = nb::none(),
-           "The capsule. The memory's last writer is the caller's to order: the tensor itself is on no stream.");
+           "The capsule. The memory's last writer is the caller's to order, unless hand_over() marked it.");
+  m.def("hand_over", &hand_over, nb::arg("tensor"), "Orders whoever takes the tensor through DLPack behind this thread's last launch.");
   m.def("dtype_name", [](nb::handle dtype) { return name(to_dtype("dtype_name", "dtype", dtype)); }, nb::arg("dtype"),
         "The name of a dtype, given as a name or as a framework's dtype.");
   m.def("empty", &empty, nb::arg("shape"), nb::arg("dtype"), nb::arg("device"), nb::arg("pinned") = false,

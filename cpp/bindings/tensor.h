@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "cuda/runtime.h"
 #include "quire/runtime.h"
 #include "quire/tensor.h"
 
@@ -13,6 +14,7 @@ namespace quire::bindings {
 struct Tensor {
   TensorView view;
   std::shared_ptr<Buffer> buffer;
+  std::shared_ptr<cuda::Marker> written{};  ///< What a stream that takes the tensor must wait for, or null.
 };
 
 }  // namespace quire::bindings

@@ -142,9 +142,17 @@ std::string object_type(nb::handle object) {
   return module.empty() || module == "builtins" ? name : module + "." + name;
 }
 
+// Drops the pending Python error, unless it is Ctrl-C or the like.
+void drop_python_error() {
+  if (PyErr_Occurred() == nullptr) return;
+  if (!PyErr_ExceptionMatches(PyExc_Exception)) throw nb::python_error();
+  PyErr_Clear();
+}
+
 // Takes the pending Python error as "Type: text" and clears it.
 std::string take_python_error() {
   if (PyErr_Occurred() == nullptr) return "no reason given";
+  if (!PyErr_ExceptionMatches(PyExc_Exception)) throw nb::python_error();  // Ctrl-C and the like are not ours to reword
   const nb::python_error error;
   return std::string(nb::str(error.type().attr("__name__")).c_str()) + ": " + nb::str(error.value()).c_str();
 }
@@ -234,8 +242,9 @@ bool truthy_attribute(nb::handle object, const char* attribute) {
 
 // Why a torch tensor could not be taken, in words; `reason` is what the framework said.
 [[noreturn]] void throw_torch_refusal(const char* op, const char* arg, nb::handle object, const std::string& reason) {
-  if (truthy_attribute(object, "is_sparse") || reason.find("parse") != std::string::npos)
-    throw TypeError(message(op, arg, "a dense (strided) tensor", "a sparse one; call .to_dense() first"));
+  const std::string layout = nb::str(nb::getattr(object, "layout", nb::str("torch.strided"))).c_str();
+  if (layout != "torch.strided" || reason.find("parse") != std::string::npos)
+    throw TypeError(message(op, arg, "a dense (strided) tensor", "a sparse one (" + layout + "); call .to_dense() first"));
   if (truthy_attribute(object, "is_quantized"))
     throw TypeError(message(op, arg, "a plain tensor", "a torch quantized one; call .dequantize() or .int_repr() first"));
   if (truthy_attribute(object, "is_meta")) throw TypeError(message(op, arg, "a tensor with data", "a meta tensor; materialize it first"));
@@ -275,12 +284,15 @@ class Importer {
   void run(std::initializer_list<TensorArg> tensors) {
     if (tensors.size() > Args::kMaxTensors) throw UnsupportedError("[dlpack] tensors: expected at most 16, got more");
     args_.count_ = tensors.size();
-    // First pass: whatever needs no stream, and the devices of the rest.
-    std::size_t i = 0;
+    // First pass: whatever needs no stream, and the devices of the rest. Inputs come first, as an output is often made like one: what is
+    // wrong with both is said of the input.
     bool pending = false;
-    for (const TensorArg& tensor : tensors) {
-      if (!(tensor.optional && tensor.object.is_none())) pending = first_pass(tensor, i) || pending;
-      ++i;
+    for (const Access access : {Access::kRead, Access::kWrite}) {
+      std::size_t i = 0;
+      for (const TensorArg& tensor : tensors) {
+        if (tensor.access == access && !(tensor.optional && tensor.object.is_none())) pending = first_pass(tensor, i) || pending;
+        ++i;
+      }
     }
     if (args_.device_index_ < 0) {
       if (!stream_argument_.is_none()) static_cast<void>(stream_from_argument());
@@ -289,7 +301,7 @@ class Importer {
     choose_stream();
     if (!pending) return;
     // Second pass: CUDA tensors that come through __dlpack__.
-    i = 0;
+    std::size_t i = 0;
     for (const TensorArg& tensor : tensors) {
       if (pending_[i]) import_cuda_protocol(tensor, i);
       ++i;
@@ -330,6 +342,7 @@ class Importer {
 
   void note_device(int device_index) {
     if (args_.device_index_ < 0) args_.device_index_ = device_index;
+    if (device_index != args_.device_index_) second_device_ = device_index;
   }
 
   void finish(const TensorArg& tensor, std::size_t i) {
@@ -345,7 +358,10 @@ class Importer {
     }
   }
 
-  void import_quire(const TensorArg& tensor, std::size_t i) { args_.views_[i].emplace() = nb::inst_ptr<Tensor>(tensor.object)->view; }
+  void import_quire(const TensorArg& tensor, std::size_t i) {
+    if (!nb::inst_ready(tensor.object)) throw TypeError(message(args_.op_, tensor.name, "a tensor", "a quire.Tensor that was never initialized"));
+    args_.views_[i].emplace() = nb::inst_ptr<Tensor>(tensor.object)->view;
+  }
 
   void import_exchange(const TensorArg& tensor, std::size_t i, const TypeInfo& info) {
     PyObject* const object = tensor.object.ptr();
@@ -365,7 +381,7 @@ class Importer {
     PyObject* const object = tensor.object.ptr();
     PyObject* const grad = flags.requires_grad != nullptr ? flags.requires_grad(object, flags.requires_grad_closure)
                                                           : PyObject_GetAttr(object, names().requires_grad);
-    if (grad == nullptr) PyErr_Clear();
+    if (grad == nullptr) drop_python_error();
     Py_XDECREF(grad);
     if (grad == Py_True)
       throw std::invalid_argument(
@@ -373,7 +389,7 @@ class Importer {
     PyObject* const negated = flags.is_neg != nullptr
                                   ? flags.is_neg(object, nullptr)
                                   : PyObject_VectorcallMethod(names().is_neg, &object, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
-    if (negated == nullptr) PyErr_Clear();
+    if (negated == nullptr) drop_python_error();
     Py_XDECREF(negated);
     if (negated == Py_True)
       throw std::invalid_argument(
@@ -487,15 +503,15 @@ class Importer {
     throw TypeError(message(args_.op_, "stream", "an int, an object with __cuda_stream__, or None", object_type(value)));
   }
 
-  static Stream cupy_stream() {
+  static Stream cupy_stream(int device_index) {
     static const nb::object* const get_current = new nb::object(nb::module_::import_("cupy").attr("cuda").attr("get_current_stream"));
-    const auto handle = nb::cast<std::uintptr_t>((*get_current)().attr("ptr"));
+    const auto handle = nb::cast<std::uintptr_t>((*get_current)(device_index).attr("ptr"));
     return Stream(reinterpret_cast<void*>(handle == 0 ? std::uintptr_t{1} : handle));
   }
 
-  Stream exchange_stream() const {
+  Stream exchange_stream(int device_index) const {
     void* handle = nullptr;
-    if (exchange_->current_work_stream(kDLCUDA, args_.device_index_, &handle) != 0) throw nb::python_error();
+    if (exchange_->current_work_stream(kDLCUDA, device_index, &handle) != 0) throw nb::python_error();
     return Stream(handle == nullptr ? reinterpret_cast<void*>(std::uintptr_t{1}) : handle);
   }
 
@@ -508,25 +524,32 @@ class Importer {
       if (is_explicit) {
         args_.stream_ = stream_from_argument();
       } else if (exchange_ != nullptr) {
-        args_.stream_ = exchange_stream();
+        args_.stream_ = exchange_stream(args_.device_index_);
       } else if (has_cupy_) {
-        args_.stream_ = cupy_stream();
+        args_.stream_ = cupy_stream(args_.device_index_);
       } else {
         args_.stream_ = Stream(reinterpret_cast<void*>(std::uintptr_t{1}));
       }
       args_.capturing_ = cuda::is_capturing(args_.stream_);
       if (args_.capturing_) return;
-      if (exchange_ != nullptr && is_explicit) order_after(exchange_stream(), true);
-      if (has_cupy_ && (is_explicit || exchange_ != nullptr)) order_after(cupy_stream(), false);
+      const int device = args_.device_index_;
+      if (exchange_ != nullptr && is_explicit) order_after(exchange_stream(device), device, true);
+      if (has_cupy_ && (is_explicit || exchange_ != nullptr)) order_after(cupy_stream(device), device, false);
+      if (second_device_ >= 0) {  // swap_blocks between two GPUs; every other op refuses it later
+        if (exchange_ != nullptr) order_after(exchange_stream(second_device_), second_device_, true);
+        if (has_cupy_) order_after(cupy_stream(second_device_), second_device_, true);
+      }
     }
   }
 
   // The op runs behind what `producer` holds (unless the producer does that itself), and `producer` behind the op.
-  void order_after(Stream producer, bool before) {
-    if (producer.handle() == args_.stream_.handle()) return;
+  void order_after(Stream producer, int device_index, bool before) {
+    // One handle on two devices, as that of the default stream, is two streams.
+    if (producer.handle() == args_.stream_.handle() && device_index == args_.device_index_) return;
     if constexpr (kHasCuda) {
-      if (before) cuda::order_streams(producer, args_.stream_, args_.device_index_);
+      if (before) cuda::order_streams(producer, device_index, args_.stream_, args_.device_index_);
     }
+    args_.producer_devices_[args_.num_producer_streams_ % args_.producer_devices_.size()] = device_index;
     if (args_.num_producer_streams_ < args_.producer_streams_.size()) args_.producer_streams_[args_.num_producer_streams_++] = producer.handle();
   }
 
@@ -556,11 +579,19 @@ class Importer {
   std::array<bool, Args::kMaxTensors> pending_{};
   const DLPackExchangeAPI* exchange_ = nullptr;  // of a CUDA tensor
   bool has_cupy_ = false;
+  int second_device_ = -1;
 };
 
 // ---- lifetimes ---------------------------------------------------------------------------------------------------------
 #ifdef QUIRE_HAS_CUDA
 namespace {
+
+// This thread's last CUDA launch, for hand_over().
+struct Launch {
+  void* stream = nullptr;
+  int device_index = -1;
+};
+thread_local Launch last_launch;
 
 // Capsules of a launch whose producer may reuse memory in an order of its own; held until the launch is done.
 struct Hold {
@@ -575,6 +606,11 @@ std::deque<Hold>& holds() {
 
 }  // namespace
 
+void hand_over(Tensor& tensor) {
+  if (tensor.view.device.type != DeviceType::kCUDA || last_launch.device_index < 0) return;
+  tensor.written = std::make_shared<cuda::Marker>(Stream(last_launch.stream), last_launch.device_index);
+}
+
 void release_finished_holds() {
   std::deque<Hold>& queue = holds();
   while (!queue.empty() && queue.front().marker.done()) {
@@ -584,6 +620,7 @@ void release_finished_holds() {
   }
 }
 #else
+void hand_over(Tensor&) {}
 void release_finished_holds() {}
 #endif
 
@@ -602,7 +639,9 @@ Args::~Args() {
 
 void Args::after_launch() {
 #ifdef QUIRE_HAS_CUDA
-  for (std::size_t i = 0; i < num_producer_streams_; ++i) cuda::order_streams(stream_, Stream(producer_streams_[i]), device_index_);
+  last_launch = {stream_.handle(), device_index_};
+  for (std::size_t i = 0; i < num_producer_streams_; ++i)
+    cuda::order_streams(stream_, device_index_, Stream(producer_streams_[i]), producer_devices_[i]);
   if (!producer_needs_hold_ || capturing_) return;
   Hold hold{cuda::Marker(stream_, device_index_), {}};
   for (std::size_t i = 0; i < count_; ++i)

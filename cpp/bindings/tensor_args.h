@@ -12,12 +12,15 @@
 #include <optional>
 #include <string>
 
+#include "bindings/gil.h"
 #include "quire/stream.h"
 #include "quire/tensor.h"
 
 namespace quire::bindings {
 
 namespace nb = nanobind;
+
+struct Tensor;
 
 /// What the op does with an argument.
 enum class Access { kRead, kWrite };
@@ -55,7 +58,7 @@ class Args {
   template <typename F>
   void run(F&& f) {
     {
-      const nb::gil_scoped_release release;
+      const GilRelease release;
       f(stream_);
     }
     if (device_index_ >= 0) after_launch();
@@ -86,7 +89,8 @@ class Args {
   int device_index_ = -1;                      // of the first CUDA tensor
   bool producer_needs_hold_ = false;           // some producer may reuse memory before the launch has run (JAX)
   bool capturing_ = false;
-  std::array<void*, 2> producer_streams_{};    // work streams other than stream_, to be ordered behind the launch
+  std::array<void*, 4> producer_streams_{};    // work streams other than stream_, to be ordered behind the launch
+  std::array<int, 4> producer_devices_{};      // their devices
   std::size_t num_producer_streams_ = 0;
 };
 
@@ -101,6 +105,9 @@ Device to_device(const char* op, nb::handle value);
 DType to_dtype(const char* op, const char* arg, nb::handle value);
 
 DLDataType to_dlpack(DType dtype);
+
+/// Marks a tensor as written by this thread's last CUDA launch, so that whoever takes it through DLPack on a stream waits for that.
+void hand_over(Tensor& tensor);
 
 /// Releases what earlier launches held, where they are done. Called on every CUDA import.
 void release_finished_holds();

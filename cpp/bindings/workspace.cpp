@@ -3,26 +3,50 @@
 #include "bindings/workspace.h"
 
 #include <algorithm>
+#include <functional>
 #include <map>
 #include <memory>
-#include <utility>
+#include <thread>
+#include <tuple>
 #include <vector>
 
+#include "core/runtime.h"
+#include "cuda/runtime.h"
 #include "quire/runtime.h"
 
 namespace quire::bindings {
+namespace {
 
-TensorView shared_workspace(std::int64_t num_bytes, Device device, Stream stream) {
+struct Workspace {
+  std::mutex mutex;
+  std::vector<std::shared_ptr<Buffer>> buffers;  // the last one is in use
+};
+
+// Leaked on purpose: the driver may be gone at exit. Device, stream, thread (per-thread default stream only), capture.
+using Key = std::tuple<int, void*, std::size_t, unsigned long long>;
+
+Workspace& find(const Key& key) {
+  static auto* const mutex = new std::mutex;
+  static auto* const all = new std::map<Key, Workspace>;
+  const std::lock_guard lock(*mutex);
+  return (*all)[key];
+}
+
+}  // namespace
+
+WorkspaceLease shared_workspace(std::int64_t num_bytes, Device device, Stream stream) {
   constexpr std::int64_t kFirstBytes = std::int64_t{1} << 22;
-  using Kept = std::map<std::pair<int, void*>, std::vector<std::shared_ptr<Buffer>>>;
-  static auto* const kept = new Kept;  // leaked on purpose: the driver may be gone at exit
-  if (num_bytes == 0) return TensorView(nullptr, DType::kUInt8, {0}, device);
-  std::vector<std::shared_ptr<Buffer>>& buffers = (*kept)[{device.index, stream.handle()}];
+  const bool per_thread = stream.handle() == reinterpret_cast<void*>(std::uintptr_t{2});
+  unsigned long long capture = 0;
+  if constexpr (kHasCuda) capture = cuda::capture_id(stream);
+  Workspace& workspace = find({device.index, stream.handle(), per_thread ? std::hash<std::thread::id>{}(std::this_thread::get_id()) : 0, capture});
+  std::unique_lock lock(workspace.mutex);
+  std::vector<std::shared_ptr<Buffer>>& buffers = workspace.buffers;
   if (buffers.empty() || buffers.back()->num_bytes() < num_bytes) {
-    const std::int64_t grown = buffers.empty() ? kFirstBytes : 2 * buffers.back()->num_bytes();
+    const std::int64_t grown = !buffers.empty() ? 2 * buffers.back()->num_bytes() : capture == 0 ? kFirstBytes : 0;
     buffers.push_back(Buffer::allocate(std::max(num_bytes, grown), device));
   }
-  return TensorView(buffers.back()->data(), DType::kUInt8, {buffers.back()->num_bytes()}, device);
+  return {TensorView(buffers.back()->data(), DType::kUInt8, {buffers.back()->num_bytes()}, device), std::move(lock)};
 }
 
 }  // namespace quire::bindings

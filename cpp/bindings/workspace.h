@@ -1,17 +1,25 @@
-// The workspace that ops get when the caller passes none: grow-only, one per device and stream.
+// The workspace that ops get when the caller passes none: grow-only, one for each device and stream.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>
+#include <mutex>
 
 #include "quire/stream.h"
 #include "quire/tensor.h"
 
 namespace quire::bindings {
 
-/// A uint8 workspace of at least num_bytes, or an empty view for 0. Call with the GIL held.
-/// Smaller ones are kept when it grows, because a captured CUDA graph may still use them; sizes at least double, so all of them
+/// A workspace, and the right to enqueue work on it: two threads on one stream must not interleave the launches of their ops.
+struct WorkspaceLease {
+  TensorView view;
+  std::unique_lock<std::mutex> lock;
+};
+
+/// A uint8 workspace of at least num_bytes > 0. Call without the GIL, and keep the lease until the last launch is made.
+/// Each stream has its own, each thread where `stream` is the per-thread default stream, and each capture of a CUDA graph. Smaller ones are
+/// kept when it grows, because work in flight or a captured graph may still use them; sizes at least double, so all of them
 /// together take less than twice the newest.
-TensorView shared_workspace(std::int64_t num_bytes, Device device, Stream stream);
+WorkspaceLease shared_workspace(std::int64_t num_bytes, Device device, Stream stream);
 
 }  // namespace quire::bindings

@@ -34,6 +34,7 @@ struct ByteRange {
 };
 
 ByteRange byte_range(const TensorView& t) {
+  if (t.numel() == 0) return {0, 0};  // and its strides may be anything
   const std::int64_t item_bytes = itemsize(t.dtype);
   std::intptr_t low = 0, high = 0;
   for (int i = 0; i < t.ndim; ++i) {
@@ -182,7 +183,7 @@ void Check::disjoint(const TensorView& a, const char* a_arg, const TensorView& b
 }
 
 void Check::finite(double value, const char* arg, bool positive) const {
-  if (!std::isfinite(value) || (positive && value <= 0.0))
+  if (!std::isfinite(static_cast<float>(value)) || (positive && value <= 0.0))
     fail_value(arg, positive ? "a finite number above 0" : "a finite number", std::to_string(value));
 }
 
@@ -212,15 +213,25 @@ bool may_overlap(const TensorView& a, const TensorView& b) {
   ByteRange ra = byte_range(a), rb = byte_range(b);
   if (ra.end <= rb.begin || rb.end <= ra.begin) return false;
   if (a.ndim != b.ndim || itemsize(a.dtype) != itemsize(b.dtype)) return true;
-  // Both views step through memory with period stride(0), then stride(1), ...: if the remaining dims of both fit, one after
-  // the other, into one period, they interleave without touching.
+  // Both views step through memory with a common period: if what remains of both within one period fits side by side, they interleave
+  // without touching. That holds for a stride only if all larger strides are multiples of it.
+  int order[kMaxRank];
+  int count = 0;
+  for (int i = 0; i < a.ndim; ++i) {
+    if (a.size(i) == 1 && b.size(i) == 1) continue;
+    if (a.stride(i) != b.stride(i) || a.stride(i) <= 0) return true;
+    int at = count++;
+    for (; at > 0 && a.stride(order[at - 1]) < a.stride(i); --at) order[at] = order[at - 1];
+    order[at] = i;
+  }
   std::intptr_t offset = reinterpret_cast<std::intptr_t>(b.data) - reinterpret_cast<std::intptr_t>(a.data);
   std::int64_t rest_a = ra.end - ra.begin, rest_b = rb.end - rb.begin;
-  for (int i = 0; i < a.ndim; ++i) {
-    const std::int64_t period = a.stride(i) * itemsize(a.dtype);
-    if (a.stride(i) != b.stride(i) || period <= 0) return true;
-    rest_a -= (a.size(i) - 1) * period;
-    rest_b -= (b.size(i) - 1) * period;
+  for (int at = 0; at < count; ++at) {
+    const std::int64_t stride = a.stride(order[at]);
+    if (at > 0 && a.stride(order[at - 1]) % stride != 0) return true;
+    const std::int64_t period = stride * itemsize(a.dtype);
+    rest_a -= (a.size(order[at]) - 1) * period;
+    rest_b -= (b.size(order[at]) - 1) * period;
     offset %= period;
     if (offset < 0) offset += period;
     if (offset >= rest_a && offset + rest_b <= period) return false;

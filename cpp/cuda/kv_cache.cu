@@ -345,6 +345,7 @@ void copy_memory(void* dst, std::int64_t dst_pitch_bytes, const void* src, std::
   const auto width = static_cast<std::size_t>(width_bytes);
   if (height == 1 || (dst_pitch_bytes == width_bytes && src_pitch_bytes == width_bytes)) {
     QUIRE_CUDA_CHECK(cudaMemcpyAsync(dst, src, width * static_cast<std::size_t>(height), cudaMemcpyDefault, target));
+    QUIRE_CHECK_LAUNCH("copy_memory", stream);
     return;
   }
   // The 2D copy takes pitches of 31 bits, and none below the width.
@@ -352,11 +353,13 @@ void copy_memory(void* dst, std::int64_t dst_pitch_bytes, const void* src, std::
   if (low >= width_bytes && high <= 0x7fffffff) {
     QUIRE_CUDA_CHECK(cudaMemcpy2DAsync(dst, static_cast<std::size_t>(dst_pitch_bytes), src, static_cast<std::size_t>(src_pitch_bytes),
                                        width, static_cast<std::size_t>(height), cudaMemcpyDefault, target));
+    QUIRE_CHECK_LAUNCH("copy_memory", stream);
     return;
   }
   for (std::int64_t row = 0; row < height; ++row)
     QUIRE_CUDA_CHECK(cudaMemcpyAsync(static_cast<char*>(dst) + row * dst_pitch_bytes, static_cast<const char*>(src) + row * src_pitch_bytes,
                                      width, cudaMemcpyDefault, target));
+  QUIRE_CHECK_LAUNCH("copy_memory", stream);
 }
 
 }  // namespace quire::cuda

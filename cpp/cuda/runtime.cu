@@ -218,13 +218,27 @@ bool is_capturing(Stream stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-void order_streams(Stream earlier, Stream later, int device_index) {
-  if (earlier.handle() == later.handle()) return;
-  const DeviceGuard guard(device_index);
+unsigned long long capture_id(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  if (cudaStreamGetCaptureInfo(cuda_stream(stream), &status, &id) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    return 0;
+  }
+  return status == cudaStreamCaptureStatusNone ? 0 : id;
+}
+
+void order_streams(Stream earlier, int earlier_device, Stream later, int later_device) {
+  if (earlier.handle() == later.handle() && earlier_device == later_device) return;
+  const DeviceGuard guard(earlier_device);
   cudaEvent_t event = nullptr;
   QUIRE_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   const cudaError_t recorded = cudaEventRecord(event, cuda_stream(earlier));
-  const cudaError_t waited = recorded == cudaSuccess ? cudaStreamWaitEvent(cuda_stream(later), event, 0) : recorded;
+  cudaError_t waited = recorded;
+  if (recorded == cudaSuccess) {
+    const DeviceGuard later_guard(later_device);  // names the device where `later` is a default stream
+    waited = cudaStreamWaitEvent(cuda_stream(later), event, 0);
+  }
   static_cast<void>(cudaEventDestroy(event));
   check(waited, "cudaStreamWaitEvent", __FILE__, __LINE__);
 }
@@ -247,6 +261,11 @@ bool Marker::done() const {
   const cudaError_t status = cudaEventQuery(static_cast<cudaEvent_t>(event_));
   if (status != cudaSuccess) static_cast<void>(cudaGetLastError());
   return status != cudaErrorNotReady;
+}
+
+void Marker::make_wait(Stream stream, int device_index) const {
+  const DeviceGuard guard(device_index);
+  QUIRE_CUDA_CHECK(cudaStreamWaitEvent(cuda_stream(stream), static_cast<cudaEvent_t>(event_), 0));
 }
 
 void copy_to_host(void* host, const void* device, std::int64_t num_bytes, Stream stream) {

@@ -23,9 +23,11 @@ void free_pinned(void* data) noexcept;
 
 /// True if `stream` is being captured into a graph. Touches nothing.
 bool is_capturing(Stream stream);
+/// A number that is the capture's own while `stream` is being captured, else 0.
+unsigned long long capture_id(Stream stream);
 
-/// Enqueues "stream `later` waits for what stream `earlier` holds now". Nothing happens if they are one stream.
-void order_streams(Stream earlier, Stream later, int device_index);
+/// Enqueues "stream `later` waits for what stream `earlier` holds now". Nothing happens if they are one stream of one device.
+void order_streams(Stream earlier, int earlier_device, Stream later, int later_device);
 
 /// A marker in a stream's work.
 class Marker {
@@ -40,6 +42,8 @@ class Marker {
 
   /// True once the work before the marker is done. Never blocks.
   bool done() const;
+  /// Enqueues "stream waits for the work before the marker".
+  void make_wait(Stream stream, int device_index) const;
 
  private:
   void* event_;

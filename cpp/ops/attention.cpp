@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "core/check.h"
@@ -64,7 +65,6 @@ AttentionParams check_query(const Check& check, const TensorView& out, const Ten
   const auto per_head = [&](const TensorView* t, const char* arg) -> const float* {
     if (t == nullptr) return nullptr;
     check.vector(*t, arg, DType::kFloat32, num_heads, q.device, "q");
-    check.disjoint(out, "out", *t, arg, false);
     return t->as<const float>();
   };
   params.alibi_slopes = per_head(options.alibi_slopes, "alibi_slopes");
@@ -94,7 +94,7 @@ AttentionParams check_query(const Check& check, const TensorView& out, const Ten
 }
 
 void check_kv(const Check& check, const TensorView& k, const char* k_arg, const TensorView& v, const char* v_arg, const TensorView& q,
-              const TensorView& out, const TensorView* lse, const AttentionOptions& options) {
+              const AttentionOptions& options) {
   if (k.dtype != q.dtype) check.dtype(k, k_arg, {q.dtype, DType::kFloat8E4M3FN, DType::kFloat8E5M2, DType::kInt8});
   check.device(k, k_arg, q.device, "q");
   check.inner_contiguous(k, k_arg);
@@ -104,12 +104,6 @@ void check_kv(const Check& check, const TensorView& k, const char* k_arg, const 
   check.device(v, v_arg, q.device, "q");
   check.inner_contiguous(v, v_arg);
   check.accessible(v, v_arg);
-  check.disjoint(out, "out", k, k_arg, false);
-  check.disjoint(out, "out", v, v_arg, false);
-  if (lse != nullptr) {
-    check.disjoint(*lse, "lse", k, k_arg, false);
-    check.disjoint(*lse, "lse", v, v_arg, false);
-  }
   const auto float_keys_have_no = [&](const TensorView* scale, const char* arg) {
     if (scale != nullptr && itemsize(k.dtype) > 1)
       check.fail_value(arg, std::string("none for ") + name(k.dtype) + " keys and values (scales belong to float8 and int8)", describe(*scale));
@@ -121,6 +115,18 @@ void check_kv(const Check& check, const TensorView& k, const char* k_arg, const 
 const std::int32_t* check_start_loc(const Check& check, const TensorView& t, const char* arg, std::int64_t num_seqs, Device device) {
   check.vector(t, arg, DType::kInt32, num_seqs + 1, device, "q");
   return t.as<const std::int32_t>();
+}
+
+// Nothing that is written may be what kernels still read.
+void check_outputs_apart(const Check& check, const TensorView& out, const TensorView* lse, const TensorView* workspace,
+                         std::initializer_list<std::pair<const TensorView*, const char*>> inputs) {
+  for (const auto& [input, arg] : inputs) {
+    if (input == nullptr) continue;
+    check.disjoint(out, "out", *input, arg, false);
+    if (lse != nullptr) check.disjoint(*lse, "lse", *input, arg, false);
+    if (workspace != nullptr) check.disjoint(*workspace, "workspace", *input, arg, false);
+  }
+  if (workspace != nullptr && lse != nullptr) check.disjoint(*workspace, "workspace", *lse, "lse", false);
 }
 
 void check_workspace(const Check& check, const TensorView* workspace, std::int64_t num_bytes, const TensorView& q, const TensorView& out,
@@ -187,8 +193,8 @@ void check_paged_contents(const Check& check, const AttentionParams& p, Device d
     const std::int64_t row = static_cast<std::int64_t>(s) * p.block_tables_stride;
     const std::vector<std::int32_t> table = reader.read(p.block_tables + row, ceil_div(lens[s], p.block_size));
     for (std::size_t i = 0; i < table.size(); ++i)
-      if (table[i] < 0 || table[i] >= p.num_blocks)
-        check.fail_index("block_tables", "a block id in [0, " + std::to_string(p.num_blocks) + ")",
+      if (table[i] < -1 || table[i] >= p.num_blocks)
+        check.fail_index("block_tables", "-1 or a block id in [0, " + std::to_string(p.num_blocks) + ")",
                          std::to_string(table[i]) + " at [" + std::to_string(s) + ", " + std::to_string(i) + "]");
   }
 }
@@ -219,7 +225,7 @@ void paged_attention(const TensorView& out, const TensorView* lse, const TensorV
   const Check check("paged_attention");
   check.shape(k_cache, "k_cache", {kAny, kAny, kAny, kAny});
   AttentionParams params = check_query(check, out, lse, q, k_cache.size(2), k_cache.size(3), options);
-  check_kv(check, k_cache, "k_cache", v_cache, "v_cache", q, out, lse, options);
+  check_kv(check, k_cache, "k_cache", v_cache, "v_cache", q, options);
   if (k_cache.size(1) < 1) check.fail_value("k_cache", "a block_size of 1 or more", describe(k_cache));
 
   check.dtype(seq_lens, "seq_lens", {DType::kInt32});
@@ -255,6 +261,10 @@ void paged_attention(const TensorView& out, const TensorView* lse, const TensorV
   params.v_block_stride = v_cache.stride(0);
   params.v_token_stride = v_cache.stride(1);
   params.v_head_stride = v_cache.stride(2);
+  check_outputs_apart(check, out, lse, workspace,
+                      {{&k_cache, "k_cache"}, {&v_cache, "v_cache"}, {&block_tables, "block_tables"}, {&seq_lens, "seq_lens"},
+                       {query_start_loc, "query_start_loc"}, {options.alibi_slopes, "alibi_slopes"}, {options.sinks, "sinks"},
+                       {options.k_scale, "k_scale"}, {options.v_scale, "v_scale"}});
   if (params.num_tokens == 0 || num_seqs == 0) return;
   check_workspace(check, workspace, paged_attention_workspace_size(params.num_tokens, num_seqs, params.num_heads, params.head_dim, q.device), q,
                   out, params);
@@ -274,7 +284,7 @@ void attention(const TensorView& out, const TensorView* lse, const TensorView& q
   const Check check("attention");
   check.shape(k, "k", {kAny, kAny, kAny});
   AttentionParams params = check_query(check, out, lse, q, k.size(1), k.size(2), options);
-  check_kv(check, k, "k", v, "v", q, out, lse, options);
+  check_kv(check, k, "k", v, "v", q, options);
   if (query_start_loc == nullptr && kv_start_loc != nullptr)
     check.fail_value("query_start_loc", "int32 [num_seqs + 1] with kv_start_loc", "none");
   std::int64_t num_seqs = 1;
@@ -296,6 +306,9 @@ void attention(const TensorView& out, const TensorView* lse, const TensorView& q
   params.k_head_stride = k.stride(1);
   params.v_token_stride = v.stride(0);
   params.v_head_stride = v.stride(1);
+  check_outputs_apart(check, out, lse, workspace,
+                      {{&k, "k"}, {&v, "v"}, {query_start_loc, "query_start_loc"}, {kv_start_loc, "kv_start_loc"},
+                       {options.alibi_slopes, "alibi_slopes"}, {options.sinks, "sinks"}, {options.k_scale, "k_scale"}, {options.v_scale, "v_scale"}});
   if (params.num_tokens == 0 || num_seqs == 0) return;
   check_workspace(check, workspace, attention_workspace_size(params.num_tokens, num_seqs, params.num_heads, params.head_dim, q.device), q, out,
                   params);

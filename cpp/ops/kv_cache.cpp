@@ -3,6 +3,7 @@
 #include "quire/kv_cache.h"
 
 #include <cstring>
+#include <vector>
 
 #include "core/check.h"
 #include "core/runtime.h"
@@ -90,25 +91,38 @@ struct BlockShape {
 };
 
 BlockShape block_shape(const Check& check, const TensorView& t, const char* arg) {
+  // The dimensions of a block, from the smallest stride up: a heads-first view has the same bytes as its pool.
+  int order[kMaxRank];
+  int count = 0;
+  for (int i = 1; i < t.ndim; ++i) {
+    if (t.size(i) == 1) continue;
+    int at = count++;
+    for (; at > 0 && t.stride(order[at - 1]) > t.stride(i); --at) order[at] = order[at - 1];
+    order[at] = i;
+  }
   const std::int64_t item_bytes = itemsize(t.dtype);
   std::int64_t run = 1;
-  int dim = t.ndim - 1;
-  for (; dim >= 1; --dim) {
-    if (t.size(dim) != 1 && t.stride(dim) != run) break;
-    run *= t.size(dim);
-  }
+  int at = 0;
+  for (; at < count && t.stride(order[at]) == run; ++at) run *= t.size(order[at]);
   BlockShape shape{1, run * item_bytes, run * item_bytes};
-  if (dim < 1) return shape;
-  shape.segment_stride_bytes = t.stride(dim) * item_bytes;
-  std::int64_t span = t.stride(dim);
-  for (; dim >= 1; --dim) {
-    if (t.size(dim) != 1 && t.stride(dim) != span) {
-      check.fail_value(arg, "blocks that are contiguous, or contiguous rows at one distance", "other strides; see the layout in the documentation");
-    }
-    shape.num_segments *= t.size(dim);
-    span *= t.size(dim);
+  if (at == count) return shape;
+  std::int64_t span = t.stride(order[at]);
+  shape.segment_stride_bytes = span * item_bytes;
+  for (; at < count; ++at) {
+    if (t.stride(order[at]) != span)
+      check.fail_value(arg, "blocks that are contiguous, or contiguous rows at one distance", "other strides");
+    shape.num_segments *= t.size(order[at]);
+    span *= t.size(order[at]);
   }
   return shape;
+}
+
+// True if both tensors' blocks walk memory in one order of dimensions, so that copying bytes copies elements.
+bool same_block_order(const TensorView& a, const TensorView& b) {
+  for (int i = 1; i < a.ndim; ++i)
+    for (int j = i + 1; j < a.ndim; ++j)
+      if (a.size(i) > 1 && a.size(j) > 1 && (a.stride(i) < a.stride(j)) != (b.stride(i) < b.stride(j))) return false;
+  return true;
 }
 
 }  // namespace
@@ -126,6 +140,10 @@ void write_kv(const TensorView& k_cache, const TensorView& v_cache, const Tensor
   check.disjoint(v_cache, "v_cache", v, "v", false);
   check.disjoint(k_cache, "k_cache", slot_mapping, "slot_mapping", false);
   check.disjoint(v_cache, "v_cache", slot_mapping, "slot_mapping", false);
+  for (const TensorView* cache : {&k_cache, &v_cache}) {
+    if (k_scale != nullptr) check.disjoint(*cache, "k_cache, v_cache", *k_scale, "k_scale", false);
+    if (v_scale != nullptr) check.disjoint(*cache, "k_cache, v_cache", *v_scale, "v_scale", false);
+  }
   if (empty(params)) return;
   dispatch_device("write_kv", k.device, stream, [&] { cpu::write_kv(params); }, [&](auto s) { cuda::write_kv(params, s); });
 }
@@ -143,6 +161,10 @@ void gather_kv(const TensorView& k, const TensorView& v, const TensorView& k_cac
   check.disjoint(v, "v", v_cache, "v_cache", false);
   check.disjoint(k, "k", slot_mapping, "slot_mapping", false);
   check.disjoint(v, "v", slot_mapping, "slot_mapping", false);
+  for (const TensorView* out : {&k, &v}) {
+    if (k_scale != nullptr) check.disjoint(*out, "out", *k_scale, "k_scale", false);
+    if (v_scale != nullptr) check.disjoint(*out, "out", *v_scale, "v_scale", false);
+  }
   if (empty(params)) return;
   dispatch_device("gather_kv", k.device, stream, [&] { cpu::gather_kv(params); }, [&](auto s) { cuda::gather_kv(params, s); });
 }
@@ -190,18 +212,21 @@ void swap_blocks(const TensorView& dst, const TensorView& src, const TensorView&
   check.disjoint(dst, "dst", src, "src", false);
   check.disjoint(dst, "dst", pairs, "pairs", false);
   const std::int64_t num_pairs = pairs.size(0);
-  const auto* pair = pairs.as<const std::int64_t>();
+  // A copy, so that another thread cannot change a pair between its check and its use.
+  const std::vector<std::int64_t> pair(pairs.as<const std::int64_t>(), pairs.as<const std::int64_t>() + 2 * num_pairs);
+  const auto at = [&](std::int64_t i, std::int64_t column) { return pair[static_cast<std::size_t>(2 * i + column)]; };
   for (std::int64_t i = 0; i < num_pairs; ++i) {
     const auto in_range = [&](std::int64_t id, const TensorView& t, int column) {
       if (id < 0 || id >= t.size(0))
         check.fail_index("pairs", "a block id in [0, " + std::to_string(t.size(0)) + ")",
                          std::to_string(id) + " at [" + std::to_string(i) + ", " + std::to_string(column) + "]");
     };
-    in_range(pair[2 * i], src, 0);
-    in_range(pair[2 * i + 1], dst, 1);
+    in_range(at(i, 0), src, 0);
+    in_range(at(i, 1), dst, 1);
   }
   if (num_pairs == 0 || dst.numel() == 0 || src.numel() == 0) return;
 
+  if (!same_block_order(dst, src)) check.fail_value("src", "strides in the order of dst's", "another order of dimensions; permute one of them");
   const BlockShape to = block_shape(check, dst, "dst"), from = block_shape(check, src, "src");
   const std::int64_t item_bytes = itemsize(dst.dtype);
   const std::int64_t dst_stride = dst.stride(0) * item_bytes, src_stride = src.stride(0) * item_bytes;
@@ -240,8 +265,8 @@ void swap_blocks(const TensorView& dst, const TensorView& src, const TensorView&
   };
   for (std::int64_t i = 0; i < num_pairs;) {
     std::int64_t run = 1;
-    while (i + run < num_pairs && pair[2 * (i + run)] == pair[2 * i] + run && pair[2 * (i + run) + 1] == pair[2 * i + 1] + run) ++run;
-    transfer(pair[2 * i], pair[2 * i + 1], run);
+    while (i + run < num_pairs && at(i + run, 0) == at(i, 0) + run && at(i + run, 1) == at(i, 1) + run) ++run;
+    transfer(at(i, 0), at(i, 1), run);
     i += run;
   }
 }

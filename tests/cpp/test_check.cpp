@@ -70,6 +70,11 @@ TEST(Check, OverlapKnowsInterleavedViews) {
   EXPECT_FALSE(may_overlap(view(memory, {4}, {1}), view(memory + 4, {4}, {1})));
   EXPECT_TRUE(may_overlap(view(memory, {4}, {1}), view(memory + 3, {4}, {1})));
   EXPECT_FALSE(may_overlap(view(memory, {0}, {1}), view(memory, {4}, {1})));
+  // An outer stride that is no multiple of an inner one: the views meet although their periods would fit.
+  EXPECT_TRUE(may_overlap(view(memory + 2, {2, 3, 2}, {40, 16, 4}), view(memory, {2, 3, 2}, {40, 16, 4})));
+  EXPECT_TRUE(may_overlap(view(memory, {2, 3, 2}, {40, 16, 4}), view(memory + 2, {2, 3, 2}, {40, 16, 4})));
+  // Heads-first views of K beside V in one row.
+  EXPECT_FALSE(may_overlap(view(memory, {2, 3, 4, 5}, {120, 10, 30, 1}), view(memory + 5, {2, 3, 4, 5}, {120, 10, 30, 1})));
   // A view shifted by whole rows overlaps, although its columns would fit.
   EXPECT_TRUE(may_overlap(view(memory, {4, 8}, {8, 1}), view(memory + 8, {4, 8}, {8, 1})));
 }

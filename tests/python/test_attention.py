@@ -542,9 +542,13 @@ def test_validate_full(backend, rng):
     )
     positional, keywords = batch.arguments(backend)
     quire.paged_attention(*positional, **keywords, validate="full")
+    skipping = dataclasses.replace(batch, block_tables=batch.block_tables.copy())
+    skipping.block_tables[0, 0] = -1  # the documented skip, as after a sliding window has passed
+    positional, keywords = skipping.arguments(backend)
+    quire.paged_attention(*positional, **keywords, validate="full")
     out = backend.array(np.full(batch.q.shape, 7.0, np.float32))
     for name, value, text in [
-        ("block_tables", (0, 2, -1), r"block_tables: expected a block id in \[0, \d+\), got -1 at \[0, 2\]"),
+        ("block_tables", (0, 2, -2), r"block_tables: expected -1 or a block id in \[0, \d+\), got -2 at \[0, 2\]"),
         ("seq_lens", (1, 10**6), r"seq_lens: expected a value in \[0, 40\], got 1000000 at \[1\]"),
         ("query_start_loc", (1, 9), r"query_start_loc: expected a value in \[0, 5\], got 9 at \[1\]"),
     ]:
@@ -934,6 +938,10 @@ def test_output_may_not_overlap_inputs():
     arguments = good_arguments()
     arguments["out"] = arguments["q"]
     with pytest.raises(ValueError, match=r"out: expected memory apart from q"):
+        quire.paged_attention(**arguments)
+    arguments = good_arguments()
+    arguments["block_tables"] = arguments["out"].view(np.int32)[0, :2, :2]
+    with pytest.raises(ValueError, match=r"out: expected memory apart from block_tables"):
         quire.paged_attention(**arguments)
 
 

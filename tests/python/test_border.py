@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import timeit
+import warnings
 import weakref
 
 import frameworks
@@ -78,6 +79,12 @@ def test_numpy_edge_cases():
         quire.copy_blocks(wide, np.zeros((1, 2), np.int32))
 
 
+def sparse_rows(torch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them beta
+        return torch.eye(4).to_sparse_csr()
+
+
 def test_torch_refusals(torch):
     weight, out = torch.ones(4), torch.zeros(4)
     cases = [
@@ -90,7 +97,8 @@ def test_torch_refusals(torch):
         ),
         (torch._neg_view(torch.zeros(4)), ValueError, r"lazily negated one"),
         (torch.randn(4, dtype=torch.complex64).conj(), TypeError, r"got complex64"),
-        (torch.zeros(4).to_sparse(), TypeError, r"sparse one; call \.to_dense\(\) first"),
+        (torch.zeros(4).to_sparse(), TypeError, r"sparse one \(torch.sparse_coo\); call \.to_dense\(\) first"),
+        (sparse_rows(torch), TypeError, r"sparse one \(torch.sparse_csr\); call \.to_dense\(\) first"),
         (torch.empty(4, device="meta"), TypeError, r"got a meta tensor; materialize it first"),
         (torch.zeros(4, dtype=torch.float64), TypeError, r"got float64"),
     ]
@@ -102,8 +110,6 @@ def test_torch_refusals(torch):
 
 
 def test_torch_quantized_and_fake(torch):
-    import warnings
-
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with warnings.catch_warnings():
@@ -199,6 +205,19 @@ def test_misbehaving_producers():
     with pytest.raises(TypeError, match=r"x: expected a tensor with __dlpack_device__"):
         quire.rms_norm(WrongDevice(x), weight, out=out)
     assert (out == 0).all()
+
+
+def test_uninitialized_tensor():
+    hollow = quire.Tensor.__new__(quire.Tensor)
+    with pytest.raises(TypeError, match=r"x: expected a tensor, got a quire.Tensor that was never initialized"):
+        quire.rms_norm(hollow, np.ones(2, np.float32), out=np.ones(2, np.float32))
+
+
+def test_interrupts_are_not_swallowed():
+    x = np.ones((1, 2), np.float32)
+    for error in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(error):
+            quire.rms_norm(Producer(x, fail=error()), np.ones(2, np.float32), out=x.copy())
 
 
 def test_no_reference_is_kept():

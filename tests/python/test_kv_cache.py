@@ -282,6 +282,33 @@ def test_swap_blocks_between_layouts(backend, rng):
     np.testing.assert_array_equal(backend.numpy(pool), want)
 
 
+def test_heads_first_views(backend, rng):
+    """[num_blocks, num_kv_heads, block_size, head_dim] pools, taken as strided views."""
+    pool = rng.integers(0, 250, (5, 2, 3, 8)).astype(np.uint8)
+    moved, other = backend.array(pool), backend.array(np.zeros_like(pool))
+
+    def view(x):
+        return x.swapaxes(1, 2) if isinstance(x, np.ndarray) else x.transpose(1, 2)
+
+    quire.copy_blocks(view(moved), backend.array(np.array([[4, 0]])))
+    want = pool.copy()
+    want[0] = pool[4]
+    np.testing.assert_array_equal(backend.numpy(moved), want)
+    quire.swap_blocks(view(other), view(moved), np.array([[3, 1], [4, 2]]))
+    np.testing.assert_array_equal(backend.numpy(other)[1:3], want[3:5])
+    with pytest.raises(ValueError, match=r"src: expected strides in the order of dst's"):
+        quire.swap_blocks(np.zeros((5, 3, 2, 8), np.uint8), view(pool), np.array([[0, 0]]))
+
+
+def test_scales_apart_from_caches():
+    pool = np.zeros(64, np.uint8)
+    cache = pool[:32].view(np.int8).reshape(1, 4, 1, 8)
+    scale = pool[28:32].view(np.float32)
+    k = np.ones((1, 1, 8), np.float32)
+    with pytest.raises(ValueError, match=r"expected memory apart from k_scale"):
+        quire.write_kv(k, k, cache, np.zeros((1, 4, 1, 8), np.int8), np.zeros(1, np.int64), k_scale=scale)
+
+
 def test_swap_blocks_refuses():
     dst, src = np.zeros((4, 8), np.float32), np.ones((2, 8), np.float32)
     for pairs, text in [

@@ -1,5 +1,10 @@
 // Launches attention: shape to configuration to kernel, and the merge of two partial results.
 // SPDX-License-Identifier: Apache-2.0
+#include <atomic>
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+
 #include "core/dispatch.h"
 #include "cuda/attention/combine.cuh"
 #include "cuda/attention/config.h"
@@ -41,10 +46,54 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
       common_alignment({address(params.k), address(params.v), params.k_block_stride * kv_bytes, params.k_token_stride * kv_bytes,
                         params.k_head_stride * kv_bytes, params.v_block_stride * kv_bytes, params.v_token_stride * kv_bytes,
                         params.v_head_stride * kv_bytes});
-  plan.q_aligned = common_alignment({address(params.q), params.q_token_stride * q_bytes, params.q_head_stride * q_bytes}) == 16;
+  const auto chunk_strides = [&](std::int64_t block_stride, std::int64_t token_stride, uint2& strides) {
+    const std::int64_t tokens = params.block_tables != nullptr ? params.block_size : params.num_kv_tokens;
+    const std::int64_t blocks = params.block_tables != nullptr ? params.num_blocks : 1;
+    const std::int64_t limit = std::numeric_limits<std::uint32_t>::max();
+    block_stride = block_stride * kv_bytes / 16, token_stride = token_stride * kv_bytes / 16;
+    if (block_stride < 0 || token_stride < 0 || block_stride > limit || token_stride > limit) return false;
+    strides = uint2{static_cast<unsigned>(block_stride), static_cast<unsigned>(token_stride)};
+    return static_cast<double>(blocks) * static_cast<double>(block_stride) + static_cast<double>(tokens) * static_cast<double>(token_stride) <
+           static_cast<double>(limit);
+  };
+  plan.chunk_strides_exist = plan.kv_alignment == 16 && chunk_strides(params.k_block_stride, params.k_token_stride, plan.k_chunk_strides) &&
+                             chunk_strides(params.v_block_stride, params.v_token_stride, plan.v_chunk_strides);
+  plan.q_alignment = common_alignment({address(params.q), params.q_token_stride * q_bytes, params.q_head_stride * q_bytes});
   plan.out_aligned = common_alignment({address(params.out), params.out_token_stride * q_bytes, params.out_head_stride * q_bytes}) == 16;
   plan.op = params.block_tables != nullptr ? OpId::kPagedAttention : OpId::kAttention;
   return plan;
+}
+
+/// Whether the machine code in use for the combine kernel waits for its predecessor by itself. Code made from sm_80 PTX does not, on
+/// whatever device.
+bool combine_waits() {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<int> known[kMaxDevices];  // 0: not asked yet; 1: no; 2: yes
+  int device = 0;
+  QUIRE_CUDA_CHECK(cudaGetDevice(&device));
+  if (device >= kMaxDevices) return false;
+  int answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) {
+    cudaFuncAttributes attributes{};
+    QUIRE_CUDA_CHECK(cudaFuncGetAttributes(&attributes, attention_combine_kernel));
+    answer = attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90 ? 2 : 1;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer == 2;
+}
+
+void launch_combine(const Plan& plan, dim3 grid, Stream stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(kThreads);
+  config.stream = cuda_stream(stream);
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = combine_waits() ? 1 : 0;
+  QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, attention_combine_kernel, plan));
+  QUIRE_CHECK_LAUNCH("attention_combine_kernel", stream);
 }
 
 }  // namespace
@@ -68,9 +117,7 @@ void launch(const AttentionParams& params, const Config& config, Stream stream) 
   if (config.num_splits > 1) {
     const std::int64_t group = params.num_heads / params.num_kv_heads;
     const std::int64_t rows = config.tiles_per_seq == 1 && params.block_tables != nullptr ? group : tile_rows(config.variant);
-    const dim3 grid(static_cast<unsigned>(config.num_tiles * params.num_kv_heads), static_cast<unsigned>(rows));
-    attention_combine_kernel<<<grid, kThreads, 0, cuda_stream(stream)>>>(plan);
-    QUIRE_CHECK_LAUNCH("attention_combine_kernel", stream);
+    launch_combine(plan, dim3(static_cast<unsigned>(config.num_tiles * params.num_kv_heads), static_cast<unsigned>(rows)), stream);
   }
 }
 

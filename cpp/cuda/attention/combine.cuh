@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/attention/plan.cuh"
+#include "cuda/device/dependent_launch.cuh"
 
 namespace quire::cuda::attn {
 
@@ -22,7 +23,10 @@ __global__ void __launch_bounds__(kThreads) attention_combine_kernel(const __gri
   const int row = static_cast<int>(blockIdx.y);
 
   Tile tile;
-  if (!locate_tile(plan, tile_idx, tile) || row >= tile.num_rows) return;
+  const bool exists = locate_tile(plan, tile_idx, tile) && row < tile.num_rows;
+  // Every CTA waits, so that this kernel never ends before its predecessor.
+  device::wait_for_predecessor();
+  if (!exists) return;
   const SplitRange splits = active_splits(plan, tile);
   if (splits.num_active <= 1) return;
   const RowIndex index = row_index(plan, tile, kv_head, row);

@@ -17,16 +17,21 @@
 namespace quire::cuda::attn {
 
 enum class Variant : std::uint8_t {
-  kMmaSplitKeys,  // 16 rows; the four warps of a CTA take turns at the keys: decode
-  kMmaSplitRows,  // 64 rows; 16 to each of four warps, which share the keys: prefill
-  kSimt,          // 8 rows, float32 throughout: float32 queries
+  kMmaSplitKeys8,   // 8 rows; the four warps of a CTA take turns at the keys: decode
+  kMmaSplitKeys16,  // the same with 16 rows
+  kMmaSplitRows,    // 64 rows; 16 to each of four warps, which share the keys: prefill
+  kSimt,            // 8 rows, float32 throughout: float32 queries
 };
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 
 constexpr int tile_rows(Variant variant) {
-  return variant == Variant::kMmaSplitKeys ? 16 : variant == Variant::kMmaSplitRows ? 64 : 8;
+  switch (variant) {
+    case Variant::kMmaSplitKeys16: return 16;
+    case Variant::kMmaSplitRows: return 64;
+    default: return 8;
+  }
 }
 
 /// head_dim rounded up to what kernels are compiled for; the rest is zero in shared memory.
@@ -54,26 +59,24 @@ constexpr std::int64_t workspace_bytes(std::int64_t num_tokens, std::int64_t num
   return rows * (head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
 }
 
-/// CTAs of a variant that fit on one SM together.
-constexpr int ctas_per_sm(Variant variant, int bucket) {
-  if (variant == Variant::kMmaSplitRows) return 2;
-  return bucket == 256 ? 2 : 3;
-}
+/// CTAs of a variant that an SM holds together, by registers and shared memory.
+constexpr int ctas_per_sm(Variant variant, int bucket) { return variant == Variant::kMmaSplitKeys8 && bucket < 256 ? 4 : 2; }
 
-/// How many CTAs share a tile's keys: when few tiles there are, as many as fill the device once; else the fewest that come near
-/// the best balance of equal CTAs over `slots`.
-constexpr int choose_num_splits(std::int64_t num_ctas, std::int64_t slots, std::int64_t max_splits) {
-  if (max_splits <= 1 || num_ctas >= 4 * slots) return 1;
-  if (num_ctas * 8 <= slots) return static_cast<int>(std::min(max_splits, slots / num_ctas));
-  const auto efficiency = [&](std::int64_t splits) {
-    return static_cast<double>(num_ctas * splits) / static_cast<double>(ceil_div(num_ctas * splits, slots) * slots);
+/// How many CTAs share a tile's keys. The cost that it minimises: CTAs run in rounds of ctas_per_sm on each SM; a last round of fewer
+/// than about 1.6 per SM cannot draw the whole memory bandwidth; and splitting has a price of its own. Of equals, the fewest splits.
+constexpr int choose_num_splits(std::int64_t num_ctas, std::int64_t num_sms, std::int64_t ctas_per_sm, std::int64_t max_splits) {
+  const std::int64_t enough = num_sms * 8 / 5;
+  if (max_splits <= 1) return 1;
+  if (num_ctas * 8 <= enough) return static_cast<int>(std::min(max_splits, ceil_div(enough, num_ctas)));
+  const auto cost = [&](std::int64_t splits) {
+    const std::int64_t last = num_ctas * splits % (num_sms * ctas_per_sm);
+    const std::int64_t rounds = num_ctas * splits - last + (last == 0 ? 0 : std::max(last, enough));
+    return static_cast<double>(rounds) / static_cast<double>(splits) * (splits == 1 ? 1.0 : 1.08);
   };
-  max_splits = std::min<std::int64_t>(max_splits, 16);
-  double best = 0.0;
-  for (std::int64_t splits = 1; splits <= max_splits; ++splits) best = std::max(best, efficiency(splits));
-  for (std::int64_t splits = 1; splits < max_splits; ++splits)
-    if (efficiency(splits) >= 0.9 * best) return static_cast<int>(splits);
-  return static_cast<int>(max_splits);
+  int best = 1;
+  for (int splits = 2; splits <= std::min<std::int64_t>(max_splits, 16); ++splits)
+    if (cost(splits) < 0.98 * cost(best)) best = splits;
+  return best;
 }
 
 /// The largest key count that a sequence can have, as far as the host knows. Kernels add a step to key indices in 32 bits.
@@ -91,7 +94,8 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
 
   Config config{};
   config.variant = params.dtype == DType::kFloat32 ? Variant::kSimt
-                   : query_len * group <= 32       ? Variant::kMmaSplitKeys
+                   : query_len * group <= 8        ? Variant::kMmaSplitKeys8
+                   : query_len * group <= 32       ? Variant::kMmaSplitKeys16
                                                    : Variant::kMmaSplitRows;
   config.head_dim_bucket = head_dim_bucket(config.variant, params.head_dim);
   const int rows = tile_rows(config.variant);
@@ -107,13 +111,13 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
 
   // At least one step of 16 or 32 keys for each of the four warps.
   const bool narrow = head_dim_bucket(config.variant, params.head_dim) * itemsize(params.kv_dtype) <= 128;
-  config.keys_per_split_min = config.variant != Variant::kMmaSplitKeys ? 256 : narrow ? 128 : 64;
+  const bool split_keys = config.variant == Variant::kMmaSplitKeys8 || config.variant == Variant::kMmaSplitKeys16;
+  config.keys_per_split_min = !split_keys ? 256 : narrow ? 128 : 64;
 
-  const std::int64_t slots = std::int64_t{ctas_per_sm(config.variant, config.head_dim_bucket)} * device.num_sms;
   const std::int64_t max_splits =
       std::min({std::int64_t{kMaxSplits}, ceil_div(std::max<std::int64_t>(key_capacity(params), 1), config.keys_per_split_min),
                 std::int64_t{kPartialRowsPerSm} * device.num_sms / (num_ctas * rows)});
-  config.num_splits = choose_num_splits(num_ctas, slots, max_splits);
+  config.num_splits = choose_num_splits(num_ctas, device.num_sms, ctas_per_sm(config.variant, config.head_dim_bucket), max_splits);
   return config;
 }
 

@@ -10,14 +10,19 @@ namespace quire::cuda::attn {
 
 template <DType kKvDType, int kHeadDim>
 void launch_mma(const Plan& plan, const Config& config, Stream stream) {
-  const bool split_keys = config.variant == Variant::kMmaSplitKeys;
-  const auto kernel = split_keys ? attention_mma_split_keys_kernel<kKvDType, kHeadDim> : attention_mma_split_rows_kernel<kKvDType, kHeadDim>;
-  const int shared_bytes =
-      split_keys ? SplitKeysShape<kKvDType, kHeadDim>::kSharedBytes : SplitRowsShape<kKvDType, kHeadDim>::kSharedBytes;
-  set_max_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
-  const dim3 grid(static_cast<unsigned>(config.num_tiles * plan.params.num_kv_heads), static_cast<unsigned>(config.num_splits));
-  kernel<<<grid, kThreads, static_cast<std::size_t>(shared_bytes), cuda_stream(stream)>>>(plan);
-  QUIRE_CHECK_LAUNCH("attention_mma_kernel", stream);
+  const auto launch = [&](auto kernel, int shared_bytes) {
+    set_max_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
+    const dim3 grid(static_cast<unsigned>(config.num_tiles * plan.params.num_kv_heads), static_cast<unsigned>(config.num_splits));
+    kernel<<<grid, kThreads, static_cast<std::size_t>(shared_bytes), cuda_stream(stream)>>>(plan);
+    QUIRE_CHECK_LAUNCH("attention_mma_kernel", stream);
+  };
+  switch (config.variant) {
+    case Variant::kMmaSplitKeys8:
+      return launch(attention_mma_split_keys_kernel<kKvDType, kHeadDim, 1>, SplitKeysShape<kKvDType, kHeadDim, 1>::kSharedBytes);
+    case Variant::kMmaSplitKeys16:
+      return launch(attention_mma_split_keys_kernel<kKvDType, kHeadDim, 2>, SplitKeysShape<kKvDType, kHeadDim, 2>::kSharedBytes);
+    default: return launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim>, SplitRowsShape<kKvDType, kHeadDim>::kSharedBytes);
+  }
 }
 
 }  // namespace quire::cuda::attn

@@ -2,53 +2,50 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "cuda/attention/mma_tile.cuh"
+#include "cuda/attention/mma_columns.cuh"
+#include "cuda/device/dependent_launch.cuh"
 
 namespace quire::cuda::attn {
 
-template <DType kKvDType, int kHeadDim>
+template <DType kKvDType, int kHeadDim, int kTiles>
 struct SplitKeysShape {
   using Types = MmaTypes<kKvDType, kHeadDim>;
+  static constexpr int kRows = 8 * kTiles;
+  static constexpr int kCtasPerSm = ctas_per_sm(kTiles == 1 ? Variant::kMmaSplitKeys8 : Variant::kMmaSplitKeys16, kHeadDim);
   static constexpr int kKeys = Types::kKvRowBytes >= 256 ? 16 : 32;  // per step of a warp
   static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;      // one step's K or V
-  // 64 KiB in flight for three CTAs per SM, or 96 for two.
-  static constexpr int kSlots = (kHeadDim == 256 ? 24576 : 16384) / kSlotBytes;
-  static constexpr int kRingBytes = kSlots * kSlotBytes;  // of one warp
-  static constexpr int kQBytes = kWarpRows * Types::kQRowBytes;
-  static constexpr int kOutPitch = kHeadDim + 8;  // floats; rows 8 banks apart
-  static constexpr int kRowParamsOffset = kWarps * kRingBytes + kQBytes;
-  static constexpr int kStatsOffset = kRowParamsOffset + kWarpRows * static_cast<int>(sizeof(RowParams));
-  static constexpr int kNotesOffset = kStatsOffset + 2 * kWarps * kWarpRows * static_cast<int>(sizeof(float));
-  static constexpr int kSharedBytes = kNotesOffset + kWarpRows * kNoteWords<kHeadDim> * 4;
-  static constexpr int kCtasPerSm = ctas_per_sm(Variant::kMmaSplitKeys, kHeadDim);
-  static_assert(kWarps * kWarpRows * kOutPitch * 4 <= kWarps * kRingBytes, "the rings hold the merge");
+  static constexpr int kSlots = 48 * 1024 / kCtasPerSm / kSlotBytes;  // 192 KiB for all warps of an SM
+  static constexpr int kRingBytes = kSlots * kSlotBytes;              // of one warp
+  static constexpr int kOutPitch = kHeadDim + 4;                      // floats; every second row 8 banks on
+  static constexpr int kQOffset = kWarps * kRingBytes;
+  static constexpr int kRowParamsOffset = kQOffset + kRows * Types::kQRowBytes;
+  static constexpr int kStatsOffset = kRowParamsOffset + kRows * static_cast<int>(sizeof(RowParams));
+  static constexpr int kNotesOffset = kStatsOffset + 2 * kWarps * kRows * static_cast<int>(sizeof(float));
+  static constexpr int kTileOffset = kNotesOffset + kRows * kNoteWords<kHeadDim> * 4;
+  static constexpr int kSharedBytes = kTileOffset + static_cast<int>(sizeof(Tile));
+  static_assert(kSlots >= 3);
+  static_assert(kWarps * kRows * kOutPitch * 4 <= kWarps * kRingBytes, "the rings hold the merge");
 };
 
 /// One warp's keys: steps first, first + kWarps, ... of the CTA's range, copied ahead into a ring of slots K0 V0 K1 V1 ...
-template <DType kKvDType, int kHeadDim>
+template <typename Shape>
 struct KeyStream {
-  using Types = MmaTypes<kKvDType, kHeadDim>;
-  using Shape = SplitKeysShape<kKvDType, kHeadDim>;
-  static constexpr int kChunks = Types::kKvRowBytes / 16;
+  using Types = typename Shape::Types;
 
-  const char* k_base;  // of the kv head
-  const char* v_base;
-  int row_bytes;
+  int kv_head;
   int key_end;
-  int next_key;    // of the step whose K comes next
-  int next_entry;  // the lane's table entry for it, fetched ahead
-  std::int64_t v_offset;
-  std::uint32_t valid;  // of the step whose K came last: bit j says whether key j exists
-  bool has_step;        // that step is inside the range
+  int next_key;          // of the step whose K comes next
+  int next_entry;        // the lane's table entry for it, fetched ahead
+  KeyLocation location;  // the lane's, of the step whose K came last
+  std::uint32_t valid;   // of that step: bit j says whether key j exists
+  bool has_step;         // that step is inside the range
 
-  __device__ __forceinline__ void start(const Plan& plan, const Tile& tile, int kv_head, int first_key, int end) {
-    const AttentionParams& p = plan.params;
-    k_base = static_cast<const char*>(p.k) + kv_head * p.k_head_stride * Types::kElementBytes;
-    v_base = static_cast<const char*>(p.v) + kv_head * p.v_head_stride * Types::kElementBytes;
-    row_bytes = static_cast<int>(p.head_dim) * Types::kElementBytes;
+  __device__ __forceinline__ void start(const Plan& plan, const Tile& tile, int head, int first_key, int end) {
+    kv_head = head;
     key_end = end;
+    has_step = false;
     next_key = first_key;
-    next_entry = load_entry(p, plan, tile, lane_key(), key_end);
+    next_entry = load_entry(plan, tile, lane_key(), key_end);
   }
 
   __device__ __forceinline__ int lane_key() const {
@@ -57,61 +54,32 @@ struct KeyStream {
     return lane < Shape::kKeys ? next_key + lane : INT_MAX;
   }
 
-  __device__ __forceinline__ void copy(const Plan& plan, const char* base, std::int64_t offset, std::uint32_t slot) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    constexpr int kRowsPerPass = 32 / kChunks;
-    const int chunk = lane % kChunks;
-    const int bytes = min(max(row_bytes - chunk * 16, 0), 16);
-    using KvRows = Rows<Types::kKvRowBytes>;
-    const std::uint32_t thread_target = KvRows::address(slot, lane / kChunks, chunk);
-    const auto copy_row = [&](int pass, auto&& copy_chunk) {
-      const int row = pass * kRowsPerPass + lane / kChunks;
-      const std::int64_t row_offset = __shfl_sync(kAllLanes, offset, row);
-      // Keys that do not exist become zero: their weights are zero, and zero times what was there could be NaN.
-      const int present = (valid >> row) & 1u ? bytes : 0;
-      const std::uint32_t target = KvRows::advance(thread_target, pass * kRowsPerPass, KvRows::key(pass * kRowsPerPass));
-      copy_chunk(target, present > 0 ? base + row_offset + chunk * 16 : base, present);
-    };
-    constexpr int kPasses = Shape::kKeys / kRowsPerPass;
-    if (plan.kv_alignment == 16) {
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) copy_row(pass, device::copy_async_16);
-    } else {
-      const auto copy_narrow = [&](std::uint32_t target, const char* source, int present) {
-        device::copy_narrow_16(target, source, present, plan.kv_alignment);
-      };
-#pragma unroll 1
-      for (int pass = 0; pass < kPasses; ++pass) copy_row(pass, copy_narrow);
-    }
-  }
-
   /// Starts the copy of the next step's K and returns which of its keys exist.
   __device__ __forceinline__ std::uint32_t copy_k(const Plan& plan, const Tile& tile, std::uint32_t slot) {
-    const AttentionParams& p = plan.params;
     has_step = next_key < key_end;
     if (!has_step) return 0;
-    const KeyLocation location = locate_key(p, plan, tile, lane_key(), key_end, next_entry);
+    location = locate_key(plan, tile, lane_key(), key_end, next_entry);
     valid = __ballot_sync(kAllLanes, location.valid);
-    v_offset = location.v_offset * Types::kElementBytes;
-    copy(plan, k_base, location.k_offset * Types::kElementBytes, slot);
+    copy_rows<Types, Shape::kKeys>(plan, k_view<Types>(plan.params, plan, kv_head), location, valid, 0, slot, 0);
     next_key += kWarps * Shape::kKeys;
-    next_entry = load_entry(p, plan, tile, lane_key(), key_end);
+    next_entry = load_entry(plan, tile, lane_key(), key_end);
     return valid;
   }
 
   /// Starts the copy of the V that belongs to the last copy_k.
   __device__ __forceinline__ void copy_v(const Plan& plan, std::uint32_t slot) const {
-    if (has_step) copy(plan, v_base, v_offset, slot);
+    if (has_step) copy_rows<Types, Shape::kKeys>(plan, v_view<Types>(plan.params, plan, kv_head), location, valid, 0, slot, 0);
   }
 };
 
-/// Grid: x = tile * num_kv_heads + kv_head, y = split. A CTA computes 16 packed rows against its split's keys and writes them to
+/// Grid: x = tile * num_kv_heads + kv_head, y = split. A CTA computes 8 * kTiles packed rows against its split's keys and writes them to
 /// out and lse, or to the workspace if other splits have keys too.
-template <DType kKvDType, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim>::kCtasPerSm)
+template <DType kKvDType, int kHeadDim, int kTiles>
+__global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim, kTiles>::kCtasPerSm)
     attention_mma_split_keys_kernel(const __grid_constant__ Plan plan) {
   using Types = MmaTypes<kKvDType, kHeadDim>;
-  using Shape = SplitKeysShape<kKvDType, kHeadDim>;
+  using Shape = SplitKeysShape<kKvDType, kHeadDim, kTiles>;
+  constexpr int kRows = Shape::kRows;
   constexpr int kKeys = Shape::kKeys;
   constexpr int kSlots = Shape::kSlots;
   constexpr bool kEven = kSlots % 2 == 0;
@@ -123,132 +91,143 @@ __global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim>::
   const int tile_idx = static_cast<int>(blockIdx.x) / num_kv_heads;
   const int kv_head = static_cast<int>(blockIdx.x) - tile_idx * num_kv_heads;
 
-  Tile tile;
-  if (!locate_tile(plan, tile_idx, tile)) return;
+  device::launch_dependents();
+  // In shared memory, since the loop has no registers to spare.
+  Tile& tile = *reinterpret_cast<Tile*>(shared + Shape::kTileOffset);
+  {
+    Tile found;
+    if (!locate_tile(plan, tile_idx, found)) return;
+    if (threadIdx.x == 0) tile = found;
+    __syncthreads();
+  }
   const SplitRange splits = active_splits(plan, tile);
   const int split = static_cast<int>(blockIdx.y);
   if (split >= splits.num_active) return;
   const int key_begin = tile.key_begin + split * splits.keys_per_split;
   const int key_end = min(static_cast<std::int64_t>(key_begin) + splits.keys_per_split, std::int64_t{tile.key_end});
 
-  char* q_shared = shared + kWarps * Shape::kRingBytes;
+  char* q_shared = shared + Shape::kQOffset;
   auto* row_params = reinterpret_cast<RowParams*>(shared + Shape::kRowParamsOffset);
-  auto& stats = *reinterpret_cast<float(*)[2][kWarps][kWarpRows]>(shared + Shape::kStatsOffset);
-  const std::uint32_t ring = device::shared_address(shared) + static_cast<std::uint32_t>(warp * Shape::kRingBytes);
+  auto& stats = *reinterpret_cast<float(*)[2][kWarps][kRows]>(shared + Shape::kStatsOffset);
+  const std::uint32_t shared_base = device::shared_address(shared);
+  const std::uint32_t ring = shared_base + static_cast<std::uint32_t>(warp * Shape::kRingBytes);
   auto* notes = reinterpret_cast<std::uint32_t*>(shared + Shape::kNotesOffset);
 
   const FullRange full = full_range(plan, tile);
   const bool one_token = plan.group.quotient(tile.row_begin) == plan.group.quotient(tile.row_begin + tile.num_rows - 1);
-  using MmaState = MmaRows<kKvDType, kHeadDim>;
-  MmaState rows;
-  ScoreScale score;
+  using MmaState = MmaColumns<kKvDType, kHeadDim, kTiles>;
+  MmaState state;
+  typename MmaState::Scale score;
   const std::uint32_t k_offset = MmaState::k_thread_offset();
   const std::uint32_t v_offset = MmaState::v_thread_offset();
+
+  copy_q<Types, kRows>(plan, tile, kv_head, 0, warp, kWarps, device::shared_address(q_shared));
+  if (threadIdx.x < kRows) row_params[threadIdx.x] = make_row_params(plan, tile, kv_head, static_cast<int>(threadIdx.x));
+  device::copy_async_commit();
 
   // A second pass only where NaN or infinity in V reached rows that do not see it.
   bool selecting = false;
   for (;; selecting = true) {
-    // Fill the ring.
-    KeyStream<kKvDType, kHeadDim> stream;
-    const int first_key = key_begin + warp * kKeys;
-    stream.start(plan, tile, kv_head, first_key, key_end);
-    constexpr int kDepth = (kSlots + 1) / 2 + 1;
-    std::uint32_t valid[kDepth];
-    valid[kDepth - 1] = 0;
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
-      if (slot % 2 == 0) {
-        valid[slot / 2] = stream.copy_k(plan, tile, ring + slot * Shape::kSlotBytes);
-      } else {
-        stream.copy_v(plan, ring + slot * Shape::kSlotBytes);
-      }
-      device::copy_async_commit();
-    }
+    KeyStream<Shape> stream;
+    stream.start(plan, tile, kv_head, key_begin + warp * kKeys, key_end);
+    state.reset();
 
-    if (!selecting) {
-      load_q<Types, kHeadDim, kWarpRows / kWarps>(plan, tile, kv_head, warp * (kWarpRows / kWarps), q_shared, row_params);
-      __syncthreads();
-      score = make_score_scale(p, row_params, 0);
-      rows.attach_q(device::shared_address(q_shared), 0);
-    }
-    rows.reset();
-    if (selecting) {
-      for (int i = static_cast<int>(threadIdx.x); i < kWarpRows * kNoteWords<kHeadDim>; i += kThreads) notes[i] = 0;
-      __syncthreads();
-    }
-
-    // Steps.
+    // The first kLead rounds only fill the ring: one copy of the code serves both, which matters to a cold instruction cache.
+    constexpr int kLead = (kSlots + 1) / 2;
+    std::uint32_t valid[kLead + 1] = {};  // of the step in use and the ones after
     std::uint32_t slot = 0;
-    for (int key = first_key; key < key_end; key += kWarps * kKeys) {
-      float scores[kKeys / 8][4];
-      device::copy_async_wait<kSlots - 1>();
-      __syncwarp();
-      rows.template multiply_qk<kKeys>(scores, ring + slot * Shape::kSlotBytes + k_offset);
-      __syncwarp();
-      if constexpr (kEven) {
-        valid[kSlots / 2] = stream.copy_k(plan, tile, ring + slot * Shape::kSlotBytes);
-      } else {
-        stream.copy_v(plan, ring + slot * Shape::kSlotBytes);
+    int key = key_begin + warp * kKeys - kLead * kWarps * kKeys;
+    for (int round = -kLead;; ++round, key += kWarps * kKeys) {
+      if (round == 0) {
+        if (selecting) {
+          for (int i = static_cast<int>(threadIdx.x); i < kRows * kNoteWords<kHeadDim>; i += kThreads) notes[i] = 0;
+        } else {
+          device::copy_async_wait<kSlots>();
+          if constexpr (Types::kQuantized) {
+            __syncthreads();
+            convert_q<Types, kHeadDim, kRows / kWarps>(plan, warp * (kRows / kWarps), q_shared, row_params);
+          }
+        }
+        __syncthreads();
+        if (!selecting) {
+          score = make_score_scale<MmaState::kQueries>(p, row_params, MmaState::query);
+          state.attach_q(device::shared_address(q_shared));
+        }
       }
-      device::copy_async_commit();
+      if (round >= 0 && key >= key_end) break;
+      const std::uint32_t k_address = ring + slot * Shape::kSlotBytes;
+      slot = slot + 1 == kSlots ? 0 : slot + 1;
+      const std::uint32_t v_address = ring + slot * Shape::kSlotBytes;
       slot = slot + 1 == kSlots ? 0 : slot + 1;
 
-      if (score.transform) rows.template transform_scores<kKeys>(scores, row_params, p.softcap, key);
-      constexpr std::uint32_t kAll = kKeys == 32 ? 0xffffffffu : (1u << (kKeys % 32)) - 1;
-      if (valid[0] != kAll || key < full.begin || key > full.end - kKeys) {
-        const std::uint32_t mask[1] = {valid[0]};
-        rows.template mask_scores<kKeys>(scores, row_params, key, mask);
-      }
-      rows.template softmax<kKeys>(scores, score);
-
-      device::copy_async_wait<kSlots - 1>();
-      __syncwarp();
-      if (selecting) {
-        take_out_not_finite<kKvDType, kHeadDim>(shared + warp * Shape::kRingBytes + slot * Shape::kSlotBytes, 0, kKeys, key, row_params, notes,
-                                                tile.num_rows);
+      float scores[kKeys / 16][kTiles][4];
+      if (round >= 0) {
+        device::copy_async_wait<kSlots - 1>();
+        __syncwarp();
+        state.template multiply_qk<kKeys>(scores, k_address + k_offset);
         __syncwarp();
       }
-      rows.template multiply_pv<kKeys>(scores, ring + slot * Shape::kSlotBytes + v_offset);
-      __syncwarp();
       if constexpr (kEven) {
-        stream.copy_v(plan, ring + slot * Shape::kSlotBytes);
+        valid[kLead] = stream.copy_k(plan, tile, k_address);
       } else {
-        valid[(kSlots + 1) / 2] = stream.copy_k(plan, tile, ring + slot * Shape::kSlotBytes);
+        stream.copy_v(plan, k_address);
       }
       device::copy_async_commit();
-      slot = slot + 1 == kSlots ? 0 : slot + 1;
+
+      if (round >= 0) {
+        if (score.transform) state.template transform_scores<kKeys>(scores, row_params, p.softcap, key);
+        constexpr std::uint32_t kAll = kKeys == 32 ? 0xffffffffu : (1u << (kKeys % 32)) - 1;
+        if (valid[0] != kAll || key < full.begin || key > full.end - kKeys) {
+          state.template mask_scores<kKeys>(scores, row_params, key, valid[0]);
+        }
+        state.template softmax<kKeys>(scores, score);
+
+        device::copy_async_wait<kSlots - 1>();
+        __syncwarp();
+        if (selecting) {
+          take_out_not_finite<kKvDType, kHeadDim>(shared + (v_address - shared_base), 0, kKeys, key, row_params, notes, tile.num_rows);
+          __syncwarp();
+        }
+        state.template multiply_pv<kKeys>(scores, v_address + v_offset);
+        __syncwarp();
+      }
+      if constexpr (kEven) {
+        stream.copy_v(plan, v_address);
+      } else {
+        valid[kLead] = stream.copy_k(plan, tile, v_address);
+      }
+      device::copy_async_commit();
 #pragma unroll
-      for (int i = 0; i + 1 < kDepth; ++i) valid[i] = valid[i + 1];
+      for (int i = 0; i < kLead; ++i) valid[i] = valid[i + 1];
     }
     device::copy_async_wait<0>();
-    if (!kMayBeNotFinite<kKvDType> || selecting || one_token || !__syncthreads_or(rows.not_finite())) break;
+    if (!kMayBeNotFinite<kKvDType> || selecting || one_token || !__syncthreads_or(state.not_finite())) break;
   }
 
   // Bring the four warps to one maximum.
-  rows.reduce_sum();
-  if (lane % 4 == 0) {
+  state.reduce_sum();
+  if (lane < 4) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      stats[0][warp][lane / 4 + 8 * r] = rows.largest[r] * score.log2_scale[r];
-      stats[1][warp][lane / 4 + 8 * r] = rows.sum[r];
+    for (int i = 0; i < MmaState::kQueries; ++i) {
+      stats[0][warp][MmaState::query(i)] = state.largest[i] * score.log2_scale[i];
+      stats[1][warp][MmaState::query(i)] = state.sum[i];
     }
   }
   __syncthreads();
   auto* merged = reinterpret_cast<float*>(shared);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = lane / 4 + 8 * r;
+  for (int i = 0; i < MmaState::kQueries; ++i) {
+    const int row = MmaState::query(i);
     float top = stats[0][0][row];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) top = fmaxf(top, stats[0][w][row]);
     const float weight = exp2f(stats[0][warp][row] - (top == -INFINITY ? 0.0f : top));
+    if (row < tile.num_rows) {
+      float* target = merged + (warp * kRows + row) * Shape::kOutPitch;
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 16; ++i) {
-      int column;
-      float4 value = rows.columns(i, r, column);
-      value.x *= weight, value.y *= weight, value.z *= weight, value.w *= weight;
-      if (row < tile.num_rows)
-        *reinterpret_cast<float4*>(merged + (warp * kWarpRows + row) * Shape::kOutPitch + column) = value;
+      for (int c = 0; c < MmaState::kSteps; ++c)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) target[MmaState::column(c, half)] = weight * state.out[c][i / 2][2 * half + i % 2];
     }
   }
   __syncthreads();
@@ -268,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim>::
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       total += stats[1][w][row] * exp2f(stats[0][w][row] - (top == -INFINITY ? 0.0f : top));
-      const float4 part = *reinterpret_cast<const float4*>(merged + (w * kWarpRows + row) * Shape::kOutPitch + column);
+      const float4 part = *reinterpret_cast<const float4*>(merged + (w * kRows + row) * Shape::kOutPitch + column);
       value.x += part.x, value.y += part.y, value.z += part.z, value.w += part.w;
     }
     if (selecting) value = with_notes<kHeadDim>(value, notes, row, column);

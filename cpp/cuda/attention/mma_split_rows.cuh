@@ -2,7 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "cuda/attention/mma_tile.cuh"
+#include "cuda/attention/mma_rows.cuh"
+#include "cuda/device/dependent_launch.cuh"
 
 namespace quire::cuda::attn {
 
@@ -28,7 +29,6 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim>::
   using Shape = SplitRowsShape<kKvDType, kHeadDim>;
   constexpr int kKeys = Shape::kKeys;
   constexpr int kMasks = kKeys / 32;
-  constexpr int kChunks = Types::kKvRowBytes / 16;
   extern __shared__ __align__(1024) char shared[];
   const AttentionParams& p = plan.params;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim>::
   const int reversed_idx = static_cast<int>(blockIdx.x) / num_kv_heads;
   const int kv_head = static_cast<int>(blockIdx.x) - reversed_idx * num_kv_heads;
 
+  device::launch_dependents();
   Tile tile;
   if (!locate_tile(plan, plan.num_tiles - 1 - reversed_idx, tile)) return;
   const SplitRange splits = active_splits(plan, tile);
@@ -48,82 +49,59 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim>::
   char* q_shared = shared + Shape::kSlots * Shape::kSlotBytes;
   auto* row_params = reinterpret_cast<RowParams*>(shared + Shape::kRowParamsOffset);
   const std::uint32_t slots = device::shared_address(shared);
-  const char* k_base = static_cast<const char*>(p.k) + kv_head * p.k_head_stride * Types::kElementBytes;
-  const char* v_base = static_cast<const char*>(p.v) + kv_head * p.v_head_stride * Types::kElementBytes;
-  const int row_bytes = static_cast<int>(p.head_dim) * Types::kElementBytes;
   auto* notes = reinterpret_cast<std::uint32_t*>(shared + Shape::kNotesOffset);
 
   const FullRange full = full_range(plan, tile);
   const int warp_row = warp * kWarpRows;
   using MmaState = MmaRows<kKvDType, kHeadDim>;
   MmaState rows;
-  ScoreScale score;
+  ScoreScale<2> score;
   const std::uint32_t k_thread_offset = MmaState::k_thread_offset();
   const std::uint32_t v_thread_offset = Shape::kSlotBytes + MmaState::v_thread_offset();
 
   // Every warp looks up the whole step, so that each knows all of its keys, and copies a quarter of the rows.
-  const auto copy = [&](const char* base, const std::int64_t (&offset)[kMasks], const std::uint32_t (&valid)[kMasks], std::uint32_t slot) {
-    constexpr int kRowsPerPass = 32 / kChunks;
+  const auto copy = [&](const KvView& view, const KeyLocation (&location)[kMasks], const std::uint32_t (&valid)[kMasks], std::uint32_t slot) {
     constexpr int kRowsPerWarp = kKeys / kWarps;
-    const int chunk = lane % kChunks;
-    const int bytes = min(max(row_bytes - chunk * 16, 0), 16);
-    const int half = kMasks == 1 ? 0 : warp / 2;
-    const std::int64_t warp_offset = half == 0 ? offset[0] : offset[kMasks - 1];
-    const std::uint32_t warp_valid = half == 0 ? valid[0] : valid[kMasks - 1];
-    using KvRows = Rows<Types::kKvRowBytes>;
-    static_assert(kRowsPerWarp % 8 == 0);
-    const std::uint32_t thread_target = KvRows::address(slot, warp * kRowsPerWarp + lane / kChunks, chunk);
-    const auto copy_row = [&](int pass, auto&& copy_chunk) {
-      const int row = warp * kRowsPerWarp + pass * kRowsPerPass + lane / kChunks;
-      const std::int64_t row_offset = __shfl_sync(kAllLanes, warp_offset, row % 32);
-      // Keys that do not exist become zero: their weights are zero, and zero times what was there could be NaN.
-      const int present = (warp_valid >> (row % 32)) & 1u ? bytes : 0;
-      const std::uint32_t target = KvRows::advance(thread_target, pass * kRowsPerPass, KvRows::key(pass * kRowsPerPass));
-      copy_chunk(target, present > 0 ? base + row_offset + chunk * 16 : base, present);
-    };
-    constexpr int kPasses = kRowsPerWarp / kRowsPerPass;
-    if (plan.kv_alignment == 16) {
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) copy_row(pass, device::copy_async_16);
+    const int first_row = warp * kRowsPerWarp;
+    if (kMasks == 1 || first_row < 32) {
+      copy_rows<Types, kRowsPerWarp>(plan, view, location[0], valid[0], first_row % 32, slot, first_row);
     } else {
-      const auto copy_narrow = [&](std::uint32_t target, const char* source, int present) {
-        device::copy_narrow_16(target, source, present, plan.kv_alignment);
-      };
-#pragma unroll 1
-      for (int pass = 0; pass < kPasses; ++pass) copy_row(pass, copy_narrow);
+      copy_rows<Types, kRowsPerWarp>(plan, view, location[kMasks - 1], valid[kMasks - 1], first_row % 32, slot, first_row);
     }
   };
+
+  copy_q<Types, kWarpRows>(plan, tile, kv_head, warp_row, 0, 1, device::shared_address(q_shared));
+  if (lane < kWarpRows) row_params[warp_row + lane] = make_row_params(plan, tile, kv_head, warp_row + lane);
+  device::copy_async_commit();
 
   // A second pass only where NaN or infinity in V reached rows that do not see it.
   bool selecting = false;
   for (;; selecting = true) {
     int next_key = key_begin;  // of the step whose K comes next
     int entry[kMasks];
-    std::int64_t v_offset[kMasks] = {};
+    KeyLocation location[kMasks] = {};  // of the step whose K came last
     std::uint32_t next_valid[kMasks] = {};
 #pragma unroll
-    for (int m = 0; m < kMasks; ++m) entry[m] = load_entry(p, plan, tile, next_key + 32 * m + lane, key_end);
+    for (int m = 0; m < kMasks; ++m) entry[m] = load_entry(plan, tile, next_key + 32 * m + lane, key_end);
     const auto copy_k = [&](std::uint32_t slot) {
       if (next_key >= key_end) return;
-      std::int64_t k_offset[kMasks];
 #pragma unroll
       for (int m = 0; m < kMasks; ++m) {
-        const KeyLocation location = locate_key(p, plan, tile, next_key + 32 * m + lane, key_end, entry[m]);
-        next_valid[m] = __ballot_sync(kAllLanes, location.valid);
-        k_offset[m] = location.k_offset * Types::kElementBytes;
-        v_offset[m] = location.v_offset * Types::kElementBytes;
+        location[m] = locate_key(plan, tile, next_key + 32 * m + lane, key_end, entry[m]);
+        next_valid[m] = __ballot_sync(kAllLanes, location[m].valid);
       }
-      copy(k_base, k_offset, next_valid, slot);
+      copy(k_view<Types>(p, plan, kv_head), location, next_valid, slot);
       next_key += kKeys;
 #pragma unroll
-      for (int m = 0; m < kMasks; ++m) entry[m] = load_entry(p, plan, tile, next_key + 32 * m + lane, key_end);
+      for (int m = 0; m < kMasks; ++m) entry[m] = load_entry(plan, tile, next_key + 32 * m + lane, key_end);
     };
+    const auto copy_v = [&](std::uint32_t slot) { copy(v_view<Types>(p, plan, kv_head), location, next_valid, slot); };
 
     // Slots hold K0 V0 K1 V1; three are ahead of the one in use.
     std::uint32_t valid[2][kMasks];  // of the step in use and the one after
     copy_k(slots);
     device::copy_async_commit();
-    copy(v_base, v_offset, next_valid, slots + Shape::kSlotBytes);
+    copy_v(slots + Shape::kSlotBytes);
     device::copy_async_commit();
 #pragma unroll
     for (int m = 0; m < kMasks; ++m) valid[0][m] = next_valid[m];
@@ -133,9 +111,14 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim>::
     for (int m = 0; m < kMasks; ++m) valid[1][m] = next_valid[m];
 
     if (!selecting) {
-      load_q<Types, kHeadDim, kWarpRows>(plan, tile, kv_head, warp_row, q_shared, row_params);
+      // Three newer groups may be under way.
+      device::copy_async_wait<3>();
       __syncwarp();
-      score = make_score_scale(p, row_params, warp_row);
+      if constexpr (Types::kQuantized) {
+        convert_q<Types, kHeadDim, kWarpRows>(plan, warp_row, q_shared, row_params);
+        __syncwarp();
+      }
+      score = make_score_scale<2>(p, row_params, [&](int i) { return warp_row + lane / 4 + 8 * i; });
       rows.attach_q(device::shared_address(q_shared), warp_row);
     }
     rows.reset();
@@ -150,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim>::
       float scores[kKeys / 8][4];
       device::copy_async_wait<2>();
       __syncthreads();
-      if (key + kKeys < key_end) copy(v_base, v_offset, next_valid, other + Shape::kSlotBytes);
+      if (key + kKeys < key_end) copy_v(other + Shape::kSlotBytes);
       device::copy_async_commit();
       rows.template multiply_qk<kKeys>(scores, pair + k_thread_offset);
 

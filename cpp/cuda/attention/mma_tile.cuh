@@ -1,11 +1,11 @@
-// One warp's 16 query rows against keys in shared memory: scores, masks, online softmax, and the sum of p v.
+// What tensor-core attention kernels share: rows in shared memory, copies of queries and keys, and what is not finite.
 // SPDX-License-Identifier: Apache-2.0
 //
-// 16-bit K and V reach the tensor cores by ldmatrix as they are. 8-bit ones are loaded as if they were 16-bit pairs and
-// widened in registers to float16, with no exchange between lanes, because both orders are free to choose:
+// 16-bit K and V reach the tensor cores by ldmatrix as they are. 8-bit ones are loaded as if they were 16-bit pairs and widened in
+// registers to float16, with no exchange between lanes, because two orders are free to choose:
 //   K: a thread gets the four consecutive elements 4 quad .. 4 quad + 3 of its key for one 16-wide step. They serve as the step's
 //      positions {2 quad, 2 quad + 1, 2 quad + 8, 2 quad + 9}, and q is stored in that order.
-//   V: a thread gets columns 2 group and 2 group + 1 of its keys. Even columns make one n-tile, odd ones the next.
+//   V: a thread gets columns 2 group and 2 group + 1 of its keys. Even columns go to one fragment, odd ones to another.
 #pragma once
 
 #include "cuda/attention/plan.cuh"
@@ -57,26 +57,41 @@ struct RowParams {
   int begin, end;  // keys seen
 };
 
-/// The same for the thread's two rows, in registers. Score in log2 units = log2_scale * value, where value is q k, or the score
+/// The same for a thread's kCount rows, in registers. Score in log2 units = log2_scale * value, where value is q k, or the score
 /// itself if `transform`: with softcap or alibi, or a scale that does not keep the order of q k.
+template <int kCount>
 struct ScoreScale {
-  float log2_scale[2];
+  float log2_scale[kCount];
   bool transform;
 };
 
-__device__ __forceinline__ ScoreScale make_score_scale(const AttentionParams& p, const RowParams* row_params, int warp_row) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  ScoreScale score;
+/// `row(i)` is the thread's row i.
+template <int kCount, typename F>
+__device__ __forceinline__ ScoreScale<kCount> make_score_scale(const AttentionParams& p, const RowParams* row_params, F&& row) {
+  ScoreScale<kCount> score;
   score.transform = p.softcap > 0.0f || p.alibi_slopes != nullptr;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    score.log2_scale[i] = row_params[warp_row + lane / 4 + 8 * i].scale * kLog2E;
+  for (int i = 0; i < kCount; ++i) {
+    score.log2_scale[i] = row_params[row(i)].scale * kLog2E;
     score.transform |= !(score.log2_scale[i] > 0.0f);
   }
   // All lanes take one branch.
   score.transform = __any_sync(kAllLanes, score.transform);
-  if (score.transform) score.log2_scale[0] = score.log2_scale[1] = 1.0f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if (score.transform) score.log2_scale[i] = 1.0f;
   return score;
+}
+
+/// A score in log2 units from q k, where more than a factor is asked for.
+__device__ __forceinline__ float transformed_score(float product, const RowParams& row, float softcap, int key) {
+  float value = product * row.scale;
+  if (softcap > 0.0f) {
+    // tanh(x) = 1 - 2 / (e^2x + 1), which saturates as it should.
+    const float power = device::exp2_approx(value * (2.0f * kLog2E / softcap));
+    value = softcap - __fdividef(2.0f * softcap, power + 1.0f);
+  }
+  return value * kLog2E - row.slope * static_cast<float>(row.position - key);
 }
 
 /// The tile's first and last key that every row of it sees; keys outside need the mask.
@@ -90,334 +105,142 @@ __device__ __forceinline__ FullRange full_range(const Plan& plan, const Tile& ti
   return FullRange{visible_keys(plan.params, tile, last).begin, visible_keys(plan.params, tile, first).end};
 }
 
-/// Prepares q's rows [first_row, first_row + kRows) of the tile in shared memory (`q_shared` and `row_params` are the whole tile's), a
-/// row per step of the warp; zero where there is no row or no column. For 8-bit K also divides each row by a power of two near its
-/// largest element, so that bfloat16 values fit float16, and puts that into the row's scale.
-template <typename Types, int kHeadDim, int kRows>
-__device__ __forceinline__ void load_q(const Plan& plan, const Tile& tile, int kv_head, int first_row, char* q_shared, RowParams* row_params) {
+/// A warp starts the copy of its part of q's rows [first_row, first_row + kRows) of the tile to shared memory, zero where there is no row
+/// or column: the passes first_pass, first_pass + pass_step, ... `q_shared` is the whole tile's.
+template <typename Types, int kRows>
+__device__ __forceinline__ void copy_q(const Plan& plan, const Tile& tile, int kv_head, int first_row, int first_pass, int pass_step,
+                                       std::uint32_t q_shared) {
+  using QRows = Rows<Types::kQRowBytes>;
   const AttentionParams& p = plan.params;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  constexpr int kPerLane = kHeadDim / 32;  // 2, 4 or 8 consecutive elements
-  const int column = lane * kPerLane;
-  const float scale = p.scale * (p.k_scale != nullptr ? p.k_scale[kv_head * p.k_scale_stride] : 1.0f);
-#pragma unroll 4
-  for (int i = 0; i < kRows; ++i) {
-    const int row = first_row + i;
-    // Rows past the last get the last one's parameters, no q, and are never stored.
+  constexpr int kRowsPerPass = 32 / QRows::kChunks;
+  static_assert(kRows % kRowsPerPass == 0);
+  const int chunk = lane % QRows::kChunks;
+  const int bytes = chunk * 8 < p.head_dim ? 16 : 0;
+#pragma unroll 2
+  for (int pass = first_pass; pass < kRows / kRowsPerPass; pass += pass_step) {
+    const int row = first_row + pass * kRowsPerPass + lane / QRows::kChunks;
     const RowIndex index = row_index(plan, tile, kv_head, min(row, tile.num_rows - 1));
-    alignas(16) std::uint16_t bits[kPerLane];
-#pragma unroll
-    for (int e = 0; e < kPerLane; ++e) bits[e] = 0;
-    if (row < tile.num_rows && column < p.head_dim) {
-      const auto* source =
-          static_cast<const std::uint16_t*>(p.q) + index.q_token * p.q_token_stride + index.head * p.q_head_stride + column;
-      if (plan.q_aligned) {
-        if constexpr (kPerLane == 8) *reinterpret_cast<uint4*>(bits) = *reinterpret_cast<const uint4*>(source);
-        if constexpr (kPerLane == 4) *reinterpret_cast<uint2*>(bits) = *reinterpret_cast<const uint2*>(source);
-        if constexpr (kPerLane == 2) *reinterpret_cast<std::uint32_t*>(bits) = *reinterpret_cast<const std::uint32_t*>(source);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kPerLane; ++e) bits[e] = source[e];
-      }
-    }
-    float up = 1.0f;
-    const auto at = [&](int target_column) {
-      return q_shared + row * Types::kQRowBytes + ((target_column / 8 ^ Rows<Types::kQRowBytes>::key(row)) << 4) + target_column % 8 * 2;
-    };
-    if constexpr (Types::kQuantized) {
-      float values[kPerLane];
-      float largest = 0.0f;
-#pragma unroll
-      for (int e = 0; e < kPerLane; ++e) {
-        values[e] = p.dtype == DType::kBFloat16 ? __bfloat162float(__ushort_as_bfloat16(bits[e])) : __half2float(__ushort_as_half(bits[e]));
-        largest = fmaxf(largest, fabsf(values[e]));
-      }
-      // Positive floats compare like their bits. 2^-e and 2^e, both normal; 1 for zero, subnormal and infinite rows.
-      const unsigned exponent = __reduce_max_sync(kAllLanes, __float_as_uint(largest)) >> 23;
-      const bool scaled = exponent >= 1 && exponent <= 254;
-      const unsigned biased = min(exponent, 253u);
-      const float down = scaled ? __uint_as_float((254u - biased) << 23) : 1.0f;
-      if (scaled) up = __uint_as_float(biased << 23);
-#pragma unroll
-      for (int e = 0; e < kPerLane; ++e) {
-        const int within = (column + e) % 16;
-        const int position = 2 * (within / 4) + within % 2 + (within % 4 >= 2 ? 8 : 0);
-        *reinterpret_cast<std::uint16_t*>(at(column + e - within + position)) = __half_as_ushort(__float2half_rn(values[e] * down));
-      }
+    const int present = row < tile.num_rows ? bytes : 0;
+    const char* source = static_cast<const char*>(p.q) + (index.q_token * p.q_token_stride + index.head * p.q_head_stride) * 2;
+    const std::uint32_t target = QRows::address(q_shared, row, chunk);
+    if (plan.q_alignment == 16) {
+      device::copy_async_16(target, source + (present > 0 ? chunk * 16 : 0), present);
     } else {
-      char* target = at(column);
-      if constexpr (kPerLane == 8) *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(bits);
-      if constexpr (kPerLane == 4) *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(bits);
-      if constexpr (kPerLane == 2) *reinterpret_cast<std::uint32_t*>(target) = *reinterpret_cast<const std::uint32_t*>(bits);
-    }
-    if (lane == 0) {
-      const KeyRange range = visible_keys(p, tile, index.token);
-      row_params[row] = RowParams{scale * up, p.alibi_slopes != nullptr ? p.alibi_slopes[index.head] * kLog2E : 0.0f,
-                                  tile.kv_len - tile.query_len + index.token, range.begin, range.end};
+      device::copy_narrow_16(target, source + (present > 0 ? chunk * 16 : 0), present, plan.q_alignment);
     }
   }
 }
 
-/// The state of one warp's 16 rows: output sums, largest score in raw units, and the thread's part of the sum of exponentials.
-template <DType kKvDType, int kHeadDim>
-struct MmaRows {
-  using Types = MmaTypes<kKvDType, kHeadDim>;
-  static constexpr bool kBf16 = Types::kBf16;
-  static constexpr bool kQInRegisters = kHeadDim <= 128;
-  static constexpr int kSteps = kHeadDim / 16;  // of the q k product
+/// The parameters of the tile's row `row`. Rows past the last get the last one's and are never stored.
+__device__ __forceinline__ RowParams make_row_params(const Plan& plan, const Tile& tile, int kv_head, int row) {
+  const AttentionParams& p = plan.params;
+  const RowIndex index = row_index(plan, tile, kv_head, min(row, tile.num_rows - 1));
+  const KeyRange range = visible_keys(p, tile, index.token);
+  return RowParams{p.scale * (p.k_scale != nullptr ? p.k_scale[kv_head * p.k_scale_stride] : 1.0f),
+                   p.alibi_slopes != nullptr ? p.alibi_slopes[index.head] * kLog2E : 0.0f, tile.kv_len - tile.query_len + index.token,
+                   range.begin, range.end};
+}
 
-  float out[kHeadDim / 8][4];
-  float largest[2];
-  float sum[2];
-  std::uint32_t q[kQInRegisters ? kSteps : 1][4];
-  std::uint32_t q_address;  // the thread's, for step 0
-
-  using KvRows = Rows<Types::kKvRowBytes>;
-
-  __device__ __forceinline__ void reset() {
+/// For 8-bit K: turns kRows rows of q, which copy_q has brought, into float16 in the order that 8-bit K is read in. A warp's work. Each row is
+/// divided by a power of two near its largest element, so that bfloat16 values fit float16; that goes into the row's scale.
+template <typename Types, int kHeadDim, int kRows>
+__device__ __forceinline__ void convert_q(const Plan& plan, int first_row, char* q_shared, RowParams* row_params) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  constexpr int kPerLane = kHeadDim / 32;
+#pragma unroll 1
+  for (int row = first_row; row < first_row + kRows; ++row) {
+    const auto at = [&](int column) -> std::uint16_t& {
+      const int chunk = column / 8 ^ Rows<Types::kQRowBytes>::key(row);
+      return *reinterpret_cast<std::uint16_t*>(q_shared + row * Types::kQRowBytes + (chunk << 4) + column % 8 * 2);
+    };
+    float values[kPerLane];
+    float largest = 0.0f;
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n)
+    for (int e = 0; e < kPerLane; ++e) {
+      const std::uint16_t bits = at(lane + 32 * e);
+      values[e] = plan.params.dtype == DType::kBFloat16 ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
+      largest = fmaxf(largest, fabsf(values[e]));
+    }
+    // Positive floats compare like their bits. 2^-e and 2^e, both normal; 1 for zero, subnormal and infinite rows.
+    const unsigned exponent = __reduce_max_sync(kAllLanes, __float_as_uint(largest)) >> 23;
+    const bool scaled = exponent >= 1 && exponent <= 254;
+    const unsigned biased = min(exponent, 253u);
+    const float down = scaled ? __uint_as_float((254u - biased) << 23) : 1.0f;
+    if (scaled && lane == 0) row_params[row].scale *= __uint_as_float(biased << 23);
+    __syncwarp();  // all have read the row before it is overwritten in another order
 #pragma unroll
-      for (int i = 0; i < 4; ++i) out[n][i] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      largest[i] = -INFINITY;
-      sum[i] = 0.0f;
+    for (int e = 0; e < kPerLane; ++e) {
+      const int within = lane % 16;
+      const int position = 2 * (within / 4) + within % 2 + (within % 4 >= 2 ? 8 : 0);
+      at(lane - within + position + 32 * e) = __half_as_ushort(__float2half_rn(values[e] * down));
     }
   }
+}
 
-  __device__ __forceinline__ void load_q_step(std::uint32_t (&fragment)[4], int step) const {
-    device::load_matrix_x4(fragment, Rows<Types::kQRowBytes>::advance(q_address, 0, 2 * step));
-  }
-
-  __device__ __forceinline__ void q_step(std::uint32_t (&fragment)[4], int step) const {
-    if constexpr (kQInRegisters) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) fragment[i] = q[step][i];
-    } else {
-      load_q_step(fragment, step);
-    }
-  }
-
-  __device__ __forceinline__ void attach_q(std::uint32_t address, int first_row) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    q_address = Rows<Types::kQRowBytes>::address(address, first_row + lane % 16, lane / 16);
-    if constexpr (kQInRegisters) {
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) load_q_step(q[step], step);
-    }
-  }
-
-  /// Where the thread's part of K begins in a slot at address 0: its row and chunk of the first ldmatrix.
-  __device__ __forceinline__ static std::uint32_t k_thread_offset() {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    // 16-bit: (keys 0 to 7, chunk 0), (same, 1), (keys 8 to 15, 0), (same, 1). 8-bit: (0 to 7, 0), (8 to 15, 0), (0 to 7, 1), ...
-    return Types::kQuantized ? KvRows::address(0, lane % 16, lane / 16) : KvRows::address(0, lane / 16 * 8 + lane % 8, lane / 8 % 2);
-  }
-
-  /// scores = q k for kKeys keys; `k_address` is k_thread_offset() in their slot.
-  template <int kKeys>
-  __device__ __forceinline__ void multiply_qk(float (&scores)[kKeys / 8][4], std::uint32_t k_address) const {
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) scores[n][i] = 0.0f;
-    if constexpr (!Types::kQuantized) {
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        std::uint32_t a[4];
-        q_step(a, step);
-#pragma unroll
-        for (int pair = 0; pair < kKeys / 16; ++pair) {
-          std::uint32_t b[4];
-          device::load_matrix_x4(b, KvRows::advance(k_address, 16 * pair, 2 * step));
-          device::mma_16816<kBf16>(scores[2 * pair], a, b[0], b[1]);
-          device::mma_16816<kBf16>(scores[2 * pair + 1], a, b[2], b[3]);
-        }
-      }
-    } else {
-#pragma unroll
-      for (int step = 0; step < kSteps; step += 2) {
-        std::uint32_t a[2][4];
-        q_step(a[0], step);
-        q_step(a[1], step + 1);
-#pragma unroll
-        for (int pair = 0; pair < kKeys / 16; ++pair) {
-          std::uint32_t b[4];  // (keys 0 to 7, step), (keys 8 to 15, step), then step + 1
-          device::load_matrix_x4(b, KvRows::advance(k_address, 16 * pair, step));
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            std::uint32_t b0, b1;
-            device::dequantize_4<Types::kByte>(b[i], b0, b1);
-            device::mma_16816<kBf16>(scores[2 * pair + i % 2], a[i / 2], b0, b1);
-          }
-        }
-      }
-    }
-  }
-
-  /// Turns q k into scores in log2 units where more than a factor is asked for. Key `first_key` is column 0; `row_params` is the
-  /// warp's.
-  template <int kKeys>
-  __device__ __forceinline__ static void transform_scores(float (&scores)[kKeys / 8][4], const RowParams* row_params, float softcap,
-                                                          int first_key) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const RowParams row = row_params[lane / 4 + 8 * r];
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int key = first_key + 8 * n + lane % 4 * 2 + e;
-          float value = scores[n][2 * r + e] * row.scale;
-          if (softcap > 0.0f) {
-            // tanh(x) = 1 - 2 / (e^2x + 1), which saturates as it should.
-            const float power = device::exp2_approx(value / softcap * (2.0f * kLog2E));
-            value = softcap - __fdividef(2.0f * softcap, power + 1.0f);
-          }
-          scores[n][2 * r + e] = value * kLog2E - row.slope * static_cast<float>(row.position - key);
-        }
-    }
-  }
-
-  /// Selects -inf for keys that a row does not see. Bit j of `valid` says whether key j of the step exists.
-  template <int kKeys>
-  __device__ __forceinline__ static void mask_scores(float (&scores)[kKeys / 8][4], const RowParams* row_params, int first_key,
-                                                     const std::uint32_t (&valid)[(kKeys + 31) / 32]) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int begin = row_params[lane / 4 + 8 * r].begin, end = row_params[lane / 4 + 8 * r].end;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = 8 * n + lane % 4 * 2 + e;
-          const int key = first_key + column;
-          const bool seen = ((valid[n / 4] >> (column % 32)) & 1u) != 0 && key >= begin && key < end;
-          if (!seen) scores[n][2 * r + e] = -INFINITY;
-        }
-    }
-  }
-
-  /// One step of the online softmax: scores become weights, and what was summed so far is rescaled where the maximum grew.
-  template <int kKeys>
-  __device__ __forceinline__ void softmax(float (&scores)[kKeys / 8][4], const ScoreScale& score) {
-    float shift[2], rescale[2];
-    bool grew = false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float top = largest[r];
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-      // A row that has seen nothing yet: any finite shift gives weights of exp2(-inf) = 0.
-      const float base = top == -INFINITY ? 0.0f : top;
-      grew |= top != largest[r];
-      rescale[r] = device::exp2_approx((largest[r] - base) * score.log2_scale[r]);
-      shift[r] = base * score.log2_scale[r];
-      largest[r] = top;
-    }
-    if (__any_sync(kAllLanes, grew)) {
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) out[n][i] *= rescale[i / 2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) sum[r] *= rescale[r];
-    }
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scores[n][i] = device::exp2_approx(fmaf(scores[n][i], score.log2_scale[i / 2], -shift[i / 2]));
-        sum[i / 2] += scores[n][i];
-      }
-  }
-
-  /// As k_thread_offset, for V: (keys 0 to 7, chunk 0), (keys 8 to 15, chunk 0), (0 to 7, 1), (8 to 15, 1).
-  __device__ __forceinline__ static std::uint32_t v_thread_offset() {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    return KvRows::address(0, lane % 16, lane / 16);
-  }
-
-  /// The V fragments of 16 keys and 32 columns from 16 * pair on: b[i][0], b[i][1] for n-tile 2 (pair + i), b[i][2], b[i][3] for the next.
-  __device__ __forceinline__ static void load_v(std::uint32_t (&b)[2][4], std::uint32_t v_address, int first_key, int pair) {
-    if constexpr (!Types::kQuantized) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) device::load_matrix_x4_transposed(b[i], KvRows::advance(v_address, first_key, 2 * (pair + i)));
-    } else {
-      std::uint32_t packed[4];
-      device::load_matrix_x4_transposed(packed, KvRows::advance(v_address, first_key, pair));
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        device::dequantize_4<Types::kByte>(device::permute_bytes(packed[i], 0, 0x3120), b[i / 2][i % 2], b[i / 2][2 + i % 2]);
-    }
-  }
-
-  /// out += weights v for kKeys keys; `v_address` is v_thread_offset() in their slot.
-  template <int kKeys>
-  __device__ __forceinline__ void multiply_pv(const float (&weights)[kKeys / 8][4], std::uint32_t v_address) {
-#pragma unroll
-    for (int step = 0; step < kKeys / 16; ++step) {
-      const std::uint32_t a[4] = {device::pack_16<kBf16>(weights[2 * step][0], weights[2 * step][1]),
-                                  device::pack_16<kBf16>(weights[2 * step][2], weights[2 * step][3]),
-                                  device::pack_16<kBf16>(weights[2 * step + 1][0], weights[2 * step + 1][1]),
-                                  device::pack_16<kBf16>(weights[2 * step + 1][2], weights[2 * step + 1][3])};
-#pragma unroll
-      for (int pair = 0; pair < kHeadDim / 16; pair += 2) {
-        std::uint32_t b[2][4];
-        load_v(b, v_address, 16 * step, pair);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          device::mma_16816<kBf16>(out[2 * (pair + i)], a, b[i][0], b[i][1]);
-          device::mma_16816<kBf16>(out[2 * (pair + i) + 1], a, b[i][2], b[i][3]);
-        }
-      }
-    }
-  }
-
-  /// Adds up the four threads of each row; before that `sum` is a part.
-  __device__ __forceinline__ void reduce_sum() {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 1);
-      sum[r] += __shfl_xor_sync(kAllLanes, sum[r], 2);
-    }
-  }
-
-  /// Four consecutive columns of a row (of group if r is 0, else group + 8), and the first one, for i below kHeadDim / 16.
-  /// 16-bit V: the thread's pairs of n-tiles 2 i and 2 i + 1 are exchanged with the neighbour's.
-  __device__ __forceinline__ float4 columns(int i, int r, int& column) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    if constexpr (Types::kQuantized) {
-      column = 16 * i + 4 * (lane % 4);
-      return float4{out[2 * i][2 * r], out[2 * i + 1][2 * r], out[2 * i][2 * r + 1], out[2 * i + 1][2 * r + 1]};
-    } else {
-      // Even quads end up with the first n-tile's columns, odd ones with the second's.
-      const bool odd = lane % 2 != 0;
-      const float give0 = odd ? out[2 * i][2 * r] : out[2 * i + 1][2 * r];
-      const float give1 = odd ? out[2 * i][2 * r + 1] : out[2 * i + 1][2 * r + 1];
-      const float got0 = __shfl_xor_sync(kAllLanes, give0, 1);
-      const float got1 = __shfl_xor_sync(kAllLanes, give1, 1);
-      column = 16 * i + (odd ? 8 : 0) + (lane % 4 / 2) * 4;
-      return odd ? float4{got0, got1, out[2 * i + 1][2 * r], out[2 * i + 1][2 * r + 1]}
-                 : float4{out[2 * i][2 * r], out[2 * i][2 * r + 1], got0, got1};
-    }
-  }
-
-  /// Whether any output sum is infinite or NaN.
-  __device__ __forceinline__ bool not_finite() const {
-    float probe = 0.0f;
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) probe = fmaf(out[n][i], 0.0f, probe);
-    return probe != 0.0f;
-  }
+/// K or V of one kv head, and how to get at a key's row.
+struct KvView {
+  const char* base;
+  int row_bytes;
+  std::int64_t block_stride, token_stride;  // in bytes
+  uint2 chunk_strides;
 };
+
+template <typename Types>
+__device__ __forceinline__ KvView k_view(const AttentionParams& p, const Plan& plan, int kv_head) {
+  return KvView{static_cast<const char*>(p.k) + kv_head * p.k_head_stride * Types::kElementBytes, static_cast<int>(p.head_dim) * Types::kElementBytes,
+                p.k_block_stride * Types::kElementBytes, p.k_token_stride * Types::kElementBytes, plan.k_chunk_strides};
+}
+
+template <typename Types>
+__device__ __forceinline__ KvView v_view(const AttentionParams& p, const Plan& plan, int kv_head) {
+  return KvView{static_cast<const char*>(p.v) + kv_head * p.v_head_stride * Types::kElementBytes, static_cast<int>(p.head_dim) * Types::kElementBytes,
+                p.v_block_stride * Types::kElementBytes, p.v_token_stride * Types::kElementBytes, plan.v_chunk_strides};
+}
+
+/// A warp starts the copy of kKeys rows to `slot` from its row `first_row` on. Lane first_lane + i knows key i's location, and bit
+/// first_lane + i of `valid` says whether there is one. Keys that do not exist become zero: their weights are zero, and zero times what
+/// was there could be NaN.
+template <typename Types, int kKeys>
+__device__ __forceinline__ void copy_rows(const Plan& plan, const KvView& view, const KeyLocation& location, std::uint32_t valid, int first_lane,
+                                          std::uint32_t slot, int first_row) {
+  using KvRows = Rows<Types::kKvRowBytes>;
+  constexpr int kRowsPerPass = 32 / KvRows::kChunks;
+  constexpr int kPasses = kKeys / kRowsPerPass;
+  constexpr std::uint32_t kAll = kKeys == 32 ? 0xffffffffu : (1u << (kKeys % 32)) - 1;
+  static_assert(kPasses * kRowsPerPass == kKeys && kKeys % 8 == 0);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int chunk = lane % KvRows::kChunks;
+  const int pass_lane = first_lane + lane / KvRows::kChunks;
+  const int bytes = min(max(view.row_bytes - chunk * 16, 0), 16);
+  const std::uint32_t target = KvRows::address(slot, first_row + lane / KvRows::kChunks, chunk);
+  if (plan.chunk_strides_exist && (valid >> first_lane & kAll) == kAll) {
+    const std::uint32_t offset = static_cast<std::uint32_t>(location.entry) * view.chunk_strides.x +
+                                 static_cast<std::uint32_t>(location.slot) * view.chunk_strides.y;
+    const char* source = view.base + (bytes > 0 ? chunk * 16 : 0);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const std::uint32_t row_offset = __shfl_sync(kAllLanes, offset, pass_lane + pass * kRowsPerPass);
+      device::copy_async_16(KvRows::advance(target, pass * kRowsPerPass, KvRows::key(pass * kRowsPerPass)),
+                            source + static_cast<std::uint64_t>(row_offset) * 16, bytes);
+    }
+  } else {
+#pragma unroll 1
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row_lane = pass_lane + pass * kRowsPerPass;
+      const int entry = __shfl_sync(kAllLanes, location.entry, row_lane);
+      const int token = __shfl_sync(kAllLanes, location.slot, row_lane);
+      const int present = (valid >> row_lane) & 1u ? bytes : 0;
+      const char* source = present > 0 ? view.base + entry * view.block_stride + token * view.token_stride + chunk * 16 : view.base;
+      const std::uint32_t row_target = KvRows::advance(target, pass * kRowsPerPass, KvRows::key(pass * kRowsPerPass));
+      if (plan.kv_alignment == 16) {
+        device::copy_async_16(row_target, source, present);
+      } else {
+        device::copy_narrow_16(row_target, source, present, plan.kv_alignment);
+      }
+    }
+  }
+}
 
 // Zero times NaN is NaN, so that a V row which some of a tile's rows see and others do not spoils the others where it is not
 // finite. Kernels notice that in their sums and then run a second time, with V's elements that are not finite taken out and noted

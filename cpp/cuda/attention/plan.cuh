@@ -53,8 +53,11 @@ struct Plan {
   int tiles_per_seq;  // 0 with query_start_loc
   int key_capacity;
   int kv_alignment;  // of every K and V row, in bytes: 1, 2, 4, 8 or 16
-  bool q_aligned;    // rows of q and out are multiples of 16 bytes from an address that is one too
-  bool out_aligned;
+  // With kv_alignment 16 and every offset below 2^32 chunks of 16 bytes, strides in such chunks: {block, token}.
+  bool chunk_strides_exist;
+  uint2 k_chunk_strides, v_chunk_strides;
+  int q_alignment;   // of every row of q
+  bool out_aligned;  // every row of out is aligned to 16 bytes
   OpId op;
 };
 
@@ -67,7 +70,7 @@ struct Tile {
   int row_begin;  // packed row within the sequence
   int num_rows;
   int key_begin, key_end;
-  std::int64_t kv_first_token;  // not paged: the sequence's first row of k
+  int kv_first_token;  // not paged: the sequence's first row of k
 };
 
 /// Keys that a query sees: [begin, end), empty if end <= begin.
@@ -265,37 +268,29 @@ __device__ __forceinline__ void store_out_4(const Plan& plan, const RowIndex& ro
   }
 }
 
-/// Where one key's K and V rows of a kv head begin, in elements from k and v, and whether there is such a key.
+/// Where one key's rows begin: entry * block_stride + slot * token_stride elements from k or v.
 struct KeyLocation {
-  std::int64_t k_offset, v_offset;
+  int entry;  // block; 0 when not paged
+  int slot;   // within the block, or of all keys when not paged
   bool valid;
 };
 
-/// The table entry of a key that is inside its sequence (0 when not paged).
-__device__ __forceinline__ int load_entry(const AttentionParams& p, const Plan& plan, const Tile& tile, int key, int key_end) {
+/// The table entry of a key (0 when not paged, or when there is no such key).
+__device__ __forceinline__ int load_entry(const Plan& plan, const Tile& tile, int key, int key_end) {
+  const AttentionParams& p = plan.params;
   if (p.block_tables == nullptr || key >= key_end) return 0;
   return p.block_tables[tile.seq * p.block_tables_stride + plan.block_size.quotient(key)];
 }
 
-__device__ __forceinline__ KeyLocation locate_key(const AttentionParams& p, const Plan& plan, const Tile& tile, int key,
-                                                  int key_end, int entry) {
-  KeyLocation location{0, 0, key < key_end};
-  if (!location.valid) return location;
-  if (p.block_tables == nullptr) {
-    location.k_offset = (tile.kv_first_token + key) * p.k_token_stride;
-    location.v_offset = (tile.kv_first_token + key) * p.v_token_stride;
-    return location;
-  }
+__device__ __forceinline__ KeyLocation locate_key(const Plan& plan, const Tile& tile, int key, int key_end, int entry) {
+  const AttentionParams& p = plan.params;
+  if (key >= key_end) return KeyLocation{0, 0, false};
+  if (p.block_tables == nullptr) return KeyLocation{0, tile.kv_first_token + key, true};
   const int block = plan.block_size.quotient(key);
-  if (entry < 0 || entry >= p.num_blocks) {
-    location.valid = false;
-    if (entry != -1) record_error(plan.error_word, plan.op, ArgId::kBlockTables, tile.seq * p.max_blocks_per_seq + block, entry);
-    return location;
-  }
-  const int slot = plan.block_size.remainder(key, block);
-  location.k_offset = entry * p.k_block_stride + slot * p.k_token_stride;
-  location.v_offset = entry * p.v_block_stride + slot * p.v_token_stride;
-  return location;
+  const bool valid = entry >= 0 && entry < p.num_blocks;
+  if (!valid && entry != -1)
+    record_error(plan.error_word, plan.op, ArgId::kBlockTables, tile.seq * p.max_blocks_per_seq + block, entry);
+  return KeyLocation{entry, plan.block_size.remainder(key, block), valid};
 }
 
 }  // namespace quire::cuda::attn

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/attention/plan.cuh"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/dequantize.cuh"
 
 namespace quire::cuda::attn {
@@ -54,6 +55,7 @@ __global__ void __launch_bounds__(kThreads) attention_simt_kernel(const __grid_c
   const int kv_head = static_cast<int>(blockIdx.x) - tile_idx * num_kv_heads;
   const int head_dim = static_cast<int>(p.head_dim);
 
+  device::launch_dependents();
   Tile tile;
   if (!locate_tile(plan, tile_idx, tile)) return;
   const SplitRange splits = active_splits(plan, tile);
@@ -93,7 +95,9 @@ __global__ void __launch_bounds__(kThreads) attention_simt_kernel(const __grid_c
 
   for (int first = key_begin + warp * 32; first < key_end; first += kWarps * 32) {
     const int key = first + lane;
-    const KeyLocation location = locate_key(p, plan, tile, key, key_end, load_entry(p, plan, tile, key, key_end));
+    const KeyLocation location = locate_key(plan, tile, key, key_end, load_entry(plan, tile, key, key_end));
+    const std::int64_t k_offset = location.entry * p.k_block_stride + location.slot * p.k_token_stride + kv_head * p.k_head_stride;
+    const std::int64_t lane_v_offset = location.entry * p.v_block_stride + location.slot * p.v_token_stride + kv_head * p.v_head_stride;
 
     // Scores: a key to each lane.
     float score[kRows];
@@ -102,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) attention_simt_kernel(const __grid_c
     if (location.valid) {
 #pragma unroll 2
       for (int column = 0; column < head_dim; column += 4) {
-        const float4 k = load_4<kKvDType>(p.k, location.k_offset + kv_head * p.k_head_stride + column, aligned);
+        const float4 k = load_4<kKvDType>(p.k, k_offset + column, aligned);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           const float4 q = *reinterpret_cast<const float4*>(&q_shared[r][column]);
@@ -139,14 +143,14 @@ __global__ void __launch_bounds__(kThreads) attention_simt_kernel(const __grid_c
     const std::uint32_t valid = __ballot_sync(kAllLanes, location.valid);
 #pragma unroll 2
     for (int j = 0; j < 32; ++j) {
-      const std::int64_t v_offset = __shfl_sync(kAllLanes, location.v_offset, j);
+      const std::int64_t v_offset = __shfl_sync(kAllLanes, lane_v_offset, j);
       if (!((valid >> j) & 1u)) continue;
       float v[kPerLane];
 #pragma unroll
       for (int i = 0; i < kPerLane; i += 4) {
         const int column = lane * kPerLane + i;
         float4 loaded{0.0f, 0.0f, 0.0f, 0.0f};
-        if (column < head_dim) loaded = load_4<kKvDType>(p.v, v_offset + kv_head * p.v_head_stride + column, aligned);
+        if (column < head_dim) loaded = load_4<kKvDType>(p.v, v_offset + column, aligned);
         v[i] = loaded.x, v[i + 1] = loaded.y, v[i + 2] = loaded.z, v[i + 3] = loaded.w;
       }
 #pragma unroll

@@ -30,6 +30,13 @@ __device__ __forceinline__ void load_matrix_x4_transposed(std::uint32_t (&r)[4],
                : "memory");
 }
 
+/// An 8 x 8 matrix of 16-bit elements, lane 4 i + j holding elements 2 j and 2 j + 1 of row i, transposed.
+__device__ __forceinline__ std::uint32_t transpose_8x8(std::uint32_t r) {
+  std::uint32_t transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(transposed) : "r"(r));
+  return transposed;
+}
+
 /// c += a b; bfloat16 operands if kBf16, else float16.
 template <bool kBf16>
 __device__ __forceinline__ void mma_16816(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
