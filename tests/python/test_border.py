@@ -14,8 +14,9 @@ import weakref
 import frameworks
 import numpy as np
 import pytest
-import quire
 from frameworks import np_dtype
+
+import quire
 from quire import _core
 
 ALL_DTYPES = [
@@ -97,7 +98,11 @@ def test_torch_refusals(torch):
         ),
         (torch._neg_view(torch.zeros(4)), ValueError, r"lazily negated one"),
         (torch.randn(4, dtype=torch.complex64).conj(), TypeError, r"got complex64"),
-        (torch.zeros(4).to_sparse(), TypeError, r"sparse one \(torch.sparse_coo\); call \.to_dense\(\) first"),
+        (
+            torch.zeros(4).to_sparse(),
+            TypeError,
+            r"sparse one \(torch.sparse_coo\); call \.to_dense\(\) first",
+        ),
         (sparse_rows(torch), TypeError, r"sparse one \(torch.sparse_csr\); call \.to_dense\(\) first"),
         (torch.empty(4, device="meta"), TypeError, r"got a meta tensor; materialize it first"),
         (torch.zeros(4, dtype=torch.float64), TypeError, r"got float64"),
@@ -209,7 +214,9 @@ def test_misbehaving_producers():
 
 def test_uninitialized_tensor():
     hollow = quire.Tensor.__new__(quire.Tensor)
-    with pytest.raises(TypeError, match=r"x: expected a tensor, got a quire.Tensor that was never initialized"):
+    with pytest.raises(
+        TypeError, match=r"x: expected a tensor, got a quire.Tensor that was never initialized"
+    ):
         quire.rms_norm(hollow, np.ones(2, np.float32), out=np.ones(2, np.float32))
 
 

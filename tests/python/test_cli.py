@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from quire import doctor
 from quire.__main__ import main
 from quire.bench import FAMILIES, command, peers
@@ -179,7 +180,9 @@ def test_another_programs_doctor_is_not_ours(tmp_path: Path, program: str, broke
 
 @pytest.mark.parametrize("module", [("-m", "quire"), ("-mquire",), ("-Im", "quire")])
 @pytest.mark.parametrize("broken", [False, True])
-def test_under_the_doctor_the_first_use_imports(tmp_path: Path, module: tuple[str, ...], broken: bool) -> None:
+def test_under_the_doctor_the_first_use_imports(
+    tmp_path: Path, module: tuple[str, ...], broken: bool
+) -> None:
     script = (
         f"import sys\nsys.argv, sys.orig_argv = ['-m', 'doctor'], ['python', *{module!r}, 'doctor']\n"
         "import quire\nassert 'rms_norm' not in vars(quire)\n"

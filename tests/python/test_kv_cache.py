@@ -7,9 +7,10 @@ import gc
 
 import numpy as np
 import pytest
-import quire
 from frameworks import np_dtype
 from reference import kv_cache as reference
+
+import quire
 
 DTYPES = ["float32", "float16", "bfloat16"]
 CACHE_DTYPES = [*DTYPES, "float8_e4m3fn", "float8_e5m2", "int8"]

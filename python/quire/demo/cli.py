@@ -77,7 +77,12 @@ def _add_common_arguments(parser: argparse.ArgumentParser, demo: bool) -> None:
     add = parser.add_argument
     add("--prompts", type=Path, metavar="FILE", help="one prompt per line (\\n stands for a line break)")
     add("--max-tokens", type=_positive, default=128 if demo else 64, help="tokens per prompt (%(default)s)")
-    add("--temperature", type=_temperature, default=0.8 if demo else 0.0, help="below 1e-5: greedy (%(default)s)")
+    add(
+        "--temperature",
+        type=_temperature,
+        default=0.8 if demo else 0.0,
+        help="below 1e-5: greedy (%(default)s)",
+    )
     add("--top-p", type=_probability, default=0.95 if demo else 1.0, help="probability kept (%(default)s)")
     add("--seed", type=_seed, default=0, help="prompt i is sampled with seed + i (%(default)s)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="cuda needs CuPy (%(default)s)")

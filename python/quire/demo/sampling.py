@@ -12,7 +12,6 @@ import numpy as np
 
 from quire.demo.backend import Array, Backend
 
-
 #: Below this a temperature counts as 0: the logits divided by it would leave float32.
 GREEDY_TEMPERATURE = 1e-5
 
