@@ -175,9 +175,13 @@ def test_misbehaving_producers():
     ):
         quire.rms_norm(Producer(x, fail=BufferError("no")), weight, out=out)
     if not quire.has_cuda():
-        with pytest.raises(quire.UnsupportedError, match=r"device: expected cpu, got cuda: this build .* no CUDA kernels"):
+        with pytest.raises(
+            quire.UnsupportedError, match=r"device: expected cpu, got cuda: this build .* no CUDA kernels"
+        ):
             quire.rms_norm(Producer(x, device=(2, 0)), weight, out=out)
-    with pytest.raises(quire.UnsupportedError, match=r"x: expected a tensor on cpu or cuda, got one on DLPack device type 10"):
+    with pytest.raises(
+        quire.UnsupportedError, match=r"x: expected a tensor on cpu or cuda, got one on DLPack device type 10"
+    ):
         quire.rms_norm(Producer(x, device=(10, 0)), weight, out=out)
 
     class WrongCapsule(Producer):

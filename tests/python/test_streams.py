@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 import pathlib
 import subprocess
 import sys
@@ -516,9 +515,7 @@ def test_capture_as_the_first_call(torch_work, name):
     code = (
         f"import sys; sys.path.insert(0, {here!r}); import test_streams; test_streams.first_capture({name!r})"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=dict(os.environ), capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -770,9 +767,8 @@ def test_mixed_frameworks_on_their_own_streams(torch_work):
 
 
 @contextlib.contextmanager
-def busy_stream(work: Any) -> Iterator[Callable[[], bool]]:
-    """A stream of the framework that is current and busy for a tenth of a second; gives whether it still is."""
-    stream = work.stream()
+def busy(work: Any, stream: Any) -> Iterator[Callable[[], bool]]:
+    """Makes the stream current, and busy for a tenth of a second; gives whether it still is."""
     with work.use(stream):
         work.delay(LONG_DELAY)
         if isinstance(work, CuPyWork):
@@ -787,18 +783,19 @@ def busy_stream(work: Any) -> Iterator[Callable[[], bool]]:
 @every_op
 def test_no_host_synchronisation(work, op, explicit):
     tensors, new, want = draws(op, work)
-    side = work.stream()
+    side, current = work.stream(), work.stream()
     keywords = {"stream": work.handle(side)} if explicit else {}
-    op.call(work.copy(new), **keywords)  # the explicit stream's workspace
-    with work.use(work.stream()):
-        op.call(work.copy(new), **keywords)
+    with work.use(current):  # warm: kernels are loaded, and the streams have their workspace
+        for _ in range(2):
+            spare = work.copy(new)
+            op.call(spare, **keywords)
     work.synchronize()
-    with busy_stream(work) as busy:
+    with busy(work, current) as is_busy:
         work.assign(tensors, new)
         start = time.perf_counter()
         op.call(tensors, **keywords)
         seconds = time.perf_counter() - start
-        still_busy = busy()
+        still_busy = is_busy()
         got = work.copy(tensors)
     assert still_busy, f"the call returned when the stream was done, after {seconds * 1e3:.1f} ms"
     assert seconds < 0.02
@@ -806,12 +803,18 @@ def test_no_host_synchronisation(work, op, explicit):
 
 
 def test_no_host_synchronisation_of_an_allocated_result(work):
-    tensors, *_ = draws(OPS["rms_norm"], work)
-    quire.rms_norm(tensors["x"], tensors["weight"])
+    tensors, _, _ = draws(OPS["rms_norm"], work)
+    current = work.stream()
+    with work.use(current):
+        warm = [quire.rms_norm(tensors["x"], tensors["weight"]) for _ in range(2)]
     work.synchronize()
-    with busy_stream(work) as busy:
+    del warm
+    with busy(work, current) as is_busy:
+        start = time.perf_counter()
         quire.rms_norm(tensors["x"], tensors["weight"])
-        assert busy()
+        seconds = time.perf_counter() - start
+        assert is_busy(), f"the call returned when the stream was done, after {seconds * 1e3:.1f} ms"
+    assert seconds < 0.02
     work.synchronize()
 
 
@@ -825,10 +828,9 @@ def test_jax_inputs_made_and_dropped(jax):
 
     @jax.jit
     def produce(seed: Any) -> Any:
-        x = jax.random.normal(jax.random.key(seed), (hidden, hidden), jnp.float32)
-        for _ in range(8):  # late
-            x = jnp.tanh(x @ x.T / hidden**0.5)
-        return x[:rows] + seed
+        x = jax.random.normal(jax.random.key(seed), (rows, hidden), jnp.float32)
+        late = jax.lax.fori_loop(0, 2000, lambda _, y: 1.5 * jnp.sin(y) + 0.25, x)
+        return x + late
 
     @jax.jit
     def churn(seed: Any) -> Any:
@@ -868,8 +870,7 @@ def test_jax_inputs_of_every_argument(jax):
         want = got if want is None else want
         np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
         del garbage
-    on_cpu = quire.paged_attention(*(arrays[name] for name in order))
-    assert_close("attention", want, as_float64(on_cpu))
+    assert_close("attention", want, Batch(**arrays, query_start_loc=None).reference()[0])
 
 
 def test_jax_result_consumed_at_once(jax):
@@ -883,11 +884,10 @@ def test_jax_result_consumed_at_once(jax):
     settled = []
     for x in xs:
         out = quire.rms_norm(x, weight)
-        quire.check_errors("cuda:0")  # waits for the device
+        on_host = np.asarray(out)  # the op is done once this is right
+        some = slice(None, None, 61)
+        assert_close("norm", on_host[some], reference.rms_norm(as_float64(np.asarray(x)[some]), 1.0, 1e-6))
         settled.append(np.asarray(consume(out)))
-        assert_close(
-            "norm", np.asarray(out)[:4], reference.rms_norm(as_float64(np.asarray(x)[:4]), 1.0, 1e-6)
-        )
     assert not np.array_equal(settled[0], settled[1])
     got = [consume(quire.rms_norm(xs[i % variants], weight)) for i in range(200)]
     for i, y in enumerate(got):
@@ -915,7 +915,7 @@ def test_two_threads(torch_work, streams):
     work.synchronize()
     own = [torch.cuda.Stream(), torch.cuda.Stream()]
     chosen = {"same": [own[0]] * 2, "different": own, "default": [torch.cuda.default_stream()] * 2}[streams]
-    barrier = threading.Barrier(2)
+    barrier = threading.Barrier(2, timeout=60)
 
     def loop(thread: int) -> None:
         with torch.cuda.stream(chosen[thread]):
@@ -954,7 +954,7 @@ def test_threads_on_the_first_call(torch_work):
         made = [work.upload(s.OPS[n].make(np.random.default_rng(i), work.dtype)) for i, n in enumerate(names)]
         wants = [work.copy(t) for t in made]
         work.synchronize()
-        barrier = threading.Barrier(len(names))
+        barrier = threading.Barrier(len(names), timeout=60)
 
         def call(i):
             barrier.wait()
