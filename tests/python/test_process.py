@@ -44,7 +44,8 @@ def run(code: str, *, env: dict[str, str] | None = None) -> subprocess.Completed
     """A fresh interpreter; two threads for CPU ops unless the environment says otherwise."""
     return subprocess.run(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
-        env={**os.environ, "QUIRE_NUM_THREADS": "2", **(env or {})},
+        # An editable install rebuilds at the import; it need not say so on stderr.
+        env={**os.environ, "SKBUILD_EDITABLE_VERBOSE": "0", "QUIRE_NUM_THREADS": "2", **(env or {})},
         capture_output=True,
         text=True,
         timeout=60,
