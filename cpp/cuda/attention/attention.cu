@@ -42,10 +42,9 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   plan.num_tiles = static_cast<int>(config.num_tiles);
   plan.tiles_per_seq = static_cast<int>(config.tiles_per_seq);
   plan.key_capacity = static_cast<int>(key_capacity(params));
-  plan.kv_alignment =
-      common_alignment({address(params.k), address(params.v), params.k_block_stride * kv_bytes, params.k_token_stride * kv_bytes,
-                        params.k_head_stride * kv_bytes, params.v_block_stride * kv_bytes, params.v_token_stride * kv_bytes,
-                        params.v_head_stride * kv_bytes});
+  plan.kv_alignment = common_alignment({address(params.k), address(params.v), params.k_block_stride * kv_bytes,
+                                        params.k_token_stride * kv_bytes, params.k_head_stride * kv_bytes, params.v_block_stride * kv_bytes,
+                                        params.v_token_stride * kv_bytes, params.v_head_stride * kv_bytes});
   const auto chunk_strides = [&](std::int64_t block_stride, std::int64_t token_stride, uint2& strides) {
     const std::int64_t tokens = params.block_tables != nullptr ? params.block_size : params.num_kv_tokens;
     const std::int64_t blocks = params.block_tables != nullptr ? params.num_blocks : 1;
@@ -53,7 +52,8 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
     block_stride = block_stride * kv_bytes / 16, token_stride = token_stride * kv_bytes / 16;
     if (block_stride < 0 || token_stride < 0 || block_stride > limit || token_stride > limit) return false;
     strides = uint2{static_cast<unsigned>(block_stride), static_cast<unsigned>(token_stride)};
-    return static_cast<double>(blocks) * static_cast<double>(block_stride) + static_cast<double>(tokens) * static_cast<double>(token_stride) <
+    return static_cast<double>(blocks) * static_cast<double>(block_stride) +
+               static_cast<double>(tokens) * static_cast<double>(token_stride) <
            static_cast<double>(limit);
   };
   plan.chunk_strides_exist = plan.kv_alignment == 16 && chunk_strides(params.k_block_stride, params.k_token_stride, plan.k_chunk_strides) &&

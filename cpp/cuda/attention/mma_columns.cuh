@@ -128,8 +128,8 @@ struct MmaColumns {
 
   /// Turns q k into scores in log2 units where more than a factor is asked for. Key `first_key` is row 0.
   template <int kKeys>
-  __device__ __forceinline__ static void transform_scores(float (&scores)[kKeys / 16][kTiles][4], const RowParams* row_params, float softcap,
-                                                          int first_key) {
+  __device__ __forceinline__ static void transform_scores(float (&scores)[kKeys / 16][kTiles][4], const RowParams* row_params,
+                                                          float softcap, int first_key) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim, k
 
   char* q_shared = shared + Shape::kQOffset;
   auto* row_params = reinterpret_cast<RowParams*>(shared + Shape::kRowParamsOffset);
-  auto& stats = *reinterpret_cast<float(*)[2][kWarps][kRows]>(shared + Shape::kStatsOffset);
+  auto& stats = *reinterpret_cast<float (*)[2][kWarps][kRows]>(shared + Shape::kStatsOffset);
   const std::uint32_t shared_base = device::shared_address(shared);
   const std::uint32_t ring = shared_base + static_cast<std::uint32_t>(warp * Shape::kRingBytes);
   auto* notes = reinterpret_cast<std::uint32_t*>(shared + Shape::kNotesOffset);

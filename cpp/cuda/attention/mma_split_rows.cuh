@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim>::
   const std::uint32_t v_thread_offset = Shape::kSlotBytes + MmaState::v_thread_offset();
 
   // Every warp looks up the whole step, so that each knows all of its keys, and copies a quarter of the rows.
-  const auto copy = [&](const KvView& view, const KeyLocation (&location)[kMasks], const std::uint32_t (&valid)[kMasks], std::uint32_t slot) {
+  const auto copy = [&](const KvView& view, const KeyLocation(&location)[kMasks], const std::uint32_t (&valid)[kMasks],
+                        std::uint32_t slot) {
     constexpr int kRowsPerWarp = kKeys / kWarps;
     const int first_row = warp * kRowsPerWarp;
     if (kMasks == 1 || first_row < 32) {
@@ -141,7 +142,8 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim>::
       bool all_valid = true;
 #pragma unroll
       for (int m = 0; m < kMasks; ++m) all_valid &= valid[0][m] == kAllLanes;
-      if (!all_valid || key < full.begin || key > full.end - kKeys) rows.template mask_scores<kKeys>(scores, row_params + warp_row, key, valid[0]);
+      if (!all_valid || key < full.begin || key > full.end - kKeys)
+        rows.template mask_scores<kKeys>(scores, row_params + warp_row, key, valid[0]);
       rows.template softmax<kKeys>(scores, score);
 
       device::copy_async_wait<2>();

@@ -159,7 +159,8 @@ __device__ __forceinline__ void convert_q(const Plan& plan, int first_row, char*
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e) {
       const std::uint16_t bits = at(lane + 32 * e);
-      values[e] = plan.params.dtype == DType::kBFloat16 ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
+      values[e] =
+          plan.params.dtype == DType::kBFloat16 ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
       largest = fmaxf(largest, fabsf(values[e]));
     }
     // Positive floats compare like their bits. 2^-e and 2^e, both normal; 1 for zero, subnormal and infinite rows.
@@ -188,22 +189,24 @@ struct KvView {
 
 template <typename Types>
 __device__ __forceinline__ KvView k_view(const AttentionParams& p, const Plan& plan, int kv_head) {
-  return KvView{static_cast<const char*>(p.k) + kv_head * p.k_head_stride * Types::kElementBytes, static_cast<int>(p.head_dim) * Types::kElementBytes,
-                p.k_block_stride * Types::kElementBytes, p.k_token_stride * Types::kElementBytes, plan.k_chunk_strides};
+  return KvView{static_cast<const char*>(p.k) + kv_head * p.k_head_stride * Types::kElementBytes,
+                static_cast<int>(p.head_dim) * Types::kElementBytes, p.k_block_stride * Types::kElementBytes,
+                p.k_token_stride * Types::kElementBytes, plan.k_chunk_strides};
 }
 
 template <typename Types>
 __device__ __forceinline__ KvView v_view(const AttentionParams& p, const Plan& plan, int kv_head) {
-  return KvView{static_cast<const char*>(p.v) + kv_head * p.v_head_stride * Types::kElementBytes, static_cast<int>(p.head_dim) * Types::kElementBytes,
-                p.v_block_stride * Types::kElementBytes, p.v_token_stride * Types::kElementBytes, plan.v_chunk_strides};
+  return KvView{static_cast<const char*>(p.v) + kv_head * p.v_head_stride * Types::kElementBytes,
+                static_cast<int>(p.head_dim) * Types::kElementBytes, p.v_block_stride * Types::kElementBytes,
+                p.v_token_stride * Types::kElementBytes, plan.v_chunk_strides};
 }
 
 /// A warp starts the copy of kKeys rows to `slot` from its row `first_row` on. Lane first_lane + i knows key i's location, and bit
 /// first_lane + i of `valid` says whether there is one. Keys that do not exist become zero: their weights are zero, and zero times what
 /// was there could be NaN.
 template <typename Types, int kKeys>
-__device__ __forceinline__ void copy_rows(const Plan& plan, const KvView& view, const KeyLocation& location, std::uint32_t valid, int first_lane,
-                                          std::uint32_t slot, int first_row) {
+__device__ __forceinline__ void copy_rows(const Plan& plan, const KvView& view, const KeyLocation& location, std::uint32_t valid,
+                                          int first_lane, std::uint32_t slot, int first_row) {
   using KvRows = Rows<Types::kKvRowBytes>;
   constexpr int kRowsPerPass = 32 / KvRows::kChunks;
   constexpr int kPasses = kKeys / kRowsPerPass;

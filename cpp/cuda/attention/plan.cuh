@@ -288,8 +288,7 @@ __device__ __forceinline__ KeyLocation locate_key(const Plan& plan, const Tile& 
   if (p.block_tables == nullptr) return KeyLocation{0, tile.kv_first_token + key, true};
   const int block = plan.block_size.quotient(key);
   const bool valid = entry >= 0 && entry < p.num_blocks;
-  if (!valid && entry != -1)
-    record_error(plan.error_word, plan.op, ArgId::kBlockTables, tile.seq * p.max_blocks_per_seq + block, entry);
+  if (!valid && entry != -1) record_error(plan.error_word, plan.op, ArgId::kBlockTables, tile.seq * p.max_blocks_per_seq + block, entry);
   return KeyLocation{entry, plan.block_size.remainder(key, block), valid};
 }
 

@@ -1,8 +1,7 @@
 // Attention for float32 queries.
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/attention/simt.cuh"
-
 #include "cuda/attention/launch.h"
+#include "cuda/attention/simt.cuh"
 
 namespace quire::cuda::attn {
 
