@@ -140,7 +140,8 @@ Plan make_plan(const AttentionParams& p, const std::vector<AttentionSequence>& s
       const std::int64_t key_end = std::max(key_begin, visible_keys(p, sequence, query_end - 1).end);
       for (std::int64_t head = 0; head < p.num_kv_heads; head += task_heads) {
         const std::int64_t head_end = std::min(head + task_heads, p.num_kv_heads);
-        plan.works.push_back({{&p, sequence, s, head, head_end, query_begin, query_end, key_begin, key_end, nullptr}, is_decode ? decode : prefill});
+        plan.works.push_back(
+            {{&p, sequence, s, head, head_end, query_begin, query_end, key_begin, key_end, nullptr}, is_decode ? decode : prefill});
         plan.total_cost += cost(plan.works.back().task);
       }
     }

@@ -48,9 +48,8 @@ class Elements {
   void* data() { return bytes_.data(); }
   const std::vector<char>& bytes() const { return bytes_; }
   float get(std::int64_t i) const {
-    return dispatch_kv(dtype_, "test", [&](auto constant) {
-      return to_float(reinterpret_cast<const HostType<constant()>*>(bytes_.data())[i]);
-    });
+    return dispatch_kv(dtype_, "test",
+                       [&](auto constant) { return to_float(reinterpret_cast<const HostType<constant()>*>(bytes_.data())[i]); });
   }
   void set(std::int64_t i, float value) {
     dispatch_kv(dtype_, "test", [&](auto constant) {
@@ -158,7 +157,9 @@ struct Batch {
     p.k_scale_stride = p.v_scale_stride = s.num_scales > 1 ? 1 : 0;
   }
 
-  std::int32_t& table(std::int64_t seq, std::int64_t entry) { return tables[static_cast<std::size_t>(seq * p.block_tables_stride + entry)]; }
+  std::int32_t& table(std::int64_t seq, std::int64_t entry) {
+    return tables[static_cast<std::size_t>(seq * p.block_tables_stride + entry)];
+  }
   std::int64_t block_of(std::int64_t seq, std::int64_t key) const {
     return tables[static_cast<std::size_t>(seq * p.block_tables_stride + key / p.block_size)];
   }
@@ -227,7 +228,8 @@ struct Batch {
     row.lse = max + std::log(sum);
     for (std::size_t i = 0; i < keys.size(); ++i)
       for (std::int64_t d = 0; d < spec.head_dim; ++d)
-        row.out[static_cast<std::size_t>(d)] += std::exp(scores[i] - row.lse) * scale_of(v_scale) * static_cast<double>(v.get(v_index(seq, keys[i], kv_head) + d));
+        row.out[static_cast<std::size_t>(d)] +=
+            std::exp(scores[i] - row.lse) * scale_of(v_scale) * static_cast<double>(v.get(v_index(seq, keys[i], kv_head) + d));
     return row;
   }
 
@@ -239,7 +241,8 @@ struct Batch {
         for (std::int64_t head = 0; head < p.num_heads; ++head) {
           const Row expected = reference(static_cast<std::int64_t>(seq), query, head);
           const std::int64_t token = query_start_loc[seq] + query;
-          const std::string where = label + " seq " + std::to_string(seq) + " query " + std::to_string(query) + " head " + std::to_string(head);
+          const std::string where =
+              label + " seq " + std::to_string(seq) + " query " + std::to_string(query) + " head " + std::to_string(head);
           const double got_lse = static_cast<double>(lse[static_cast<std::size_t>(token * p.num_heads + head)]);
           if (expected.lse == -kInf) {
             ASSERT_EQ(got_lse, -kInf) << where;
@@ -249,7 +252,8 @@ struct Batch {
           double largest = 1.0;
           for (double x : expected.out) largest = std::max(largest, std::abs(x));
           for (std::int64_t d = 0; d < spec.head_dim; ++d)
-            ASSERT_NEAR(static_cast<double>(out.get(out_index(token, head) + d)), expected.out[static_cast<std::size_t>(d)], arithmetic * largest)
+            ASSERT_NEAR(static_cast<double>(out.get(out_index(token, head) + d)), expected.out[static_cast<std::size_t>(d)],
+                        arithmetic * largest)
                 << where << " element " << d;
         }
     if (!spec.decode)
@@ -582,7 +586,8 @@ TEST_P(CpuAttention, LargeScoresDoNotOverflow) {
         for (std::int64_t token = 0; token < q_len; ++token)
           for (std::int64_t head = 0; head < 4; ++head) {
             const Batch::Row expected = batch.reference(0, token, head);
-            ASSERT_NEAR(static_cast<double>(batch.lse[static_cast<std::size_t>(token * 4 + head)]), expected.lse, 1e-6 * std::abs(expected.lse));
+            ASSERT_NEAR(static_cast<double>(batch.lse[static_cast<std::size_t>(token * 4 + head)]), expected.lse,
+                        1e-6 * std::abs(expected.lse));
             ASSERT_TRUE(std::isfinite(batch.out.get(batch.out_index(token, head))));
           }
       }
@@ -651,7 +656,8 @@ TEST_P(CpuAttention, NoBlocksAtAll) {
   expect_error("block_tables");
 }
 
-INSTANTIATE_TEST_SUITE_P(Levels, CpuAttention, ::testing::ValuesIn(levels()), [](const auto& info) { return std::string(name(info.param)); });
+INSTANTIATE_TEST_SUITE_P(Levels, CpuAttention, ::testing::ValuesIn(levels()),
+                         [](const auto& info) { return std::string(name(info.param)); });
 
 // ---- Merge -------------------------------------------------------------------------------------------------------------------
 

@@ -55,11 +55,7 @@ struct Bf16Engine : Bf16Operands {
 };
 
 template <typename Engine>
-inline constexpr AttentionBf16Kernels kBf16Kernels = {{{},
-                                                       {},
-                                                       kPrefill<Engine, BFloat16>,
-                                                       kPrefill<Engine, Float8E4M3FN>,
-                                                       kPrefill<Engine, Float8E5M2>,
-                                                       kPrefill<Engine, std::int8_t>}};
+inline constexpr AttentionBf16Kernels kBf16Kernels = {
+    {{}, {}, kPrefill<Engine, BFloat16>, kPrefill<Engine, Float8E4M3FN>, kPrefill<Engine, Float8E5M2>, kPrefill<Engine, std::int8_t>}};
 
 }  // namespace quire::cpu::QUIRE_ISA_NAMESPACE

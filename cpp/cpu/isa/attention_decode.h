@@ -65,8 +65,7 @@ QUIRE_INLINE void score_keys(const BFloat16* q, std::int64_t q_stride, const voi
     for (int j = 0; j < kDecodeKeyStep; ++j) chunk[j] = detail::load32(static_cast<const BFloat16*>(keys[j]) + d, (head_dim - d) / 2);
     add(d, chunk);
   }
-  for (int r = 0; r < kRows; ++r)
-    reduce_add4({sums[r][0]}, {sums[r][1]}, {sums[r][2]}, {sums[r][3]}, scores + r * kDecodeTileKeys);
+  for (int r = 0; r < kRows; ++r) reduce_add4({sums[r][0]}, {sums[r][1]}, {sums[r][2]}, {sums[r][3]}, scores + r * kDecodeTileKeys);
 }
 #endif
 
@@ -190,7 +189,12 @@ class DecodePrefetch {
  public:
   QUIRE_INLINE DecodePrefetch(const AttentionKeyTile& tile, int num_keys, std::int64_t row_bytes, std::int64_t k_head_bytes,
                               std::int64_t v_head_bytes, int num_heads)
-      : tile_(tile), num_keys_(num_keys), num_heads_(num_heads), row_bytes_(row_bytes), k_head_bytes_(k_head_bytes), v_head_bytes_(v_head_bytes) {}
+      : tile_(tile),
+        num_keys_(num_keys),
+        num_heads_(num_heads),
+        row_bytes_(row_bytes),
+        k_head_bytes_(k_head_bytes),
+        v_head_bytes_(v_head_bytes) {}
 
   /// One key of one kv head.
   QUIRE_INLINE void step() {

@@ -60,7 +60,8 @@ struct FloatEngine {
                        int num_panels, int num_words, float* c, std::int64_t c_stride) {
     // The error of a sum grows with its length: long ones are taken in pieces.
     constexpr int kMaxWords = 128;
-    multiply_in_registers<FloatEngine, kAdd>(a, a_stride, num_rows, b, panel_stride, num_panels, smaller(num_words, kMaxWords), c, c_stride);
+    multiply_in_registers<FloatEngine, kAdd>(a, a_stride, num_rows, b, panel_stride, num_panels, smaller(num_words, kMaxWords), c,
+                                             c_stride);
     for (int w = kMaxWords; w < num_words; w += kMaxWords)
       multiply_in_registers<FloatEngine, true>(a + w, a_stride, num_rows, b + w * kPanel, panel_stride, num_panels,
                                                smaller(num_words - w, kMaxWords), c, c_stride);
@@ -163,8 +164,7 @@ bool values_are_finite(const AttentionKeyTile& tile, int num_keys, int head_dim)
 template <typename KvT>
 void add_value(const void* value, float weight, int head_dim, float* sums) {
   const KvT* v = static_cast<const KvT*>(value);
-  for (int d = 0; d < head_dim; d += kLanes)
-    store(sums + d, fma(set1(weight), load(v + d, smaller(kLanes, head_dim - d)), load(sums + d)));
+  for (int d = 0; d < head_dim; d += kLanes) store(sums + d, fma(set1(weight), load(v + d, smaller(kLanes, head_dim - d)), load(sums + d)));
 }
 
 /// What depends on the dtype of keys and values.
@@ -229,7 +229,8 @@ void run_prefill(const AttentionTask& task, std::byte* scratch_bytes, const Tile
   for (std::int64_t r = 0; r < padded_rows; ++r) {
     std::uint32_t* q = scratch.q + r * q_words;
     if (r < num_rows)
-      Engine::load_query_words(p, task.sequence.query_begin + task.query_begin + r / group, task.kv_head_begin * group + r % group, q, q_words);
+      Engine::load_query_words(p, task.sequence.query_begin + task.query_begin + r / group, task.kv_head_begin * group + r % group, q,
+                               q_words);
     else
       __builtin_memset(q, 0, static_cast<std::size_t>(q_words) * sizeof(*q));
     scratch.states[r] = {-kInfinity, 0.0f};
@@ -238,9 +239,8 @@ void run_prefill(const AttentionTask& task, std::byte* scratch_bytes, const Tile
 
   const ScoreRule rule = score_rule(p, task.kv_head_begin);
   const std::int64_t first_position = task.sequence.kv_len - task.sequence.num_queries;
-  const auto keys_of = [&](std::int64_t row) __attribute__((always_inline)) {
-    return visible_keys(p, task.sequence, task.query_begin + row / group);
-  };
+  const auto keys_of = [&](std::int64_t row)
+                           __attribute__((always_inline)) { return visible_keys(p, task.sequence, task.query_begin + row / group); };
   AttentionKeyTile tile;
   Engine::begin();
   for (std::int64_t key = task.key_begin; key < task.key_end; key += tile_size) {
@@ -258,7 +258,8 @@ void run_prefill(const AttentionTask& task, std::byte* scratch_bytes, const Tile
       const int block_rows = static_cast<int>(smaller<std::int64_t>(kRowBlock, num_rows - block));
       const int padded_block_rows = round_up(block_rows, Engine::kRowStep);
       // The keys that any row of the block sees: both ends grow with the query.
-      const std::int64_t seen_begin = larger(keys_of(block).begin, key), seen_end = smaller(keys_of(block + block_rows - 1).end, key + num_keys);
+      const std::int64_t seen_begin = larger(keys_of(block).begin, key),
+                         seen_end = smaller(keys_of(block + block_rows - 1).end, key + num_keys);
       if (seen_begin >= seen_end) continue;
       const int first = static_cast<int>(seen_begin - key) / kPanel * kPanel, last = round_up(static_cast<int>(seen_end - key), kPanel);
       float* scores = scratch.scores + first;
@@ -275,9 +276,8 @@ void run_prefill(const AttentionTask& task, std::byte* scratch_bytes, const Tile
         float* score_row = scratch.scores + static_cast<std::int64_t>(r) * tile_size;
         std::uint32_t* weight_row = Engine::weight_row(score_row, scratch.weights + r * weight_stride);
         const float rescale = softmax_row(score_row, first, last, mask, rule, alibi, key - (first_position + query), scratch.states[row],
-                                          [&](int column, Vec weights) __attribute__((always_inline)) {
-                                            return Engine::put_weights(weight_row, column, weights);
-                                          });
+                                          [&](int column, Vec weights)
+                                              __attribute__((always_inline)) { return Engine::put_weights(weight_row, column, weights); });
         float* sums = scratch.sums + row * sums_stride;
         if (rescale != 1.0f)
           for (std::int64_t d = 0; d < sums_stride; d += kLanes) store(sums + d, load(sums + d) * set1(rescale));
@@ -287,9 +287,9 @@ void run_prefill(const AttentionTask& task, std::byte* scratch_bytes, const Tile
 
       if (finite) {
         const std::uint32_t* weights = Engine::weight_row(scratch.scores, scratch.weights) + first / kElements;
-        Engine::template multiply<true>(weights, weight_stride, padded_block_rows, scratch.v + static_cast<std::int64_t>(first / kElements) * kPanel,
-                                        value_panel_stride, num_sum_panels, (last - first) / kElements,
-                                        scratch.sums + block * sums_stride, sums_stride);
+        Engine::template multiply<true>(weights, weight_stride, padded_block_rows,
+                                        scratch.v + static_cast<std::int64_t>(first / kElements) * kPanel, value_panel_stride,
+                                        num_sum_panels, (last - first) / kElements, scratch.sums + block * sums_stride, sums_stride);
       }
     }
   }

@@ -141,8 +141,7 @@ QUIRE_INLINE float softmax_row(float* s, int begin, int end, RowMask mask, const
     for (int c = begin; c < end; c += kLanes) {
       Vec x = load(s + c) * factor;
       if (rule.softcap > 0.0f) x = tanh(x) * set1(rule.softcap);
-      if (alibi != 0.0f)
-        x = fma(set1(alibi), set1(static_cast<float>(distance + c)) + detail::small_int_to_float(lane_numbers()), x);
+      if (alibi != 0.0f) x = fma(set1(alibi), set1(static_cast<float>(distance + c)) + detail::small_int_to_float(lane_numbers()), x);
       if (masked) x = apply_mask(x, c, mask);
       store(s + c, x);
       row_max = max(x, row_max);

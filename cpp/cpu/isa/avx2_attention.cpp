@@ -9,5 +9,5 @@
 namespace quire::cpu::avx2 {
 extern const AttentionBf16Kernels attention_bf16_kernels;
 const AttentionBf16Kernels attention_bf16_kernels = kFloatBf16Kernels;
-}
+}  // namespace quire::cpu::avx2
 #endif

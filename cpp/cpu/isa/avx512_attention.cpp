@@ -10,5 +10,5 @@
 namespace quire::cpu::avx512 {
 extern const AttentionBf16Kernels attention_bf16_kernels;
 const AttentionBf16Kernels attention_bf16_kernels = kBf16Kernels<Bf16Engine>;
-}
+}  // namespace quire::cpu::avx512
 #endif

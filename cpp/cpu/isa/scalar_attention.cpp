@@ -8,4 +8,4 @@
 namespace quire::cpu::scalar {
 extern const AttentionBf16Kernels attention_bf16_kernels;
 const AttentionBf16Kernels attention_bf16_kernels = kFloatBf16Kernels;
-}
+}  // namespace quire::cpu::scalar

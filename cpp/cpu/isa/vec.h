@@ -454,9 +454,7 @@ QUIRE_INLINE void store8(void* p, Bits a, int n) {
 // ---- Conversions between element types and float, round to nearest even ------------------------------------------------------
 
 /// For words up to 2^23.
-QUIRE_INLINE Vec small_int_to_float(Bits a) {
-  return {__builtin_convertvector((NativeI)a.v, NativeF)};
-}
+QUIRE_INLINE Vec small_int_to_float(Bits a) { return {__builtin_convertvector((NativeI)a.v, NativeF)}; }
 
 QUIRE_INLINE Vec half_to_float(Bits a) {
 #if QUIRE_ISA_LEVEL >= 2
