@@ -55,6 +55,15 @@ TEST(CudaAttentionConfig, head_dim_is_padded_to_a_compiled_one) {
   }
 }
 
+TEST(CudaAttentionConfig, small_shared_memory_gets_variants_that_fit) {
+  constexpr DeviceProperties kSmall{128, 89, 101376, 75497472};
+  EXPECT_EQ(choose_config(paged(4, 1024, 32, 8, 128), kSmall).variant, Variant::kMmaSplitKeys8);
+  EXPECT_EQ(choose_config(paged(4, 1024, 16, 1, 128), kSmall).variant, Variant::kMmaSplitKeys8);
+  EXPECT_EQ(choose_config(paged(4, 1024, 16, 2, 256), kSmall).variant, Variant::kMmaSplitKeys8Small);
+  EXPECT_EQ(choose_config(ragged_queries(paged(4, 1024, 16, 2, 256), 4096), kSmall).variant, Variant::kMmaSplitKeys8Small);
+  EXPECT_EQ(choose_config(ragged_queries(paged(4, 1024, 32, 8, 128), 4096), kSmall).variant, Variant::kMmaSplitRows);
+}
+
 TEST(CudaAttentionConfig, few_tiles_are_split_and_many_are_not) {
   EXPECT_GE(choose_config(paged(1, 65536, 32, 8, 128), kDevice).num_splits, 16);
   EXPECT_GT(choose_config(paged(8, 4096, 32, 8, 128), kDevice).num_splits, 1);

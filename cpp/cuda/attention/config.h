@@ -17,10 +17,11 @@
 namespace quire::cuda::attn {
 
 enum class Variant : std::uint8_t {
-  kMmaSplitKeys8,   // 8 rows; the four warps of a CTA take turns at the keys: decode
-  kMmaSplitKeys16,  // the same with 16 rows
-  kMmaSplitRows,    // 64 rows; 16 to each of four warps, which share the keys: prefill
-  kSimt,            // 8 rows, float32 throughout: float32 queries
+  kMmaSplitKeys8,       // 8 rows; the four warps of a CTA take turns at the keys: decode
+  kMmaSplitKeys16,      // the same with 16 rows
+  kMmaSplitRows,        // 64 rows; 16 to each of four warps, which share the keys: prefill
+  kMmaSplitKeys8Small,  // kMmaSplitKeys8 for head_dim 256 where a CTA may have less than kLargeSharedBytes
+  kSimt,                // 8 rows, float32 throughout: float32 queries
 };
 
 constexpr int kThreads = 128;
@@ -39,6 +40,9 @@ constexpr int head_dim_bucket(Variant variant, std::int64_t head_dim) {
   if (variant != Variant::kSimt && head_dim <= 64) return 64;
   return head_dim <= 128 ? 128 : 256;
 }
+
+/// What the largest variants need; devices of compute capability 8.0 and 9.0 have it, 8.6, 8.9 and 12.0 have 99 KiB.
+constexpr int kLargeSharedBytes = 106 * 1024;
 
 struct Config {
   Variant variant;
@@ -98,6 +102,14 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
                    : query_len * group <= 32       ? Variant::kMmaSplitKeys16
                                                    : Variant::kMmaSplitRows;
   config.head_dim_bucket = head_dim_bucket(config.variant, params.head_dim);
+  if (config.variant != Variant::kSimt && device.max_shared_bytes_per_cta < kLargeSharedBytes) {
+    const bool wide = config.head_dim_bucket == 256 && (config.variant != Variant::kMmaSplitRows || itemsize(params.kv_dtype) == 2);
+    if (wide) {
+      config.variant = Variant::kMmaSplitKeys8Small;
+    } else if (config.variant == Variant::kMmaSplitKeys16) {
+      config.variant = Variant::kMmaSplitKeys8;
+    }
+  }
   const int rows = tile_rows(config.variant);
 
   // Sequence s owns the tiles from floor(query_start_loc[s] * group / rows) + s on: never too few, and found by one search.
@@ -109,10 +121,10 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
   if (num_ctas > limit || params.num_tokens * group > limit - 64)
     throw UnsupportedError("[attention] num_tokens * num_heads: expected less than 2^31 query rows in one call");
 
-  // At least one step of 16 or 32 keys for each of the four warps.
+  // At least one step of 16 or 32 keys for each of the four warps that take turns, or a few steps that they share.
   const bool narrow = head_dim_bucket(config.variant, params.head_dim) * itemsize(params.kv_dtype) <= 128;
-  const bool split_keys = config.variant == Variant::kMmaSplitKeys8 || config.variant == Variant::kMmaSplitKeys16;
-  config.keys_per_split_min = !split_keys ? 256 : narrow ? 128 : 64;
+  const bool shared_steps = config.variant == Variant::kMmaSplitRows || config.variant == Variant::kSimt;
+  config.keys_per_split_min = shared_steps ? 256 : narrow ? 128 : 64;
 
   const std::int64_t max_splits =
       std::min({std::int64_t{kMaxSplits}, ceil_div(std::max<std::int64_t>(key_capacity(params), 1), config.keys_per_split_min),

@@ -16,11 +16,15 @@ void launch_mma(const Plan& plan, const Config& config, Stream stream) {
     kernel<<<grid, kThreads, static_cast<std::size_t>(shared_bytes), cuda_stream(stream)>>>(plan);
     QUIRE_CHECK_LAUNCH("attention_mma_kernel", stream);
   };
+  const auto launch_split_keys = [&]<Variant kVariant>() {
+    launch(attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant>, SplitKeysShape<kKvDType, kHeadDim, kVariant>::kSharedBytes);
+  };
   switch (config.variant) {
-    case Variant::kMmaSplitKeys8:
-      return launch(attention_mma_split_keys_kernel<kKvDType, kHeadDim, 1>, SplitKeysShape<kKvDType, kHeadDim, 1>::kSharedBytes);
-    case Variant::kMmaSplitKeys16:
-      return launch(attention_mma_split_keys_kernel<kKvDType, kHeadDim, 2>, SplitKeysShape<kKvDType, kHeadDim, 2>::kSharedBytes);
+    case Variant::kMmaSplitKeys8: return launch_split_keys.template operator()<Variant::kMmaSplitKeys8>();
+    case Variant::kMmaSplitKeys16: return launch_split_keys.template operator()<Variant::kMmaSplitKeys16>();
+    case Variant::kMmaSplitKeys8Small:
+      if constexpr (kHeadDim == 256) return launch_split_keys.template operator()<Variant::kMmaSplitKeys8Small>();
+      [[fallthrough]];
     default: return launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim>, SplitRowsShape<kKvDType, kHeadDim>::kSharedBytes);
   }
 }

@@ -7,14 +7,16 @@
 
 namespace quire::cuda::attn {
 
-template <DType kKvDType, int kHeadDim, int kTiles>
+template <DType kKvDType, int kHeadDim, Variant kVariant>
 struct SplitKeysShape {
   using Types = MmaTypes<kKvDType, kHeadDim>;
-  static constexpr int kRows = 8 * kTiles;
-  static constexpr int kCtasPerSm = ctas_per_sm(kTiles == 1 ? Variant::kMmaSplitKeys8 : Variant::kMmaSplitKeys16, kHeadDim);
+  static constexpr int kRows = tile_rows(kVariant);
+  static constexpr int kTiles = kRows / 8;
+  static constexpr int kCtasPerSm = ctas_per_sm(kVariant, kHeadDim);
   static constexpr int kKeys = Types::kKvRowBytes >= 256 ? 16 : 32;  // per step of a warp
   static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;      // one step's K or V
-  static constexpr int kSlots = 48 * 1024 / kCtasPerSm / kSlotBytes;  // 192 KiB for all warps of an SM
+  // 192 KiB for all warps of an SM, or 64 KiB for a CTA.
+  static constexpr int kSlots = (kVariant == Variant::kMmaSplitKeys8Small ? 16 * 1024 : 48 * 1024 / kCtasPerSm) / kSlotBytes;
   static constexpr int kRingBytes = kSlots * kSlotBytes;              // of one warp
   static constexpr int kOutPitch = kHeadDim + 4;                      // floats; every second row 8 banks on
   static constexpr int kQOffset = kWarps * kRingBytes;
@@ -23,7 +25,10 @@ struct SplitKeysShape {
   static constexpr int kNotesOffset = kStatsOffset + 2 * kWarps * kRows * static_cast<int>(sizeof(float));
   static constexpr int kTileOffset = kNotesOffset + kRows * kNoteWords<kHeadDim> * 4;
   static constexpr int kSharedBytes = kTileOffset + static_cast<int>(sizeof(Tile));
-  static_assert(kSlots >= 3);
+  static_assert(kSlots >= 2);
+  static_assert(kSharedBytes <= (kVariant == Variant::kMmaSplitKeys16 || kHeadDim == 256 && kVariant == Variant::kMmaSplitKeys8
+                                     ? kLargeSharedBytes
+                                     : 99 * 1024));
   static_assert(kWarps * kRows * kOutPitch * 4 <= kWarps * kRingBytes, "the rings hold the merge");
 };
 
@@ -72,14 +77,15 @@ struct KeyStream {
   }
 };
 
-/// Grid: x = tile * num_kv_heads + kv_head, y = split. A CTA computes 8 * kTiles packed rows against its split's keys and writes them to
+/// Grid: x = tile * num_kv_heads + kv_head, y = split. A CTA computes 8 or 16 packed rows against its split's keys and writes them to
 /// out and lse, or to the workspace if other splits have keys too.
-template <DType kKvDType, int kHeadDim, int kTiles>
-__global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim, kTiles>::kCtasPerSm)
+template <DType kKvDType, int kHeadDim, Variant kVariant>
+__global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim, kVariant>::kCtasPerSm)
     attention_mma_split_keys_kernel(const __grid_constant__ Plan plan) {
   using Types = MmaTypes<kKvDType, kHeadDim>;
-  using Shape = SplitKeysShape<kKvDType, kHeadDim, kTiles>;
+  using Shape = SplitKeysShape<kKvDType, kHeadDim, kVariant>;
   constexpr int kRows = Shape::kRows;
+  constexpr int kTiles = Shape::kTiles;
   constexpr int kKeys = Shape::kKeys;
   constexpr int kSlots = Shape::kSlots;
   constexpr bool kEven = kSlots % 2 == 0;

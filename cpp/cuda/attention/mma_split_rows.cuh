@@ -18,6 +18,7 @@ struct SplitRowsShape {
   static constexpr int kNotesOffset = kRowParamsOffset + kWarps * kWarpRows * static_cast<int>(sizeof(RowParams));
   static constexpr int kSharedBytes = kNotesOffset + kWarps * kWarpRows * kNoteWords<kHeadDim> * 4;
   static constexpr int kCtasPerSm = ctas_per_sm(Variant::kMmaSplitRows, kHeadDim);
+  static_assert(kSharedBytes <= (kHeadDim == 256 && !Types::kQuantized ? kLargeSharedBytes : 99 * 1024));
 };
 
 /// Grid: x = (num_tiles - 1 - tile) * num_kv_heads + kv_head, so that under a causal mask long tiles come first; y = split. A CTA
