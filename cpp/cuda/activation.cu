@@ -50,13 +50,12 @@ __device__ __forceinline__ float activate(float x) {
 }
 
 template <Activation kActivation>
-constexpr bool kIsGated =
-    kActivation == Activation::kSilu || kActivation == Activation::kGelu || kActivation == Activation::kGeluTanh;
+constexpr bool kIsGated = kActivation == Activation::kSilu || kActivation == Activation::kGelu || kActivation == Activation::kGeluTanh;
 
 // Grid: work item = blockDim.y rows x one chunk of blockDim.x * kUnroll vectors; gridDim.x CTAs walk all items.
 template <Activation kActivation, typename T, int kVec>
-__global__ void __launch_bounds__(kThreads) activation_kernel(const __grid_constant__ ActivationParams p, const std::int64_t num_chunks,
-                                                              const std::int64_t num_items) {
+__global__ void __launch_bounds__(kThreads)
+    activation_kernel(const __grid_constant__ ActivationParams p, const std::int64_t num_chunks, const std::int64_t num_items) {
   constexpr bool kGated = kIsGated<kActivation>;
   constexpr bool kPrecise = sizeof(T) == 4;
   for (std::int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "core/dispatch.h"
+#include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
 #include "ops/kv_cache.h"
@@ -19,31 +20,35 @@ constexpr int kVectorsInFlight = 4;
 // Tokens per SM below which a token is spread over as many threads as it has vectors.
 constexpr int kManyTokensPerSm = 8;
 
-// Division by one scale, with the result of float32 division, bit for bit.
+// Out of line: scales that are no ordinary numbers are not worth code in every kernel.
+__device__ __noinline__ float divide_any(float x, float scale) { return __fdiv_rn(x, scale); }
+
+// Division by one scale to an 8-bit type, with the result of float32 division, bit for bit.
 class Divisor {
  public:
-  __device__ __forceinline__ explicit Divisor(float scale) {
-    scale_ = scale;
+  __device__ __forceinline__ explicit Divisor(float scale) : scale_(scale) {
     // Inside this range no intermediate of a quotient that an 8-bit type tells from 0 or from its largest value overflows or
     // loses bits.
     in_range_ = fabsf(scale) >= 0x1p-60f && fabsf(scale) <= 0x1p60f;
-    reciprocal_ = in_range_ ? __frcp_rn(scale) : 0.0f;
-    // A power of two has an exact reciprocal.
-    margin_ = (__float_as_uint(scale) & 0x7fffffu) == 0u ? 0.0f : reciprocal_ * 0x1p-21f;
+    float estimate;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(estimate) : "f"(scale));
+    reciprocal_ = fmaf(fmaf(-scale, estimate, 1.0f), estimate, estimate);
+    // Two products enclose every quotient; a power of two has an exact reciprocal.
+    const float margin = (__float_as_uint(scale) & 0x7fffffu) == 0u ? 0.0f : reciprocal_ * 0x1p-21f;
+    low_ = reciprocal_ - margin;
+    high_ = reciprocal_ + margin;
   }
 
   template <typename CacheT, int kVec>
   __device__ __forceinline__ Packed<CacheT, kVec> divide_and_pack(float (&v)[kVec]) const {
-    if (scale_ == 1.0f) return pack<CacheT, kVec>(v);
-    if (sizeof(CacheT) == 1 && in_range_) {
-      // Two products enclose every quotient. Where they round to one 8-bit value, so does the quotient between them; that is
-      // nearly always, unless many quotients are ties.
+    if (in_range_) {
       float low[kVec], high[kVec];
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
-        low[e] = v[e] * (reciprocal_ - margin_);
-        high[e] = v[e] * (reciprocal_ + margin_);
+        low[e] = v[e] * low_;
+        high[e] = v[e] * high_;
       }
+      // Where both round to one 8-bit value, so does the quotient between them: nearly always, unless many quotients are ties.
       const Packed<CacheT, kVec> result = pack<CacheT, kVec>(low);
       if (is_same(result, pack<CacheT, kVec>(high))) return result;
       // Two residual corrections make an estimate the correctly rounded quotient.
@@ -58,18 +63,16 @@ class Divisor {
       }
     } else {
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) v[e] = __fdiv_rn(v[e], scale_);
+      for (int e = 0; e < kVec; ++e) v[e] = divide_any(v[e], scale_);
     }
     return pack<CacheT, kVec>(v);
   }
 
  private:
   template <int kBytes>
-  __device__ static bool is_same(const RawVector<kBytes>& a, const RawVector<kBytes>& b) {
+  __device__ __forceinline__ static bool is_same(const RawVector<kBytes>& a, const RawVector<kBytes>& b) {
     if constexpr (kBytes == 1) {
       return a.byte == b.byte;
-    } else if constexpr (kBytes == 2) {
-      return a.half_word == b.half_word;
     } else {
       std::uint32_t difference = 0;
 #pragma unroll
@@ -78,7 +81,7 @@ class Divisor {
     }
   }
 
-  float scale_, reciprocal_, margin_;
+  float scale_, reciprocal_, low_, high_;
   bool in_range_;
 };
 
@@ -96,113 +99,107 @@ struct KvKernelParams {
   std::int64_t slot_stride, num_tokens, num_slots, block_size;
   std::uint32_t num_heads, head_dim;
   bool slots_are_int64;
-  int group_shift;
-  int head_shift;  // log2 of the vectors of a head, or -1 if that is no whole number
   ErrorWord* error_word;
+  // A group of vector_lanes x head_lanes threads moves K or V of one token.
+  std::uint32_t vectors_per_head, vector_lanes, head_lanes;
 };
 
-// Grid: groups of 2^group_shift threads; a group moves K or V of one token between its row and its slot, kVec elements at a
-// time. CTAs walk all (token, side) items. kRaw copies bits, between types of one size; else values are scaled and converted.
+// Grid: a CTA holds groups of threads; a group moves K or V of one token between its row and its slot, kVec elements at a time,
+// a thread always the same vectors of up to kUnroll heads at once. CTAs walk all (token, side) items. kRaw copies bits, between
+// types of one size; else values are converted, and scaled for the 8-bit types.
 template <bool kWrite, bool kRaw, typename T, typename CacheT, int kVec>
 __global__ void __launch_bounds__(kThreads) kv_kernel(const __grid_constant__ KvKernelParams p) {
+  constexpr bool kIs8Bit = sizeof(CacheT) == 1;
   // Rare pairs of types get less code, not less width.
-  constexpr int kUnroll = kVec > 1 && (kRaw || sizeof(CacheT) == 1) ? kVectorsInFlight : 1;
-  const std::uint32_t group_size = 1u << p.group_shift;
-  const std::uint32_t lane = threadIdx.x & (group_size - 1u);
-  const std::uint32_t num_vectors = p.num_heads * p.head_dim / kVec;
-  const std::uint32_t vectors_per_head = p.head_dim / kVec;
-  const std::int64_t item_step = (static_cast<std::int64_t>(gridDim.x) * kThreads) >> p.group_shift;
-  const std::int64_t first_item = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) >> p.group_shift;
-  for (std::int64_t item = first_item; item < 2 * p.num_tokens; item += item_step) {
+  constexpr int kUnroll = kVec > 1 && (kRaw || kIs8Bit) ? kVectorsInFlight : 1;
+  const std::uint32_t group_size = p.vector_lanes * p.head_lanes, groups_per_cta = kThreads / group_size;
+  const std::uint32_t group = threadIdx.x / group_size, lane = threadIdx.x - group * group_size;
+  const std::uint32_t first_head = lane / p.vector_lanes, first_vector = lane - first_head * p.vector_lanes;
+  if (group >= groups_per_cta) return;
+  const std::int64_t item_step = static_cast<std::int64_t>(gridDim.x) * groups_per_cta;
+  for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * groups_per_cta + group; item < 2 * p.num_tokens; item += item_step) {
     const std::int64_t token = item >> 1;
     const KvSide& side = p.sides[item & 1];
     const std::int64_t slot = p.slots_are_int64 ? static_cast<const std::int64_t*>(p.slot_mapping)[token * p.slot_stride]
                                                 : static_cast<const std::int32_t*>(p.slot_mapping)[token * p.slot_stride];
-    T* const row = static_cast<T*>(side.tokens) + token * side.token_stride;
-    const auto head_of = [&](std::uint32_t vector) { return p.head_shift >= 0 ? vector >> p.head_shift : vector / vectors_per_head; };
-    const auto row_at = [&](std::uint32_t vector) {
-      const std::uint32_t head = head_of(vector);
-      return row + head * side.head_stride + (vector - head * vectors_per_head) * kVec;
-    };
     const bool skipped = slot < 0 || slot >= p.num_slots;
-    const auto record = [&] {
-      if (slot != -1 && lane == 0 && (item & 1) == 0)
-        record_error(p.error_word, kWrite ? OpId::kWriteKv : OpId::kGatherKv, ArgId::kSlotMapping, token, slot);
-    };
-
-    if constexpr (!kWrite) {
-      if (skipped) {
-        record();
-        for (std::uint32_t vector = lane; vector < num_vectors; vector += group_size) store_raw(row_at(vector), Packed<T, kVec>{});
-        continue;
-      }
-    }
     const std::int64_t safe_slot = skipped ? 0 : slot;
     const std::int64_t block_idx = divide(safe_slot, p.block_size);
+    T* const row = static_cast<T*>(side.tokens) + token * side.token_stride;
     CacheT* const slot_row = static_cast<CacheT*>(side.cache) + block_idx * side.cache_block_stride +
                              (safe_slot - block_idx * p.block_size) * side.cache_slot_stride;
-    const auto slot_at = [&](std::uint32_t vector) {
-      const std::uint32_t head = head_of(vector);
-      return slot_row + head * side.cache_head_stride + (vector - head * vectors_per_head) * kVec;
-    };
-    // One scale for all heads is taken in hand once; scales per head are fetched beside the data.
-    const bool scale_per_head = !kRaw && side.scale_stride != 0;
-    const float common_scale = !kRaw && side.scale != nullptr ? side.scale[0] : 1.0f;
+    const bool scale_per_head = kIs8Bit && side.scale_stride != 0;
+    const float common_scale = kIs8Bit && side.scale != nullptr ? side.scale[0] : 1.0f;
     const Divisor common_divisor(common_scale);
 
-    for (std::uint32_t first = lane; first < num_vectors; first += kUnroll * group_size) {
-      using Source = std::conditional_t<kWrite, T, CacheT>;
-      Packed<Source, kVec> packed[kUnroll];
-      float scales[kUnroll];
+    for (std::uint32_t vector = first_vector; vector < p.vectors_per_head; vector += p.vector_lanes) {
+      for (std::uint32_t head = first_head; head < p.num_heads; head += kUnroll * p.head_lanes) {
+        T* const row_at = row + vector * kVec + head * side.head_stride;
+        CacheT* const slot_at = slot_row + vector * kVec + head * side.cache_head_stride;
+        const std::int64_t row_step = p.head_lanes * side.head_stride, slot_step = p.head_lanes * side.cache_head_stride;
+        const auto is_inside = [&](int u) { return u == 0 || head + u * p.head_lanes < p.num_heads; };
+
+        // Load.
+        using Source = std::conditional_t<kWrite, T, CacheT>;
+        Packed<Source, kVec> packed[kUnroll];
+        float scales[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const std::uint32_t vector = first + u * group_size;
-        if (vector >= num_vectors) continue;
-        scales[u] = scale_per_head ? side.scale[head_of(vector)] : common_scale;
-        if constexpr (kWrite) {
-          packed[u] = load_packed<T, kVec>(row_at(vector));
-        } else {
-          packed[u] = load_packed<CacheT, kVec>(slot_at(vector));
-        }
-      }
-      // Here, not before the loads, so that they do not wait for the slot.
-      if (kWrite && skipped) break;
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const std::uint32_t vector = first + u * group_size;
-        if (vector >= num_vectors) continue;
-        if constexpr (kRaw) {
-          store_raw(kWrite ? static_cast<void*>(slot_at(vector)) : static_cast<void*>(row_at(vector)), packed[u]);
-        } else {
-          float v[kVec];
-          unpack<Source, kVec>(v, packed[u]);
+        for (int u = 0; u < kUnroll; ++u) {
+          packed[u] = {};
+          scales[u] = common_scale;
+          if (!is_inside(u)) continue;
+          if (scale_per_head) scales[u] = side.scale[head + u * p.head_lanes];
           if constexpr (kWrite) {
-            const Divisor divisor = scale_per_head ? Divisor(scales[u]) : common_divisor;
-            store_raw(slot_at(vector), divisor.divide_and_pack<CacheT>(v));
-          } else {
+            packed[u] = load_packed<T, kVec>(row_at + u * row_step);
+          } else if (!skipped) {
+            packed[u] = load_packed<CacheT, kVec>(slot_at + u * slot_step);
+          }
+        }
+        // Here, not before the loads, so that they do not wait for the slot.
+        if (kWrite && skipped) continue;
+
+        // Convert and store. What a skipped token gathers is zero.
 #pragma unroll
-            for (int e = 0; e < kVec; ++e) v[e] *= scales[u];
-            store_floats(row_at(vector), v);
+        for (int u = 0; u < kUnroll; ++u) {
+          if (!is_inside(u)) continue;
+          if constexpr (kRaw) {
+            store_raw(kWrite ? static_cast<void*>(slot_at + u * slot_step) : static_cast<void*>(row_at + u * row_step), packed[u]);
+          } else {
+            float v[kVec];
+            unpack<Source, kVec>(v, packed[u]);
+            if constexpr (kWrite && kIs8Bit) {
+              const Divisor divisor = scale_per_head ? Divisor(scales[u]) : common_divisor;
+              store_raw(slot_at + u * slot_step, divisor.divide_and_pack<CacheT>(v));
+            } else if constexpr (kWrite) {
+              store_floats(slot_at + u * slot_step, v);
+            } else {
+#pragma unroll
+              for (int e = 0; e < kVec; ++e) v[e] = skipped ? 0.0f : kIs8Bit ? v[e] * scales[u] : v[e];
+              store_floats(row_at + u * row_step, v);
+            }
           }
         }
       }
     }
-    if constexpr (kWrite) {
-      if (skipped) record();
-    }
+    if (skipped && slot != -1 && lane == 0 && (item & 1) == 0)
+      record_error(p.error_word, kWrite ? OpId::kWriteKv : OpId::kGatherKv, ArgId::kSlotMapping, token, slot);
   }
 }
 
 template <bool kWrite, bool kRaw, typename T, typename CacheT, int kVec>
 void launch_kv(KvKernelParams p, const char* name, Stream stream) {
-  const std::uint32_t num_vectors = p.num_heads * p.head_dim / kVec;
+  p.vectors_per_head = p.head_dim / kVec;
+  // A long head, as dense heads together are, becomes heads of one warp's width where that comes out even.
+  if (p.num_heads == 1 && p.vectors_per_head % kWarpSize == 0) {
+    p.num_heads = p.vectors_per_head / kWarpSize;
+    p.vectors_per_head = kWarpSize;
+    for (KvSide& side : p.sides) side.head_stride = side.cache_head_stride = kWarpSize * kVec;
+  }
   const bool many_tokens = p.num_tokens >= kManyTokensPerSm * current_device_properties().num_sms;
-  const std::uint32_t wanted = many_tokens ? (num_vectors + kVectorsInFlight - 1) / kVectorsInFlight : num_vectors;
-  const std::uint32_t vectors_per_head = p.head_dim / kVec;
-  // A single head takes in every vector.
-  p.head_shift = p.num_heads == 1 ? 31 : std::has_single_bit(vectors_per_head) ? std::countr_zero(vectors_per_head) : -1;
-  p.group_shift = std::countr_zero(std::bit_ceil(std::min<std::uint32_t>(wanted, kThreads)));
-  const std::int64_t num_ctas = ceil_div(2 * p.num_tokens, kThreads >> p.group_shift);
+  const std::uint32_t wanted_head_lanes = many_tokens ? (p.num_heads + kVectorsInFlight - 1) / kVectorsInFlight : p.num_heads;
+  p.vector_lanes = std::min<std::uint32_t>(p.vectors_per_head, kThreads);
+  p.head_lanes = std::min<std::uint32_t>(wanted_head_lanes, kThreads / p.vector_lanes);
+  const std::int64_t num_ctas = ceil_div(2 * p.num_tokens, kThreads / (p.vector_lanes * p.head_lanes));
   kv_kernel<kWrite, kRaw, T, CacheT, kVec>
       <<<static_cast<unsigned>(std::min<std::int64_t>(num_ctas, 0x7fffffff)), kThreads, 0, cuda_stream(stream)>>>(p);
   QUIRE_CHECK_LAUNCH(name, stream);
@@ -232,24 +229,24 @@ void move_kv(const KvParams& params, const char* name, Stream stream) {
   if (params.num_kv_heads > 0x40000000 / params.head_dim)
     throw UnsupportedError(std::string("[") + name + "] k: expected at most 2^30 elements per token, got " +
                            std::to_string(params.num_kv_heads) + " x " + std::to_string(params.head_dim));
-  KvKernelParams p{
-      {{params.k, params.k_cache, params.k_scale, params.k_scale_stride, params.k_token_stride, params.k_head_stride,
-        params.k_cache_block_stride, params.k_cache_slot_stride, params.k_cache_head_stride},
-       {params.v, params.v_cache, params.v_scale, params.v_scale_stride, params.v_token_stride, params.v_head_stride,
-        params.v_cache_block_stride, params.v_cache_slot_stride, params.v_cache_head_stride}},
-      params.slot_mapping,
-      params.slot_stride,
-      params.num_tokens,
-      params.num_blocks * params.block_size,
-      params.block_size,
-      static_cast<std::uint32_t>(params.num_kv_heads),
-      static_cast<std::uint32_t>(params.head_dim),
-      params.slot_dtype == DType::kInt64,
-      0,
-      0,
-      error_word()};
+  KvKernelParams p{{{params.k, params.k_cache, params.k_scale, params.k_scale_stride, params.k_token_stride, params.k_head_stride,
+                     params.k_cache_block_stride, params.k_cache_slot_stride, params.k_cache_head_stride},
+                    {params.v, params.v_cache, params.v_scale, params.v_scale_stride, params.v_token_stride, params.v_head_stride,
+                     params.v_cache_block_stride, params.v_cache_slot_stride, params.v_cache_head_stride}},
+                   params.slot_mapping,
+                   params.slot_stride,
+                   params.num_tokens,
+                   params.num_blocks * params.block_size,
+                   params.block_size,
+                   static_cast<std::uint32_t>(params.num_kv_heads),
+                   static_cast<std::uint32_t>(params.head_dim),
+                   params.slot_dtype == DType::kInt64,
+                   error_word(),
+                   0,
+                   0,
+                   0};
   for (KvSide& side : p.sides)
-    if (side.scale == nullptr) side.scale_stride = 0;
+    if (side.scale == nullptr || p.num_heads == 1) side.scale_stride = 0;
   // An empty cache may have block_size 0, by which nothing can be divided.
   p.block_size = std::max<std::int64_t>(p.block_size, 1);
   // Heads that lie side by side under one scale are one long head.
@@ -260,22 +257,23 @@ void move_kv(const KvParams& params, const char* name, Stream stream) {
     p.head_dim *= p.num_heads;
     p.num_heads = 1;
   }
-  if (params.dtype == params.cache_dtype && params.k_scale == nullptr && params.v_scale == nullptr) {
+  if (params.dtype == params.cache_dtype) {
     if (params.dtype == DType::kFloat32) return launch_kv_vectors<kWrite, true, std::uint32_t, std::uint32_t>(p, name, stream);
     return launch_kv_vectors<kWrite, true, std::uint16_t, std::uint16_t>(p, name, stream);
   }
   dispatch_float(params.dtype, name, [&](auto dtype) {
     using T = Element<decltype(dtype)::value>;
     dispatch_kv(params.cache_dtype, name, [&](auto cache_dtype) {
-      launch_kv_vectors<kWrite, false, T, Element<decltype(cache_dtype)::value>>(p, name, stream);
+      using CacheT = Element<decltype(cache_dtype)::value>;
+      if constexpr (!std::is_same_v<T, CacheT>) launch_kv_vectors<kWrite, false, T, CacheT>(p, name, stream);
     });
   });
 }
 
 // Grid: work item = one pair x one chunk of kThreads * kVectorsInFlight vectors of kBytes; CTAs walk all items.
 template <int kBytes, typename Index>
-__global__ void __launch_bounds__(kThreads) copy_blocks_kernel(const __grid_constant__ CopyBlocksParams p, const std::int64_t num_chunks,
-                                                               ErrorWord* const error_word) {
+__global__ void __launch_bounds__(kThreads)
+    copy_blocks_kernel(const __grid_constant__ CopyBlocksParams p, const std::int64_t num_chunks, ErrorWord* const error_word) {
   const std::int64_t vectors_per_segment = p.segment_bytes / kBytes;
   const std::int64_t num_vectors = p.num_segments * vectors_per_segment;
   const auto* const pairs = static_cast<const Index*>(p.pairs);

@@ -15,27 +15,28 @@ namespace {
 
 enum class NormKind { kRms, kAddRms, kLayer };
 
-constexpr int kMaxThreads = 1024;
-// Threads of a kernel that an SM holds at once: its registers are bounded accordingly.
-constexpr int kResidentThreads = 1024;
+// Few threads with many registers: per row there is less to add up across warps than with many threads.
+constexpr int kMaxThreads = 512;
+// Threads of a kernel that an SM holds at once: the registers allow no more.
+constexpr int kResidentThreads = 512;
 // Threads of a CTA that holds several rows.
 constexpr int kNarrowThreads = 128;
-// Threads that share a row when rows are few: more only lengthen the barrier.
-constexpr int kFewRowsThreads = 512;
-// Rows of a CTA that are in flight, in shared memory: it takes two to cover the latency of device memory and the sums.
-constexpr int kStages = 3;
-// 16-byte vectors of a row that a thread has in flight per stage, at most: 96 KiB in all with kResidentThreads threads, which
-// every GPU from compute capability 8.0 on has.
-constexpr int kStageVectors = 2;
-// Shared memory of two sums over a CTA.
-constexpr int kScratchBytes = 2 * kWarpSize * static_cast<int>(sizeof(float));
+// Threads of a CTA whose row no registers hold.
+constexpr int kLongRowThreads = 1024;
 // Rows per SM from which the device counts as full.
 constexpr int kManyRowsPerSm = 4;
+// Shared memory that every GPU from compute capability 8.0 on has, less what the runtime keeps.
+constexpr int kPortableSharedBytes = 98 * 1024;
+// Shared memory of two sums over a CTA.
+constexpr int kScratchBytes = 2 * kWarpSize * static_cast<int>(sizeof(float));
 
-// Whether rows come through shared memory: whole vectors, and few enough of them.
+// Rows of a CTA that are in flight through shared memory; 0: rows are loaded as they are needed. It takes two to cover the
+// latency of device memory and the sums.
 template <NormKind kKind, int kVec, int kVectors>
-__host__ __device__ constexpr bool is_staged() {
-  return kVec > 1 && kVectors * (kKind == NormKind::kAddRms ? 2 : 1) <= kStageVectors;
+__host__ __device__ constexpr int num_stages() {
+  if (kVec == 1) return 0;
+  const int vectors = kVectors * (kKind == NormKind::kAddRms ? 2 : 1);
+  return vectors <= 2 ? 4 : vectors == 4 ? 3 : kKind == NormKind::kAddRms && vectors == 8 ? 2 : 0;
 }
 
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
@@ -55,14 +56,30 @@ __device__ __forceinline__ Packed<T, kVec> add(const Packed<T, kVec>& x, const P
 }
 
 template <NormKind kKind, int kVec>
-__device__ __forceinline__ void normalise(float (&v)[kVec], const float (&weight)[kVec], const float (&bias)[kVec], float mean, float inverse,
-                                          float weight_offset) {
+__device__ __forceinline__ void normalise(float (&v)[kVec], const float (&weight)[kVec], const float (&bias)[kVec], float mean,
+                                          float inverse) {
 #pragma unroll
   for (int e = 0; e < kVec; ++e) {
     if constexpr (kKind == NormKind::kLayer) {
       v[e] = fmaf((v[e] - mean) * inverse, weight[e], bias[e]);
     } else {
-      v[e] = v[e] * inverse * (weight[e] + weight_offset);
+      v[e] = v[e] * inverse * weight[e];
+    }
+  }
+}
+
+// Weight (its offset added) and bias of kVectors vectors, `width` vectors apart.
+template <NormKind kKind, int kVectors, int kVec>
+__device__ __forceinline__ void load_weights(float (&weight)[kVectors][kVec], float (&bias)[kVectors][kVec], const NormParams& p,
+                                             std::int64_t first, std::int64_t stride) {
+  load_parameter(weight, p.weight, p.weight_dtype, first, stride, p.hidden);
+  if constexpr (kKind == NormKind::kLayer) {
+    if (p.bias != nullptr) load_parameter(bias, p.bias, p.bias_dtype, first, stride, p.hidden);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) weight[i][e] += p.weight_offset;
     }
   }
 }
@@ -74,13 +91,12 @@ __device__ __forceinline__ void normalise(float (&v)[kVec], const float (&weight
 template <NormKind kKind, typename T, int kVec, int kVectors>
 __global__ void __launch_bounds__(kMaxThreads, 1) norm_kernel(const __grid_constant__ NormParams p) {
   constexpr bool kAdds = kKind == NormKind::kAddRms, kIsLayer = kKind == NormKind::kLayer;
-  constexpr bool kIsStaged = is_staged<kKind, kVec, kVectors>();
-  // What 64 registers have room for.
-  constexpr bool kHoldParameters = kVec * kVectors * (kIsLayer ? 2 : 1) <= 16 && kVec * kVectors > 1;
-  constexpr int kHeld = kHoldParameters ? kVectors : 1;
+  constexpr int kStages = num_stages<kKind, kVec, kVectors>();
+  // What 128 registers have room for.
+  constexpr bool kHoldWeights = kVec > 1 && kVec * kVectors * (kIsLayer ? 2 : 1) <= 32;
+  constexpr int kHeld = kHoldWeights ? kVectors : 1;
   extern __shared__ uint4 shared[];
-  const auto scratch = reinterpret_cast<float(*)[kWarpSize]>(shared);
-  uint4* const stages = shared + kScratchBytes / 16;  // [kStages, kVectors * (kAdds ? 2 : 1), threads]
+  const auto scratch = reinterpret_cast<float (*)[kWarpSize]>(shared);
   const int num_vectors = static_cast<int>(p.hidden) / kVec;
   const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
   const float inverse_hidden = 1.0f / static_cast<float>(p.hidden);
@@ -90,112 +106,112 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_kernel(const __grid_const
     turn ^= 1;
     return width <= kWarpSize ? warp_sum(value, width) : cta_sum(value, scratch[turn]);
   };
-  const auto load_parameters = [&](auto& weight, auto& bias, int vector) {
-    load_parameter(weight, p.weight, p.weight_dtype, vector * kVec, width * kVec, p.hidden);
-    if (kIsLayer && p.bias != nullptr) load_parameter(bias, p.bias, p.bias_dtype, vector * kVec, width * kVec, p.hidden);
-  };
-  const auto stage_slot = [&](int stage, int i) {
-    const unsigned num_threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
-    return &stages[(static_cast<unsigned>(stage) * (kVectors * (kAdds ? 2 : 1)) + static_cast<unsigned>(i)) * num_threads + thread];
-  };
+
+  // Stages: [kStages, kVectors * (kAdds ? 2 : 1), threads], 16 bytes each.
+  const unsigned vector_bytes = 16 * blockDim.x * blockDim.y;
+  const unsigned stage_bytes = vector_bytes * kVectors * (kAdds ? 2 : 1);
+  char* const first_slot = reinterpret_cast<char*>(shared) + kScratchBytes + 16 * (threadIdx.y * blockDim.x + threadIdx.x);
   // Every call closes one group of copies, also for a row past the end.
-  const auto fetch = [&](int stage, std::int64_t row) {
+  const auto fetch = [&](char* slot, std::int64_t row) {
     if (row < p.num_rows) {
-      const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
-      const T* const residual = kAdds ? static_cast<const T*>(p.residual) + p.residual_rows.offset(row) : nullptr;
+      const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row) + lane * kVec;
+      const T* const residual = kAdds ? static_cast<const T*>(p.residual) + p.residual_rows.offset(row) + lane * kVec : nullptr;
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        const int vector = lane + i * width;
-        if (vector >= num_vectors) continue;
-        copy_async(stage_slot(stage, i), x + vector * kVec);
-        if constexpr (kAdds) copy_async(stage_slot(stage, kVectors + i), residual + vector * kVec);
+        if (lane + i * width >= num_vectors) continue;
+        copy_async(slot + i * vector_bytes, x + i * width * kVec);
+        if constexpr (kAdds) copy_async(slot + (kVectors + i) * vector_bytes, residual + i * width * kVec);
       }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
   Packed<T, kVec> current[kVectors], addend[kAdds ? kVectors : 1];
-  const auto take = [&](int stage, std::int64_t row) {
-    const T* const x = static_cast<const T*>(p.x) + (kIsStaged ? 0 : p.x_rows.offset(row));
-    const T* const residual = static_cast<const T*>(p.residual) + (kIsStaged || !kAdds ? 0 : p.residual_rows.offset(row));
+  const auto take = [&](const char* slot, std::int64_t row) {
+    const T *x = nullptr, *residual = nullptr;
+    if constexpr (kStages == 0) {
+      x = static_cast<const T*>(p.x) + p.x_rows.offset(row) + lane * kVec;
+      if constexpr (kAdds) residual = static_cast<const T*>(p.residual) + p.residual_rows.offset(row) + lane * kVec;
+    }
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int vector = lane + i * width;
       current[i] = {};
       if constexpr (kAdds) addend[i] = {};
-      if (vector >= num_vectors || row >= p.num_rows) continue;
-      if constexpr (kIsStaged) {
-        current[i] = load_packed<T, kVec>(reinterpret_cast<const T*>(stage_slot(stage, i)));
-        if constexpr (kAdds) addend[i] = load_packed<T, kVec>(reinterpret_cast<const T*>(stage_slot(stage, kVectors + i)));
+      if (lane + i * width >= num_vectors || row >= p.num_rows) continue;
+      if constexpr (kStages > 0) {
+        current[i] = load_packed<T, kVec>(reinterpret_cast<const T*>(slot + i * vector_bytes));
+        if constexpr (kAdds) addend[i] = load_packed<T, kVec>(reinterpret_cast<const T*>(slot + (kVectors + i) * vector_bytes));
       } else {
-        current[i] = load_packed<T, kVec>(x + vector * kVec);
-        if constexpr (kAdds) addend[i] = load_packed<T, kVec>(residual + vector * kVec);
+        current[i] = load_packed<T, kVec>(x + i * width * kVec);
+        if constexpr (kAdds) addend[i] = load_packed<T, kVec>(residual + i * width * kVec);
       }
     }
   };
 
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.y;
   std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if constexpr (kIsStaged) {
-    for (int stage = 0; stage < kStages; ++stage) fetch(stage, row + stage * step);
-  }
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) fetch(first_slot + stage * stage_bytes, row + stage * step);
   float weight[kHeld][kVec], bias[kHeld][kVec] = {};
-  if constexpr (kHoldParameters) load_parameters(weight, bias, lane);
+  if constexpr (kHoldWeights) load_weights<kKind>(weight, bias, p, lane * kVec, width * kVec);
 
   // The condition is on the CTA's first row: all its threads take part in the sums.
-  for (int stage = 0; row - threadIdx.y < p.num_rows; row += step, stage = stage + 1 == kStages ? 0 : stage + 1) {
-    if constexpr (kIsStaged) asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
-    take(stage, row);
+  char* slot = first_slot;
+  for (; row - threadIdx.y < p.num_rows; row += step) {
+    if constexpr (kStages > 0) asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+    take(slot, row);
     const int limit = row < p.num_rows ? num_vectors : 0;
 
     if constexpr (kAdds) {
-      T* const residual = static_cast<T*>(p.residual) + p.residual_rows.offset(row);
+      T* const residual = static_cast<T*>(p.residual) + p.residual_rows.offset(row) + lane * kVec;
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        const int vector = lane + i * width;
         current[i] = add<T, kVec>(current[i], addend[i]);
-        if (vector < limit) store_raw(residual + vector * kVec, current[i]);
+        if (lane + i * width < limit) store_raw(residual + i * width * kVec, current[i]);
       }
     }
 
-    // Statistics.
+    // Statistics. A sum of its own for each vector keeps the chains of dependent additions short.
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      float v[kVec];
+      float v[kVec], vector_sum = 0.0f;
       unpack<T, kVec>(v, current[i]);
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) sum = kIsLayer ? sum + v[e] : fmaf(v[e], v[e], sum);
+      for (int e = 0; e < kVec; ++e) vector_sum = kIsLayer ? vector_sum + v[e] : fmaf(v[e], v[e], vector_sum);
+      sum += vector_sum;
     }
     float mean = 0.0f, variance = row_sum(sum) * inverse_hidden;
     // The stage may be written again only now that the sum has used what was in it.
-    if constexpr (kIsStaged) fetch(stage, row + kStages * step);
+    if constexpr (kStages > 0) {
+      fetch(slot, row + kStages * step);
+      slot += stage_bytes;
+      if (slot == first_slot + kStages * stage_bytes) slot = first_slot;
+    }
     if constexpr (kIsLayer) {
       mean = variance;
       float squares = 0.0f;
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        float v[kVec];
+        float v[kVec], vector_sum = 0.0f;
         unpack<T, kVec>(v, current[i]);
-        if (lane + i * width < limit) {
 #pragma unroll
-          for (int e = 0; e < kVec; ++e) squares = fmaf(v[e] - mean, v[e] - mean, squares);
-        }
+        for (int e = 0; e < kVec; ++e) vector_sum = fmaf(v[e] - mean, v[e] - mean, vector_sum);
+        if (lane + i * width < limit) squares += vector_sum;
       }
       variance = row_sum(squares) * inverse_hidden;
     }
     const float inverse = __frsqrt_rn(variance + p.eps);
 
     // Output.
-    T* const out = static_cast<T*>(p.out) + p.out_rows.offset(row);
+    T* const out = static_cast<T*>(p.out) + p.out_rows.offset(row) + lane * kVec;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int vector = lane + i * width;
-      if constexpr (!kHoldParameters) load_parameters(weight, bias, vector);
+      if constexpr (!kHoldWeights) load_weights<kKind>(weight, bias, p, (lane + i * width) * kVec, 0);
       float v[kVec];
       unpack<T, kVec>(v, current[i]);
-      constexpr bool kOwn = kHoldParameters;
-      normalise<kKind>(v, weight[kOwn ? i : 0], bias[kOwn ? i : 0], mean, inverse, p.weight_offset);
-      if (vector < limit) store_floats(out + vector * kVec, v);
+      constexpr bool kOwn = kHoldWeights;
+      normalise<kKind>(v, weight[kOwn ? i : 0], bias[kOwn ? i : 0], mean, inverse);
+      if (lane + i * width < limit) store_floats(out + i * width * kVec, v);
     }
   }
 }
@@ -203,7 +219,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_kernel(const __grid_const
 // Grid: one CTA per row and step, for rows that no register file holds. Each pass re-reads the row; a thread meets only its own
 // elements, so out may be x and the residual is read back by the thread that wrote it.
 template <NormKind kKind, typename T, int kVec>
-__global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __grid_constant__ NormParams p) {
+__global__ void __launch_bounds__(kLongRowThreads, 1) norm_long_row_kernel(const __grid_constant__ NormParams p) {
   __shared__ float scratch[2][kWarpSize];
   const std::int64_t lane = static_cast<std::int64_t>(threadIdx.x) * kVec, step = static_cast<std::int64_t>(blockDim.x) * kVec;
   for (std::int64_t row = blockIdx.x; row < p.num_rows; row += gridDim.x) {
@@ -248,9 +264,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __g
     for (std::int64_t at = lane; at < p.hidden; at += step) {
       float v[kVec], weight[1][kVec], bias[1][kVec] = {};
       load_floats(v, x + at);
-      load_parameter(weight, p.weight, p.weight_dtype, at, 0, p.hidden);
-      if (kKind == NormKind::kLayer && p.bias != nullptr) load_parameter(bias, p.bias, p.bias_dtype, at, 0, p.hidden);
-      normalise<kKind>(v, weight[0], bias[0], mean, inverse, p.weight_offset);
+      load_weights<kKind>(weight, bias, p, at, 0);
+      normalise<kKind>(v, weight[0], bias[0], mean, inverse);
       store_floats(out + at, v);
     }
     __syncthreads();
@@ -259,40 +274,50 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __g
 
 template <NormKind kKind, typename T, int kVec>
 void launch_rows(const NormParams& p, const char* name, Stream stream) {
-  // Twice the registers per vector for the fused form.
-  constexpr int kMaxVectors = kVec == 1 ? 8 : kKind == NormKind::kAddRms ? 2 : 4;
-  const std::int64_t num_vectors = p.hidden / kVec, num_sms = current_device_properties().num_sms;
-  if (num_vectors > kMaxVectors * kMaxThreads) {
+  constexpr bool kStagesPairs = kKind == NormKind::kAddRms && kVec > 1;
+  constexpr int kMaxVectors = kStagesPairs ? 4 : 8;
+  const DeviceProperties& device = current_device_properties();
+  const std::int64_t num_vectors = p.hidden / kVec;
+  // Four vectors of two tensors take more shared memory than every GPU has.
+  const bool has_large_shared = device.max_shared_bytes_per_cta >= 2 * kPortableSharedBytes;
+  if (num_vectors > (kStagesPairs && !has_large_shared ? 2 : kMaxVectors) * kMaxThreads) {
     const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(p.num_rows, 0x7fffffff));
-    norm_long_row_kernel<kKind, T, kVec><<<num_ctas, kMaxThreads, 0, cuda_stream(stream)>>>(p);
+    norm_long_row_kernel<kKind, T, kVec><<<num_ctas, kLongRowThreads, 0, cuda_stream(stream)>>>(p);
     QUIRE_CHECK_LAUNCH(name, stream);
     return;
   }
+  const bool many_rows = p.num_rows >= kManyRowsPerSm * device.num_sms;
   const auto launch = [&](auto vectors_constant) {
     constexpr int kVectors = decltype(vectors_constant)::value;
     const std::int64_t threads = ceil_div(num_vectors, kVectors);
     const std::int64_t width = threads <= kWarpSize ? static_cast<std::int64_t>(std::bit_ceil(static_cast<unsigned>(threads)))
                                                     : ceil_div(threads, kWarpSize) * kWarpSize;
     const std::int64_t rows_per_cta = width > kWarpSize ? 1 : kNarrowThreads / width;
-    const std::int64_t num_ctas = std::min(ceil_div(p.num_rows, rows_per_cta), num_sms * (kResidentThreads / (width * rows_per_cta)));
-    constexpr int kThreadBytes = is_staged<kKind, kVec, kVectors>() ? 16 * kStages * kVectors * (kKind == NormKind::kAddRms ? 2 : 1) : 0;
+    // Many rows are walked by as many CTAs as fit the device, which keep their stages full.
+    const std::int64_t limit = many_rows ? device.num_sms * (kResidentThreads / (width * rows_per_cta)) : 0x7fffffff;
+    const auto num_ctas = static_cast<unsigned>(std::min(ceil_div(p.num_rows, rows_per_cta), limit));
+    constexpr int kThreadBytes = 16 * num_stages<kKind, kVec, kVectors>() * kVectors * (kKind == NormKind::kAddRms ? 2 : 1);
     const int shared_bytes = kScratchBytes + kThreadBytes * static_cast<int>(width * rows_per_cta);
     const auto kernel = norm_kernel<kKind, T, kVec, kVectors>;
     set_max_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
-    kernel<<<static_cast<unsigned>(num_ctas), dim3(static_cast<unsigned>(width), static_cast<unsigned>(rows_per_cta)),
-             static_cast<std::size_t>(shared_bytes), cuda_stream(stream)>>>(p);
+    kernel<<<num_ctas, dim3(static_cast<unsigned>(width), static_cast<unsigned>(rows_per_cta)), static_cast<std::size_t>(shared_bytes),
+             cuda_stream(stream)>>>(p);
     QUIRE_CHECK_LAUNCH(name, stream);
   };
-  // Many rows: as many vectors per thread as can be staged, for few warps at each barrier. Few: threads enough for one each.
-  const bool many_rows = p.num_rows >= kManyRowsPerSm * num_sms;
-  const std::int64_t wanted = many_rows ? (kKind == NormKind::kAddRms ? kStageVectors / 2 : kStageVectors) : ceil_div(num_vectors, kFewRowsThreads);
-  const std::int64_t vectors = std::min<std::int64_t>(std::max(wanted, ceil_div(num_vectors, kMaxThreads)), kMaxVectors);
+  std::int64_t vectors = ceil_div(num_vectors, kMaxThreads);
   if constexpr (kVec == 1) {
     vectors <= 2 ? launch(std::integral_constant<int, 2>{}) : launch(std::integral_constant<int, 8>{});
   } else {
+    // Few rows: threads enough for one vector each. Many: as many vectors per thread as can be in flight, but not fewer than
+    // four threads, so that accesses stay whole sectors.
+    if (many_rows) {
+      const std::int64_t preferred = kKind == NormKind::kLayer || (kStagesPairs && !has_large_shared) ? 2 : 4;
+      vectors = std::max(vectors, std::min(preferred, ceil_div(num_vectors, 4)));
+    }
     if (vectors == 1) return launch(std::integral_constant<int, 1>{});
     if (vectors == 2) return launch(std::integral_constant<int, 2>{});
-    if constexpr (kMaxVectors > 2) launch(std::integral_constant<int, 4>{});
+    if (vectors <= 4) return launch(std::integral_constant<int, 4>{});
+    if constexpr (kMaxVectors == 8) launch(std::integral_constant<int, 8>{});
   }
 }
 
@@ -313,9 +338,7 @@ void launch_norm(const NormParams& p, const char* name, Stream stream) {
 
 void rms_norm(const NormParams& params, Stream stream) { launch_norm<NormKind::kRms>(params, "rms_norm", stream); }
 
-void fused_add_rms_norm(const NormParams& params, Stream stream) {
-  launch_norm<NormKind::kAddRms>(params, "fused_add_rms_norm", stream);
-}
+void fused_add_rms_norm(const NormParams& params, Stream stream) { launch_norm<NormKind::kAddRms>(params, "fused_add_rms_norm", stream); }
 
 void layer_norm(const NormParams& params, Stream stream) { launch_norm<NormKind::kLayer>(params, "layer_norm", stream); }
 

@@ -13,31 +13,39 @@ namespace {
 constexpr int kThreads = 256;
 // Heads that a thread rotates by one set of angles; their loads are in flight together.
 constexpr int kHeadsPerThread = 2;
+// Threads of this kernel that an SM holds at once: the registers of a thread are bounded accordingly.
+constexpr int kResidentThreads = 1024;
 // Tokens per SM below which heads are spread over as many threads as there are.
 constexpr int kManyTokensPerSm = 8;
 
 // Grid: work item = blockDim.z tokens x one chunk of heads x one chunk of angles; gridDim.x CTAs walk all items. Thread (x, y, z)
-// rotates kVec pairs of up to kHeadsPerThread heads of a token; the heads of q and k are numbered as one list.
+// rotates kVec pairs of up to kHeadsPerThread heads of a token; the heads of q and k are numbered as one list. The position of
+// the next item is read ahead, so that an item's pairs and angles are fetched together.
 template <typename T, RopeStyle kStyle, int kVec>
-__global__ void __launch_bounds__(kThreads) rotary_embedding_kernel(const __grid_constant__ RotaryParams p, ErrorWord* const error_word,
-                                                                    const std::int64_t num_head_chunks,
-                                                                    const std::int64_t num_angle_chunks, const std::int64_t num_items) {
+__global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
+    rotary_embedding_kernel(const __grid_constant__ RotaryParams p, ErrorWord* const error_word, const std::int64_t num_head_chunks,
+                            const std::int64_t num_angle_chunks, const std::int64_t num_items) {
   const std::int64_t half = p.rotary_dim / 2;
   const std::int64_t num_all_heads = p.num_heads + p.num_kv_heads;
+  const std::int64_t per_token = num_head_chunks * num_angle_chunks;
+  const auto token_of = [&](std::int64_t item) { return (per_token == 1 ? item : divide(item, per_token)) * blockDim.z + threadIdx.z; };
+  const auto read_position = [&](std::int64_t item) -> std::int64_t {
+    const std::int64_t token = token_of(item);
+    if (item >= num_items || token >= p.num_tokens) return -1;
+    return p.position_dtype == DType::kInt64 ? static_cast<const std::int64_t*>(p.positions)[token * p.position_stride]
+                                             : static_cast<const std::int32_t*>(p.positions)[token * p.position_stride];
+  };
+  std::int64_t next_position = read_position(blockIdx.x);
   for (std::int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
-    const std::int64_t per_token = num_head_chunks * num_angle_chunks;
-    const std::int64_t token_group = per_token == 1 ? item : divide(item, per_token);
-    const std::int64_t chunk = item - token_group * per_token;
+    const std::int64_t position = next_position;
+    next_position = read_position(item + gridDim.x);
+    const std::int64_t chunk = per_token == 1 ? 0 : item - divide(item, per_token) * per_token;
     const std::int64_t head_chunk = num_angle_chunks == 1 ? chunk : divide(chunk, num_angle_chunks);
     const std::int64_t angle = ((chunk - head_chunk * num_angle_chunks) * blockDim.x + threadIdx.x) * kVec;
-    const std::int64_t token = token_group * blockDim.z + threadIdx.z;
+    const std::int64_t token = token_of(item);
     if (token >= p.num_tokens || angle >= half) continue;
 
-    const std::int64_t position = p.position_dtype == DType::kInt64
-                                      ? static_cast<const std::int64_t*>(p.positions)[token * p.position_stride]
-                                      : static_cast<const std::int32_t*>(p.positions)[token * p.position_stride];
-
-    // Load the pairs; they do not wait for the position.
+    // Load the pairs.
     constexpr bool kNeox = kStyle == RopeStyle::kNeox;
     const std::int64_t first_at = kNeox ? angle : 2 * angle;
     const std::int64_t second_at = kNeox ? angle + half : 2 * angle + kVec;
@@ -68,8 +76,8 @@ __global__ void __launch_bounds__(kThreads) rotary_embedding_kernel(const __grid
     for (int i = 0; i < kHeadsPerThread; ++i) {
       if (rows[i] == nullptr) continue;
       float x[2 * kVec];
-      unpack<T, kVec>(reinterpret_cast<float(&)[kVec]>(x[0]), firsts[i]);
-      unpack<T, kVec>(reinterpret_cast<float(&)[kVec]>(x[kVec]), seconds[i]);
+      unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[0]), firsts[i]);
+      unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[kVec]), seconds[i]);
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
         float& a = x[kNeox ? e : 2 * e];
@@ -79,8 +87,8 @@ __global__ void __launch_bounds__(kThreads) rotary_embedding_kernel(const __grid
         a = rotated_a;
         b = rotated_b;
       }
-      store_floats(rows[i] + first_at, reinterpret_cast<const float(&)[kVec]>(x[0]));
-      store_floats(rows[i] + second_at, reinterpret_cast<const float(&)[kVec]>(x[kVec]));
+      store_floats(rows[i] + first_at, reinterpret_cast<const float (&)[kVec]>(x[0]));
+      store_floats(rows[i] + second_at, reinterpret_cast<const float (&)[kVec]>(x[kVec]));
     }
   }
 }
@@ -98,7 +106,9 @@ void launch_rotary(const RotaryParams& p, Stream stream) {
   const std::int64_t num_head_chunks = ceil_div(num_all_heads, head_lanes * kHeadsPerThread);
   const std::int64_t num_items = ceil_div(p.num_tokens, tokens_per_cta) * num_head_chunks * num_angle_chunks;
   const dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(head_lanes), static_cast<unsigned>(tokens_per_cta));
-  const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(num_items, 0x7fffffff));
+  const std::int64_t limit =
+      many_tokens ? current_device_properties().num_sms * (kResidentThreads / (lanes * head_lanes * tokens_per_cta)) : 0x7fffffff;
+  const auto num_ctas = static_cast<unsigned>(std::min(num_items, limit));
   rotary_embedding_kernel<T, kStyle, kVec>
       <<<num_ctas, block, 0, cuda_stream(stream)>>>(p, error_word(), num_head_chunks, num_angle_chunks, num_items);
   QUIRE_CHECK_LAUNCH("rotary_embedding", stream);

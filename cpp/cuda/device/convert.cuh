@@ -137,8 +137,7 @@ __device__ __forceinline__ std::uint32_t pack_fp8x2<__nv_fp8_e5m2>(float first, 
   asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(second), "f"(first));
   return bits;
 #else
-  return detail::float_to_fp8_bits<2, 15, 0x7bu>(first, 57344.0f) |
-         (detail::float_to_fp8_bits<2, 15, 0x7bu>(second, 57344.0f) << 8);
+  return detail::float_to_fp8_bits<2, 15, 0x7bu>(first, 57344.0f) | (detail::float_to_fp8_bits<2, 15, 0x7bu>(second, 57344.0f) << 8);
 #endif
 }
 

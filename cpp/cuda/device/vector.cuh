@@ -50,8 +50,7 @@ __device__ __forceinline__ void store_raw(void* dst, const RawVector<kBytes>& va
   if constexpr (kBytes > 4 && kBytes % 16 == 0) {
 #pragma unroll
     for (int i = 0; i < kBytes / 16; ++i)
-      static_cast<uint4*>(dst)[i] =
-          make_uint4(value.words[4 * i], value.words[4 * i + 1], value.words[4 * i + 2], value.words[4 * i + 3]);
+      static_cast<uint4*>(dst)[i] = make_uint4(value.words[4 * i], value.words[4 * i + 1], value.words[4 * i + 2], value.words[4 * i + 3]);
   } else if constexpr (kBytes == 8) {
     *static_cast<uint2*>(dst) = make_uint2(value.words[0], value.words[1]);
   } else {
@@ -61,11 +60,11 @@ __device__ __forceinline__ void store_raw(void* dst, const RawVector<kBytes>& va
 
 /// kCount elements of T in registers, in T's own width.
 template <typename T, int kCount>
-using Packed = RawVector<kCount * static_cast<int>(sizeof(T))>;
+using Packed = RawVector<kCount* static_cast<int>(sizeof(T))>;
 
 template <typename T, int kCount>
 __device__ __forceinline__ Packed<T, kCount> load_packed(const T* src) {
-  return load_raw<kCount * static_cast<int>(sizeof(T))>(src);
+  return load_raw<kCount* static_cast<int>(sizeof(T))>(src);
 }
 
 template <typename T, int kCount>
