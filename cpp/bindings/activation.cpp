@@ -11,10 +11,13 @@ namespace {
 using ActivationOp = void (*)(const TensorView&, const TensorView&, Stream);
 
 void bind(nb::module_& m, const char* op, ActivationOp function) {
-  m.def(op, [op, function](nb::handle out, nb::handle x, nb::handle stream) {
-    Args args(op, stream, {{out, "out", Access::kWrite}, {x, "x"}});
-    args.run([&](Stream s) { function(args[0], args[1], s); });
-  }, nb::arg("out").none(), nb::arg("x").none(), nb::arg("stream").none());
+  m.def(
+      op,
+      [op, function](nb::handle out, nb::handle x, nb::handle stream) {
+        Args args(op, stream, {{out, "out", Access::kWrite}, {x, "x"}});
+        args.run([&](Stream s) { function(args[0], args[1], s); });
+      },
+      nb::arg("out").none(), nb::arg("x").none(), nb::arg("stream").none());
 }
 
 }  // namespace

@@ -12,7 +12,8 @@ namespace quire::bindings {
 namespace {
 
 // The scalar options; the tensor options are set once they are imported.
-AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle causal, nb::handle window, nb::handle softcap, nb::handle validate) {
+AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle causal, nb::handle window, nb::handle softcap,
+                               nb::handle validate) {
   AttentionOptions options;
   options.scale = to_optional_double(op, "scale", scale);
   const int truth = PyObject_IsTrue(causal.ptr());
@@ -35,7 +36,8 @@ AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle caus
 }
 
 // The caller's workspace, or a lease of the shared one in `lease`.
-const TensorView* choose_workspace(const TensorView* given, std::int64_t num_bytes, const TensorView& q, Stream stream, WorkspaceLease& lease) {
+const TensorView* choose_workspace(const TensorView* given, std::int64_t num_bytes, const TensorView& q, Stream stream,
+                                   WorkspaceLease& lease) {
   if (given != nullptr || num_bytes == 0) return given;
   lease = shared_workspace(num_bytes, q.device, stream);
   return &lease.view;
@@ -53,67 +55,106 @@ std::int64_t size_argument(const char* op, const char* arg, nb::handle value) { 
 }  // namespace
 
 void bind_attention(nb::module_& m) {
-  m.def("paged_attention", [](nb::handle out, nb::handle lse, nb::handle q, nb::handle k_cache, nb::handle v_cache, nb::handle block_tables,
-                              nb::handle seq_lens, nb::handle query_start_loc, nb::handle workspace, nb::handle scale, nb::handle causal,
-                              nb::handle window, nb::handle softcap, nb::handle alibi_slopes, nb::handle sinks, nb::handle k_scale,
-                              nb::handle v_scale, nb::handle validate, nb::handle stream) {
-    AttentionOptions options = parse_options("paged_attention", scale, causal, window, softcap, validate);
-    Args args("paged_attention", stream,
-              {{out, "out", Access::kWrite}, {lse, "lse", Access::kWrite, true}, {q, "q"}, {k_cache, "k_cache"}, {v_cache, "v_cache"},
-               {block_tables, "block_tables"}, {seq_lens, "seq_lens"}, {query_start_loc, "query_start_loc", Access::kRead, true},
-               {workspace, "workspace", Access::kWrite, true}, {alibi_slopes, "alibi_slopes", Access::kRead, true},
-               {sinks, "sinks", Access::kRead, true}, {k_scale, "k_scale", Access::kRead, true}, {v_scale, "v_scale", Access::kRead, true}});
-    options.alibi_slopes = args.optional(9);
-    options.sinks = args.optional(10);
-    options.k_scale = args.optional(11);
-    options.v_scale = args.optional(12);
-    const std::int64_t num_bytes = workspace_bytes(&paged_attention_workspace_size, args[2], args[6].ndim == 1 ? args[6].size(0) : 0);
-    args.run([&](Stream s) {
-      WorkspaceLease lease;
-      const TensorView* const space = choose_workspace(args.optional(8), num_bytes, args[2], s, lease);
-      paged_attention(args[0], args.optional(1), args[2], args[3], args[4], args[5], args[6], args.optional(7), space, options, s);
-    });
-  }, nb::arg("out").none(), nb::arg("lse").none(), nb::arg("q").none(), nb::arg("k_cache").none(), nb::arg("v_cache").none(), nb::arg("block_tables").none(), nb::arg("seq_lens").none(),
-     nb::arg("query_start_loc").none(), nb::arg("workspace").none(), nb::arg("scale").none(), nb::arg("causal").none(), nb::arg("window").none(),
-     nb::arg("softcap").none(), nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("k_scale").none(), nb::arg("v_scale").none(),
-     nb::arg("validate").none(), nb::arg("stream").none());
+  m.def(
+      "paged_attention",
+      [](nb::handle out, nb::handle lse, nb::handle q, nb::handle k_cache, nb::handle v_cache, nb::handle block_tables, nb::handle seq_lens,
+         nb::handle query_start_loc, nb::handle workspace, nb::handle scale, nb::handle causal, nb::handle window, nb::handle softcap,
+         nb::handle alibi_slopes, nb::handle sinks, nb::handle k_scale, nb::handle v_scale, nb::handle validate, nb::handle stream) {
+        AttentionOptions options = parse_options("paged_attention", scale, causal, window, softcap, validate);
+        Args args("paged_attention", stream,
+                  {{out, "out", Access::kWrite},
+                   {lse, "lse", Access::kWrite, true},
+                   {q, "q"},
+                   {k_cache, "k_cache"},
+                   {v_cache, "v_cache"},
+                   {block_tables, "block_tables"},
+                   {seq_lens, "seq_lens"},
+                   {query_start_loc, "query_start_loc", Access::kRead, true},
+                   {workspace, "workspace", Access::kWrite, true},
+                   {alibi_slopes, "alibi_slopes", Access::kRead, true},
+                   {sinks, "sinks", Access::kRead, true},
+                   {k_scale, "k_scale", Access::kRead, true},
+                   {v_scale, "v_scale", Access::kRead, true}});
+        options.alibi_slopes = args.optional(9);
+        options.sinks = args.optional(10);
+        options.k_scale = args.optional(11);
+        options.v_scale = args.optional(12);
+        const std::int64_t num_bytes = workspace_bytes(&paged_attention_workspace_size, args[2], args[6].ndim == 1 ? args[6].size(0) : 0);
+        args.run([&](Stream s) {
+          WorkspaceLease lease;
+          const TensorView* const space = choose_workspace(args.optional(8), num_bytes, args[2], s, lease);
+          paged_attention(args[0], args.optional(1), args[2], args[3], args[4], args[5], args[6], args.optional(7), space, options, s);
+        });
+      },
+      nb::arg("out").none(), nb::arg("lse").none(), nb::arg("q").none(), nb::arg("k_cache").none(), nb::arg("v_cache").none(),
+      nb::arg("block_tables").none(), nb::arg("seq_lens").none(), nb::arg("query_start_loc").none(), nb::arg("workspace").none(),
+      nb::arg("scale").none(), nb::arg("causal").none(), nb::arg("window").none(), nb::arg("softcap").none(),
+      nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("k_scale").none(), nb::arg("v_scale").none(),
+      nb::arg("validate").none(), nb::arg("stream").none());
 
-  m.def("attention", [](nb::handle out, nb::handle lse, nb::handle q, nb::handle k, nb::handle v, nb::handle query_start_loc,
-                        nb::handle kv_start_loc, nb::handle workspace, nb::handle scale, nb::handle causal, nb::handle window, nb::handle softcap,
-                        nb::handle alibi_slopes, nb::handle sinks, nb::handle k_scale, nb::handle v_scale, nb::handle validate, nb::handle stream) {
-    AttentionOptions options = parse_options("attention", scale, causal, window, softcap, validate);
-    Args args("attention", stream,
-              {{out, "out", Access::kWrite}, {lse, "lse", Access::kWrite, true}, {q, "q"}, {k, "k"}, {v, "v"},
-               {query_start_loc, "query_start_loc", Access::kRead, true}, {kv_start_loc, "kv_start_loc", Access::kRead, true},
-               {workspace, "workspace", Access::kWrite, true}, {alibi_slopes, "alibi_slopes", Access::kRead, true},
-               {sinks, "sinks", Access::kRead, true}, {k_scale, "k_scale", Access::kRead, true}, {v_scale, "v_scale", Access::kRead, true}});
-    options.alibi_slopes = args.optional(8);
-    options.sinks = args.optional(9);
-    options.k_scale = args.optional(10);
-    options.v_scale = args.optional(11);
-    const TensorView* const loc = args.optional(5);
-    const std::int64_t num_bytes = workspace_bytes(&attention_workspace_size, args[2], loc == nullptr ? 1 : loc->ndim == 1 ? loc->size(0) - 1 : 0);
-    args.run([&](Stream s) {
-      WorkspaceLease lease;
-      const TensorView* const space = choose_workspace(args.optional(7), num_bytes, args[2], s, lease);
-      attention(args[0], args.optional(1), args[2], args[3], args[4], args.optional(5), args.optional(6), space, options, s);
-    });
-  }, nb::arg("out").none(), nb::arg("lse").none(), nb::arg("q").none(), nb::arg("k").none(), nb::arg("v").none(), nb::arg("query_start_loc").none(),
-     nb::arg("kv_start_loc").none(), nb::arg("workspace").none(), nb::arg("scale").none(), nb::arg("causal").none(), nb::arg("window").none(),
-     nb::arg("softcap").none(), nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("k_scale").none(), nb::arg("v_scale").none(),
-     nb::arg("validate").none(), nb::arg("stream").none());
+  m.def(
+      "attention",
+      [](nb::handle out, nb::handle lse, nb::handle q, nb::handle k, nb::handle v, nb::handle query_start_loc, nb::handle kv_start_loc,
+         nb::handle workspace, nb::handle scale, nb::handle causal, nb::handle window, nb::handle softcap, nb::handle alibi_slopes,
+         nb::handle sinks, nb::handle k_scale, nb::handle v_scale, nb::handle validate, nb::handle stream) {
+        AttentionOptions options = parse_options("attention", scale, causal, window, softcap, validate);
+        Args args("attention", stream,
+                  {{out, "out", Access::kWrite},
+                   {lse, "lse", Access::kWrite, true},
+                   {q, "q"},
+                   {k, "k"},
+                   {v, "v"},
+                   {query_start_loc, "query_start_loc", Access::kRead, true},
+                   {kv_start_loc, "kv_start_loc", Access::kRead, true},
+                   {workspace, "workspace", Access::kWrite, true},
+                   {alibi_slopes, "alibi_slopes", Access::kRead, true},
+                   {sinks, "sinks", Access::kRead, true},
+                   {k_scale, "k_scale", Access::kRead, true},
+                   {v_scale, "v_scale", Access::kRead, true}});
+        options.alibi_slopes = args.optional(8);
+        options.sinks = args.optional(9);
+        options.k_scale = args.optional(10);
+        options.v_scale = args.optional(11);
+        const TensorView* const loc = args.optional(5);
+        const std::int64_t num_bytes = workspace_bytes(&attention_workspace_size, args[2],
+                                                       loc == nullptr   ? 1
+                                                       : loc->ndim == 1 ? loc->size(0) - 1
+                                                                        : 0);
+        args.run([&](Stream s) {
+          WorkspaceLease lease;
+          const TensorView* const space = choose_workspace(args.optional(7), num_bytes, args[2], s, lease);
+          attention(args[0], args.optional(1), args[2], args[3], args[4], args.optional(5), args.optional(6), space, options, s);
+        });
+      },
+      nb::arg("out").none(), nb::arg("lse").none(), nb::arg("q").none(), nb::arg("k").none(), nb::arg("v").none(),
+      nb::arg("query_start_loc").none(), nb::arg("kv_start_loc").none(), nb::arg("workspace").none(), nb::arg("scale").none(),
+      nb::arg("causal").none(), nb::arg("window").none(), nb::arg("softcap").none(), nb::arg("alibi_slopes").none(),
+      nb::arg("sinks").none(), nb::arg("k_scale").none(), nb::arg("v_scale").none(), nb::arg("validate").none(), nb::arg("stream").none());
 
-  m.def("merge_attention", [](nb::handle out, nb::handle out_lse, nb::handle out_a, nb::handle lse_a, nb::handle out_b, nb::handle lse_b, nb::handle stream) {
-    Args args("merge_attention", stream,
-              {{out, "out", Access::kWrite}, {out_lse, "out_lse", Access::kWrite, true}, {out_a, "out_a"}, {lse_a, "lse_a"}, {out_b, "out_b"}, {lse_b, "lse_b"}});
-    args.run([&](Stream s) { merge_attention(args[0], args.optional(1), args[2], args[3], args[4], args[5], s); });
-  }, nb::arg("out").none(), nb::arg("out_lse").none(), nb::arg("out_a").none(), nb::arg("lse_a").none(), nb::arg("out_b").none(), nb::arg("lse_b").none(), nb::arg("stream").none());
+  m.def(
+      "merge_attention",
+      [](nb::handle out, nb::handle out_lse, nb::handle out_a, nb::handle lse_a, nb::handle out_b, nb::handle lse_b, nb::handle stream) {
+        Args args("merge_attention", stream,
+                  {{out, "out", Access::kWrite},
+                   {out_lse, "out_lse", Access::kWrite, true},
+                   {out_a, "out_a"},
+                   {lse_a, "lse_a"},
+                   {out_b, "out_b"},
+                   {lse_b, "lse_b"}});
+        args.run([&](Stream s) { merge_attention(args[0], args.optional(1), args[2], args[3], args[4], args[5], s); });
+      },
+      nb::arg("out").none(), nb::arg("out_lse").none(), nb::arg("out_a").none(), nb::arg("lse_a").none(), nb::arg("out_b").none(),
+      nb::arg("lse_b").none(), nb::arg("stream").none());
 
   const auto bind_size = [&](const char* op, auto function) {
-    m.def(op, [op, function](nb::handle num_tokens, nb::handle num_seqs, nb::handle num_heads, nb::handle head_dim, nb::handle device) {
-      return function(size_argument(op, "num_tokens", num_tokens), size_argument(op, "num_seqs", num_seqs), size_argument(op, "num_heads", num_heads),
-                      size_argument(op, "head_dim", head_dim), to_device(op, device));
-    }, nb::arg("num_tokens").none(), nb::arg("num_seqs").none(), nb::arg("num_heads").none(), nb::arg("head_dim").none(), nb::arg("device").none());
+    m.def(
+        op,
+        [op, function](nb::handle num_tokens, nb::handle num_seqs, nb::handle num_heads, nb::handle head_dim, nb::handle device) {
+          return function(size_argument(op, "num_tokens", num_tokens), size_argument(op, "num_seqs", num_seqs),
+                          size_argument(op, "num_heads", num_heads), size_argument(op, "head_dim", head_dim), to_device(op, device));
+        },
+        nb::arg("num_tokens").none(), nb::arg("num_seqs").none(), nb::arg("num_heads").none(), nb::arg("head_dim").none(),
+        nb::arg("device").none());
   };
   bind_size("paged_attention_workspace_size", &paged_attention_workspace_size);
   bind_size("attention_workspace_size", &attention_workspace_size);

@@ -218,7 +218,8 @@ const char* kind_name(BlockEvent::Kind kind) {
 }
 
 void bind_records(nb::module_& m) {
-  nb::class_<BlockAllocatorStats>(m, "BlockAllocatorStats", "Counts of a BlockAllocator at one moment. "
+  nb::class_<BlockAllocatorStats>(m, "BlockAllocatorStats",
+                                  "Counts of a BlockAllocator at one moment. "
                                   "``num_live + num_cached + num_free == num_blocks``.")
       .def_ro("num_blocks", &BlockAllocatorStats::num_blocks)
       .def_ro("num_live", &BlockAllocatorStats::num_live, "Blocks that somebody holds.")
@@ -247,17 +248,21 @@ void bind_records(nb::module_& m) {
       .def_ro("is_swapped", &SequenceInfo::is_swapped, "Whether it is in the host tier.")
       .def_ro("is_cacheable", &SequenceInfo::is_cacheable, "False from reset_prefix_cache() until recomputed.")
       .def("__repr__", [](const SequenceInfo& s) {
-        return "SequenceInfo(num_tokens=" + std::to_string(s.num_tokens) + ", num_computed_tokens=" + std::to_string(s.num_computed_tokens) +
+        return "SequenceInfo(num_tokens=" + std::to_string(s.num_tokens) +
+               ", num_computed_tokens=" + std::to_string(s.num_computed_tokens) +
                ", num_reserved_tokens=" + std::to_string(s.num_reserved_tokens) + ", num_blocks=" + std::to_string(s.num_blocks) + ")";
       });
 
   nb::class_<BlockEvent>(m, "BlockEvent", "A change of the prefix cache.")
-      .def_prop_ro("kind", [](const BlockEvent& e) { return kind_name(e.kind); }, nb::sig("def kind(self) -> str"),
-                   "\"stored\", \"removed\", \"cleared\", or \"lost\" where events were dropped because nobody took them in time.")
+      .def_prop_ro(
+          "kind", [](const BlockEvent& e) { return kind_name(e.kind); }, nb::sig("def kind(self) -> str"),
+          "\"stored\", \"removed\", \"cleared\", or \"lost\" where events were dropped because nobody took them in time.")
       .def_ro("block_id", &BlockEvent::block_id)
-      .def_prop_ro("hash", [](const BlockEvent& e) { return to_python(e.hash); }, nb::sig("def hash(self) -> int"))
-      .def_prop_ro("parent_hash", [](const BlockEvent& e) { return to_python(e.parent_hash); }, nb::sig("def parent_hash(self) -> int"),
-                   "0 for the first block of a sequence.")
+      .def_prop_ro(
+          "hash", [](const BlockEvent& e) { return to_python(e.hash); }, nb::sig("def hash(self) -> int"))
+      .def_prop_ro(
+          "parent_hash", [](const BlockEvent& e) { return to_python(e.parent_hash); }, nb::sig("def parent_hash(self) -> int"),
+          "0 for the first block of a sequence.")
       .def_ro("token_ids", &BlockEvent::token_ids, "The tokens of a stored block.")
       .def("__repr__", [](const BlockEvent& e) {
         return std::string("BlockEvent(") + kind_name(e.kind) + ", block_id=" + std::to_string(e.block_id) + ")";
@@ -284,11 +289,12 @@ void bind_error(nb::module_& m) {
 
 }  // namespace
 
-#define QUIRE_BATCH_ARGS                                                                                                            \
-  nb::arg("seq_ids"), nb::arg("num_scheduled_tokens"), nb::kw_only(), nb::arg("block_tables"), nb::arg("slot_mapping"),             \
+#define QUIRE_BATCH_ARGS                                                                                                \
+  nb::arg("seq_ids"), nb::arg("num_scheduled_tokens"), nb::kw_only(), nb::arg("block_tables"), nb::arg("slot_mapping"), \
       nb::arg("seq_lens"), nb::arg("query_start_loc"), nb::arg("positions").none() = nb::none()
-#define QUIRE_BATCH_SIG                                                                                                             \
-  "(self, seq_ids: collections.abc.Iterable[int], num_scheduled_tokens: collections.abc.Iterable[int], *, block_tables: object, slot_mapping: object, " \
+#define QUIRE_BATCH_SIG                                                                                                           \
+  "(self, seq_ids: collections.abc.Iterable[int], num_scheduled_tokens: collections.abc.Iterable[int], *, block_tables: object, " \
+  "slot_mapping: object, "                                                                                                        \
   "seq_lens: object, query_start_loc: object, positions: object | None = None)"
 
 void bind_block_allocator(nb::module_& m) {
@@ -338,29 +344,30 @@ Example:
     >>> a.add_sequence(2, range(10))
     8
 )doc")
-      .def("__init__",
-           [](A* self, std::int64_t num_blocks, std::int64_t block_size, std::int64_t num_host_blocks, double watermark,
-              bool enable_prefix_cache, bool enable_events, std::int64_t max_events, nb::handle hash_key, bool constant_hash) {
-             BlockAllocatorOptions options;
-             options.num_blocks = num_blocks;
-             options.block_size = block_size;
-             options.num_host_blocks = num_host_blocks;
-             options.watermark = watermark;
-             options.enable_prefix_cache = enable_prefix_cache;
-             options.enable_events = enable_events;
-             options.max_events = max_events;
-             if (!hash_key.is_none()) options.hash_key = to_hash(hash_key);
-             if (constant_hash) {  // the worst hash there is, for tests
-               options.hash_function = [](const BlockHash&, std::span<const TokenId>, std::span<const std::byte>) { return BlockHash{}; };
-             }
-             new (self) A(std::move(options));
-           },
-           nb::arg("num_blocks"), nb::arg("block_size") = 16, nb::kw_only(), nb::arg("num_host_blocks") = 0, nb::arg("watermark") = 0.01,
-           nb::arg("enable_prefix_cache") = true, nb::arg("enable_events") = false, nb::arg("max_events") = 1 << 20,
-           nb::arg("hash_key").none() = nb::none(), nb::arg("_constant_hash") = false,
-           nb::sig("def __init__(self, num_blocks: int, block_size: int = 16, *, num_host_blocks: int = 0, watermark: float = 0.01, "
-                   "enable_prefix_cache: bool = True, enable_events: bool = False, max_events: int = 1048576, "
-                   "hash_key: int | None = None, _constant_hash: bool = False) -> None"))
+      .def(
+          "__init__",
+          [](A* self, std::int64_t num_blocks, std::int64_t block_size, std::int64_t num_host_blocks, double watermark,
+             bool enable_prefix_cache, bool enable_events, std::int64_t max_events, nb::handle hash_key, bool constant_hash) {
+            BlockAllocatorOptions options;
+            options.num_blocks = num_blocks;
+            options.block_size = block_size;
+            options.num_host_blocks = num_host_blocks;
+            options.watermark = watermark;
+            options.enable_prefix_cache = enable_prefix_cache;
+            options.enable_events = enable_events;
+            options.max_events = max_events;
+            if (!hash_key.is_none()) options.hash_key = to_hash(hash_key);
+            if (constant_hash) {  // the worst hash there is, for tests
+              options.hash_function = [](const BlockHash&, std::span<const TokenId>, std::span<const std::byte>) { return BlockHash{}; };
+            }
+            new (self) A(std::move(options));
+          },
+          nb::arg("num_blocks"), nb::arg("block_size") = 16, nb::kw_only(), nb::arg("num_host_blocks") = 0, nb::arg("watermark") = 0.01,
+          nb::arg("enable_prefix_cache") = true, nb::arg("enable_events") = false, nb::arg("max_events") = 1 << 20,
+          nb::arg("hash_key").none() = nb::none(), nb::arg("_constant_hash") = false,
+          nb::sig("def __init__(self, num_blocks: int, block_size: int = 16, *, num_host_blocks: int = 0, watermark: float = 0.01, "
+                  "enable_prefix_cache: bool = True, enable_events: bool = False, max_events: int = 1048576, "
+                  "hash_key: int | None = None, _constant_hash: bool = False) -> None"))
       .def("__repr__",
            [](const A& a) {
              const BlockAllocatorStats s = a.stats();
@@ -383,31 +390,41 @@ Example:
            "Whether this many blocks could be allocated now (and the watermark kept).")
       .def("allocate", nb::overload_cast<std::int64_t>(&A::allocate), nb::arg("num_blocks"),
            "Takes blocks, all or none: free ones first, then the oldest cached ones.")
-      .def("free", [](A& a, nb::handle ids) { a.free(Integers<BlockId>(ids, "block_ids")); }, nb::arg("block_ids"),
-           nb::sig("def free(self, block_ids: collections.abc.Iterable[int]) -> None"),
-           "Gives up one reference of ``allocate`` or ``ref`` per entry. A double free is a ValueError, and then none is freed.")
-      .def("ref", [](A& a, nb::handle ids) { a.ref(Integers<BlockId>(ids, "block_ids")); }, nb::arg("block_ids"),
-           nb::sig("def ref(self, block_ids: collections.abc.Iterable[int]) -> None"),
-           "Adds one reference per entry to live or cached blocks, to be given up by ``free``.")
-      .def("copy_on_write", [](A& a, BlockId id) { const BlockCopy c = a.copy_on_write(id); return nb::make_tuple(c.src, c.dst); },
-           nb::arg("block_id"), nb::sig("def copy_on_write(self, block_id: int) -> tuple[int, int]"),
-           "Makes a block that the caller holds writable. Returns (src, dst); if they differ, copy src to dst and use dst.")
-      .def("pin", [](A& a, nb::handle ids) { a.pin(Integers<BlockId>(ids, "block_ids")); }, nb::arg("block_ids"),
-           nb::sig("def pin(self, block_ids: collections.abc.Iterable[int]) -> None"),
-           "Keeps live or cached blocks from being evicted or written to.")
-      .def("unpin", [](A& a, nb::handle ids) { a.unpin(Integers<BlockId>(ids, "block_ids")); }, nb::arg("block_ids"),
-           nb::sig("def unpin(self, block_ids: collections.abc.Iterable[int]) -> None"), "Undoes one ``pin`` per entry.")
+      .def(
+          "free", [](A& a, nb::handle ids) { a.free(Integers<BlockId>(ids, "block_ids")); }, nb::arg("block_ids"),
+          nb::sig("def free(self, block_ids: collections.abc.Iterable[int]) -> None"),
+          "Gives up one reference of ``allocate`` or ``ref`` per entry. A double free is a ValueError, and then none is freed.")
+      .def(
+          "ref", [](A& a, nb::handle ids) { a.ref(Integers<BlockId>(ids, "block_ids")); }, nb::arg("block_ids"),
+          nb::sig("def ref(self, block_ids: collections.abc.Iterable[int]) -> None"),
+          "Adds one reference per entry to live or cached blocks, to be given up by ``free``.")
+      .def(
+          "copy_on_write",
+          [](A& a, BlockId id) {
+            const BlockCopy c = a.copy_on_write(id);
+            return nb::make_tuple(c.src, c.dst);
+          },
+          nb::arg("block_id"), nb::sig("def copy_on_write(self, block_id: int) -> tuple[int, int]"),
+          "Makes a block that the caller holds writable. Returns (src, dst); if they differ, copy src to dst and use dst.")
+      .def(
+          "pin", [](A& a, nb::handle ids) { a.pin(Integers<BlockId>(ids, "block_ids")); }, nb::arg("block_ids"),
+          nb::sig("def pin(self, block_ids: collections.abc.Iterable[int]) -> None"),
+          "Keeps live or cached blocks from being evicted or written to.")
+      .def(
+          "unpin", [](A& a, nb::handle ids) { a.unpin(Integers<BlockId>(ids, "block_ids")); }, nb::arg("block_ids"),
+          nb::sig("def unpin(self, block_ids: collections.abc.Iterable[int]) -> None"), "Undoes one ``pin`` per entry.")
 
       // Sequences.
-      .def("add_sequence",
-           [](A& a, SequenceId id, nb::handle tokens, nb::handle salt, nb::handle keys) {
-             return a.add_sequence(id, Tokens(tokens, "token_ids"), to_bytes(salt, "salt"), to_extra_keys(keys));
-           },
-           nb::arg("seq_id"), nb::arg("token_ids"), nb::kw_only(), nb::arg("salt").none() = nb::none(),
-           nb::arg("extra_keys").none() = nb::none(),
-           nb::sig("def add_sequence(self, seq_id: int, token_ids: collections.abc.Iterable[int], *, salt: str | bytes | None = None, "
-                   "extra_keys: collections.abc.Iterable[tuple[int, str | bytes]] | None = None) -> int"),
-           R"doc(Starts a sequence and takes over the cached blocks that hold its first tokens.
+      .def(
+          "add_sequence",
+          [](A& a, SequenceId id, nb::handle tokens, nb::handle salt, nb::handle keys) {
+            return a.add_sequence(id, Tokens(tokens, "token_ids"), to_bytes(salt, "salt"), to_extra_keys(keys));
+          },
+          nb::arg("seq_id"), nb::arg("token_ids"), nb::kw_only(), nb::arg("salt").none() = nb::none(),
+          nb::arg("extra_keys").none() = nb::none(),
+          nb::sig("def add_sequence(self, seq_id: int, token_ids: collections.abc.Iterable[int], *, salt: str | bytes | None = None, "
+                  "extra_keys: collections.abc.Iterable[tuple[int, str | bytes]] | None = None) -> int"),
+          R"doc(Starts a sequence and takes over the cached blocks that hold its first tokens.
 
 Args:
     seq_id: Any int of 64 bits that is not in use.
@@ -418,17 +435,19 @@ Args:
 Returns:
     The number of tokens taken over as computed: whole blocks, and never the last token.
 )doc")
-      .def("num_cached_tokens",
-           [](const A& a, nb::handle tokens, nb::handle salt, nb::handle keys) {
-             return a.num_cached_tokens(Tokens(tokens, "token_ids"), to_bytes(salt, "salt"), to_extra_keys(keys));
-           },
-           nb::arg("token_ids"), nb::kw_only(), nb::arg("salt").none() = nb::none(), nb::arg("extra_keys").none() = nb::none(),
-           nb::sig("def num_cached_tokens(self, token_ids: collections.abc.Iterable[int], *, salt: str | bytes | None = None, "
-                   "extra_keys: collections.abc.Iterable[tuple[int, str | bytes]] | None = None) -> int"),
-           "What ``add_sequence`` would return, changing nothing.")
+      .def(
+          "num_cached_tokens",
+          [](const A& a, nb::handle tokens, nb::handle salt, nb::handle keys) {
+            return a.num_cached_tokens(Tokens(tokens, "token_ids"), to_bytes(salt, "salt"), to_extra_keys(keys));
+          },
+          nb::arg("token_ids"), nb::kw_only(), nb::arg("salt").none() = nb::none(), nb::arg("extra_keys").none() = nb::none(),
+          nb::sig("def num_cached_tokens(self, token_ids: collections.abc.Iterable[int], *, salt: str | bytes | None = None, "
+                  "extra_keys: collections.abc.Iterable[tuple[int, str | bytes]] | None = None) -> int"),
+          "What ``add_sequence`` would return, changing nothing.")
       .def("has_sequence", &A::has_sequence, nb::arg("seq_id"))
       .def("__contains__", &A::has_sequence, nb::arg("seq_id"))
-      .def("__len__", [](const A& a) { return a.stats().num_sequences; }, "The number of sequences.")
+      .def(
+          "__len__", [](const A& a) { return a.stats().num_sequences; }, "The number of sequences.")
       .def("sequence_ids", &A::sequence_ids, "In no particular order.")
       .def("sequence", &A::sequence, nb::arg("seq_id"), "The sequence's counts.")
       .def("token_ids", &A::token_ids, nb::arg("seq_id"), "The tokens known so far.")
@@ -437,26 +456,31 @@ Returns:
            "Blocks that ``grow`` would take, copies included.")
       .def("can_grow", &A::can_grow, nb::arg("seq_id"), nb::arg("num_new_tokens"), nb::kw_only(), nb::arg("keep_watermark") = false,
            "Whether ``grow`` would succeed (and the watermark be kept).")
-      .def("grow", [](A& a, SequenceId id, std::int64_t n) { return to_python(a.grow(id, n)); }, nb::arg("seq_id"),
-           nb::arg("num_new_tokens"), nb::sig("def grow(self, seq_id: int, num_new_tokens: int) -> list[tuple[int, int]]"),
-           "Makes room for tokens after the computed ones. Returns (src, dst) blocks to copy before the sequence is written to.")
-      .def("append_tokens", [](A& a, SequenceId id, nb::handle tokens) { a.append_tokens(id, Tokens(tokens, "token_ids")); },
-           nb::arg("seq_id"), nb::arg("token_ids"), nb::sig("def append_tokens(self, seq_id: int, token_ids: collections.abc.Iterable[int]) -> None"),
-           "Appends token ids, before or after they are computed.")
-      .def("append_token_batch",
-           [](A& a, nb::handle ids, nb::handle tokens) { a.append_token_batch(Ids(ids, "seq_ids"), Tokens(tokens, "token_ids")); },
-           nb::arg("seq_ids"), nb::arg("token_ids"),
-           nb::sig("def append_token_batch(self, seq_ids: collections.abc.Iterable[int], token_ids: collections.abc.Iterable[int]) -> None"),
-           "Appends one token to each sequence.")
+      .def(
+          "grow", [](A& a, SequenceId id, std::int64_t n) { return to_python(a.grow(id, n)); }, nb::arg("seq_id"),
+          nb::arg("num_new_tokens"), nb::sig("def grow(self, seq_id: int, num_new_tokens: int) -> list[tuple[int, int]]"),
+          "Makes room for tokens after the computed ones. Returns (src, dst) blocks to copy before the sequence is written to.")
+      .def(
+          "append_tokens", [](A& a, SequenceId id, nb::handle tokens) { a.append_tokens(id, Tokens(tokens, "token_ids")); },
+          nb::arg("seq_id"), nb::arg("token_ids"),
+          nb::sig("def append_tokens(self, seq_id: int, token_ids: collections.abc.Iterable[int]) -> None"),
+          "Appends token ids, before or after they are computed.")
+      .def(
+          "append_token_batch",
+          [](A& a, nb::handle ids, nb::handle tokens) { a.append_token_batch(Ids(ids, "seq_ids"), Tokens(tokens, "token_ids")); },
+          nb::arg("seq_ids"), nb::arg("token_ids"),
+          nb::sig("def append_token_batch(self, seq_ids: collections.abc.Iterable[int], token_ids: collections.abc.Iterable[int]) -> None"),
+          "Appends one token to each sequence.")
       .def("commit", &A::commit, nb::arg("seq_id"), nb::arg("num_tokens"),
            "The next tokens' keys and values are in the cache; blocks that became full can now be hit.")
-      .def("commit_batch",
-           [](A& a, nb::handle ids, nb::handle counts) {
-             a.commit_batch(Ids(ids, "seq_ids"), Integers<std::int64_t>(counts, "num_tokens"));
-           },
-           nb::arg("seq_ids"), nb::arg("num_tokens"),
-           nb::sig("def commit_batch(self, seq_ids: collections.abc.Iterable[int], num_tokens: collections.abc.Iterable[int]) -> None"),
-           "``commit`` of each sequence, all or nothing.")
+      .def(
+          "commit_batch",
+          [](A& a, nb::handle ids, nb::handle counts) {
+            a.commit_batch(Ids(ids, "seq_ids"), Integers<std::int64_t>(counts, "num_tokens"));
+          },
+          nb::arg("seq_ids"), nb::arg("num_tokens"),
+          nb::sig("def commit_batch(self, seq_ids: collections.abc.Iterable[int], num_tokens: collections.abc.Iterable[int]) -> None"),
+          "``commit`` of each sequence, all or nothing.")
       .def("truncate", &A::truncate, nb::arg("seq_id"), nb::arg("num_tokens"),
            "Forgets all but the first tokens, and gives up the blocks that only the others needed.")
       .def("fork", &A::fork, nb::arg("parent"), nb::arg("child"),
@@ -468,29 +492,33 @@ Returns:
            "Asks the prefix cache again, for a sequence without blocks. Returns the number of tokens taken over.")
       .def("release_out_of_window", &A::release_out_of_window, nb::arg("seq_id"), nb::arg("window"),
            "Gives up the blocks that no query within ``window`` tokens can see. Returns how many; their entries become -1.")
-      .def("num_common_prefix_blocks", [](const A& a, nb::handle ids) { return a.num_common_prefix_blocks(Ids(ids, "seq_ids")); },
-           nb::arg("seq_ids"), nb::sig("def num_common_prefix_blocks(self, seq_ids: collections.abc.Iterable[int]) -> int"),
-           "How many leading blocks all of these sequences share.")
+      .def(
+          "num_common_prefix_blocks", [](const A& a, nb::handle ids) { return a.num_common_prefix_blocks(Ids(ids, "seq_ids")); },
+          nb::arg("seq_ids"), nb::sig("def num_common_prefix_blocks(self, seq_ids: collections.abc.Iterable[int]) -> int"),
+          "How many leading blocks all of these sequences share.")
 
       // Host tier.
       .def("can_swap_out", &A::can_swap_out, nb::arg("seq_id"))
       .def("can_swap_in", &A::can_swap_in, nb::arg("seq_id"), nb::kw_only(), nb::arg("keep_watermark") = false)
-      .def("swap_out", [](A& a, SequenceId id) { return to_python(a.swap_out(id)); }, nb::arg("seq_id"),
-           nb::sig("def swap_out(self, seq_id: int) -> list[tuple[int, int]]"),
-           "Moves a sequence to the host tier. Returns (device, host) blocks; transfer them before the cache is written to again.")
-      .def("swap_in", [](A& a, SequenceId id) { return to_python(a.swap_in(id)); }, nb::arg("seq_id"),
-           nb::sig("def swap_in(self, seq_id: int) -> list[tuple[int, int]]"),
-           "Brings it back. Returns (host, device) blocks; those still in the prefix cache need no transfer.")
+      .def(
+          "swap_out", [](A& a, SequenceId id) { return to_python(a.swap_out(id)); }, nb::arg("seq_id"),
+          nb::sig("def swap_out(self, seq_id: int) -> list[tuple[int, int]]"),
+          "Moves a sequence to the host tier. Returns (device, host) blocks; transfer them before the cache is written to again.")
+      .def(
+          "swap_in", [](A& a, SequenceId id) { return to_python(a.swap_in(id)); }, nb::arg("seq_id"),
+          nb::sig("def swap_in(self, seq_id: int) -> list[tuple[int, int]]"),
+          "Brings it back. Returns (host, device) blocks; those still in the prefix cache need no transfer.")
 
       // Batches.
-      .def("write_batch",
-           [](A& a, nb::handle ids, nb::handle counts, nb::handle tables, nb::handle slots, nb::handle lens, nb::handle starts,
-              nb::handle positions) {
-             const Batch batch(tables, slots, lens, starts, positions);
-             a.write_batch(Ids(ids, "seq_ids"), Integers<std::int64_t>(counts, "num_scheduled_tokens"), batch.view());
-           },
-           QUIRE_BATCH_ARGS, nb::sig("def write_batch" QUIRE_BATCH_SIG " -> None"),
-           R"doc(Writes the index arrays of a batch, for sequences that ``grow`` made room for.
+      .def(
+          "write_batch",
+          [](A& a, nb::handle ids, nb::handle counts, nb::handle tables, nb::handle slots, nb::handle lens, nb::handle starts,
+             nb::handle positions) {
+            const Batch batch(tables, slots, lens, starts, positions);
+            a.write_batch(Ids(ids, "seq_ids"), Integers<std::int64_t>(counts, "num_scheduled_tokens"), batch.view());
+          },
+          QUIRE_BATCH_ARGS, nb::sig("def write_batch" QUIRE_BATCH_SIG " -> None"),
+          R"doc(Writes the index arrays of a batch, for sequences that ``grow`` made room for.
 
 Dimensions: ``B`` rows for sequences, ``T`` tokens; both may be larger than the batch, and the rest is padding.
 
@@ -506,28 +534,31 @@ Args:
 Raises:
     ValueError: The batch does not fit the arrays; nothing was written.
 )doc")
-      .def("grow_and_write_batch",
-           [](A& a, nb::handle ids, nb::handle counts, nb::handle tables, nb::handle slots, nb::handle lens, nb::handle starts,
-              nb::handle positions) {
-             const Batch batch(tables, slots, lens, starts, positions);
-             return to_python(a.grow_and_write_batch(Ids(ids, "seq_ids"), Integers<std::int64_t>(counts, "num_scheduled_tokens"), batch.view()));
-           },
-           QUIRE_BATCH_ARGS, nb::sig("def grow_and_write_batch" QUIRE_BATCH_SIG " -> list[tuple[int, int]]"),
-           "``grow`` of every sequence, all or nothing, and ``write_batch``. Returns (src, dst) blocks to copy before the model runs.")
+      .def(
+          "grow_and_write_batch",
+          [](A& a, nb::handle ids, nb::handle counts, nb::handle tables, nb::handle slots, nb::handle lens, nb::handle starts,
+             nb::handle positions) {
+            const Batch batch(tables, slots, lens, starts, positions);
+            return to_python(
+                a.grow_and_write_batch(Ids(ids, "seq_ids"), Integers<std::int64_t>(counts, "num_scheduled_tokens"), batch.view()));
+          },
+          QUIRE_BATCH_ARGS, nb::sig("def grow_and_write_batch" QUIRE_BATCH_SIG " -> list[tuple[int, int]]"),
+          "``grow`` of every sequence, all or nothing, and ``write_batch``. Returns (src, dst) blocks to copy before the model runs.")
 
       // Prefix cache.
-      .def("hash_blocks",
-           [](const A& a, nb::handle tokens, nb::handle salt, nb::handle keys) {
-             nb::list list;
-             for (const BlockHash& hash : a.hash_blocks(Tokens(tokens, "token_ids"), to_bytes(salt, "salt"), to_extra_keys(keys))) {
-               list.append(to_python(hash));
-             }
-             return list;
-           },
-           nb::arg("token_ids"), nb::kw_only(), nb::arg("salt").none() = nb::none(), nb::arg("extra_keys").none() = nb::none(),
-           nb::sig("def hash_blocks(self, token_ids: collections.abc.Iterable[int], *, salt: str | bytes | None = None, "
-                   "extra_keys: collections.abc.Iterable[tuple[int, str | bytes]] | None = None) -> list[int]"),
-           "The 128-bit hashes of the full blocks of these tokens, as they appear in events.")
+      .def(
+          "hash_blocks",
+          [](const A& a, nb::handle tokens, nb::handle salt, nb::handle keys) {
+            nb::list list;
+            for (const BlockHash& hash : a.hash_blocks(Tokens(tokens, "token_ids"), to_bytes(salt, "salt"), to_extra_keys(keys))) {
+              list.append(to_python(hash));
+            }
+            return list;
+          },
+          nb::arg("token_ids"), nb::kw_only(), nb::arg("salt").none() = nb::none(), nb::arg("extra_keys").none() = nb::none(),
+          nb::sig("def hash_blocks(self, token_ids: collections.abc.Iterable[int], *, salt: str | bytes | None = None, "
+                  "extra_keys: collections.abc.Iterable[tuple[int, str | bytes]] | None = None) -> list[int]"),
+          "The 128-bit hashes of the full blocks of these tokens, as they appear in events.")
       .def("reset_prefix_cache", &A::reset_prefix_cache,
            "Forgets all cached contents, as after a change of weights. What running sequences have computed never becomes a hit.")
       .def("take_events", &A::take_events, "The events since the last call, oldest first.")

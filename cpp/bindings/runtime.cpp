@@ -38,10 +38,13 @@ void bind_runtime(nb::module_& m) {
   m.def("cuda_architectures", &cuda_architectures, "Architectures of the CUDA kernels; empty in a CPU-only build.");
   m.def("cuda_runtime_version", &cuda_runtime_version, "The CUDA runtime of this build, 1000 * major + 10 * minor; 0 in a CPU-only build.");
   m.def("cpu_isa", &cpu_isa, "The instruction set that the CPU kernels use.");
-  m.def("set_num_threads", [](nb::handle n) {
-    const std::int64_t count = to_int("set_num_threads", "num_threads", n);
-    set_num_threads(static_cast<int>(count < 0 ? 0 : count > 4096 ? 4096 : count));
-  }, nb::arg("num_threads"), "Sets the number of threads that CPU ops use, the caller included.");
+  m.def(
+      "set_num_threads",
+      [](nb::handle n) {
+        const std::int64_t count = to_int("set_num_threads", "num_threads", n);
+        set_num_threads(static_cast<int>(count < 0 ? 0 : count > 4096 ? 4096 : count));
+      },
+      nb::arg("num_threads"), "Sets the number of threads that CPU ops use, the caller included.");
   m.def("num_threads", &num_threads, "The number of threads that CPU ops use.");
   m.def(
       "check_errors",
@@ -59,10 +62,13 @@ void bind_runtime(nb::module_& m) {
       nb::arg("device") = nb::none(),
       "Raises IndexError if an op on the device met an index value out of range since the last call; None looks at every device. "
       "Waits for the work of a CUDA device.");
-  m.def("import_tensors", [](nb::handle a, nb::handle b, nb::handle c, nb::handle d, nb::handle e, nb::handle f) {
-    const Args args("import_tensors", nb::none(), {{a, "a"}, {b, "b"}, {c, "c"}, {d, "d"}, {e, "e"}, {f, "f"}});
-  }, nb::arg("a").none(), nb::arg("b").none(), nb::arg("c").none(), nb::arg("d").none(), nb::arg("e").none(), nb::arg("f").none(),
-     "Imports six tensors and drops them: what the border costs.");
+  m.def(
+      "import_tensors",
+      [](nb::handle a, nb::handle b, nb::handle c, nb::handle d, nb::handle e, nb::handle f) {
+        const Args args("import_tensors", nb::none(), {{a, "a"}, {b, "b"}, {c, "c"}, {d, "d"}, {e, "e"}, {f, "f"}});
+      },
+      nb::arg("a").none(), nb::arg("b").none(), nb::arg("c").none(), nb::arg("d").none(), nb::arg("e").none(), nb::arg("f").none(),
+      "Imports six tensors and drops them: what the border costs.");
 }
 
 }  // namespace quire::bindings

@@ -71,7 +71,8 @@ nb::object dlpack(const Tensor& self, nb::handle stream, nb::handle max_version,
     if (self.written != nullptr) {
       const std::int64_t number = stream.is_none() ? 1 : to_int("Tensor.__dlpack__", "stream", stream);
       if (number != -1)
-        self.written->make_wait(Stream(reinterpret_cast<void*>(static_cast<std::intptr_t>(number == 0 ? 1 : number))), self.view.device.index);
+        self.written->make_wait(Stream(reinterpret_cast<void*>(static_cast<std::intptr_t>(number == 0 ? 1 : number))),
+                                self.view.device.index);
     }
   }
   const bool versioned = !max_version.is_none() && nb::cast<int>(nb::cast<nb::tuple>(max_version)[0]) >= 1;
@@ -88,7 +89,8 @@ nb::tuple to_tuple(const std::array<std::int64_t, kMaxRank>& values, int count) 
 Tensor select(const Tensor& self, nb::handle key) {
   const nb::tuple indices = nb::isinstance<nb::tuple>(key) ? nb::borrow<nb::tuple>(key) : nb::make_tuple(key);
   if (indices.size() > static_cast<std::size_t>(self.view.ndim))
-    throw IndexError("[Tensor] index: expected at most " + std::to_string(self.view.ndim) + " indices, got " + std::to_string(indices.size()));
+    throw IndexError("[Tensor] index: expected at most " + std::to_string(self.view.ndim) + " indices, got " +
+                     std::to_string(indices.size()));
   Tensor result{TensorView(), self.buffer, self.written};
   TensorView& view = result.view;
   view = self.view;
@@ -117,7 +119,8 @@ nb::object numpy(const Tensor& self) {
   if (self.view.device.type != DeviceType::kCPU)
     throw std::invalid_argument("[Tensor.numpy] device: expected cpu, got " + describe(self.view.device));
   const nb::module_ np = nb::module_::import_("numpy");
-  const bool extended = self.view.dtype == DType::kBFloat16 || self.view.dtype == DType::kFloat8E4M3FN || self.view.dtype == DType::kFloat8E5M2;
+  const bool extended =
+      self.view.dtype == DType::kBFloat16 || self.view.dtype == DType::kFloat8E4M3FN || self.view.dtype == DType::kFloat8E5M2;
   if (!extended) return np.attr("from_dlpack")(nb::cast(self));
   const nb::module_ ml_dtypes = nb::module_::import_("ml_dtypes");
   Tensor integers = self;
@@ -146,18 +149,21 @@ Tensor empty(nb::handle shape, nb::handle dtype, nb::handle device, bool pinned)
     throw TypeError("[empty] shape: expected a sequence of integers, got " + std::string(nb::str(shape).c_str()));
   }
   const nb::tuple extents = nb::borrow<nb::tuple>(sequence);
-  if (extents.size() > kMaxRank) throw std::invalid_argument("[empty] shape: expected a rank of at most 8, got " + std::to_string(extents.size()));
+  if (extents.size() > kMaxRank)
+    throw std::invalid_argument("[empty] shape: expected a rank of at most 8, got " + std::to_string(extents.size()));
   view.ndim = static_cast<int>(extents.size());
   std::int64_t numel = 1;
   for (int i = view.ndim - 1; i >= 0; --i) {
     const auto at = static_cast<std::size_t>(i);
     view.shape[at] = to_int("empty", "shape", extents[at]);
-    if (view.shape[at] < 0) throw std::invalid_argument("[empty] shape: expected extents of 0 or more, got " + std::to_string(view.shape[at]));
+    if (view.shape[at] < 0)
+      throw std::invalid_argument("[empty] shape: expected extents of 0 or more, got " + std::to_string(view.shape[at]));
     view.strides[at] = numel;
     numel = checked_mul(numel, view.shape[at], "empty", "shape");
   }
   const std::int64_t num_bytes = checked_mul(numel, itemsize(view.dtype), "empty", "shape");
-  if (pinned && view.device.type != DeviceType::kCPU) throw std::invalid_argument("[empty] pinned: expected device cpu, got " + describe(view.device));
+  if (pinned && view.device.type != DeviceType::kCPU)
+    throw std::invalid_argument("[empty] pinned: expected device cpu, got " + describe(view.device));
   const GilRelease release;
   tensor.buffer = pinned ? Buffer::allocate_pinned(num_bytes) : Buffer::allocate(num_bytes, view.device);
   view.data = tensor.buffer->data();
@@ -167,34 +173,44 @@ Tensor empty(nb::handle shape, nb::handle dtype, nb::handle device, bool pinned)
 }  // namespace
 
 void bind_tensor(nb::module_& m) {
-  nb::class_<Tensor>(m, "Tensor",
-                     "A tensor over memory that quire owns. Any framework takes it through DLPack without a copy; the memory lives until the last "
-                     "view of it, wherever that is, is gone.")
-      .def_prop_ro("shape", [](const Tensor& t) { return to_tuple(t.view.shape, t.view.ndim); }, nb::sig("def shape(self) -> tuple[int, ...]"))
-      .def_prop_ro("strides", [](const Tensor& t) { return to_tuple(t.view.strides, t.view.ndim); }, "In elements.",
-                   nb::sig("def strides(self) -> tuple[int, ...]"))
+  nb::class_<Tensor>(
+      m, "Tensor",
+      "A tensor over memory that quire owns. Any framework takes it through DLPack without a copy; the memory lives until the last "
+      "view of it, wherever that is, is gone.")
+      .def_prop_ro(
+          "shape", [](const Tensor& t) { return to_tuple(t.view.shape, t.view.ndim); }, nb::sig("def shape(self) -> tuple[int, ...]"))
+      .def_prop_ro(
+          "strides", [](const Tensor& t) { return to_tuple(t.view.strides, t.view.ndim); }, "In elements.",
+          nb::sig("def strides(self) -> tuple[int, ...]"))
       .def_prop_ro("ndim", [](const Tensor& t) { return t.view.ndim; })
-      .def_prop_ro("dtype", [](const Tensor& t) { return name(t.view.dtype); }, "The dtype's name, as NumPy and ml_dtypes spell it.")
-      .def_prop_ro("device", [](const Tensor& t) { return describe(t.view.device); }, "\"cpu\" or \"cuda:<index>\".")
+      .def_prop_ro(
+          "dtype", [](const Tensor& t) { return name(t.view.dtype); }, "The dtype's name, as NumPy and ml_dtypes spell it.")
+      .def_prop_ro(
+          "device", [](const Tensor& t) { return describe(t.view.device); }, "\"cpu\" or \"cuda:<index>\".")
       .def_prop_ro("nbytes", [](const Tensor& t) { return t.view.numel() * itemsize(t.view.dtype); })
       .def_prop_ro("data_ptr", [](const Tensor& t) { return reinterpret_cast<std::uintptr_t>(t.view.data); })
       .def_prop_ro("pinned", [](const Tensor& t) { return t.buffer->is_pinned(); })
-      .def("__len__", [](const Tensor& t) {
-        if (t.view.ndim == 0) throw TypeError("[Tensor] len: expected a rank of 1 or more, got 0");
-        return t.view.size(0);
-      })
+      .def("__len__",
+           [](const Tensor& t) {
+             if (t.view.ndim == 0) throw TypeError("[Tensor] len: expected a rank of 1 or more, got 0");
+             return t.view.size(0);
+           })
       .def("__getitem__", &select, nb::arg("index"), "Integer indices: a view of lower rank.")
       .def("numpy", &numpy, "A NumPy view of a tensor on the CPU (bfloat16 and float8 need ml_dtypes).")
       .def("__repr__", [](const Tensor& t) { return "quire.Tensor(" + describe(t.view) + " on " + describe(t.view.device) + ")"; })
-      .def("__dlpack_device__", [](const Tensor& t) {
-        return nb::make_tuple(static_cast<int>(t.view.device.type == DeviceType::kCPU ? kDLCPU : kDLCUDA), t.view.device.index);
-      }, nb::sig("def __dlpack_device__(self) -> tuple[int, int]"))
+      .def(
+          "__dlpack_device__",
+          [](const Tensor& t) {
+            return nb::make_tuple(static_cast<int>(t.view.device.type == DeviceType::kCPU ? kDLCPU : kDLCUDA), t.view.device.index);
+          },
+          nb::sig("def __dlpack_device__(self) -> tuple[int, int]"))
       .def("__dlpack__", &dlpack, nb::kw_only(), nb::arg("stream") = nb::none(), nb::arg("max_version") = nb::none(),
            nb::arg("dl_device") = nb::none(), nb::arg("copy") = nb::none(),
            "The capsule. The memory's last writer is the caller's to order, unless hand_over() marked it.");
   m.def("hand_over", &hand_over, nb::arg("tensor"), "Orders whoever takes the tensor through DLPack behind this thread's last launch.");
-  m.def("dtype_name", [](nb::handle dtype) { return name(to_dtype("dtype_name", "dtype", dtype)); }, nb::arg("dtype"),
-        "The name of a dtype, given as a name or as a framework's dtype.");
+  m.def(
+      "dtype_name", [](nb::handle dtype) { return name(to_dtype("dtype_name", "dtype", dtype)); }, nb::arg("dtype"),
+      "The name of a dtype, given as a name or as a framework's dtype.");
   m.def("empty", &empty, nb::arg("shape"), nb::arg("dtype"), nb::arg("device"), nb::arg("pinned") = false,
         "A new tensor with undefined contents. Raises MemoryError when the memory cannot be had.");
 }

@@ -90,7 +90,8 @@ AutogradFlags autograd_flags(nb::handle type) {
       }
     auto* method = static_cast<PyMethodDef*>(PyType_GetSlot(base_type, Py_tp_methods));
     for (; method != nullptr && method->ml_name != nullptr; ++method)
-      if (std::strcmp(method->ml_name, "is_neg") == 0 && method->ml_flags == METH_NOARGS && nb::getattr(base, "is_neg", nb::none()).is(own_neg))
+      if (std::strcmp(method->ml_name, "is_neg") == 0 && method->ml_flags == METH_NOARGS &&
+          nb::getattr(base, "is_neg", nb::none()).is(own_neg))
         flags.is_neg = method->ml_meth;
   }
   PyErr_Clear();
@@ -207,8 +208,7 @@ void fill_view(const char* op, const char* arg, const DLTensor& t, bool read_onl
   if (!dtype)
     throw TypeError(message(op, arg, "float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int8, uint8, int32, int64 or bool",
                             dlpack_dtype_text(t.dtype)));
-  if (t.ndim < 0 || t.ndim > kMaxRank)
-    throw std::invalid_argument(message(op, arg, "a rank of at most 8", std::to_string(t.ndim)));
+  if (t.ndim < 0 || t.ndim > kMaxRank) throw std::invalid_argument(message(op, arg, "a rank of at most 8", std::to_string(t.ndim)));
   if (is_cuda(t.device.device_type)) {
     if (!kHasCuda) throw_cpu_only_build(op);
     view.device = Device{DeviceType::kCUDA, t.device.device_id};
@@ -351,15 +351,17 @@ class Importer {
     if (view.device.type == DeviceType::kCUDA) note_device(view.device.index);
     if (tensor.access == Access::kWrite && view.read_only) {
       if (kinds_[i] == Kind::kJax)
-        throw std::invalid_argument(message(args_.op_, tensor.name, "a writable tensor",
-                                            "a JAX array; JAX arrays are immutable, so they cannot be outputs here; in-place updates of JAX "
-                                            "arrays belong to the module quire.jax (FFI with donated buffers)"));
+        throw std::invalid_argument(
+            message(args_.op_, tensor.name, "a writable tensor",
+                    "a JAX array; JAX arrays are immutable, so they cannot be outputs here; in-place updates of JAX "
+                    "arrays belong to the module quire.jax (FFI with donated buffers)"));
       throw std::invalid_argument(message(args_.op_, tensor.name, "a writable tensor", "a read-only one; copy it first"));
     }
   }
 
   void import_quire(const TensorArg& tensor, std::size_t i) {
-    if (!nb::inst_ready(tensor.object)) throw TypeError(message(args_.op_, tensor.name, "a tensor", "a quire.Tensor that was never initialized"));
+    if (!nb::inst_ready(tensor.object))
+      throw TypeError(message(args_.op_, tensor.name, "a tensor", "a quire.Tensor that was never initialized"));
     args_.views_[i].emplace() = nb::inst_ptr<Tensor>(tensor.object)->view;
   }
 
@@ -367,7 +369,8 @@ class Importer {
     PyObject* const object = tensor.object.ptr();
     const DLPackExchangeAPI* const api = info.api;
     DLTensor t;
-    if (api->dltensor_from_py_object_no_sync(object, &t) != 0) throw_torch_refusal(args_.op_, tensor.name, tensor.object, take_python_error());
+    if (api->dltensor_from_py_object_no_sync(object, &t) != 0)
+      throw_torch_refusal(args_.op_, tensor.name, tensor.object, take_python_error());
     // Integers are outside autograd, and are no view of a complex tensor.
     if (t.dtype.code != kDLInt && t.dtype.code != kDLUInt) check_autograd_flags(tensor, info.flags);
     if (t.data == nullptr && truthy_attribute(tensor.object, "is_meta"))
@@ -384,8 +387,8 @@ class Importer {
     if (grad == nullptr) drop_python_error();
     Py_XDECREF(grad);
     if (grad == Py_True)
-      throw std::invalid_argument(
-          message(args_.op_, tensor.name, "a tensor outside autograd (quire is for inference)", "one with requires_grad; call .detach() first"));
+      throw std::invalid_argument(message(args_.op_, tensor.name, "a tensor outside autograd (quire is for inference)",
+                                          "one with requires_grad; call .detach() first"));
     PyObject* const negated = flags.is_neg != nullptr
                                   ? flags.is_neg(object, nullptr)
                                   : PyObject_VectorcallMethod(names().is_neg, &object, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
@@ -398,10 +401,12 @@ class Importer {
 
   DLDevice ask_device(const TensorArg& tensor) {
     PyObject* const object = tensor.object.ptr();
-    const nb::object result = nb::steal(PyObject_VectorcallMethod(names().dlpack_device, &object, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+    const nb::object result =
+        nb::steal(PyObject_VectorcallMethod(names().dlpack_device, &object, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
     int type = 0, id = 0;
     if (!result.is_valid() || !PyTuple_Check(result.ptr()) || !PyArg_ParseTuple(result.ptr(), "ii", &type, &id))
-      throw TypeError(message(args_.op_, tensor.name, "a tensor with __dlpack_device__", object_type(tensor.object) + " (" + take_python_error() + ")"));
+      throw TypeError(message(args_.op_, tensor.name, "a tensor with __dlpack_device__",
+                              object_type(tensor.object) + " (" + take_python_error() + ")"));
     return DLDevice{static_cast<DLDeviceType>(type), id};
   }
 
@@ -414,7 +419,8 @@ class Importer {
     }
     if (capsule == nullptr) {
       if (kinds_[i] == Kind::kNumPy && PyErr_ExceptionMatches(PyExc_BufferError) && import_ml_dtypes(tensor, i)) return;
-      throw TypeError(message(args_.op_, tensor.name, "a tensor that DLPack can describe", object_type(tensor.object) + " (" + take_python_error() + ")"));
+      throw TypeError(message(args_.op_, tensor.name, "a tensor that DLPack can describe",
+                              object_type(tensor.object) + " (" + take_python_error() + ")"));
     }
     take_capsule(tensor, i, capsule, jax);
   }
@@ -426,7 +432,8 @@ class Importer {
       const auto* managed = static_cast<const DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
       if (managed->version.major != DLPACK_MAJOR_VERSION)
         throw TypeError(message(args_.op_, tensor.name, "DLPack version 1", "version " + std::to_string(managed->version.major)));
-      fill_view(args_.op_, tensor.name, managed->dl_tensor, jax || (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0, args_.views_[i].emplace());
+      fill_view(args_.op_, tensor.name, managed->dl_tensor, jax || (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0,
+                args_.views_[i].emplace());
     } else if (PyCapsule_IsValid(capsule, "dltensor")) {
       const auto* managed = static_cast<const DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
       fill_view(args_.op_, tensor.name, managed->dl_tensor, jax, args_.views_[i].emplace());
@@ -470,8 +477,7 @@ class Importer {
   }
 
   static bool fail_numpy() {
-    if (PyErr_Occurred() == nullptr)
-      PyErr_SetString(PyExc_BufferError, "NumPy cannot export this dtype or byte order through DLPack");
+    if (PyErr_Occurred() == nullptr) PyErr_SetString(PyExc_BufferError, "NumPy cannot export this dtype or byte order through DLPack");
     return false;
   }
 
@@ -550,12 +556,14 @@ class Importer {
       if (before) cuda::order_streams(producer, device_index, args_.stream_, args_.device_index_);
     }
     args_.producer_devices_[args_.num_producer_streams_ % args_.producer_devices_.size()] = device_index;
-    if (args_.num_producer_streams_ < args_.producer_streams_.size()) args_.producer_streams_[args_.num_producer_streams_++] = producer.handle();
+    if (args_.num_producer_streams_ < args_.producer_streams_.size())
+      args_.producer_streams_[args_.num_producer_streams_++] = producer.handle();
   }
 
   void import_cuda_protocol(const TensorArg& tensor, std::size_t i) {
     if (args_.capturing_ && kinds_[i] == Kind::kJax)
-      throw UnsupportedError(message(args_.op_, tensor.name, "no JAX array while a CUDA graph is captured", "one; capture through jax.jit instead"));
+      throw UnsupportedError(
+          message(args_.op_, tensor.name, "no JAX array while a CUDA graph is captured", "one; capture through jax.jit instead"));
     // While capturing, ordering is the graph's; -1 tells the producer to do nothing.
     const long long number = args_.capturing_ ? -1LL : static_cast<long long>(reinterpret_cast<std::intptr_t>(args_.stream_.handle()));
     const nb::object stream = nb::steal(PyLong_FromLongLong(number));
@@ -567,7 +575,8 @@ class Importer {
       capsule = call_method(names().dlpack, tensor.object.ptr(), &extra[1], 1, kw_stream);
     }
     if (capsule == nullptr)
-      throw TypeError(message(args_.op_, tensor.name, "a tensor that DLPack can describe", object_type(tensor.object) + " (" + take_python_error() + ")"));
+      throw TypeError(message(args_.op_, tensor.name, "a tensor that DLPack can describe",
+                              object_type(tensor.object) + " (" + take_python_error() + ")"));
     take_capsule(tensor, i, capsule, kinds_[i] == Kind::kJax);
     if (kinds_[i] != Kind::kCuPy) args_.producer_needs_hold_ = true;
     finish(tensor, i);
@@ -712,8 +721,8 @@ DType to_dtype(const char* op, const char* arg, nb::handle value) {
     }
   }
   if (starts_with(text, "torch.")) text = text.substr(6);
-  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat8E4M3FN, DType::kFloat8E5M2, DType::kInt8, DType::kUInt8,
-                      DType::kInt32, DType::kInt64, DType::kBool})
+  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat8E4M3FN, DType::kFloat8E5M2, DType::kInt8,
+                      DType::kUInt8, DType::kInt32, DType::kInt64, DType::kBool})
     if (text == name(dtype)) return dtype;
   throw TypeError(message(op, arg, "float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int8, uint8, int32, int64 or bool", text));
 }

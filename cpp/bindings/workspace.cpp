@@ -39,7 +39,8 @@ WorkspaceLease shared_workspace(std::int64_t num_bytes, Device device, Stream st
   const bool per_thread = stream.handle() == reinterpret_cast<void*>(std::uintptr_t{2});
   unsigned long long capture = 0;
   if constexpr (kHasCuda) capture = cuda::capture_id(stream);
-  Workspace& workspace = find({device.index, stream.handle(), per_thread ? std::hash<std::thread::id>{}(std::this_thread::get_id()) : 0, capture});
+  Workspace& workspace =
+      find({device.index, stream.handle(), per_thread ? std::hash<std::thread::id>{}(std::this_thread::get_id()) : 0, capture});
   std::unique_lock lock(workspace.mutex);
   std::vector<std::shared_ptr<Buffer>>& buffers = workspace.buffers;
   if (buffers.empty() || buffers.back()->num_bytes() < num_bytes) {

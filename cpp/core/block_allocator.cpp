@@ -200,8 +200,9 @@ struct BlockAllocator::Impl {
 
   void require_available(const char* function, std::int64_t needed, std::int64_t available) const {
     if (needed <= available) return;
-    throw OutOfBlocksError(message(function, "blocks", "at most " + text(available) + " available (" + text(num_free) + " free, " +
-                                                           text(num_cached) + " cached, of " + text(n) + ")",
+    throw OutOfBlocksError(message(function, "blocks",
+                                   "at most " + text(available) + " available (" + text(num_free) + " free, " + text(num_cached) +
+                                       " cached, of " + text(n) + ")",
                                    text(needed)),
                            needed, available);
   }
@@ -396,8 +397,8 @@ struct BlockAllocator::Impl {
 
   static std::uint32_t extra_at(std::span<const ExtraAt> list, std::int64_t block_idx) {
     if (list.empty()) return kNoExtra;
-    const auto it = std::lower_bound(list.begin(), list.end(), block_idx,
-                                     [](const ExtraAt& extra, std::int64_t idx) { return extra.block_idx < idx; });
+    const auto it =
+        std::lower_bound(list.begin(), list.end(), block_idx, [](const ExtraAt& extra, std::int64_t idx) { return extra.block_idx < idx; });
     return it != list.end() && it->block_idx == block_idx ? it->extra_id : kNoExtra;
   }
 
@@ -943,8 +944,7 @@ std::int64_t BlockAllocator::add_sequence(SequenceId seq_id, std::span<const Tok
                                           std::span<const ExtraKey> extra_keys) {
   Impl& m = *impl_;
   if (token_ids.size() > to_index(kMaxSequenceTokens)) {
-    fail("add_sequence", "token_ids", "at most " + text(kMaxSequenceTokens) + " tokens",
-         text(static_cast<std::int64_t>(token_ids.size())));
+    fail("add_sequence", "token_ids", "at most " + text(kMaxSequenceTokens) + " tokens", text(static_cast<std::int64_t>(token_ids.size())));
   }
   const std::vector<ExtraBytes> encoded = encode_extras("add_sequence", salt, extra_keys, m.bs);
   const Lock lock(m.mutex);
@@ -995,8 +995,7 @@ std::vector<SequenceId> BlockAllocator::sequence_ids() const {
 SequenceInfo BlockAllocator::sequence(SequenceId seq_id) const {
   const Lock lock(impl_->mutex);
   const Sequence& seq = impl_->sequence("sequence", seq_id);
-  return {seq.num_tokens(),   seq.num_computed, seq.num_reserved, seq.num_blocks(),
-          seq.num_released, seq.is_swapped,   seq.is_cacheable};
+  return {seq.num_tokens(), seq.num_computed, seq.num_reserved, seq.num_blocks(), seq.num_released, seq.is_swapped, seq.is_cacheable};
 }
 
 std::vector<TokenId> BlockAllocator::token_ids(SequenceId seq_id) const {
@@ -1280,8 +1279,7 @@ void BlockAllocator::write_batch(std::span<const SequenceId> seq_ids, std::span<
 }
 
 std::vector<BlockCopy> BlockAllocator::grow_and_write_batch(std::span<const SequenceId> seq_ids,
-                                                            std::span<const std::int64_t> num_scheduled_tokens,
-                                                            const BatchView& batch) {
+                                                            std::span<const std::int64_t> num_scheduled_tokens, const BatchView& batch) {
   const Lock lock(impl_->mutex);
   const char* const f = "grow_and_write_batch";
   const std::int64_t needed = impl_->make_plan(f, "seq_ids", "num_scheduled_tokens", seq_ids, num_scheduled_tokens);

@@ -72,8 +72,7 @@ inline BlockHash hash_bytes(const BlockHash& key, std::string_view bytes) {
 }
 
 // block_size is constant in an allocator, so the length tells a block with a digest from one without.
-inline BlockHash hash_block(const BlockHash& key, const BlockHash& parent, const BlockHash* extra_digest,
-                     std::span<const TokenId> tokens) {
+inline BlockHash hash_block(const BlockHash& key, const BlockHash& parent, const BlockHash* extra_digest, std::span<const TokenId> tokens) {
   SipHash sip(key);
   sip.absorb(parent.lo);
   sip.absorb(parent.hi);

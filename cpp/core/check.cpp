@@ -21,8 +21,7 @@ std::string shape_text(const std::int64_t* shape, std::size_t ndim) {
 std::string strides_text(const TensorView& t) {
   std::string strides = "[";
   for (int i = 0; i < t.ndim; ++i) strides += (i > 0 ? ", " : "") + std::to_string(t.stride(i));
-  return "strides " + strides + "] for shape " +
-         shape_text(t.shape.data(), static_cast<std::size_t>(t.ndim));
+  return "strides " + strides + "] for shape " + shape_text(t.shape.data(), static_cast<std::size_t>(t.ndim));
 }
 
 std::string message(const char* op, const char* arg, const std::string& expected, const std::string& got) {
@@ -116,14 +115,12 @@ void Check::shape(const TensorView& t, const char* arg, std::initializer_list<st
       ++i;
     }
   }
-  if (!good)
-    fail_value(arg, std::string(name(t.dtype)) + " " + shape_text(expected.begin(), expected.size()), describe(t));
+  if (!good) fail_value(arg, std::string(name(t.dtype)) + " " + shape_text(expected.begin(), expected.size()), describe(t));
 }
 
 void Check::rank(const TensorView& t, const char* arg, int low, int high) const {
   if (t.ndim >= low && t.ndim <= high) return;
-  const std::string expected =
-      low == high ? "rank " + std::to_string(low) : "rank " + std::to_string(low) + " to " + std::to_string(high);
+  const std::string expected = low == high ? "rank " + std::to_string(low) : "rank " + std::to_string(low) + " to " + std::to_string(high);
   fail_value(arg, expected, describe(t));
 }
 
@@ -159,8 +156,7 @@ void Check::accessible(const TensorView& t, const char* arg) const {
   if (address % static_cast<std::uintptr_t>(itemsize(t.dtype)) != 0)
     fail_value(arg, "data aligned to its " + std::to_string(itemsize(t.dtype)) + "-byte items",
                "address " + std::to_string(address) + "; copy the tensor first");
-  if (t.data == nullptr && t.numel() > 0)
-    fail_value(arg, "data", "a null pointer (a meta or fake tensor has no data)");
+  if (t.data == nullptr && t.numel() > 0) fail_value(arg, "data", "a null pointer (a meta or fake tensor has no data)");
 }
 
 void Check::writable(const TensorView& t, const char* arg) const {

@@ -105,7 +105,8 @@ std::shared_ptr<Buffer> Buffer::allocate(std::int64_t num_bytes, Device device) 
   void* data = nullptr;
   if (device.type == DeviceType::kCPU) {
     data = allocate_host(num_bytes);
-    if (data == nullptr) throw OutOfMemoryError("[Buffer] num_bytes: expected memory on cpu, could not get " + std::to_string(num_bytes) + " bytes");
+    if (data == nullptr)
+      throw OutOfMemoryError("[Buffer] num_bytes: expected memory on cpu, could not get " + std::to_string(num_bytes) + " bytes");
   } else if constexpr (kHasCuda) {
     data = cuda::allocate_device(num_bytes, device.index);
   } else {

@@ -38,16 +38,17 @@ void for_each_token(const KvParams& p, OpId op, F f) {
   const std::int64_t bytes_per_token = 2 * p.num_kv_heads * p.head_dim * (itemsize(p.dtype) + itemsize(p.cache_dtype));
   dispatch_index(p.slot_dtype, op == OpId::kWriteKv ? "write_kv" : "gather_kv", [&](auto tag) {
     const auto* slots = static_cast<const decltype(tag)*>(p.slot_mapping);
-    parallel_for(p.num_tokens, ceil_div(kGrainBytes, std::max<std::int64_t>(bytes_per_token, 1)), [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t token = begin; token < end; ++token) {
-        std::int64_t slot = slots[token * p.slot_stride];
-        if (slot < 0 || slot >= num_slots) {
-          if (slot != -1) record_cpu_error(op, ArgId::kSlotMapping, token, slot);
-          slot = -1;
-        }
-        f(token, slot);
-      }
-    });
+    parallel_for(p.num_tokens, ceil_div(kGrainBytes, std::max<std::int64_t>(bytes_per_token, 1)),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t token = begin; token < end; ++token) {
+                     std::int64_t slot = slots[token * p.slot_stride];
+                     if (slot < 0 || slot >= num_slots) {
+                       if (slot != -1) record_cpu_error(op, ArgId::kSlotMapping, token, slot);
+                       slot = -1;
+                     }
+                     f(token, slot);
+                   }
+                 });
   });
 }
 
@@ -79,13 +80,15 @@ KvRows rows_of(const KvParams& p, const KvSide& side, bool write) {
 }
 
 KvSide k_side(const KvParams& p) {
-  return {static_cast<char*>(p.k),  p.k_token_stride, p.k_head_stride, static_cast<char*>(p.k_cache), p.k_cache_block_stride,
-          p.k_cache_slot_stride, p.k_cache_head_stride, p.k_scale, p.k_scale_stride};
+  return {static_cast<char*>(p.k), p.k_token_stride,      p.k_head_stride,       static_cast<char*>(p.k_cache),
+          p.k_cache_block_stride,  p.k_cache_slot_stride, p.k_cache_head_stride, p.k_scale,
+          p.k_scale_stride};
 }
 
 KvSide v_side(const KvParams& p) {
-  return {static_cast<char*>(p.v),  p.v_token_stride, p.v_head_stride, static_cast<char*>(p.v_cache), p.v_cache_block_stride,
-          p.v_cache_slot_stride, p.v_cache_head_stride, p.v_scale, p.v_scale_stride};
+  return {static_cast<char*>(p.v), p.v_token_stride,      p.v_head_stride,       static_cast<char*>(p.v_cache),
+          p.v_cache_block_stride,  p.v_cache_slot_stride, p.v_cache_head_stride, p.v_scale,
+          p.v_scale_stride};
 }
 
 }  // namespace

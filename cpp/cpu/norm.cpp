@@ -1,12 +1,13 @@
 // Norms on the CPU: rows over threads.
 // SPDX-License-Identifier: Apache-2.0
+#include "cpu/isa/norm.h"
+
 #include <algorithm>
 #include <vector>
 
 #include "core/dispatch.h"
 #include "core/numeric.h"
 #include "cpu/isa/dispatch.h"
-#include "cpu/isa/norm.h"
 #include "cpu/rows.h"
 #include "cpu/thread_pool.h"
 #include "ops/norm.h"

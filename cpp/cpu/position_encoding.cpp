@@ -23,8 +23,9 @@ constexpr std::int64_t kGrainElements = 16384;
 }  // namespace
 
 void rotary_embedding(const RotaryParams& p) {
-  const RotaryKernel rotate = rotary_kernels.active().rotate[p.style == RopeStyle::kGptj][static_cast<std::size_t>(p.dtype)]
-                                                            [static_cast<std::size_t>(p.cache_dtype)];
+  const RotaryKernel rotate =
+      rotary_kernels.active()
+          .rotate[p.style == RopeStyle::kGptj][static_cast<std::size_t>(p.dtype)][static_cast<std::size_t>(p.cache_dtype)];
   const std::int64_t item_bytes = itemsize(p.dtype);
   const std::int64_t table_row_bytes = p.rotary_dim * itemsize(p.cache_dtype);
   const std::int64_t elements_per_token = (p.num_heads + (p.k != nullptr ? p.num_kv_heads : 0)) * p.rotary_dim;
@@ -43,8 +44,7 @@ void rotary_embedding(const RotaryParams& p) {
         const void* table_row = static_cast<const char*>(p.cos_sin_cache) + position * table_row_bytes;
         rotate(static_cast<char*>(p.q) + token * p.q_token_stride * item_bytes, p.q_head_stride, p.num_heads, table_row, p.rotary_dim);
         if (p.k != nullptr)
-          rotate(static_cast<char*>(p.k) + token * p.k_token_stride * item_bytes, p.k_head_stride, p.num_kv_heads, table_row,
-                 p.rotary_dim);
+          rotate(static_cast<char*>(p.k) + token * p.k_token_stride * item_bytes, p.k_head_stride, p.num_kv_heads, table_row, p.rotary_dim);
       }
     });
   });

@@ -1,7 +1,5 @@
 // CUDA runtime services: error checks, device guard, properties, the error word, memory, stream order.
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/runtime.h"
-
 #include <atomic>
 #include <cstdlib>
 #include <map>
@@ -10,6 +8,7 @@
 #include <utility>
 
 #include "cuda/launch.h"
+#include "cuda/runtime.h"
 #include "quire/error.h"
 #include "quire/runtime.h"
 

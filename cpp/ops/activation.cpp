@@ -50,9 +50,7 @@ void gelu_and_mul(const TensorView& out, const TensorView& x, Stream stream) {
 void gelu_tanh_and_mul(const TensorView& out, const TensorView& x, Stream stream) {
   run("gelu_tanh_and_mul", Activation::kGeluTanh, true, out, x, stream);
 }
-void gelu_new(const TensorView& out, const TensorView& x, Stream stream) {
-  run("gelu_new", Activation::kGeluNew, false, out, x, stream);
-}
+void gelu_new(const TensorView& out, const TensorView& x, Stream stream) { run("gelu_new", Activation::kGeluNew, false, out, x, stream); }
 void gelu_fast(const TensorView& out, const TensorView& x, Stream stream) {
   run("gelu_fast", Activation::kGeluFast, false, out, x, stream);
 }

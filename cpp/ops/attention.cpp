@@ -21,8 +21,7 @@ constexpr std::int64_t kMaxHeadDim = 256;
 constexpr std::int64_t kMaxIndex = std::numeric_limits<std::int32_t>::max() / 2;
 
 void check_below(const Check& check, const char* arg, const char* what, std::int64_t value) {
-  if (value > kMaxIndex)
-    check.fail_unsupported(arg, std::string(what) + " of at most " + std::to_string(kMaxIndex), std::to_string(value));
+  if (value > kMaxIndex) check.fail_unsupported(arg, std::string(what) + " of at most " + std::to_string(kMaxIndex), std::to_string(value));
 }
 
 // What both ops share: q, out, lse, options.
@@ -37,7 +36,8 @@ AttentionParams check_query(const Check& check, const TensorView& out, const Ten
     check.fail_unsupported("q", "a head_dim that is a multiple of 8, from 8 to 256", std::to_string(head_dim));
   if (kv_head_dim != head_dim) check.fail_value("k", "head_dim " + std::to_string(head_dim) + " like q", std::to_string(kv_head_dim));
   if (num_heads == 0 || num_kv_heads == 0 || num_heads % num_kv_heads != 0)
-    check.fail_value("q", "a num_heads that is a positive multiple of num_kv_heads " + std::to_string(num_kv_heads), std::to_string(num_heads));
+    check.fail_value("q", "a num_heads that is a positive multiple of num_kv_heads " + std::to_string(num_kv_heads),
+                     std::to_string(num_heads));
   check_below(check, "q", "num_tokens * num_heads", num_tokens > 0 ? checked_mul(num_tokens, num_heads, check.op(), "q") : 0);
 
   check.same_dtype(out, "out", q, "q");
@@ -106,7 +106,8 @@ void check_kv(const Check& check, const TensorView& k, const char* k_arg, const 
   check.accessible(v, v_arg);
   const auto float_keys_have_no = [&](const TensorView* scale, const char* arg) {
     if (scale != nullptr && itemsize(k.dtype) > 1)
-      check.fail_value(arg, std::string("none for ") + name(k.dtype) + " keys and values (scales belong to float8 and int8)", describe(*scale));
+      check.fail_value(arg, std::string("none for ") + name(k.dtype) + " keys and values (scales belong to float8 and int8)",
+                       describe(*scale));
   };
   float_keys_have_no(options.k_scale, "k_scale");
   float_keys_have_no(options.v_scale, "v_scale");
@@ -140,7 +141,8 @@ void check_workspace(const Check& check, const TensorView* workspace, std::int64
   check.contiguous(*workspace, "workspace");
   check.writable(*workspace, "workspace");
   if (workspace->numel() < num_bytes) check.fail_value("workspace", expected, describe(*workspace));
-  if (reinterpret_cast<std::uintptr_t>(workspace->data) % 16 != 0) check.fail_value("workspace", "a 16-byte aligned address", "another one");
+  if (reinterpret_cast<std::uintptr_t>(workspace->data) % 16 != 0)
+    check.fail_value("workspace", "a 16-byte aligned address", "another one");
   check.disjoint(*workspace, "workspace", q, "q", false);
   check.disjoint(*workspace, "workspace", out, "out", false);
   params.workspace = workspace->data;
@@ -165,7 +167,8 @@ class IndexReader {
     return values;
   }
 
-  std::vector<std::int32_t> read_start_loc(const std::int32_t* data, const char* arg, std::int64_t num_seqs, std::int64_t num_tokens) const {
+  std::vector<std::int32_t> read_start_loc(const std::int32_t* data, const char* arg, std::int64_t num_seqs,
+                                           std::int64_t num_tokens) const {
     std::vector<std::int32_t> loc = read(data, num_seqs + 1);
     for (std::size_t i = 0; i < loc.size(); ++i) {
       const std::int64_t low = i == 0 ? 0 : loc[i - 1];
@@ -189,7 +192,8 @@ void check_paged_contents(const Check& check, const AttentionParams& p, Device d
   const std::int64_t capacity = p.max_blocks_per_seq * p.block_size;
   for (std::size_t s = 0; s < lens.size(); ++s) {
     if (lens[s] < 0 || lens[s] > capacity)
-      check.fail_index("seq_lens", "a value in [0, " + std::to_string(capacity) + "]", std::to_string(lens[s]) + " at [" + std::to_string(s) + "]");
+      check.fail_index("seq_lens", "a value in [0, " + std::to_string(capacity) + "]",
+                       std::to_string(lens[s]) + " at [" + std::to_string(s) + "]");
     const std::int64_t row = static_cast<std::int64_t>(s) * p.block_tables_stride;
     const std::vector<std::int32_t> table = reader.read(p.block_tables + row, ceil_div(lens[s], p.block_size));
     for (std::size_t i = 0; i < table.size(); ++i)
@@ -262,15 +266,20 @@ void paged_attention(const TensorView& out, const TensorView* lse, const TensorV
   params.v_token_stride = v_cache.stride(1);
   params.v_head_stride = v_cache.stride(2);
   check_outputs_apart(check, out, lse, workspace,
-                      {{&k_cache, "k_cache"}, {&v_cache, "v_cache"}, {&block_tables, "block_tables"}, {&seq_lens, "seq_lens"},
-                       {query_start_loc, "query_start_loc"}, {options.alibi_slopes, "alibi_slopes"}, {options.sinks, "sinks"},
-                       {options.k_scale, "k_scale"}, {options.v_scale, "v_scale"}});
+                      {{&k_cache, "k_cache"},
+                       {&v_cache, "v_cache"},
+                       {&block_tables, "block_tables"},
+                       {&seq_lens, "seq_lens"},
+                       {query_start_loc, "query_start_loc"},
+                       {options.alibi_slopes, "alibi_slopes"},
+                       {options.sinks, "sinks"},
+                       {options.k_scale, "k_scale"},
+                       {options.v_scale, "v_scale"}});
   if (params.num_tokens == 0 || num_seqs == 0) return;
-  check_workspace(check, workspace, paged_attention_workspace_size(params.num_tokens, num_seqs, params.num_heads, params.head_dim, q.device), q,
-                  out, params);
+  check_workspace(check, workspace,
+                  paged_attention_workspace_size(params.num_tokens, num_seqs, params.num_heads, params.head_dim, q.device), q, out, params);
   if (options.validate == Validate::kFull) check_paged_contents(check, params, q.device, stream);
-  dispatch_device(
-      "paged_attention", q.device, stream, [&] { cpu::attention(params); }, [&](auto s) { cuda::attention(params, s); });
+  dispatch_device("paged_attention", q.device, stream, [&] { cpu::attention(params); }, [&](auto s) { cuda::attention(params, s); });
 }
 
 std::int64_t paged_attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads, std::int64_t head_dim,
@@ -307,11 +316,17 @@ void attention(const TensorView& out, const TensorView* lse, const TensorView& q
   params.v_token_stride = v.stride(0);
   params.v_head_stride = v.stride(1);
   check_outputs_apart(check, out, lse, workspace,
-                      {{&k, "k"}, {&v, "v"}, {query_start_loc, "query_start_loc"}, {kv_start_loc, "kv_start_loc"},
-                       {options.alibi_slopes, "alibi_slopes"}, {options.sinks, "sinks"}, {options.k_scale, "k_scale"}, {options.v_scale, "v_scale"}});
+                      {{&k, "k"},
+                       {&v, "v"},
+                       {query_start_loc, "query_start_loc"},
+                       {kv_start_loc, "kv_start_loc"},
+                       {options.alibi_slopes, "alibi_slopes"},
+                       {options.sinks, "sinks"},
+                       {options.k_scale, "k_scale"},
+                       {options.v_scale, "v_scale"}});
   if (params.num_tokens == 0 || num_seqs == 0) return;
-  check_workspace(check, workspace, attention_workspace_size(params.num_tokens, num_seqs, params.num_heads, params.head_dim, q.device), q, out,
-                  params);
+  check_workspace(check, workspace, attention_workspace_size(params.num_tokens, num_seqs, params.num_heads, params.head_dim, q.device), q,
+                  out, params);
   if (options.validate == Validate::kFull) {
     const IndexReader reader(check, q.device, stream);
     if (params.query_start_loc != nullptr) {

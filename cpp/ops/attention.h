@@ -68,8 +68,8 @@ namespace cuda {
 void attention(const AttentionParams& params, Stream stream);
 void merge_attention(const MergeParams& params, Stream stream);
 /// Bytes for any batch of at most this size; the same for paged and ragged.
-std::int64_t attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads,
-                                      std::int64_t head_dim, int device_index);
+std::int64_t attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads, std::int64_t head_dim,
+                                      int device_index);
 }  // namespace cuda
 
 }  // namespace quire

@@ -46,7 +46,8 @@ KvParams check_kv(const Check& check, const TensorView& k, const TensorView& v, 
 
   const auto float_cache_has_no = [&](const TensorView* scale, const char* arg) {
     if (scale != nullptr && itemsize(k_cache.dtype) > 1)
-      check.fail_value(arg, std::string("none for a ") + name(k_cache.dtype) + " cache (scales belong to float8 and int8)", describe(*scale));
+      check.fail_value(arg, std::string("none for a ") + name(k_cache.dtype) + " cache (scales belong to float8 and int8)",
+                       describe(*scale));
   };
   float_cache_has_no(k_scale, "k_scale");
   float_cache_has_no(v_scale, "v_scale");
@@ -226,7 +227,8 @@ void swap_blocks(const TensorView& dst, const TensorView& src, const TensorView&
   }
   if (num_pairs == 0 || dst.numel() == 0 || src.numel() == 0) return;
 
-  if (!same_block_order(dst, src)) check.fail_value("src", "strides in the order of dst's", "another order of dimensions; permute one of them");
+  if (!same_block_order(dst, src))
+    check.fail_value("src", "strides in the order of dst's", "another order of dimensions; permute one of them");
   const BlockShape to = block_shape(check, dst, "dst"), from = block_shape(check, src, "src");
   const std::int64_t item_bytes = itemsize(dst.dtype);
   const std::int64_t dst_stride = dst.stride(0) * item_bytes, src_stride = src.stride(0) * item_bytes;
@@ -239,8 +241,8 @@ void swap_blocks(const TensorView& dst, const TensorView& src, const TensorView&
 
   // One run of adjacent pairs is one strided transfer of `height` rows of `width` bytes.
   const auto transfer = [&](std::int64_t src_block, std::int64_t dst_block, std::int64_t num_blocks) {
-    const auto copy = [&](std::byte* to_data, std::int64_t to_pitch, const std::byte* from_data, std::int64_t from_pitch, std::int64_t width,
-                          std::int64_t height) {
+    const auto copy = [&](std::byte* to_data, std::int64_t to_pitch, const std::byte* from_data, std::int64_t from_pitch,
+                          std::int64_t width, std::int64_t height) {
       dispatch_device(
           "swap_blocks", cuda_device, stream,
           [&] {

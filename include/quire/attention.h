@@ -61,8 +61,8 @@ struct AttentionOptions {
 /// Nothing synchronises. Throws std::invalid_argument, TypeError, UnsupportedError, CudaError.
 QUIRE_API void paged_attention(const TensorView& out, const TensorView* lse, const TensorView& q, const TensorView& k_cache,
                                const TensorView& v_cache, const TensorView& block_tables, const TensorView& seq_lens,
-                               const TensorView* query_start_loc, const TensorView* workspace,
-                               const AttentionOptions& options, Stream stream);
+                               const TensorView* query_start_loc, const TensorView* workspace, const AttentionOptions& options,
+                               Stream stream);
 
 /// Bytes of workspace that paged_attention needs for a batch of at most this size on this device. It depends on nothing else, so
 /// one workspace serves every batch up to it.
@@ -75,9 +75,9 @@ QUIRE_API std::int64_t paged_attention_workspace_size(std::int64_t num_tokens, s
 ///   query_start_loc  int32 [num_seqs + 1], or null for a single sequence
 ///   kv_start_loc     int32 [num_seqs + 1], or null: then equal to query_start_loc
 /// The rest is as in paged_attention; the workspace size is attention_workspace_size(...).
-QUIRE_API void attention(const TensorView& out, const TensorView* lse, const TensorView& q, const TensorView& k,
-                         const TensorView& v, const TensorView* query_start_loc, const TensorView* kv_start_loc,
-                         const TensorView* workspace, const AttentionOptions& options, Stream stream);
+QUIRE_API void attention(const TensorView& out, const TensorView* lse, const TensorView& q, const TensorView& k, const TensorView& v,
+                         const TensorView* query_start_loc, const TensorView* kv_start_loc, const TensorView* workspace,
+                         const AttentionOptions& options, Stream stream);
 
 /// As paged_attention_workspace_size.
 QUIRE_API std::int64_t attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads,

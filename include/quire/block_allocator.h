@@ -253,11 +253,10 @@ class QUIRE_API BlockAllocator {
 
   /// Writes the index tensors for the next num_scheduled_tokens[i] tokens of seq_ids[i]; grow must have made room. Throws, before
   /// anything is written, when the batch does not fit the arrays or a sequence occurs twice. O(max_seqs * max_blocks_per_seq).
-  void write_batch(std::span<const SequenceId> seq_ids, std::span<const std::int64_t> num_scheduled_tokens,
-                   const BatchView& batch);
+  void write_batch(std::span<const SequenceId> seq_ids, std::span<const std::int64_t> num_scheduled_tokens, const BatchView& batch);
   /// grow for every sequence, all or nothing, and write_batch.
-  std::vector<BlockCopy> grow_and_write_batch(std::span<const SequenceId> seq_ids,
-                                              std::span<const std::int64_t> num_scheduled_tokens, const BatchView& batch);
+  std::vector<BlockCopy> grow_and_write_batch(std::span<const SequenceId> seq_ids, std::span<const std::int64_t> num_scheduled_tokens,
+                                              const BatchView& batch);
 
   // ---- Prefix cache. ----
 

@@ -15,8 +15,8 @@ namespace quire {
 
 /// out = x / sqrt(mean(x^2) + eps) * (weight + weight_offset). weight_offset = 1 is Gemma's form.
 /// out may be x itself (same memory, same strides); any other overlap is refused.
-QUIRE_API void rms_norm(const TensorView& out, const TensorView& x, const TensorView& weight, double eps,
-                        double weight_offset, Stream stream);
+QUIRE_API void rms_norm(const TensorView& out, const TensorView& x, const TensorView& weight, double eps, double weight_offset,
+                        Stream stream);
 
 /// In place: residual = x + residual, then x = rms_norm(residual). The sum is rounded to the dtype before it is normalised.
 /// x and residual must not overlap.
@@ -25,7 +25,7 @@ QUIRE_API void fused_add_rms_norm(const TensorView& x, const TensorView& residua
 
 /// out = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, with the population variance. bias may be null.
 /// out may be x itself; any other overlap is refused.
-QUIRE_API void layer_norm(const TensorView& out, const TensorView& x, const TensorView& weight, const TensorView* bias,
-                          double eps, Stream stream);
+QUIRE_API void layer_norm(const TensorView& out, const TensorView& x, const TensorView& weight, const TensorView* bias, double eps,
+                          Stream stream);
 
 }  // namespace quire

@@ -26,7 +26,7 @@ enum class RopeStyle {
 ///
 /// rotary_dim is even and at most head_dim. Nothing synchronises.
 /// Throws std::invalid_argument, TypeError, CudaError.
-QUIRE_API void rotary_embedding(const TensorView& positions, const TensorView& q, const TensorView* k,
-                                const TensorView& cos_sin_cache, RopeStyle style, Stream stream);
+QUIRE_API void rotary_embedding(const TensorView& positions, const TensorView& q, const TensorView* k, const TensorView& cos_sin_cache,
+                                RopeStyle style, Stream stream);
 
 }  // namespace quire

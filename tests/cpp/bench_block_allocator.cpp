@@ -105,13 +105,13 @@ int main() {
     a.grow(1, 4096);
     a.commit(1, 4096);
     std::printf("add_sequence + free_sequence, 4096 tokens, all cached                %8.2f us\n", 1e6 * seconds_per_call(200, [&] {
-                  a.add_sequence(2, prompt);
-                  a.free_sequence(2);
-                }));
+                                                                                                     a.add_sequence(2, prompt);
+                                                                                                     a.free_sequence(2);
+                                                                                                   }));
     std::printf("the same with misses only                                            %8.2f us\n", 1e6 * seconds_per_call(200, [&] {
-                  a.add_sequence(2, prompt, "other");
-                  a.free_sequence(2);
-                }));
+                                                                                                     a.add_sequence(2, prompt, "other");
+                                                                                                     a.free_sequence(2);
+                                                                                                   }));
   }
   bench_decode_step(500, 64);
   bench_decode_step(1500, 128);

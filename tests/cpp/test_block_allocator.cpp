@@ -1,7 +1,5 @@
 // Tests of the block allocator: every rule by itself, then random use against a simulated cache, faults, and threads.
 // SPDX-License-Identifier: Apache-2.0
-#include "quire/block_allocator.h"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -17,6 +15,8 @@
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "quire/block_allocator.h"
 
 // ---- Allocation failures on demand, on this thread: the countdown'th allocation from now fails. ----
 
@@ -456,7 +456,8 @@ TEST(Sequences, TokensMayBeAppendedAfterTheyAreComputed) {
 TEST(Sequences, WrongUseIsRefused) {
   BlockAllocator a(small(4));
   a.add_sequence(1, range(0, 8));
-  expect_error<std::invalid_argument>([&] { a.add_sequence(1, range(0, 4)); }, "add_sequence: seq_id: expected an id that is not in use, got 1");
+  expect_error<std::invalid_argument>([&] { a.add_sequence(1, range(0, 4)); },
+                                      "add_sequence: seq_id: expected an id that is not in use, got 1");
   expect_error<IndexError>([&] { a.grow(2, 1); }, "grow: seq_id");
   EXPECT_THROW(a.free_sequence(2), IndexError);
   EXPECT_THROW(a.preempt(2), IndexError);
@@ -795,8 +796,8 @@ TEST(Batch, WritesEveryArrayAndItsPadding) {
   a.add_sequence(2, range(50, 10));
   Arrays arrays(3, 4, 8);
   EXPECT_TRUE(a.grow_and_write_batch(SeqIds{2, 1}, Counts{5, 1}, arrays.view).empty());
-  EXPECT_EQ(arrays.tables, (std::vector<std::int32_t>{2, 3, -1, -1, 77, 77, 77,  //
-                                                      0, 1, -1, -1, 77, 77, 77,  //
+  EXPECT_EQ(arrays.tables, (std::vector<std::int32_t>{2,  3,  -1, -1, 77, 77, 77,  //
+                                                      0,  1,  -1, -1, 77, 77, 77,  //
                                                       -1, -1, -1, -1, 77, 77, 77}));
   EXPECT_EQ(arrays.slot_mapping, (std::vector<std::int64_t>{8, 9, 10, 11, 12, 6, -1, -1}));
   EXPECT_EQ(arrays.seq_lens, (std::vector<std::int32_t>{5, 7, 0}));
@@ -886,7 +887,8 @@ TEST(Batch, BadOnesChangeAndWriteNothing) {
   Arrays arrays(2, 3, 12);
   EXPECT_THROW(a.grow_and_write_batch(SeqIds{1, 2}, Counts{4, 8}, arrays.view), OutOfBlocksError);
   expect_states(a, 4, 0, 2);
-  expect_error<std::invalid_argument>([&] { a.write_batch(SeqIds{1}, Counts{1}, arrays.view); }, "grow made room for, got 1 for sequence 1");
+  expect_error<std::invalid_argument>([&] { a.write_batch(SeqIds{1}, Counts{1}, arrays.view); },
+                                      "grow made room for, got 1 for sequence 1");
 }
 
 TEST(Batch, TheLastOfTheSharersNeedsNoBlock) {
@@ -1488,8 +1490,8 @@ class Simulation {
         const std::int64_t position = m.num_computed + j;
         ASSERT_EQ(arrays.positions[token], position);
         const std::int64_t slot = arrays.slot_mapping[token];
-        ASSERT_EQ(slot / bs_, arrays.tables[i * static_cast<std::size_t>(arrays.view.block_tables_stride) +
-                                            static_cast<std::size_t>(position / bs_)]);
+        ASSERT_EQ(slot / bs_,
+                  arrays.tables[i * static_cast<std::size_t>(arrays.view.block_tables_stride) + static_cast<std::size_t>(position / bs_)]);
         ASSERT_EQ(slot % bs_, position % bs_);
         device_[static_cast<std::size_t>(slot)] = values[static_cast<std::size_t>(position)];
       }

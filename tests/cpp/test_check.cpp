@@ -1,11 +1,10 @@
 // Validation helpers: layouts, overlap, messages.
 // SPDX-License-Identifier: Apache-2.0
-#include "core/check.h"
-
 #include <gtest/gtest.h>
 
 #include <vector>
 
+#include "core/check.h"
 #include "quire/quire.h"
 
 namespace quire {
@@ -38,9 +37,12 @@ TEST(Check, MessagesNameOpArgumentExpectedAndGot) {
   const Check check("op");
   const TensorView t = view(memory, {4, 12}, {12, 1});
   expect_message<TypeError>([&] { check.dtype(t, "x", {DType::kInt32}); }, "[op] x: expected int32, got float32 [4, 12]");
-  expect_message<TypeError>([&] { check.dtype(t, "x", {DType::kInt32, DType::kInt64}); }, "[op] x: expected int32 or int64, got float32 [4, 12]");
-  expect_message<std::invalid_argument>([&] { check.shape(t, "x", {4, kAny, 3}); }, "[op] x: expected float32 [4, *, 3], got float32 [4, 12]");
-  expect_message<std::invalid_argument>([&] { check.device(t, "x", Device{DeviceType::kCUDA, 1}, "q"); }, "[op] x: expected cuda:1 like q, got cpu");
+  expect_message<TypeError>([&] { check.dtype(t, "x", {DType::kInt32, DType::kInt64}); },
+                            "[op] x: expected int32 or int64, got float32 [4, 12]");
+  expect_message<std::invalid_argument>([&] { check.shape(t, "x", {4, kAny, 3}); },
+                                        "[op] x: expected float32 [4, *, 3], got float32 [4, 12]");
+  expect_message<std::invalid_argument>([&] { check.device(t, "x", Device{DeviceType::kCUDA, 1}, "q"); },
+                                        "[op] x: expected cuda:1 like q, got cpu");
   expect_message<std::invalid_argument>([&] { check.contiguous(view(memory, {4, 2}, {-3, 1}), "x"); },
                                         "[op] x: expected a contiguous tensor, got strides [-3, 1] for shape [4, 2]");
 }
@@ -124,7 +126,8 @@ TEST(Ops, ValidateForCppCallersToo) {
 TEST(Ops, CpuOnlyBuildRefusesCudaTensors) {
   if (has_cuda()) GTEST_SKIP() << "this build has CUDA";
   const Device cuda{DeviceType::kCUDA, 0};
-  TensorView x(memory, DType::kFloat32, {2, 8}, cuda), weight(memory, DType::kFloat32, {8}, cuda), out(memory + 128, DType::kFloat32, {2, 8}, cuda);
+  TensorView x(memory, DType::kFloat32, {2, 8}, cuda), weight(memory, DType::kFloat32, {8}, cuda),
+      out(memory + 128, DType::kFloat32, {2, 8}, cuda);
   EXPECT_THROW(rms_norm(out, x, weight, 1e-6, 0.0, Stream::legacy_default()), UnsupportedError);
 }
 

@@ -399,7 +399,8 @@ TEST_P(CpuIsa, RotaryOfEveryWidth) {
                   }
                   const std::int64_t half = rotary_dim / 2;
                   const bool neox = style == RopeStyle::kNeox;
-                  const std::int64_t angle = neox ? i % half : i / 2, a_at = neox ? angle : 2 * angle, b_at = neox ? angle + half : a_at + 1;
+                  const std::int64_t angle = neox ? i % half : i / 2, a_at = neox ? angle : 2 * angle,
+                                     b_at = neox ? angle + half : a_at + 1;
                   const double cos_v = static_cast<double>(table[position * rotary_dim + angle]);
                   const double sin_v = static_cast<double>(table[position * rotary_dim + half + angle]);
                   const double a = static_cast<double>(before[base + a_at]), b = static_cast<double>(before[base + b_at]);

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import frameworks
 import numpy as np
 import pytest
+
 import quire
 
 

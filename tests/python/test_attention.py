@@ -7,11 +7,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-import quire
 from frameworks import Torch, as_float64, np_dtype
 from reference import attention as reference
 from reference import kv_cache
 from tolerances import assert_close, assert_lse_close
+
+import quire
 
 DTYPES = ["float32", "float16", "bfloat16"]
 QUANTIZED = ["float8_e4m3fn", "float8_e5m2", "int8"]
@@ -548,7 +549,11 @@ def test_validate_full(backend, rng):
     quire.paged_attention(*positional, **keywords, validate="full")
     out = backend.array(np.full(batch.q.shape, 7.0, np.float32))
     for name, value, text in [
-        ("block_tables", (0, 2, -2), r"block_tables: expected -1 or a block id in \[0, \d+\), got -2 at \[0, 2\]"),
+        (
+            "block_tables",
+            (0, 2, -2),
+            r"block_tables: expected -1 or a block id in \[0, \d+\), got -2 at \[0, 2\]",
+        ),
         ("seq_lens", (1, 10**6), r"seq_lens: expected a value in \[0, 40\], got 1000000 at \[1\]"),
         ("query_start_loc", (1, 9), r"query_start_loc: expected a value in \[0, 5\], got 9 at \[1\]"),
     ]:

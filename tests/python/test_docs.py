@@ -15,6 +15,7 @@ from pathlib import Path
 import frameworks
 import numpy as np
 import pytest
+
 import quire
 
 ROOT = Path(__file__).resolve().parents[2]

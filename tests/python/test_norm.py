@@ -5,10 +5,11 @@ SPDX-License-Identifier: Apache-2.0
 
 import numpy as np
 import pytest
-import quire
 from frameworks import as_float64, np_dtype
 from reference import norm as reference
 from tolerances import assert_close
+
+import quire
 
 DTYPES = ["float32", "float16", "bfloat16"]
 #: Odd ones, vector edges, more than one CTA pass, and more than registers hold.

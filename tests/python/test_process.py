@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import quire
 from reference import activation, norm
 from tolerances import assert_close
+
+import quire
 
 #: Large enough that the thread pool takes part in a call.
 ROWS, HIDDEN = 512, 1024

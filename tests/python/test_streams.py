@@ -21,11 +21,12 @@ from typing import Any
 import frameworks
 import numpy as np
 import pytest
-import quire
 from frameworks import as_float64, np_dtype
 from reference import norm as reference
 from test_attention import Batch
 from tolerances import assert_close
+
+import quire
 
 Arrays = dict[str, Any]
 

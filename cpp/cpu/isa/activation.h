@@ -58,8 +58,7 @@ struct GeluTanh {
   static QUIRE_INLINE void apply(Vec (&x)[N]) {
     constexpr float kTwoRootTwoOverPi = 1.5957691216057308f;
     Vec exponent[N];
-    for (int k = 0; k < N; ++k)
-      exponent[k] = x[k] * fma(x[k] * x[k], set1(-0.044715f * kTwoRootTwoOverPi), set1(-kTwoRootTwoOverPi));
+    for (int k = 0; k < N; ++k) exponent[k] = x[k] * fma(x[k] * x[k], set1(-0.044715f * kTwoRootTwoOverPi), set1(-kTwoRootTwoOverPi));
     logistic(x, exponent);
   }
 };

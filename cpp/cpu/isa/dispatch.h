@@ -41,21 +41,21 @@ struct IsaTables {
 
 /// In namespace quire::cpu: declares each level's constant `table` and the choice between them, of the same name.
 #if defined(__x86_64__)
-#define QUIRE_ISA_TABLES(Kernels, table)   \
-  namespace scalar {                       \
-  extern const Kernels table;              \
-  }                                        \
-  namespace avx2 {                         \
-  extern const Kernels table;              \
-  }                                        \
-  namespace avx512 {                       \
-  extern const Kernels table;              \
-  }                                        \
+#define QUIRE_ISA_TABLES(Kernels, table) \
+  namespace scalar {                     \
+  extern const Kernels table;            \
+  }                                      \
+  namespace avx2 {                       \
+  extern const Kernels table;            \
+  }                                      \
+  namespace avx512 {                     \
+  extern const Kernels table;            \
+  }                                      \
   constexpr IsaTables<Kernels> table = {{&scalar::table, &avx2::table, &avx512::table, nullptr}}
 #else
-#define QUIRE_ISA_TABLES(Kernels, table)   \
-  namespace scalar {                       \
-  extern const Kernels table;              \
-  }                                        \
+#define QUIRE_ISA_TABLES(Kernels, table) \
+  namespace scalar {                     \
+  extern const Kernels table;            \
+  }                                      \
   constexpr IsaTables<Kernels> table = {{&scalar::table, nullptr, nullptr, nullptr}}
 #endif
