@@ -5,7 +5,9 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include <mutex>
 #include <string>
+#include <vector>
 
 #include "bindings/bindings.h"
 #include "bindings/gil.h"
@@ -16,6 +18,33 @@
 
 namespace quire::bindings {
 namespace {
+
+// Device memory whose last view was dropped by a DLPack consumer. That may happen on a thread of the consumer's that must not call CUDA (a host
+// function of a stream, say, where cudaFree would wait for the stream that waits for it), so it is freed at the next allocation.
+class Retired {
+ public:
+  static Retired& instance() {
+    static auto* const retired = new Retired;  // leaked on purpose: the driver may be gone at exit
+    return *retired;
+  }
+
+  void add(std::shared_ptr<Buffer> buffer) {
+    const std::lock_guard lock(mutex_);
+    buffers_.push_back(std::move(buffer));
+  }
+
+  void free_all() {
+    std::vector<std::shared_ptr<Buffer>> buffers;
+    {
+      const std::lock_guard lock(mutex_);
+      buffers.swap(buffers_);
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<Buffer>> buffers_;
+};
 
 // What a DLPack consumer holds: the memory lives as long as it does.
 template <typename Managed>
@@ -44,7 +73,11 @@ nb::object make_capsule(const Tensor& tensor, const char* name) {
     owner->managed.flags = 0;
   }
   owner->managed.manager_ctx = owner.get();
-  owner->managed.deleter = [](Managed* self) { delete static_cast<Export<Managed>*>(self->manager_ctx); };
+  owner->managed.deleter = [](Managed* self) {
+    auto* const owned = static_cast<Export<Managed>*>(self->manager_ctx);
+    if (owned->buffer->device().type == DeviceType::kCUDA) Retired::instance().add(std::move(owned->buffer));
+    delete owned;
+  };
   const auto destructor = [](PyObject* capsule) {
     const char* const unused = std::is_same_v<Managed, DLManagedTensorVersioned> ? "dltensor_versioned" : "dltensor";
     if (!PyCapsule_IsValid(capsule, unused)) return;  // consumed: the consumer calls the deleter
@@ -165,6 +198,7 @@ Tensor empty(nb::handle shape, nb::handle dtype, nb::handle device, bool pinned)
   if (pinned && view.device.type != DeviceType::kCPU)
     throw std::invalid_argument("[empty] pinned: expected device cpu, got " + describe(view.device));
   const GilRelease release;
+  Retired::instance().free_all();
   tensor.buffer = pinned ? Buffer::allocate_pinned(num_bytes) : Buffer::allocate(num_bytes, view.device);
   view.data = tensor.buffer->data();
   return tensor;
