@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import abc
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
@@ -40,27 +41,27 @@ def _random(shape: Sequence[int], dtype: str, scale: float) -> np.ndarray[Any, A
     return np.resize(drawn.view(f"u{drawn.dtype.itemsize}"), tuple(shape)).view(drawn.dtype)
 
 
-class Arrays:
+class Arrays(abc.ABC):
     """What the benchmarks ask of an array library."""
 
     name = ""
     device = "cpu"
 
+    @abc.abstractmethod
     def random(self, shape: Sequence[int], dtype: str, scale: float = 1.0) -> Array:
         """Normal numbers times ``scale``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def empty(self, shape: Sequence[int], dtype: str) -> Array:
         """Undefined contents."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def put(self, array: np.ndarray[Any, Any]) -> Array:
         """A copy of a NumPy array of plain dtype."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def as_torch(self, x: Array) -> Any:
         """The same memory as a torch tensor, for peers that are written for torch."""
-        raise NotImplementedError
 
 
 class NumpyArrays(Arrays):
