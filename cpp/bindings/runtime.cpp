@@ -44,7 +44,7 @@ void bind_runtime(nb::module_& m) {
         const std::int64_t count = to_int("set_num_threads", "num_threads", n);
         set_num_threads(static_cast<int>(count < 0 ? 0 : count > 4096 ? 4096 : count));
       },
-      nb::arg("num_threads"), "Sets the number of threads that CPU ops use, the caller included.");
+      nb::arg("num_threads").none(), "Sets the number of threads that CPU ops use, the caller included.");
   m.def("num_threads", &num_threads, "The number of threads that CPU ops use.");
   m.def(
       "check_errors",

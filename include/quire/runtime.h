@@ -39,7 +39,8 @@ QUIRE_API void set_num_threads(int num_threads);
 QUIRE_API int num_threads();
 
 /// Throws IndexError when an op on `device` has met an index value out of range since the last call; the text names
-/// op, argument and value. For a CUDA device this waits for the device's work so far: it is the one call that does.
+/// op, argument and value. For a CUDA device on which an op that guards indices has run, this waits for the device's work so far: it is
+/// the one call that does.
 QUIRE_API void check_errors(Device device);
 
 /// Memory of the core's own: 64-byte aligned host memory or device memory, freed when the last reference goes.
