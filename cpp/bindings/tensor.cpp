@@ -210,7 +210,7 @@ void bind_tensor(nb::module_& m) {
   nb::class_<Tensor>(
       m, "Tensor",
       "A tensor over memory that quire owns. Any framework takes it through DLPack without a copy; the memory lives until the last "
-      "view of it, wherever that is, is gone.")
+      "view of it, wherever that is, is gone. Device memory whose last view another framework drops is freed at the next allocation.")
       .def_prop_ro(
           "shape", [](const Tensor& t) { return to_tuple(t.view.shape, t.view.ndim); }, nb::sig("def shape(self) -> tuple[int, ...]"))
       .def_prop_ro(

@@ -2,8 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/runtime.h"
 
+#include <charconv>
 #include <cstdlib>
+#include <fstream>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -22,6 +25,34 @@ constexpr std::size_t kHostAlignment = 64;
 void* allocate_host(std::int64_t num_bytes) {
   const std::size_t bytes = (static_cast<std::size_t>(num_bytes) + kHostAlignment - 1) / kHostAlignment * kHostAlignment;
   return std::aligned_alloc(kHostAlignment, bytes == 0 ? kHostAlignment : bytes);
+}
+
+// A number from a file of the kernel's: behind `key`, or the file's first word. Nothing where there is none.
+std::optional<std::int64_t> read_number(const char* path, const std::string& key) {
+  std::ifstream file(path);
+  std::string word;
+  if (key.empty()) {
+    file >> word;
+  } else {
+    while (file >> word && word != key) {
+    }
+    file >> word;
+  }
+  std::int64_t value = 0;
+  const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), value);
+  if (!file || error != std::errc()) return std::nullopt;
+  return value;
+}
+
+// False where the kernel would hand out more than it has and end the process later, when the memory is touched.
+bool host_memory_suffices(std::int64_t num_bytes) {
+  constexpr std::int64_t kWorthAsking = std::int64_t{1} << 28;
+  if (num_bytes < kWorthAsking) return true;
+  const std::optional<std::int64_t> available = read_number("/proc/meminfo", "MemAvailable:");
+  if (available && num_bytes / 1024 > *available) return false;
+  const std::optional<std::int64_t> limit = read_number("/sys/fs/cgroup/memory.max", "");
+  const std::optional<std::int64_t> used = read_number("/sys/fs/cgroup/memory.current", "");
+  return !limit || num_bytes <= *limit - used.value_or(0);
 }
 
 void check_size(std::int64_t num_bytes) {
@@ -104,7 +135,7 @@ std::shared_ptr<Buffer> Buffer::allocate(std::int64_t num_bytes, Device device) 
   check_size(num_bytes);
   void* data = nullptr;
   if (device.type == DeviceType::kCPU) {
-    data = allocate_host(num_bytes);
+    if (host_memory_suffices(num_bytes)) data = allocate_host(num_bytes);
     if (data == nullptr)
       throw OutOfMemoryError("[Buffer] num_bytes: expected memory on cpu, could not get " + std::to_string(num_bytes) + " bytes");
   } else if constexpr (kHasCuda) {

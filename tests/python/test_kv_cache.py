@@ -459,6 +459,16 @@ def test_gather_kv_refuses_what_is_no_pair():
             quire.gather_kv(cache, cache, np.zeros(1, np.int64), out=given)
 
 
+def test_kv_cache_beyond_available_memory():
+    """More than is available, less than there is: refused at once, not when the memory is touched."""
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":") for line in file)
+    total = 1024 * int(fields["MemTotal"].split()[0])
+    blocks = quire.KVCache.num_blocks_for(int(0.999 * total), 1, 16, 8, 128, "float32")
+    with pytest.raises(MemoryError, match=r"expected memory on cpu, could not get \d+ bytes"):
+        quire.KVCache(1, blocks, 16, 8, 128, "float32")
+
+
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_kv_cache_zero_copy(dtype):
     cache = quire.KVCache(2, 3, 4, 1, 8, dtype)
