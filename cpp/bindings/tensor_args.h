@@ -51,9 +51,6 @@ class Args {
   /// Null where None was passed.
   const TensorView* optional(std::size_t i) const { return present_[i] ? &views_[i].get() : nullptr; }
 
-  /// The stream that run() will use.
-  Stream stream() const { return stream_; }
-
   /// Calls f(stream) without the GIL, then orders the producers' streams behind it.
   template <typename F>
   void run(F&& f) {

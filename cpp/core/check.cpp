@@ -183,9 +183,11 @@ void Check::finite(double value, const char* arg, bool positive) const {
     fail_value(arg, positive ? "a finite number above 0" : "a finite number", std::to_string(value));
 }
 
-std::int64_t Check::scale(const TensorView* t, const char* arg, std::int64_t num_kv_heads, Device device_,
+std::int64_t Check::scale(const TensorView* t, const char* arg, DType kv_dtype, std::int64_t num_kv_heads, Device device_,
                           const char* reference_arg) const {
   if (t == nullptr) return 0;
+  if (itemsize(kv_dtype) > 1)
+    fail_value(arg, std::string("none for ") + name(kv_dtype) + " keys and values (scales belong to float8 and int8)", describe(*t));
   dtype(*t, arg, {DType::kFloat32});
   if (t->ndim != 1 || (t->size(0) != 1 && t->size(0) != num_kv_heads))
     fail_value(arg, "float32 [1] or [" + std::to_string(num_kv_heads) + "]", describe(*t));

@@ -59,8 +59,10 @@ class Check {
   /// ValueError unless value is finite (and, with `positive`, above zero).
   void finite(double value, const char* arg, bool positive = false) const;
 
-  /// Checks a scale: null, or float32 [1] or [num_kv_heads], contiguous, on `device`. Returns its stride: 0 or 1.
-  std::int64_t scale(const TensorView* t, const char* arg, std::int64_t num_kv_heads, Device device, const char* reference_arg) const;
+  /// Checks a scale of keys or values of `kv_dtype`: null, or for one-byte dtypes float32 [1] or [num_kv_heads], contiguous, on `device`.
+  /// Returns its stride: 0 or 1.
+  std::int64_t scale(const TensorView* t, const char* arg, DType kv_dtype, std::int64_t num_kv_heads, Device device,
+                     const char* reference_arg) const;
   /// Checks a vector of known length and dtype: contiguous, on `device`.
   void vector(const TensorView& t, const char* arg, DType dtype, std::int64_t length, Device device, const char* reference_arg) const;
 

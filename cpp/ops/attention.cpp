@@ -69,10 +69,6 @@ AttentionParams check_query(const Check& check, const TensorView& out, const Ten
   };
   params.alibi_slopes = per_head(options.alibi_slopes, "alibi_slopes");
   params.sinks = per_head(options.sinks, "sinks");
-  params.k_scale_stride = check.scale(options.k_scale, "k_scale", num_kv_heads, q.device, "q");
-  params.v_scale_stride = check.scale(options.v_scale, "v_scale", num_kv_heads, q.device, "q");
-  if (options.k_scale != nullptr) params.k_scale = options.k_scale->as<const float>();
-  if (options.v_scale != nullptr) params.v_scale = options.v_scale->as<const float>();
 
   params.out = out.data;
   params.q = q.data;
@@ -94,7 +90,7 @@ AttentionParams check_query(const Check& check, const TensorView& out, const Ten
 }
 
 void check_kv(const Check& check, const TensorView& k, const char* k_arg, const TensorView& v, const char* v_arg, const TensorView& q,
-              const AttentionOptions& options) {
+              const AttentionOptions& options, AttentionParams& params) {
   if (k.dtype != q.dtype) check.dtype(k, k_arg, {q.dtype, DType::kFloat8E4M3FN, DType::kFloat8E5M2, DType::kInt8});
   check.device(k, k_arg, q.device, "q");
   check.inner_contiguous(k, k_arg);
@@ -104,13 +100,10 @@ void check_kv(const Check& check, const TensorView& k, const char* k_arg, const 
   check.device(v, v_arg, q.device, "q");
   check.inner_contiguous(v, v_arg);
   check.accessible(v, v_arg);
-  const auto float_keys_have_no = [&](const TensorView* scale, const char* arg) {
-    if (scale != nullptr && itemsize(k.dtype) > 1)
-      check.fail_value(arg, std::string("none for ") + name(k.dtype) + " keys and values (scales belong to float8 and int8)",
-                       describe(*scale));
-  };
-  float_keys_have_no(options.k_scale, "k_scale");
-  float_keys_have_no(options.v_scale, "v_scale");
+  params.k_scale_stride = check.scale(options.k_scale, "k_scale", k.dtype, params.num_kv_heads, q.device, "q");
+  params.v_scale_stride = check.scale(options.v_scale, "v_scale", k.dtype, params.num_kv_heads, q.device, "q");
+  if (options.k_scale != nullptr) params.k_scale = options.k_scale->as<const float>();
+  if (options.v_scale != nullptr) params.v_scale = options.v_scale->as<const float>();
 }
 
 const std::int32_t* check_start_loc(const Check& check, const TensorView& t, const char* arg, std::int64_t num_seqs, Device device) {
@@ -229,7 +222,7 @@ void paged_attention(const TensorView& out, const TensorView* lse, const TensorV
   const Check check("paged_attention");
   check.shape(k_cache, "k_cache", {kAny, kAny, kAny, kAny});
   AttentionParams params = check_query(check, out, lse, q, k_cache.size(2), k_cache.size(3), options);
-  check_kv(check, k_cache, "k_cache", v_cache, "v_cache", q, options);
+  check_kv(check, k_cache, "k_cache", v_cache, "v_cache", q, options, params);
   if (k_cache.size(1) < 1) check.fail_value("k_cache", "a block_size of 1 or more", describe(k_cache));
 
   check.dtype(seq_lens, "seq_lens", {DType::kInt32});
@@ -293,7 +286,7 @@ void attention(const TensorView& out, const TensorView* lse, const TensorView& q
   const Check check("attention");
   check.shape(k, "k", {kAny, kAny, kAny});
   AttentionParams params = check_query(check, out, lse, q, k.size(1), k.size(2), options);
-  check_kv(check, k, "k", v, "v", q, options);
+  check_kv(check, k, "k", v, "v", q, options, params);
   if (query_start_loc == nullptr && kv_start_loc != nullptr)
     check.fail_value("query_start_loc", "int32 [num_seqs + 1] with kv_start_loc", "none");
   std::int64_t num_seqs = 1;

@@ -44,16 +44,9 @@ KvParams check_kv(const Check& check, const TensorView& k, const TensorView& v, 
   check.device(slot_mapping, "slot_mapping", k.device, "k");
   check.accessible(slot_mapping, "slot_mapping");
 
-  const auto float_cache_has_no = [&](const TensorView* scale, const char* arg) {
-    if (scale != nullptr && itemsize(k_cache.dtype) > 1)
-      check.fail_value(arg, std::string("none for a ") + name(k_cache.dtype) + " cache (scales belong to float8 and int8)",
-                       describe(*scale));
-  };
-  float_cache_has_no(k_scale, "k_scale");
-  float_cache_has_no(v_scale, "v_scale");
   KvParams params;
-  params.k_scale_stride = check.scale(k_scale, "k_scale", num_kv_heads, k.device, "k");
-  params.v_scale_stride = check.scale(v_scale, "v_scale", num_kv_heads, k.device, "k");
+  params.k_scale_stride = check.scale(k_scale, "k_scale", k_cache.dtype, num_kv_heads, k.device, "k");
+  params.v_scale_stride = check.scale(v_scale, "v_scale", k_cache.dtype, num_kv_heads, k.device, "k");
   params.k = k.data;
   params.v = v.data;
   params.k_cache = k_cache.data;

@@ -43,7 +43,7 @@ def test_write_and_gather(backend, rng, dtype, cache_dtype, scales):
         arguments = [backend.array(a) for a in (x, x, cache, cache.copy(), np.zeros(1, np.int64))]
         with pytest.raises(
             ValueError,
-            match=rf"k_scale: expected none for a {cache_dtype} cache \(scales belong to float8 and int8\)",
+            match=rf"k_scale: expected none for {cache_dtype} keys and values \(scales belong to float8 and int8\)",
         ):
             quire.write_kv(*arguments, k_scale=backend.array(np.ones(1, np.float32)))
         return
