@@ -45,6 +45,11 @@ def spawn(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     )
 
 
+def first_on_the_path(folder: Path) -> str:
+    """PYTHONPATH with a folder before what is on it: this install may be on it too."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def last_json(text: str) -> dict:
     """An editable install may build, and say so, before the first line of ours."""
     return json.loads(text[text.index("\n{\n") if not text.startswith("{") else 0 :])
@@ -138,7 +143,7 @@ def test_doctor_with_everything_broken(tmp_path: Path) -> None:
     (tmp_path / "tokenizers.py").write_text("import time\ntime.sleep(600)\n")
     blocked = "import sys\nsys.modules['quire._core'] = None\n"
     (tmp_path / "sitecustomize.py").write_text(blocked)
-    done = spawn("doctor", "--json", "--timeout", "12", PYTHONPATH=str(tmp_path), PATH="")
+    done = spawn("doctor", "--json", "--timeout", "12", PYTHONPATH=first_on_the_path(tmp_path), PATH="")
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     facts = last_json(done.stdout)
@@ -155,7 +160,7 @@ BROKEN = "import sys\nsys.modules['quire._core'] = None\n"
 
 
 def spawn_python(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": first_on_the_path(tmp_path)}
     command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
