@@ -38,7 +38,7 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   plan.partial_stats = reinterpret_cast<float2*>(plan.partial_out + config.num_splits * plan.num_rows * params.head_dim);
   plan.num_splits = config.num_splits;
   plan.keys_per_split_min = config.keys_per_split_min;
-  plan.tile_rows = tile_rows(config.variant);
+  plan.tile_rows = tile_rows(config.variant, config.head_dim_bucket);
   plan.num_tiles = static_cast<int>(config.num_tiles);
   plan.tiles_per_seq = static_cast<int>(config.tiles_per_seq);
   plan.key_capacity = static_cast<int>(key_capacity(params));
@@ -64,9 +64,9 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   return plan;
 }
 
-/// Whether the machine code in use for the combine kernel waits for its predecessor by itself. Code made from sm_80 PTX does not, on
-/// whatever device.
-bool combine_waits() {
+/// `ask()` for the current device, once.
+template <typename F>
+bool known_of_device(F&& ask) {
   constexpr int kMaxDevices = 64;
   static std::atomic<int> known[kMaxDevices];  // 0: not asked yet; 1: no; 2: yes
   int device = 0;
@@ -74,12 +74,24 @@ bool combine_waits() {
   if (device >= kMaxDevices) return false;
   int answer = known[device].load(std::memory_order_relaxed);
   if (answer == 0) {
-    cudaFuncAttributes attributes{};
-    QUIRE_CUDA_CHECK(cudaFuncGetAttributes(&attributes, attention_combine_kernel));
-    answer = attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90 ? 2 : 1;
+    answer = ask() ? 2 : 1;
     known[device].store(answer, std::memory_order_relaxed);
   }
   return answer == 2;
+}
+
+/// Whether the machine code in use for the combine kernel waits for its predecessor by itself. Code made from sm_80 PTX does not, on
+/// whatever device.
+bool combine_waits() {
+  return known_of_device([] {
+    cudaFuncAttributes attributes{};
+    QUIRE_CUDA_CHECK(cudaFuncGetAttributes(&attributes, attention_combine_kernel));
+    return attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
+  });
+}
+
+bool has_wgmma(const DeviceProperties& device) {
+  return device.compute_capability == 90 && known_of_device([] { return has_wgmma_code(); });
 }
 
 void launch_combine(const Plan& plan, dim3 grid, Stream stream) {
@@ -100,6 +112,16 @@ void launch_combine(const Plan& plan, dim3 grid, Stream stream) {
 
 void launch(const AttentionParams& params, const Config& config, Stream stream) {
   const Plan plan = make_plan(params, config);
+  if (config.variant == Variant::kWgmma) {
+    const auto launch = [&]<bool kBf16>() {
+      switch (config.head_dim_bucket) {
+        case 64: return launch_wgmma<kBf16, 64>(plan, config, stream);
+        case 128: return launch_wgmma<kBf16, 128>(plan, config, stream);
+        default: return launch_wgmma<kBf16, 256>(plan, config, stream);
+      }
+    };
+    return params.dtype == DType::kBFloat16 ? launch.template operator()<true>() : launch.template operator()<false>();
+  }
   dispatch_kv(params.kv_dtype, "attention", [&](auto kv) {
     constexpr DType kKvDType = decltype(kv)::value;
     if (config.variant == Variant::kSimt) {
@@ -116,7 +138,8 @@ void launch(const AttentionParams& params, const Config& config, Stream stream) 
   });
   if (config.num_splits > 1) {
     const std::int64_t group = params.num_heads / params.num_kv_heads;
-    const std::int64_t rows = config.tiles_per_seq == 1 && params.block_tables != nullptr ? group : tile_rows(config.variant);
+    const std::int64_t rows =
+        config.tiles_per_seq == 1 && params.block_tables != nullptr ? group : tile_rows(config.variant, config.head_dim_bucket);
     launch_combine(plan, dim3(static_cast<unsigned>(config.num_tiles * params.num_kv_heads), static_cast<unsigned>(rows)), stream);
   }
 }
@@ -161,7 +184,8 @@ __global__ void __launch_bounds__(kThreads) merge_attention_kernel(const __grid_
 }  // namespace attn
 
 void attention(const AttentionParams& params, Stream stream) {
-  attn::launch(params, attn::choose_config(params, current_device_properties()), stream);
+  const DeviceProperties& device = current_device_properties();
+  attn::launch(params, attn::choose_config(params, device, attn::has_wgmma(device)), stream);
 }
 
 void merge_attention(const MergeParams& params, Stream stream) {

@@ -20,6 +20,7 @@ enum class Variant : std::uint8_t {
   kMmaSplitKeys8,       // 8 rows; the four warps of a CTA take turns at the keys: decode
   kMmaSplitKeys16,      // the same with 16 rows
   kMmaSplitRows,        // 64 rows; 16 to each of four warps, which share the keys: prefill
+  kWgmma,               // 128 rows, 192 at head_dim 64; 64 to each warpgroup: prefill on Hopper
   kMmaSplitKeys8Small,  // kMmaSplitKeys8 for head_dim 256 where a CTA may have less than kLargeSharedBytes
   kSimt,                // 8 rows, float32 throughout: float32 queries
 };
@@ -27,8 +28,9 @@ enum class Variant : std::uint8_t {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 
-constexpr int tile_rows(Variant variant) {
+constexpr int tile_rows(Variant variant, int head_dim_bucket = 128) {
   switch (variant) {
+    case Variant::kWgmma: return head_dim_bucket == 64 ? 192 : 128;
     case Variant::kMmaSplitKeys16: return 16;
     case Variant::kMmaSplitRows: return 64;
     default: return 8;
@@ -91,7 +93,24 @@ inline std::int64_t key_capacity(const AttentionParams& params) {
   return params.max_blocks_per_seq * params.block_size;
 }
 
-inline Config choose_config(const AttentionParams& params, const DeviceProperties& device) {
+/// Whether the copy engine can address q, K and V as Hopper's kernel needs them.
+inline bool wgmma_layout(const AttentionParams& p) {
+  if (p.kv_dtype != p.dtype || itemsize(p.dtype) != 2) return false;
+  const bool paged = p.block_tables != nullptr;
+  if (paged ? p.block_size % 8 != 0 || p.num_blocks == 0 : p.num_kv_tokens == 0) return false;
+  if (p.num_blocks > std::numeric_limits<std::int32_t>::max() || p.block_size > std::numeric_limits<std::int32_t>::max()) return false;
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; };
+  const auto stride_fits = [](std::int64_t size, std::int64_t stride) {
+    return size <= 1 || (stride > 0 && stride % 8 == 0 && stride < std::int64_t{1} << 38);
+  };
+  const std::int64_t slots = paged ? p.block_size : p.num_kv_tokens, blocks = paged ? p.num_blocks : 1;
+  return aligned(p.q) && aligned(p.k) && aligned(p.v) && p.q_token_stride % 8 == 0 && p.q_head_stride % 8 == 0 &&
+         stride_fits(p.num_kv_heads, p.k_head_stride) && stride_fits(p.num_kv_heads, p.v_head_stride) &&
+         stride_fits(slots, p.k_token_stride) && stride_fits(slots, p.v_token_stride) && stride_fits(blocks, p.k_block_stride) &&
+         stride_fits(blocks, p.v_block_stride);
+}
+
+inline Config choose_config(const AttentionParams& params, const DeviceProperties& device, bool has_wgmma) {
   const std::int64_t group = params.num_heads / params.num_kv_heads;
   const bool ragged = params.query_start_loc != nullptr;
   const std::int64_t query_len = ragged || params.block_tables == nullptr ? ceil_div(params.num_tokens, params.num_seqs) : 1;
@@ -110,7 +129,11 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
       config.variant = Variant::kMmaSplitKeys8;
     }
   }
-  const int rows = tile_rows(config.variant);
+  // With few tiles, kMmaSplitRows shares each one's keys between CTAs.
+  if (config.variant == Variant::kMmaSplitRows && has_wgmma && wgmma_layout(params) &&
+      params.num_tokens * params.num_heads * 3 >= std::int64_t{tile_rows(Variant::kWgmma, config.head_dim_bucket)} * device.num_sms)
+    config.variant = Variant::kWgmma;
+  const int rows = tile_rows(config.variant, config.head_dim_bucket);
 
   // Sequence s owns the tiles from floor(query_start_loc[s] * group / rows) + s on: never too few, and found by one search.
   config.tiles_per_seq = ragged ? 0 : ceil_div(query_len * group, rows);
@@ -124,6 +147,11 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
   // At least one step of 16 or 32 keys for each of the four warps that take turns, or a few steps that they share.
   const bool narrow = head_dim_bucket(config.variant, params.head_dim) * itemsize(params.kv_dtype) <= 128;
   const bool shared_steps = config.variant == Variant::kMmaSplitRows || config.variant == Variant::kSimt;
+  if (config.variant == Variant::kWgmma) {
+    config.num_splits = 1;
+    config.keys_per_split_min = 1;
+    return config;
+  }
   config.keys_per_split_min = shared_steps ? 256 : narrow ? 128 : 64;
 
   const std::int64_t max_splits =

@@ -1,0 +1,72 @@
+// launch_wgmma's definition, for the instantiations.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/attention/launch.h"
+#include "cuda/attention/wgmma.cuh"
+#include "cuda/launch.h"
+
+namespace quire::cuda::attn {
+
+using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
+
+/// The driver's function, which the library does not link against.
+inline EncodeTensorMap encode_tensor_map() {
+  static const EncodeTensorMap function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    QUIRE_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+    if (result != cudaDriverEntryPointSuccess) throw CudaError("[cuda] cuTensorMapEncodeTiled: this driver does not have it", 0);
+    return reinterpret_cast<EncodeTensorMap>(found);
+  }();
+  return function;
+}
+
+inline CUtensorMap make_tensor_map(const AttentionParams& p, const void* base, std::int64_t block_stride, std::int64_t token_stride,
+                                   std::int64_t head_stride, int keys_per_box) {
+  const bool paged = p.block_tables != nullptr;
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(p.head_dim), static_cast<cuuint64_t>(p.num_kv_heads),
+                               static_cast<cuuint64_t>(paged ? p.block_size : p.num_kv_tokens),
+                               static_cast<cuuint64_t>(paged ? p.num_blocks : 1)};
+  // Strides of dimensions of size 1 are not used, but must look well.
+  const auto bytes = [](cuuint64_t size, std::int64_t stride) { return size > 1 ? static_cast<cuuint64_t>(stride * 2) : 16; };
+  const cuuint64_t strides[3] = {bytes(sizes[1], head_stride), bytes(sizes[2], token_stride), bytes(sizes[3], block_stride)};
+  const cuuint32_t box[4] = {device::kPanelColumns, 1, static_cast<cuuint32_t>(keys_per_box), 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult status =
+      encode_tensor_map()(&map, p.kv_dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+                          const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS)
+    throw CudaError("[cuda] cuTensorMapEncodeTiled failed with status " + std::to_string(static_cast<int>(status)),
+                    static_cast<int>(status));
+  return map;
+}
+
+template <bool kBf16, int kHeadDim>
+void launch_wgmma(const Plan& plan, const Config& config, Stream stream) {
+  using Shape = WgmmaShape<kHeadDim>;
+  const AttentionParams& p = plan.params;
+  TensorMaps maps;
+  maps.keys_per_box =
+      p.block_tables != nullptr ? static_cast<int>(std::min<std::int64_t>(p.block_size & -p.block_size, Shape::kKeyUnit)) : Shape::kKeys;
+  maps.k = make_tensor_map(p, p.k, p.k_block_stride, p.k_token_stride, p.k_head_stride, maps.keys_per_box);
+  maps.v = make_tensor_map(p, p.v, p.v_block_stride, p.v_token_stride, p.v_head_stride, maps.keys_per_box);
+  const auto launch = [&](auto kernel) {
+    constexpr int kSharedBytes = kWgmmaSharedBytes<kHeadDim>;
+    static_assert(kSharedBytes <= 227 * 1024);
+    set_max_shared_bytes(reinterpret_cast<const void*>(kernel), kSharedBytes);
+    const std::int64_t num_ctas = std::min<std::int64_t>(config.num_tiles * p.num_kv_heads, current_device_properties().num_sms);
+    if (num_ctas < config.num_tiles * p.num_kv_heads)
+      QUIRE_CUDA_CHECK(cudaMemsetAsync(p.workspace, 0, sizeof(std::uint32_t), cuda_stream(stream)));
+    kernel<<<static_cast<unsigned>(num_ctas), Shape::kThreads, kSharedBytes, cuda_stream(stream)>>>(plan, maps);
+    QUIRE_CHECK_LAUNCH("attention_wgmma_kernel", stream);
+  };
+  const bool transform = p.softcap > 0.0f || p.alibi_slopes != nullptr || p.k_scale != nullptr || !(p.scale > 0.0f);
+  transform ? launch(attention_wgmma_kernel<kBf16, kHeadDim, true>) : launch(attention_wgmma_kernel<kBf16, kHeadDim, false>);
+}
+
+}  // namespace quire::cuda::attn

@@ -1,0 +1,779 @@
+// Attention for many query rows per kv head on Hopper: the copy engine brings keys, warpgroups multiply. sm_90a.
+// SPDX-License-Identifier: Apache-2.0
+//
+// A CTA stays on its SM and takes tile after tile. Its first warpgroup brings things: warp 0 finds the next tile and starts the copies of its
+// keys and values, the other warps gather the tile's query rows. Each further warpgroup has 64 rows of the tile. Two products are under way
+// at once: scores of the next keys, and weights times values of the last ones; and warpgroups take turns at issuing products, so that one's
+// softmax runs beside the other's products.
+#pragma once
+
+#include <cuda.h>
+
+#include "cuda/attention/mma_tile.cuh"
+#include "cuda/device/tma.cuh"
+#include "cuda/device/wgmma.cuh"
+
+namespace quire::cuda::attn {
+
+/// K's and V's rows as {head_dim, kv head, slot in its block, block}; without a block table all keys are one block.
+struct TensorMaps {
+  CUtensorMap k, v;
+  int keys_per_box;
+};
+
+template <int kHeadDim>
+struct WgmmaShape {
+  static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;  // warpgroups with 64 rows each
+  static constexpr int kRows = 64 * kConsumers;
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kConsumerWarps = 4 * kConsumers;
+  static constexpr int kKeys = kHeadDim > 128 ? 80 : 128;  // per step
+  static constexpr int kKeyUnit = kKeys & -kKeys;  // the largest box
+  static constexpr int kStages = 2;
+  static constexpr int kQStages = kHeadDim > 128 ? 1 : 2;
+  static constexpr int kPanels = (kHeadDim + device::kPanelColumns - 1) / device::kPanelColumns;
+  static constexpr int kKeyPanelBytes = kKeys * device::kPanelRowBytes;
+  static constexpr int kRowPanelBytes = kRows * device::kPanelRowBytes;
+  static constexpr int kSlotBytes = kPanels * kKeyPanelBytes;  // one step's K or V
+  static constexpr int kQBytes = kPanels * kRowPanelBytes;
+  static constexpr int kQOffset = 2 * kStages * kSlotBytes;
+  static constexpr int kControlOffset = kQOffset + kQStages * kQBytes;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  /// Warpgroups take turns at issuing products where that is faster.
+  static constexpr bool kTakeTurns = kHeadDim <= 128;
+};
+
+enum class TileKind : int {
+  kUsual,
+  kSelecting,  // again, because NaN or infinity in V may have reached rows that do not see it
+  kNone,  // to look at the next slot
+  kEnd,
+};
+
+struct TileSlot {
+  Tile tile;
+  int kv_head;
+  TileKind kind;
+  int again;  // set by consumers: the tile is to be done again, selecting
+};
+
+constexpr int kTileSlots = 4;
+
+template <int kHeadDim>
+struct WgmmaControl {
+  using Shape = WgmmaShape<kHeadDim>;
+  static constexpr int kStages = Shape::kStages;
+  std::uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  std::uint64_t q_full[Shape::kQStages], q_empty[Shape::kQStages];
+  std::uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
+  TileSlot tiles[kTileSlots];
+  std::uint32_t valid_keys[kStages];  // a bit for each 8 keys of K's stage: they have a block
+  int any_again;
+};
+
+/// The workspace begins with the number of tiles that were taken beyond each CTA's first; the launcher sets it to zero.
+constexpr int kWgmmaNotesOffset = 256;
+
+/// Where a CTA notes what it takes out of V, one row after the other; in the workspace, which always has as much.
+template <int kHeadDim>
+__device__ __forceinline__ std::uint32_t* wgmma_notes(const Plan& plan) {
+  constexpr int kWords = WgmmaShape<kHeadDim>::kRows * kNoteWords<kHeadDim>;
+  static_assert(kWords <= kPartialRowsPerSm * kHeadDim / 4);
+  return reinterpret_cast<std::uint32_t*>(static_cast<char*>(plan.params.workspace) + kWgmmaNotesOffset) +
+         static_cast<std::size_t>(blockIdx.x) * kWords;
+}
+
+template <int kHeadDim>
+constexpr int kWgmmaSharedBytes = WgmmaShape<kHeadDim>::kControlOffset + static_cast<int>(sizeof(WgmmaControl<kHeadDim>));
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+/// A ring of stages: the place of the next use, and the parity of its barriers.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  std::uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+/// A box of each lane's: the slot of its first key, its block (-1: nothing to copy), and whether its keys may be seen.
+struct Box {
+  int slot, entry;
+  bool valid;
+};
+
+template <int kHeadDim>
+__device__ __forceinline__ Box locate_box(const Plan& plan, int keys_per_box, const Tile& tile, int step) {
+  constexpr int kKeys = WgmmaShape<kHeadDim>::kKeys;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int key = step * kKeys + lane * keys_per_box;
+  if (lane * keys_per_box >= kKeys || key >= tile.key_end) return Box{0, -1, true};
+  const KeyLocation location = locate_key(plan, tile, key, tile.key_end, load_entry(plan, tile, key, tile.key_end));
+  return Box{location.slot, location.valid ? location.entry : -1, location.valid};
+}
+
+/// Starts the copy of one step's K or V, a lane's box each. A box whose block is -1 is outside the tensor: zeros.
+template <int kHeadDim>
+__device__ __forceinline__ void copy_boxes(const CUtensorMap& map, int keys_per_box, std::uint32_t full, std::uint32_t slot, int kv_head,
+                                           const Box& box) {
+  using Shape = WgmmaShape<kHeadDim>;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (lane == 0) device::barrier_arrive_expect(full, Shape::kSlotBytes);
+  __syncwarp();
+  if (lane * keys_per_box >= Shape::kKeys) return;
+  const std::uint32_t dst = slot + static_cast<std::uint32_t>(lane * keys_per_box * device::kPanelRowBytes);
+#pragma unroll
+  for (int panel = 0; panel < Shape::kPanels; ++panel)
+    device::copy_box(dst + panel * Shape::kKeyPanelBytes, &map, full, panel * device::kPanelColumns, kv_head, box.slot, box.entry);
+}
+
+/// Warp 0: finds tiles, hands them to all others, and copies their keys.
+template <int kHeadDim>
+struct WgmmaProducer {
+  using Shape = WgmmaShape<kHeadDim>;
+  using Control = WgmmaControl<kHeadDim>;
+  static constexpr int kKeys = Shape::kKeys;
+
+  const Plan& plan;
+  const TensorMaps& maps;
+  char* shared;
+  Control* control;
+  Ring<kTileSlots> tiles{};
+  Ring<Shape::kStages> k{};
+
+  /// Waits until the next slot's readers are done with what was in it.
+  __device__ TileSlot& acquire() {
+    device::barrier_wait(device::shared_address(&control->tile_empty[tiles.stage]), tiles.parity ^ 1);
+    return control->tiles[tiles.stage];
+  }
+  /// Hands a tile to all others, in the acquired slot.
+  __device__ void publish(const Tile& tile, int kv_head, TileKind kind) {
+    __syncwarp();
+    if (threadIdx.x == 0) {
+      control->tiles[tiles.stage] = TileSlot{tile, kv_head, kind, 0};
+      device::barrier_arrive(device::shared_address(&control->tile_full[tiles.stage]));
+    }
+    __syncwarp();
+    tiles.advance();
+  }
+
+  /// The tile's keys from the last to the first step.
+  __device__ void copy_keys(const Tile& tile, int kv_head) {
+    const int lane = static_cast<int>(threadIdx.x);
+    const int first = tile.key_begin / kKeys;
+    int step = (tile.key_end + kKeys - 1) / kKeys - 1;
+    if (step < first) return;
+    Box box = locate_box<kHeadDim>(plan, maps.keys_per_box, tile, step);
+    for (;; --step) {
+      Box next{};
+      if (step > first) next = locate_box<kHeadDim>(plan, maps.keys_per_box, tile, step - 1);
+      device::barrier_wait(device::shared_address(&control->k_empty[k.stage]), k.parity ^ 1);
+      const bool valid = __shfl_sync(kAllLanes, box.valid ? 1 : 0, lane * 8 / maps.keys_per_box % 32) != 0;
+      const unsigned bits = __ballot_sync(kAllLanes, valid || lane >= kKeys / 8);
+      if (lane == 0) control->valid_keys[k.stage] = bits;
+      copy_boxes<kHeadDim>(maps.k, maps.keys_per_box, device::shared_address(&control->k_full[k.stage]),
+                           device::shared_address(shared) + k.stage * Shape::kSlotBytes, kv_head, box);
+      k.advance();
+      if (step == first) return;
+      box = next;
+    }
+  }
+
+  /// Tiles and kv heads in the order of work: the last tiles of sequences first, which under a causal mask are the long ones.
+  __device__ bool locate(std::uint32_t work, Tile& tile, int& kv_head) const {
+    const auto num_kv_heads = static_cast<std::uint32_t>(plan.params.num_kv_heads);
+    const std::uint32_t reversed = work / num_kv_heads;
+    kv_head = static_cast<int>(work - reversed * num_kv_heads);
+    return locate_tile(plan, plan.num_tiles - 1 - static_cast<int>(reversed), tile);
+  }
+
+  /// A CTA takes the tile of its own number first, then the next that none has taken.
+  __device__ void run() {
+    const auto total = static_cast<std::uint32_t>(plan.num_tiles) * static_cast<std::uint32_t>(plan.params.num_kv_heads);
+    const auto take_next = [&] {
+      std::uint32_t taken = 0;
+      if (threadIdx.x == 0 && gridDim.x < total) taken = atomicAdd(static_cast<std::uint32_t*>(plan.params.workspace), 1u);
+      return gridDim.x + taken;  // of lane 0
+    };
+    // A tile is handed out before the keys of the one before it are copied, so that its queries come early.
+    Tile pending;
+    int pending_kv_head = 0;
+    bool has_pending = false;
+    const auto hand_out = [&](const Tile& tile, int kv_head, TileKind kind) {
+      publish(tile, kv_head, kind);
+      if (has_pending) copy_keys(pending, pending_kv_head);
+      pending = tile, pending_kv_head = kv_head, has_pending = true;
+    };
+    std::uint32_t work = blockIdx.x, next = take_next();
+    while (work < total) {
+      const TileSlot& slot = acquire();
+      if (slot.again != 0) {
+        const Tile tile = slot.tile;
+        hand_out(tile, slot.kv_head, TileKind::kSelecting);
+        continue;
+      }
+      Tile tile;
+      int kv_head;
+      if (locate(work, tile, kv_head)) hand_out(tile, kv_head, TileKind::kUsual);
+      work = __shfl_sync(kAllLanes, next, 0);
+      next = work < total ? take_next() : total;
+    }
+    if (has_pending) {
+      copy_keys(pending, pending_kv_head);
+      // Once the last tile is finished, all are.
+      const int last = (tiles.stage + kTileSlots - 1) % kTileSlots;
+      device::barrier_wait(device::shared_address(&control->tile_empty[last]), tiles.stage == 0 ? tiles.parity ^ 1 : tiles.parity);
+      for (int clean = control->any_again == 0 ? kTileSlots : 0; clean < kTileSlots; ++clean) {
+        const TileSlot& slot = acquire();
+        const bool again = slot.again != 0;
+        const Tile tile = slot.tile;
+        const int kv_head = slot.kv_head;
+        publish(tile, kv_head, again ? TileKind::kSelecting : TileKind::kNone);
+        if (again) copy_keys(tile, kv_head);
+      }
+    }
+    acquire();
+    publish(Tile{}, 0, TileKind::kEnd);
+  }
+};
+
+/// The next tile, for a whole warp, which is done with the slot.
+template <int kHeadDim>
+__device__ __forceinline__ TileSlot take_tile(WgmmaControl<kHeadDim>* control, Ring<kTileSlots>& ring) {
+  device::barrier_wait(device::shared_address(&control->tile_full[ring.stage]), ring.parity);
+  const TileSlot slot = control->tiles[ring.stage];
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) device::barrier_arrive(device::shared_address(&control->tile_empty[ring.stage]));
+  ring.advance();
+  return slot;
+}
+
+/// Warp 1: each tile's values, from the last to the first step.
+template <int kHeadDim>
+__device__ void copy_values(const Plan& plan, const TensorMaps& maps, char* shared, WgmmaControl<kHeadDim>* control) {
+  using Shape = WgmmaShape<kHeadDim>;
+  Ring<kTileSlots> tiles;
+  Ring<Shape::kStages> v;
+  for (;;) {
+    const TileSlot slot = take_tile<kHeadDim>(control, tiles);
+    if (slot.kind == TileKind::kEnd) return;
+    if (slot.kind == TileKind::kNone) continue;
+    const int first = slot.tile.key_begin / Shape::kKeys;
+    int step = (slot.tile.key_end + Shape::kKeys - 1) / Shape::kKeys - 1;
+    if (step < first) continue;
+    Box box = locate_box<kHeadDim>(plan, maps.keys_per_box, slot.tile, step);
+    for (;; --step) {
+      Box next{};
+      if (step > first) next = locate_box<kHeadDim>(plan, maps.keys_per_box, slot.tile, step - 1);
+      device::barrier_wait(device::shared_address(&control->v_empty[v.stage]), v.parity ^ 1);
+      copy_boxes<kHeadDim>(maps.v, maps.keys_per_box, device::shared_address(&control->v_full[v.stage]),
+                           device::shared_address(shared) + (Shape::kStages + v.stage) * Shape::kSlotBytes, slot.kv_head, box);
+      v.advance();
+      if (step == first) break;
+      box = next;
+    }
+  }
+}
+
+constexpr int kQueryLoaders = 64;
+
+/// Warps 2 and 3: each tile's query rows.
+template <int kHeadDim>
+__device__ void gather_queries(const Plan& plan, char* shared, WgmmaControl<kHeadDim>* control) {
+  using Shape = WgmmaShape<kHeadDim>;
+  const AttentionParams& p = plan.params;
+  const int thread = static_cast<int>(threadIdx.x) - 64;
+  constexpr int kChunks = Shape::kPanels * 8;
+  constexpr int kLoaders = kQueryLoaders;
+  Ring<kTileSlots> tiles;
+  Ring<Shape::kQStages> queries;
+  for (;;) {
+    const TileSlot slot = take_tile<kHeadDim>(control, tiles);
+    if (slot.kind == TileKind::kEnd) return;
+    if (slot.kind == TileKind::kNone || slot.tile.key_end == 0) continue;
+    const std::uint32_t q = device::shared_address(shared + Shape::kQOffset + queries.stage * Shape::kQBytes);
+    device::barrier_wait(device::shared_address(&control->q_empty[queries.stage]), queries.parity ^ 1);
+#pragma unroll 4
+    for (int i = thread; i < Shape::kRows * kChunks; i += kLoaders) {
+      const int row = i / kChunks;
+      const int chunk = i % kChunks;
+      const bool present = row < slot.tile.num_rows && chunk * 8 < p.head_dim;
+      const RowIndex index = row_index(plan, slot.tile, slot.kv_head, present ? row : 0);
+      const char* source = static_cast<const char*>(p.q) + (index.q_token * p.q_token_stride + index.head * p.q_head_stride) * 2;
+      const std::uint32_t target =
+          q + static_cast<std::uint32_t>(chunk / 8 * Shape::kRowPanelBytes + row * device::kPanelRowBytes + ((chunk % 8 ^ row % 8) << 4));
+      device::copy_async_16(target, source + (present ? chunk * 16 : 0), present ? 16 : 0);
+    }
+    device::copy_async_commit();
+    device::copy_async_wait<0>();
+    device::fence_async_proxy();
+    device::barrier_arrive(device::shared_address(&control->q_full[queries.stage]));
+    queries.advance();
+  }
+}
+
+/// A warpgroup with 64 of the tile's rows.
+template <bool kBf16, int kHeadDim, bool kTransform>
+struct WgmmaConsumer {
+  using Shape = WgmmaShape<kHeadDim>;
+  using Control = WgmmaControl<kHeadDim>;
+  static constexpr int kKeys = Shape::kKeys;
+  static constexpr int kTurnBarrier = 1;  // and the next ones: a warpgroup's turn at products
+  static constexpr int kAllBarrier = 8;  // all consumers
+
+  const Plan& plan;
+  char* shared;
+  int group;  // which of the consumers
+  // Uses so far, of which follow the next one's place in its ring and the parity of its barrier.
+  unsigned tile_uses = 0, q_uses = 0, k_uses = 0, v_uses = 0;
+  float out[kHeadDim / 2];
+  float score[kKeys / 2];
+  std::uint32_t weights[kKeys / 16][4];
+  float max[2], sum[2];  // so far; `sum` of this thread's columns
+  float base[2];  // max in log2 units, 0 while there is none
+
+  __device__ __forceinline__ Control& control() const { return *reinterpret_cast<Control*>(shared + Shape::kControlOffset); }
+  template <unsigned kPlaces>
+  __device__ __forceinline__ static void wait_full(const std::uint64_t (&barriers)[kPlaces], unsigned uses) {
+    device::barrier_wait(device::shared_address(&barriers[uses % kPlaces]), uses / kPlaces & 1);
+  }
+  template <unsigned kPlaces>
+  __device__ __forceinline__ static void release(const std::uint64_t (&barriers)[kPlaces], unsigned uses) {
+    if (threadIdx.x % 32 == 0) device::barrier_arrive(device::shared_address(&barriers[uses % kPlaces]));
+  }
+
+  __device__ __forceinline__ int row(int r) const {
+    return 64 * group + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * r;
+  }
+
+  __device__ __forceinline__ void wait_turn() const {
+    if constexpr (Shape::kTakeTurns) device::named_barrier_sync(kTurnBarrier + group, 256);
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    if constexpr (Shape::kTakeTurns) device::named_barrier_arrive(kTurnBarrier + (group + 1 == Shape::kConsumers ? 0 : group + 1), 256);
+  }
+
+  /// Descriptors of the next products' operands. Computed before waits, whose time they take none of.
+  struct Operands {
+    std::uint32_t q, k, v;
+  };
+  __device__ __forceinline__ Operands operands() const {
+    const std::uint32_t address = device::shared_address(shared);
+    return Operands{
+        device::matrix_descriptor(
+            address + Shape::kQOffset + q_uses % Shape::kQStages * Shape::kQBytes + group * 64 * device::kPanelRowBytes, 0),
+        device::matrix_descriptor(address + k_uses % Shape::kStages * Shape::kSlotBytes, 0),
+        device::matrix_descriptor(address + (Shape::kStages + v_uses % Shape::kStages) * Shape::kSlotBytes, Shape::kKeyPanelBytes)};
+  }
+
+  /// score = q k^T for the stage's keys, started.
+  __device__ __forceinline__ void start_scores(const Operands& from) {
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step)
+      device::WgmmaShared<kKeys, kBf16>::product(score, from.q + (step / 4 * Shape::kRowPanelBytes + step % 4 * 32) / 16,
+                                                 from.k + (step / 4 * Shape::kKeyPanelBytes + step % 4 * 32) / 16, step > 0 ? 1 : 0);
+    device::wgmma_commit();
+  }
+
+  /// out += weights v, started.
+  __device__ __forceinline__ void start_output(const Operands& from, int accumulate) {
+#pragma unroll
+    for (int step = 0; step < kKeys / 16; ++step)
+      device::WgmmaRegisters<kHeadDim, kBf16>::product(out, weights[step], from.v + (step * 16 * device::kPanelRowBytes) / 16,
+                                                       step > 0 ? 1 : accumulate);
+    device::wgmma_commit();
+  }
+
+  /// A tile as this thread sees it.
+  struct Work {
+    TileSlot* slot;  // until it is finished
+    RowParams rows[2];  // only where scores are more than a factor times q k
+    int full_begin, full_end;  // keys that all of the warp's rows see
+    bool selecting;
+    int first, step;  // the next step whose scores are to be computed, down to the first
+  };
+
+  __device__ __forceinline__ RowParams row_params(const TileSlot& slot, int r) const {
+    return make_row_params(plan, slot.tile, slot.kv_head, row(r));
+  }
+
+  /// Scores of keys that a row does not see become -inf; and what is asked for beyond a factor is done.
+  __device__ __forceinline__ void mask_scores(const Work& work, std::uint32_t valid) {
+    const int first = work.step * kKeys + static_cast<int>(threadIdx.x) % 4 * 2;
+    if constexpr (kTransform) {
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          score[4 * j + i] = transformed_score(score[4 * j + i], work.rows[i / 2], plan.params.softcap, first + 8 * j + i % 2);
+    }
+    if ((work.step + 1) * kKeys <= work.full_end && work.step * kKeys >= work.full_begin && valid == ~0u) return;
+    int begin[2], end[2];  // relative to `first`
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const RowParams params = row_params(*work.slot, r);
+      begin[r] = params.begin - first, end[r] = params.end - first;
+    }
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j) {
+      const bool present = (valid >> j & 1) != 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = 8 * j + i % 2;
+        if (!(present && key >= begin[i / 2] && key < end[i / 2])) score[4 * j + i] = -INFINITY;
+      }
+    }
+  }
+
+  /// Scores become weights in float32. True if some row of the warp has a new maximum; then each row's earlier output is to be multiplied by
+  /// `factor`.
+  __device__ __forceinline__ bool soften(float log2_scale, float (&factor)[2]) {
+    float tops[4] = {fmaxf(max[0], score[0]), score[1], fmaxf(max[1], score[2]), score[3]};
+#pragma unroll
+    for (int j = 1; j < kKeys / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) tops[i] = fmaxf(tops[i], score[4 * j + i]);
+    float top[2] = {fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3])};
+#pragma unroll
+    for (int lanes = 1; lanes <= 2; ++lanes)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) top[r] = fmaxf(top[r], __shfl_xor_sync(kAllLanes, top[r], lanes));
+    const bool grew = __any_sync(kAllLanes, top[0] != max[0] || top[1] != max[1]);
+    if (grew) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        base[r] = top[r] == -INFINITY ? 0.0f : top[r] * log2_scale;
+        factor[r] = device::exp2_approx(max[r] * log2_scale - base[r]);
+        sum[r] *= factor[r];
+        max[r] = top[r];
+      }
+    }
+    float added[2][2] = {{0.0f, 0.0f}, {0.0f, 0.0f}};
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        score[4 * j + i] = device::exp2_approx(fmaf(score[4 * j + i], log2_scale, -base[i / 2]));
+        added[i / 2][i % 2] += score[4 * j + i];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] += added[r][0] + added[r][1];
+    return grew;
+  }
+
+  __device__ __forceinline__ void pack_weights() {
+#pragma unroll
+    for (int step = 0; step < kKeys / 16; ++step)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weights[step][i] = device::pack_16<kBf16>(score[8 * step + 2 * i], score[8 * step + 2 * i + 1]);
+  }
+
+  /// Takes what is not finite out of V's stage, and notes it for the rows that see it. All consumers come here together.
+  __device__ __noinline__ static void select_values(const Plan& plan, const TileSlot& slot, char* shared_v, std::uint32_t* notes,
+                                                    int step) {
+    constexpr int kThreads = 128 * Shape::kConsumers;
+    constexpr std::uint32_t kInfinity = kBf16 ? 0x7f80u : 0x7c00u;
+    device::named_barrier_sync(kAllBarrier, kThreads);
+    if (step == (slot.tile.key_end + kKeys - 1) / kKeys - 1) {
+      for (int i = static_cast<int>(threadIdx.x) - 128; i < Shape::kRows * kNoteWords<kHeadDim>; i += kThreads) notes[i] = 0;
+      device::named_barrier_sync(kAllBarrier, kThreads);
+    }
+    for (int i = static_cast<int>(threadIdx.x) - 128; i < Shape::kSlotBytes / 2; i += kThreads) {
+      auto* element = reinterpret_cast<std::uint16_t*>(shared_v) + i;
+      const std::uint32_t magnitude = *element & 0x7fffu;
+      if (magnitude < kInfinity) continue;
+      const bool nan = magnitude > kInfinity, negative = (*element & 0x8000u) != 0;
+      *element = 0;
+      const int panel = i / (kKeys * device::kPanelColumns);
+      const int key = i / device::kPanelColumns % kKeys;
+      const int column = panel * device::kPanelColumns + ((i / 8 % 8 ^ key % 8) * 8) + i % 8;
+      const std::uint32_t note = (nan ? 3u : negative ? 2u : 1u) << (column % 16 * 2);
+#pragma unroll 1
+      for (int row = 0; row < slot.tile.num_rows; ++row) {
+        const KeyRange range = visible_keys(plan.params, slot.tile, row_index(plan, slot.tile, slot.kv_head, row).token);
+        if (step * kKeys + key >= range.begin && step * kKeys + key < range.end)
+          atomicOr(&notes[row * kNoteWords<kHeadDim> + column / 16], note);
+      }
+    }
+    device::fence_async_proxy();
+    device::named_barrier_sync(kAllBarrier, kThreads);
+  }
+
+  /// The next tile that has keys; those without are finished here. False: there is none.
+  __device__ __forceinline__ bool open(Work& work) {
+    for (;;) {
+      wait_full(control().tile_full, tile_uses);
+      work.slot = &control().tiles[tile_uses++ % kTileSlots];
+      if (work.slot->kind == TileKind::kEnd) return false;
+      if (work.slot->kind != TileKind::kNone) {
+        if (work.slot->tile.key_end > 0) break;
+        finish_empty(plan, group, *work.slot);
+      }
+      close(work);
+    }
+    RowParams rows[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rows[r] = row_params(*work.slot, r);
+    if constexpr (kTransform) work.rows[0] = rows[0], work.rows[1] = rows[1];
+    // Rows are in order of position: the warp's first and last say what all of them see.
+    work.full_end = __shfl_sync(kAllLanes, rows[0].end, 0);
+    work.full_begin = __shfl_sync(kAllLanes, rows[1].begin, 31);
+    work.selecting = work.slot->kind == TileKind::kSelecting;
+    work.first = work.slot->tile.key_begin / kKeys;
+    work.step = (work.slot->tile.key_end + kKeys - 1) / kKeys - 1;
+    return true;
+  }
+
+  /// Gives the tile's slot back.
+  __device__ __forceinline__ void close(const Work& work) const {
+    __syncwarp();
+    release(control().tile_empty, static_cast<unsigned>(work.slot - control().tiles));
+  }
+
+  /// From a score before the factor to log2 units.
+  __device__ __forceinline__ float log2_scale() const { return kTransform ? 1.0f : plan.params.scale * kLog2E; }
+
+  /// Waits for K and, with a new tile, its queries; returns which keys have a block.
+  __device__ __forceinline__ std::uint32_t wait_scores_inputs(bool new_tile) const {
+    if (new_tile) wait_full(control().q_full, q_uses);
+    wait_full(control().k_full, k_uses);
+    return control().valid_keys[k_uses % Shape::kStages];
+  }
+
+  /// Scores that have come become weights, in float32; and the stage, or the tile's queries, are given back.
+  __device__ __forceinline__ bool take_scores(Work& work, std::uint32_t valid, float (&factor)[2]) {
+    device::pin_registers(score);
+    release(control().k_empty, k_uses++);
+    if (work.step == work.first) release(control().q_empty, q_uses++);
+    mask_scores(work, valid);
+    --work.step;
+    return soften(log2_scale(), factor);
+  }
+
+  /// On a second pass, takes what is not finite out of the values of the next product. Before wait_values.
+  __device__ __forceinline__ void prepare_values(const Work& work) const {
+    if (!work.selecting) return;
+    wait_values();
+    select_values(plan, *work.slot, shared + (Shape::kStages + v_uses % Shape::kStages) * Shape::kSlotBytes, wgmma_notes<kHeadDim>(plan),
+                  work.step + 1);
+  }
+  __device__ __forceinline__ void wait_values() const { wait_full(control().v_full, v_uses); }
+
+  __device__ __forceinline__ void release_values() {
+    device::pin_registers(out);
+    release(control().v_empty, v_uses++);
+  }
+
+  __device__ __forceinline__ void reset_rows() {
+    max[0] = max[1] = -INFINITY;
+    sum[0] = sum[1] = base[0] = base[1] = 0.0f;
+  }
+
+  /// The first scores of a tile, with nothing else under way.
+  __device__ __forceinline__ void start_tile(Work& work) {
+    float factor[2];
+    const Operands from = operands();
+    const std::uint32_t valid = wait_scores_inputs(true);
+    wait_turn();
+    device::pin_registers(score);
+    device::wgmma_fence();
+    start_scores(from);
+    pass_turn();
+    device::wgmma_wait<0>();
+    reset_rows();
+    take_scores(work, valid, factor);
+    pack_weights();
+  }
+
+  __device__ __forceinline__ void run() {
+    // The first warpgroup's first turn.
+    if (Shape::kTakeTurns && group == Shape::kConsumers - 1) pass_turn();
+    Work work;
+    bool exists = open(work);
+    if (exists) start_tile(work);
+    while (exists) {
+      // Weights are there for the step before work.step.
+      int accumulate = 0;
+      float factor[2];
+      while (work.step >= work.first) {
+        const Operands from = operands();
+        prepare_values(work);
+        const std::uint32_t valid = wait_scores_inputs(false);
+        wait_turn();
+        device::pin_registers(score);
+        device::pin_registers(out);
+        device::wgmma_fence();
+        start_scores(from);
+        wait_values();
+        device::wgmma_fence();
+        start_output(from, accumulate);
+        accumulate = 1;
+        pass_turn();
+        device::wgmma_wait<1>();
+        // The branch comes before the wait so that the compiler computes weights before it too, beside the product.
+        if (take_scores(work, valid, factor)) {
+          device::wgmma_wait<0>();
+          device::pin_registers(out);
+#pragma unroll
+          for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= factor[i / 2 % 2];
+        } else {
+          device::wgmma_wait<0>();
+        }
+        release_values();
+        pack_weights();
+      }
+      const float last_max[2] = {max[0] * log2_scale(), max[1] * log2_scale()}, last_sum[2] = {sum[0], sum[1]};
+      if constexpr (Shape::kQStages > 1) {
+        Work next;
+        exists = open(next);
+        if (exists) {
+          // The tile's last output beside the next tile's first scores.
+          const Operands from = operands();
+          prepare_values(work);
+          const std::uint32_t valid = wait_scores_inputs(true);
+          wait_turn();
+          device::pin_registers(score);
+          device::pin_registers(out);
+          device::wgmma_fence();
+          start_scores(from);
+          wait_values();
+          device::wgmma_fence();
+          start_output(from, accumulate);
+          pass_turn();
+          device::wgmma_wait<1>();
+          reset_rows();
+          if (take_scores(next, valid, factor)) {
+            device::wgmma_wait<0>();
+            device::pin_registers(out);
+          } else {
+            device::wgmma_wait<0>();
+          }
+          release_values();
+          finish(*work.slot, last_max, last_sum);
+          close(work);
+          pack_weights();
+          work = next;
+          continue;
+        }
+      }
+      const Operands from = operands();
+      prepare_values(work);
+      wait_values();
+      device::pin_registers(out);
+      device::wgmma_fence();
+      start_output(from, accumulate);
+      device::wgmma_wait<0>();
+      release_values();
+      finish(*work.slot, last_max, last_sum);
+      close(work);
+      if constexpr (Shape::kQStages == 1) {
+        exists = open(work);
+        if (exists) start_tile(work);
+      }
+    }
+    if (Shape::kTakeTurns && group == 0) wait_turn();
+  }
+
+  /// Rows that see no key.
+  __device__ __noinline__ static void finish_empty(const Plan& plan, int group, const TileSlot& slot) {
+    const AttentionParams& p = plan.params;
+    for (int row = 64 * group + static_cast<int>(threadIdx.x) % 128 / 32; row < min(slot.tile.num_rows, 64 * group + 64); row += 4) {
+      const RowIndex index = row_index(plan, slot.tile, slot.kv_head, row);
+      const int lane = static_cast<int>(threadIdx.x) % 32;
+      if (lane == 0 && p.lse != nullptr) p.lse[stats_index(plan, index)] = finish_row(p, -INFINITY, 0.0f, index.head).lse;
+      for (int column = 4 * lane; column < p.head_dim; column += 128) store_out_4(plan, index, column, float4{0.0f, 0.0f, 0.0f, 0.0f});
+    }
+  }
+
+  __device__ __forceinline__ void finish(TileSlot& slot, const float (&max_log2)[2], const float (&part_sum)[2]) {
+    const AttentionParams& p = plan.params;
+    const bool selecting = slot.kind == TileKind::kSelecting;
+    float probe = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) probe = fmaf(out[i], 0.0f, probe);
+    if (probe != 0.0f && !selecting) slot.again = control().any_again = 1;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const bool odd = lane % 2 != 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float total = part_sum[r];
+      total += __shfl_xor_sync(kAllLanes, total, 1);
+      total += __shfl_xor_sync(kAllLanes, total, 2);
+      const bool exists = row(r) < slot.tile.num_rows;
+      const RowIndex index = row_index(plan, slot.tile, slot.kv_head, exists ? row(r) : 0);
+      const RowFinish end = finish_row(p, max_log2[r], total, index.head);
+      if (exists && lane % 4 == 0 && p.lse != nullptr) p.lse[stats_index(plan, index)] = end.lse;
+      const float factor = end.factor * (p.v_scale != nullptr ? p.v_scale[slot.kv_head * p.v_scale_stride] : 1.0f);
+      auto* row_out = static_cast<std::uint16_t*>(p.out) + index.q_token * p.out_token_stride + index.head * p.out_head_stride;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 16; ++i) {
+        // Four consecutive columns: even lanes end up with the first eight's, odd ones with the second's.
+        const float a0 = out[8 * i + 2 * r], a1 = out[8 * i + 2 * r + 1], b0 = out[8 * i + 4 + 2 * r], b1 = out[8 * i + 4 + 2 * r + 1];
+        const float got0 = __shfl_xor_sync(kAllLanes, odd ? a0 : b0, 1), got1 = __shfl_xor_sync(kAllLanes, odd ? a1 : b1, 1);
+        float4 value = odd ? float4{got0, got1, b0, b1} : float4{a0, a1, got0, got1};
+        const int column = 16 * i + (odd ? 8 : 0) + lane % 4 / 2 * 4;
+        value.x *= factor, value.y *= factor, value.z *= factor, value.w *= factor;
+        if (!exists || column >= p.head_dim) continue;
+        if (selecting) value = with_notes<kHeadDim>(value, wgmma_notes<kHeadDim>(plan), row(r), column);
+        const uint2 bits{device::pack_16<kBf16>(value.x, value.y), device::pack_16<kBf16>(value.z, value.w)};
+        if (plan.out_aligned) {
+          *reinterpret_cast<uint2*>(row_out + column) = bits;
+        } else {
+          row_out[column] = static_cast<std::uint16_t>(bits.x), row_out[column + 1] = static_cast<std::uint16_t>(bits.x >> 16);
+          row_out[column + 2] = static_cast<std::uint16_t>(bits.y), row_out[column + 3] = static_cast<std::uint16_t>(bits.y >> 16);
+        }
+      }
+    }
+  }
+};
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+/// Grid: one CTA per SM at most; each takes tiles of 64 packed rows per consumer and one kv head until none is left.
+template <bool kBf16, int kHeadDim, bool kTransform>
+__global__ void __launch_bounds__(WgmmaShape<kHeadDim>::kThreads, 1)
+    attention_wgmma_kernel(const __grid_constant__ Plan plan, const __grid_constant__ TensorMaps maps) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Shape = WgmmaShape<kHeadDim>;
+  using Control = WgmmaControl<kHeadDim>;
+  extern __shared__ __align__(1024) char shared[];
+  auto* control = reinterpret_cast<Control*>(shared + Shape::kControlOffset);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (threadIdx.x == 0) {
+    const auto init = [](std::uint64_t& barrier, int arrivals) { device::barrier_init(device::shared_address(&barrier), arrivals); };
+    for (int i = 0; i < Shape::kStages; ++i) {
+      init(control->k_full[i], 1), init(control->v_full[i], 1);
+      init(control->k_empty[i], Shape::kConsumerWarps), init(control->v_empty[i], Shape::kConsumerWarps);
+    }
+    for (int i = 0; i < Shape::kQStages; ++i) init(control->q_full[i], kQueryLoaders), init(control->q_empty[i], Shape::kConsumerWarps);
+    for (int i = 0; i < kTileSlots; ++i) init(control->tile_full[i], 1), init(control->tile_empty[i], Shape::kConsumerWarps + 3);
+    for (int i = 0; i < kTileSlots; ++i) control->tiles[i].again = 0;
+    control->any_again = 0;
+    device::barrier_init_fence();
+    device::prefetch_tensor_map(&maps.k);
+    device::prefetch_tensor_map(&maps.v);
+  }
+  __syncthreads();
+
+  if (warp < 4) {
+    device::give_registers<Shape::kProducerRegisters>();
+    if (warp == 0) {
+      WgmmaProducer<kHeadDim>{plan, maps, shared, control}.run();
+    } else if (warp == 1) {
+      copy_values<kHeadDim>(plan, maps, shared, control);
+    } else {
+      gather_queries<kHeadDim>(plan, shared, control);
+    }
+  } else {
+    device::take_registers<Shape::kConsumerRegisters>();
+    WgmmaConsumer<kBf16, kHeadDim, kTransform> consumer{plan, shared, warp / 4 - 1};
+    consumer.run();
+  }
+#endif
+}
+
+}  // namespace quire::cuda::attn
