@@ -50,11 +50,12 @@ template <bool kBf16, int kHeadDim>
 void launch_wgmma(const Plan& plan, const Config& config, Stream stream) {
   using Shape = WgmmaShape<kHeadDim>;
   const AttentionParams& p = plan.params;
-  TensorMaps maps;
-  maps.keys_per_box =
+  WgmmaInputs inputs;
+  inputs.keys_per_box =
       p.block_tables != nullptr ? static_cast<int>(std::min<std::int64_t>(p.block_size & -p.block_size, Shape::kKeyUnit)) : Shape::kKeys;
-  maps.k = make_tensor_map(p, p.k, p.k_block_stride, p.k_token_stride, p.k_head_stride, maps.keys_per_box);
-  maps.v = make_tensor_map(p, p.v, p.v_block_stride, p.v_token_stride, p.v_head_stride, maps.keys_per_box);
+  inputs.log2_scale = p.scale * kLog2E;
+  inputs.k = make_tensor_map(p, p.k, p.k_block_stride, p.k_token_stride, p.k_head_stride, inputs.keys_per_box);
+  inputs.v = make_tensor_map(p, p.v, p.v_block_stride, p.v_token_stride, p.v_head_stride, inputs.keys_per_box);
   const auto launch = [&](auto kernel) {
     constexpr int kSharedBytes = kWgmmaSharedBytes<kHeadDim>;
     static_assert(kSharedBytes <= 227 * 1024);
@@ -62,7 +63,7 @@ void launch_wgmma(const Plan& plan, const Config& config, Stream stream) {
     const std::int64_t num_ctas = std::min<std::int64_t>(config.num_tiles * p.num_kv_heads, current_device_properties().num_sms);
     if (num_ctas < config.num_tiles * p.num_kv_heads)
       QUIRE_CUDA_CHECK(cudaMemsetAsync(p.workspace, 0, sizeof(std::uint32_t), cuda_stream(stream)));
-    kernel<<<static_cast<unsigned>(num_ctas), Shape::kThreads, kSharedBytes, cuda_stream(stream)>>>(plan, maps);
+    kernel<<<static_cast<unsigned>(num_ctas), Shape::kThreads, kSharedBytes, cuda_stream(stream)>>>(plan, inputs);
     QUIRE_CHECK_LAUNCH("attention_wgmma_kernel", stream);
   };
   const bool transform = p.softcap > 0.0f || p.alibi_slopes != nullptr || p.k_scale != nullptr || !(p.scale > 0.0f);

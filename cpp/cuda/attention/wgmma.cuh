@@ -16,9 +16,10 @@
 namespace quire::cuda::attn {
 
 /// K's and V's rows as {head_dim, kv head, slot in its block, block}; without a block table all keys are one block.
-struct TensorMaps {
+struct WgmmaInputs {
   CUtensorMap k, v;
   int keys_per_box;
+  float log2_scale;  // of q k, to log2 units
 };
 
 template <int kHeadDim>
@@ -47,7 +48,7 @@ struct WgmmaShape {
 enum class TileKind : int {
   kUsual,
   kSelecting,  // again, because NaN or infinity in V may have reached rows that do not see it
-  kNone,  // to look at the next slot
+  kNone,  // nothing to do until what came before is finished
   kEnd,
 };
 
@@ -138,7 +139,7 @@ struct WgmmaProducer {
   static constexpr int kKeys = Shape::kKeys;
 
   const Plan& plan;
-  const TensorMaps& maps;
+  const WgmmaInputs& inputs;
   char* shared;
   Control* control;
   Ring<kTileSlots> tiles{};
@@ -166,15 +167,15 @@ struct WgmmaProducer {
     const int first = tile.key_begin / kKeys;
     int step = (tile.key_end + kKeys - 1) / kKeys - 1;
     if (step < first) return;
-    Box box = locate_box<kHeadDim>(plan, maps.keys_per_box, tile, step);
+    Box box = locate_box<kHeadDim>(plan, inputs.keys_per_box, tile, step);
     for (;; --step) {
       Box next{};
-      if (step > first) next = locate_box<kHeadDim>(plan, maps.keys_per_box, tile, step - 1);
+      if (step > first) next = locate_box<kHeadDim>(plan, inputs.keys_per_box, tile, step - 1);
       device::barrier_wait(device::shared_address(&control->k_empty[k.stage]), k.parity ^ 1);
-      const bool valid = __shfl_sync(kAllLanes, box.valid ? 1 : 0, lane * 8 / maps.keys_per_box % 32) != 0;
+      const bool valid = __shfl_sync(kAllLanes, box.valid ? 1 : 0, lane * 8 / inputs.keys_per_box % 32) != 0;
       const unsigned bits = __ballot_sync(kAllLanes, valid || lane >= kKeys / 8);
       if (lane == 0) control->valid_keys[k.stage] = bits;
-      copy_boxes<kHeadDim>(maps.k, maps.keys_per_box, device::shared_address(&control->k_full[k.stage]),
+      copy_boxes<kHeadDim>(inputs.k, inputs.keys_per_box, device::shared_address(&control->k_full[k.stage]),
                            device::shared_address(shared) + k.stage * Shape::kSlotBytes, kv_head, box);
       k.advance();
       if (step == first) return;
@@ -223,7 +224,9 @@ struct WgmmaProducer {
     }
     if (has_pending) {
       copy_keys(pending, pending_kv_head);
-      // Once the last tile is finished, all are.
+      // Consumers give this one back when they have finished every tile before it.
+      acquire();
+      publish(Tile{}, 0, TileKind::kNone);
       const int last = (tiles.stage + kTileSlots - 1) % kTileSlots;
       device::barrier_wait(device::shared_address(&control->tile_empty[last]), tiles.stage == 0 ? tiles.parity ^ 1 : tiles.parity);
       for (int clean = control->any_again == 0 ? kTileSlots : 0; clean < kTileSlots; ++clean) {
@@ -253,7 +256,7 @@ __device__ __forceinline__ TileSlot take_tile(WgmmaControl<kHeadDim>* control, R
 
 /// Warp 1: each tile's values, from the last to the first step.
 template <int kHeadDim>
-__device__ void copy_values(const Plan& plan, const TensorMaps& maps, char* shared, WgmmaControl<kHeadDim>* control) {
+__device__ void copy_values(const Plan& plan, const WgmmaInputs& inputs, char* shared, WgmmaControl<kHeadDim>* control) {
   using Shape = WgmmaShape<kHeadDim>;
   Ring<kTileSlots> tiles;
   Ring<Shape::kStages> v;
@@ -264,12 +267,12 @@ __device__ void copy_values(const Plan& plan, const TensorMaps& maps, char* shar
     const int first = slot.tile.key_begin / Shape::kKeys;
     int step = (slot.tile.key_end + Shape::kKeys - 1) / Shape::kKeys - 1;
     if (step < first) continue;
-    Box box = locate_box<kHeadDim>(plan, maps.keys_per_box, slot.tile, step);
+    Box box = locate_box<kHeadDim>(plan, inputs.keys_per_box, slot.tile, step);
     for (;; --step) {
       Box next{};
-      if (step > first) next = locate_box<kHeadDim>(plan, maps.keys_per_box, slot.tile, step - 1);
+      if (step > first) next = locate_box<kHeadDim>(plan, inputs.keys_per_box, slot.tile, step - 1);
       device::barrier_wait(device::shared_address(&control->v_empty[v.stage]), v.parity ^ 1);
-      copy_boxes<kHeadDim>(maps.v, maps.keys_per_box, device::shared_address(&control->v_full[v.stage]),
+      copy_boxes<kHeadDim>(inputs.v, inputs.keys_per_box, device::shared_address(&control->v_full[v.stage]),
                            device::shared_address(shared) + (Shape::kStages + v.stage) * Shape::kSlotBytes, slot.kv_head, box);
       v.advance();
       if (step == first) break;
@@ -323,8 +326,11 @@ struct WgmmaConsumer {
   static constexpr int kKeys = Shape::kKeys;
   static constexpr int kTurnBarrier = 1;  // and the next ones: a warpgroup's turn at products
   static constexpr int kAllBarrier = 8;  // all consumers
+  /// Weights of one step and thread that add up to less are kept as they are: float16 holds them.
+  static constexpr float kLargeWeights = 16384.0f;
 
   const Plan& plan;
+  const WgmmaInputs& inputs;
   char* shared;
   int group;  // which of the consumers
   // Uses so far, of which follow the next one's place in its ring and the parity of its barrier.
@@ -332,8 +338,8 @@ struct WgmmaConsumer {
   float out[kHeadDim / 2];
   float score[kKeys / 2];
   std::uint32_t weights[kKeys / 16][4];
-  float max[2], sum[2];  // so far; `sum` of this thread's columns
-  float base[2];  // max in log2 units, 0 while there is none
+  float base[2];  // what weights are relative to, in log2 units; -inf while a row that sees keys has none
+  float sum[2];  // of weights so far, of this thread's columns
 
   __device__ __forceinline__ Control& control() const { return *reinterpret_cast<Control*>(shared + Shape::kControlOffset); }
   template <unsigned kPlaces>
@@ -392,6 +398,7 @@ struct WgmmaConsumer {
     TileSlot* slot;  // until it is finished
     RowParams rows[2];  // only where scores are more than a factor times q k
     int full_begin, full_end;  // keys that all of the warp's rows see
+    bool sees_keys[2];  // for each of the thread's rows
     bool selecting;
     int first, step;  // the next step whose scores are to be computed, down to the first
   };
@@ -428,41 +435,56 @@ struct WgmmaConsumer {
     }
   }
 
-  /// Scores become weights in float32. True if some row of the warp has a new maximum; then each row's earlier output is to be multiplied by
-  /// `factor`.
-  __device__ __forceinline__ bool soften(float log2_scale, float (&factor)[2]) {
-    float tops[4] = {fmaxf(max[0], score[0]), score[1], fmaxf(max[1], score[2]), score[3]};
-#pragma unroll
-    for (int j = 1; j < kKeys / 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) tops[i] = fmaxf(tops[i], score[4 * j + i]);
-    float top[2] = {fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3])};
-#pragma unroll
-    for (int lanes = 1; lanes <= 2; ++lanes)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) top[r] = fmaxf(top[r], __shfl_xor_sync(kAllLanes, top[r], lanes));
-    const bool grew = __any_sync(kAllLanes, top[0] != max[0] || top[1] != max[1]);
-    if (grew) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        base[r] = top[r] == -INFINITY ? 0.0f : top[r] * log2_scale;
-        factor[r] = device::exp2_approx(max[r] * log2_scale - base[r]);
-        sum[r] *= factor[r];
-        max[r] = top[r];
-      }
-    }
-    float added[2][2] = {{0.0f, 0.0f}, {0.0f, 0.0f}};
+  /// Scores become weights in float32, relative to `base`, which need not be the maximum: as long as weights are not large, nothing depends
+  /// on it. True if they are, or are not numbers, in some row of the warp: then `sum` is as before.
+  __device__ __forceinline__ bool weigh(float log2_scale, float (&added)[2]) {
+    float parts[2][2] = {{0.0f, 0.0f}, {0.0f, 0.0f}};
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         score[4 * j + i] = device::exp2_approx(fmaf(score[4 * j + i], log2_scale, -base[i / 2]));
-        added[i / 2][i % 2] += score[4 * j + i];
+        parts[i / 2][i % 2] += score[4 * j + i];
       }
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) sum[r] += added[r][0] + added[r][1];
-    return grew;
+    for (int r = 0; r < 2; ++r) added[r] = parts[r][0] + parts[r][1];
+    return __any_sync(kAllLanes, !(added[0] < kLargeWeights && added[1] < kLargeWeights));
+  }
+
+  /// Makes the maximum of the scores the base of rows that need one: those whose weights would be large. Earlier weights of a row are to be
+  /// multiplied by `factor`. A row's base follows from its own scores alone.
+  __device__ __forceinline__ void raise_base(float log2_scale, const float (&added)[2], float (&factor)[2]) {
+    float top[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], score[4 * j + i]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int lanes = 1; lanes <= 2; ++lanes) top[r] = fmaxf(top[r], __shfl_xor_sync(kAllLanes, top[r], lanes));
+      const unsigned large = __ballot_sync(kAllLanes, !(added[r] < kLargeWeights)) >> (threadIdx.x % 32 & ~3u) & 15u;
+      factor[r] = 1.0f;
+      const float raised = fmaxf(base[r], top[r] * log2_scale);
+      if (large == 0 || raised == -INFINITY) continue;
+      factor[r] = device::exp2_approx(base[r] - raised);
+      base[r] = raised;
+      sum[r] *= factor[r];
+    }
+  }
+
+  /// raise_base, then weights whatever they come to.
+  __device__ __forceinline__ void weigh_anew(float log2_scale, const float (&large)[2], float (&factor)[2]) {
+    raise_base(log2_scale, large, factor);
+    float added[2];
+    const float kept[2] = {base[0], base[1]};
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (base[r] == -INFINITY) base[r] = 0.0f;
+    weigh(log2_scale, added);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) base[r] = kept[r], sum[r] += added[r];
   }
 
   __device__ __forceinline__ void pack_weights() {
@@ -503,13 +525,16 @@ struct WgmmaConsumer {
     device::named_barrier_sync(kAllBarrier, kThreads);
   }
 
-  /// The next tile that has keys; those without are finished here. False: there is none.
-  __device__ __forceinline__ bool open(Work& work) {
+  /// The next tile that has keys; those without are finished here. False: there is none, or, with a tile `unfinished`, none before that
+  /// one must be finished.
+  __device__ __forceinline__ bool open(Work& work, bool unfinished) {
     for (;;) {
       wait_full(control().tile_full, tile_uses);
-      work.slot = &control().tiles[tile_uses++ % kTileSlots];
-      if (work.slot->kind == TileKind::kEnd) return false;
-      if (work.slot->kind != TileKind::kNone) {
+      work.slot = &control().tiles[tile_uses % kTileSlots];
+      const TileKind kind = work.slot->kind;
+      if (kind == TileKind::kEnd || (kind == TileKind::kNone && unfinished)) return false;
+      ++tile_uses;
+      if (kind != TileKind::kNone) {
         if (work.slot->tile.key_end > 0) break;
         finish_empty(plan, group, *work.slot);
       }
@@ -519,6 +544,8 @@ struct WgmmaConsumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) rows[r] = row_params(*work.slot, r);
     if constexpr (kTransform) work.rows[0] = rows[0], work.rows[1] = rows[1];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) work.sees_keys[r] = rows[r].end > rows[r].begin;
     // Rows are in order of position: the warp's first and last say what all of them see.
     work.full_end = __shfl_sync(kAllLanes, rows[0].end, 0);
     work.full_begin = __shfl_sync(kAllLanes, rows[1].begin, 31);
@@ -535,7 +562,7 @@ struct WgmmaConsumer {
   }
 
   /// From a score before the factor to log2 units.
-  __device__ __forceinline__ float log2_scale() const { return kTransform ? 1.0f : plan.params.scale * kLog2E; }
+  __device__ __forceinline__ float log2_scale() const { return kTransform ? 1.0f : inputs.log2_scale; }
 
   /// Waits for K and, with a new tile, its queries; returns which keys have a block.
   __device__ __forceinline__ std::uint32_t wait_scores_inputs(bool new_tile) const {
@@ -544,14 +571,11 @@ struct WgmmaConsumer {
     return control().valid_keys[k_uses % Shape::kStages];
   }
 
-  /// Scores that have come become weights, in float32; and the stage, or the tile's queries, are given back.
-  __device__ __forceinline__ bool take_scores(Work& work, std::uint32_t valid, float (&factor)[2]) {
-    device::pin_registers(score);
+  /// Gives the stage of keys back, and after the last step the tile's queries.
+  __device__ __forceinline__ void release_keys(Work& work) {
     release(control().k_empty, k_uses++);
     if (work.step == work.first) release(control().q_empty, q_uses++);
-    mask_scores(work, valid);
     --work.step;
-    return soften(log2_scale(), factor);
   }
 
   /// On a second pass, takes what is not finite out of the values of the next product. Before wait_values.
@@ -568,14 +592,20 @@ struct WgmmaConsumer {
     release(control().v_empty, v_uses++);
   }
 
-  __device__ __forceinline__ void reset_rows() {
-    max[0] = max[1] = -INFINITY;
-    sum[0] = sum[1] = base[0] = base[1] = 0.0f;
+  /// A tile's first scores become weights.
+  __device__ __forceinline__ void weigh_first(Work& work, std::uint32_t valid) {
+    device::pin_registers(score);
+    mask_scores(work, valid);
+    release_keys(work);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) base[r] = work.sees_keys[r] ? -INFINITY : 0.0f, sum[r] = 0.0f;
+    const float large[2] = {INFINITY, INFINITY};
+    float factor[2];
+    weigh_anew(log2_scale(), large, factor);
   }
 
   /// The first scores of a tile, with nothing else under way.
   __device__ __forceinline__ void start_tile(Work& work) {
-    float factor[2];
     const Operands from = operands();
     const std::uint32_t valid = wait_scores_inputs(true);
     wait_turn();
@@ -584,95 +614,92 @@ struct WgmmaConsumer {
     start_scores(from);
     pass_turn();
     device::wgmma_wait<0>();
-    reset_rows();
-    take_scores(work, valid, factor);
+    weigh_first(work, valid);
     pack_weights();
+  }
+
+  /// The output of the step that has weights, beside the scores of the next step, which may be another tile's first. The latter's weights
+  /// are left in `score`.
+  template <bool kNewTile>
+  __device__ __forceinline__ void advance(const Work& values, Work& scores, int accumulate) {
+    const Operands from = operands();
+    prepare_values(values);
+    const std::uint32_t valid = wait_scores_inputs(kNewTile);
+    wait_turn();
+    device::pin_registers(score);
+    device::pin_registers(out);
+    device::wgmma_fence();
+    start_scores(from);
+    wait_values();
+    device::wgmma_fence();
+    start_output(from, accumulate);
+    pass_turn();
+    device::wgmma_wait<1>();
+    if constexpr (kNewTile) {
+      weigh_first(scores, valid);
+      device::wgmma_wait<0>();
+    } else {
+      device::pin_registers(score);
+      mask_scores(scores, valid);
+      float added[2];
+      if (weigh(log2_scale(), added)) {
+        // Rare after a tile's first steps: the scores are computed again, for they are weights now.
+        device::pin_registers(score);
+        device::wgmma_fence();
+        start_scores(from);
+        device::wgmma_wait<0>();
+        device::pin_registers(score);
+        device::pin_registers(out);
+        mask_scores(scores, valid);
+        float factor[2];
+        weigh_anew(log2_scale(), added, factor);
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= factor[i / 2 % 2];
+      } else {
+        sum[0] += added[0], sum[1] += added[1];
+        device::wgmma_wait<0>();
+      }
+      release_keys(scores);
+    }
+    release_values();
   }
 
   __device__ __forceinline__ void run() {
     // The first warpgroup's first turn.
     if (Shape::kTakeTurns && group == Shape::kConsumers - 1) pass_turn();
     Work work;
-    bool exists = open(work);
-    if (exists) start_tile(work);
-    while (exists) {
-      // Weights are there for the step before work.step.
-      int accumulate = 0;
-      float factor[2];
-      while (work.step >= work.first) {
+    while (open(work, false)) {
+      start_tile(work);
+      // Tile after tile, as long as the next one's first scores can go beside the last output.
+      for (;;) {
+        int accumulate = 0;
+        for (; work.step >= work.first; accumulate = 1) {
+          advance<false>(work, work, accumulate);
+          pack_weights();
+        }
+        const float last_base[2] = {base[0], base[1]}, last_sum[2] = {sum[0], sum[1]};
+        if constexpr (Shape::kQStages > 1) {
+          Work next;
+          if (open(next, true)) {
+            advance<true>(work, next, accumulate);
+            finish(*work.slot, last_base, last_sum);
+            close(work);
+            pack_weights();
+            work = next;
+            continue;
+          }
+        }
         const Operands from = operands();
         prepare_values(work);
-        const std::uint32_t valid = wait_scores_inputs(false);
-        wait_turn();
-        device::pin_registers(score);
+        wait_values();
         device::pin_registers(out);
         device::wgmma_fence();
-        start_scores(from);
-        wait_values();
-        device::wgmma_fence();
         start_output(from, accumulate);
-        accumulate = 1;
-        pass_turn();
-        device::wgmma_wait<1>();
-        // The branch comes before the wait so that the compiler computes weights before it too, beside the product.
-        if (take_scores(work, valid, factor)) {
-          device::wgmma_wait<0>();
-          device::pin_registers(out);
-#pragma unroll
-          for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= factor[i / 2 % 2];
-        } else {
-          device::wgmma_wait<0>();
-        }
+        device::wgmma_wait<0>();
         release_values();
-        pack_weights();
-      }
-      const float last_max[2] = {max[0] * log2_scale(), max[1] * log2_scale()}, last_sum[2] = {sum[0], sum[1]};
-      if constexpr (Shape::kQStages > 1) {
-        Work next;
-        exists = open(next);
-        if (exists) {
-          // The tile's last output beside the next tile's first scores.
-          const Operands from = operands();
-          prepare_values(work);
-          const std::uint32_t valid = wait_scores_inputs(true);
-          wait_turn();
-          device::pin_registers(score);
-          device::pin_registers(out);
-          device::wgmma_fence();
-          start_scores(from);
-          wait_values();
-          device::wgmma_fence();
-          start_output(from, accumulate);
-          pass_turn();
-          device::wgmma_wait<1>();
-          reset_rows();
-          if (take_scores(next, valid, factor)) {
-            device::wgmma_wait<0>();
-            device::pin_registers(out);
-          } else {
-            device::wgmma_wait<0>();
-          }
-          release_values();
-          finish(*work.slot, last_max, last_sum);
-          close(work);
-          pack_weights();
-          work = next;
-          continue;
-        }
-      }
-      const Operands from = operands();
-      prepare_values(work);
-      wait_values();
-      device::pin_registers(out);
-      device::wgmma_fence();
-      start_output(from, accumulate);
-      device::wgmma_wait<0>();
-      release_values();
-      finish(*work.slot, last_max, last_sum);
-      close(work);
-      if constexpr (Shape::kQStages == 1) {
-        exists = open(work);
-        if (exists) start_tile(work);
+        finish(*work.slot, last_base, last_sum);
+        close(work);
+        break;
       }
     }
     if (Shape::kTakeTurns && group == 0) wait_turn();
@@ -689,7 +716,7 @@ struct WgmmaConsumer {
     }
   }
 
-  __device__ __forceinline__ void finish(TileSlot& slot, const float (&max_log2)[2], const float (&part_sum)[2]) {
+  __device__ __forceinline__ void finish(TileSlot& slot, const float (&last_base)[2], const float (&last_sum)[2]) {
     const AttentionParams& p = plan.params;
     const bool selecting = slot.kind == TileKind::kSelecting;
     float probe = 0.0f;
@@ -700,12 +727,12 @@ struct WgmmaConsumer {
     const bool odd = lane % 2 != 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float total = part_sum[r];
+      float total = last_sum[r];
       total += __shfl_xor_sync(kAllLanes, total, 1);
       total += __shfl_xor_sync(kAllLanes, total, 2);
       const bool exists = row(r) < slot.tile.num_rows;
       const RowIndex index = row_index(plan, slot.tile, slot.kv_head, exists ? row(r) : 0);
-      const RowFinish end = finish_row(p, max_log2[r], total, index.head);
+      const RowFinish end = finish_row(p, total == 0.0f ? -INFINITY : last_base[r], total, index.head);
       if (exists && lane % 4 == 0 && p.lse != nullptr) p.lse[stats_index(plan, index)] = end.lse;
       const float factor = end.factor * (p.v_scale != nullptr ? p.v_scale[slot.kv_head * p.v_scale_stride] : 1.0f);
       auto* row_out = static_cast<std::uint16_t*>(p.out) + index.q_token * p.out_token_stride + index.head * p.out_head_stride;
@@ -736,7 +763,7 @@ struct WgmmaConsumer {
 /// Grid: one CTA per SM at most; each takes tiles of 64 packed rows per consumer and one kv head until none is left.
 template <bool kBf16, int kHeadDim, bool kTransform>
 __global__ void __launch_bounds__(WgmmaShape<kHeadDim>::kThreads, 1)
-    attention_wgmma_kernel(const __grid_constant__ Plan plan, const __grid_constant__ TensorMaps maps) {
+    attention_wgmma_kernel(const __grid_constant__ Plan plan, const __grid_constant__ WgmmaInputs inputs) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shape = WgmmaShape<kHeadDim>;
   using Control = WgmmaControl<kHeadDim>;
@@ -754,23 +781,23 @@ __global__ void __launch_bounds__(WgmmaShape<kHeadDim>::kThreads, 1)
     for (int i = 0; i < kTileSlots; ++i) control->tiles[i].again = 0;
     control->any_again = 0;
     device::barrier_init_fence();
-    device::prefetch_tensor_map(&maps.k);
-    device::prefetch_tensor_map(&maps.v);
+    device::prefetch_tensor_map(&inputs.k);
+    device::prefetch_tensor_map(&inputs.v);
   }
   __syncthreads();
 
   if (warp < 4) {
     device::give_registers<Shape::kProducerRegisters>();
     if (warp == 0) {
-      WgmmaProducer<kHeadDim>{plan, maps, shared, control}.run();
+      WgmmaProducer<kHeadDim>{plan, inputs, shared, control}.run();
     } else if (warp == 1) {
-      copy_values<kHeadDim>(plan, maps, shared, control);
+      copy_values<kHeadDim>(plan, inputs, shared, control);
     } else {
       gather_queries<kHeadDim>(plan, shared, control);
     }
   } else {
     device::take_registers<Shape::kConsumerRegisters>();
-    WgmmaConsumer<kBf16, kHeadDim, kTransform> consumer{plan, shared, warp / 4 - 1};
+    WgmmaConsumer<kBf16, kHeadDim, kTransform> consumer{plan, inputs, shared, warp / 4 - 1};
     consumer.run();
   }
 #endif
