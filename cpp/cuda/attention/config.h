@@ -93,7 +93,7 @@ inline std::int64_t key_capacity(const AttentionParams& params) {
   return params.max_blocks_per_seq * params.block_size;
 }
 
-/// Whether the copy engine can address q, K and V as Hopper's kernel needs them.
+/// Whether Hopper's kernel, which copies K and V by boxes and q and out by 16 bytes, can address them.
 inline bool wgmma_layout(const AttentionParams& p) {
   if (p.kv_dtype != p.dtype || itemsize(p.dtype) != 2) return false;
   const bool paged = p.block_tables != nullptr;
@@ -104,10 +104,10 @@ inline bool wgmma_layout(const AttentionParams& p) {
     return size <= 1 || (stride > 0 && stride % 8 == 0 && stride < std::int64_t{1} << 38);
   };
   const std::int64_t slots = paged ? p.block_size : p.num_kv_tokens, blocks = paged ? p.num_blocks : 1;
-  return aligned(p.q) && aligned(p.k) && aligned(p.v) && p.q_token_stride % 8 == 0 && p.q_head_stride % 8 == 0 &&
-         stride_fits(p.num_kv_heads, p.k_head_stride) && stride_fits(p.num_kv_heads, p.v_head_stride) &&
-         stride_fits(slots, p.k_token_stride) && stride_fits(slots, p.v_token_stride) && stride_fits(blocks, p.k_block_stride) &&
-         stride_fits(blocks, p.v_block_stride);
+  return aligned(p.q) && aligned(p.k) && aligned(p.v) && aligned(p.out) && p.q_token_stride % 8 == 0 && p.q_head_stride % 8 == 0 &&
+         p.out_token_stride % 8 == 0 && p.out_head_stride % 8 == 0 && stride_fits(p.num_kv_heads, p.k_head_stride) &&
+         stride_fits(p.num_kv_heads, p.v_head_stride) && stride_fits(slots, p.k_token_stride) && stride_fits(slots, p.v_token_stride) &&
+         stride_fits(blocks, p.k_block_stride) && stride_fits(blocks, p.v_block_stride);
 }
 
 inline Config choose_config(const AttentionParams& params, const DeviceProperties& device, bool has_wgmma) {

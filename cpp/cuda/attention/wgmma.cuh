@@ -1,10 +1,10 @@
 // Attention for many query rows per kv head on Hopper: the copy engine brings keys, warpgroups multiply. sm_90a.
 // SPDX-License-Identifier: Apache-2.0
 //
-// A CTA stays on its SM and takes tile after tile. Its first warpgroup brings things: warp 0 finds the next tile and starts the copies of its
-// keys and values, the other warps gather the tile's query rows. Each further warpgroup has 64 rows of the tile. Two products are under way
-// at once: scores of the next keys, and weights times values of the last ones; and warpgroups take turns at issuing products, so that one's
-// softmax runs beside the other's products.
+// A CTA stays on its SM and takes tile after tile. The warps of its first warpgroup bring things: one finds the tiles, one copies their keys,
+// one their values, and one gathers their query rows. Each further warpgroup has 64 rows of the tile. Two products are under way at once:
+// scores of the next keys, and weights times values of the last ones; and warpgroups take turns at issuing products, so that one's softmax
+// runs beside the other's products.
 #pragma once
 
 #include <cuda.h>
@@ -59,7 +59,7 @@ struct TileSlot {
   int again;  // set by consumers: the tile is to be done again, selecting
 };
 
-constexpr int kTileSlots = 4;
+constexpr int kTileSlots = 3;
 
 template <int kHeadDim>
 struct WgmmaControl {
@@ -131,19 +131,14 @@ __device__ __forceinline__ void copy_boxes(const CUtensorMap& map, int keys_per_
     device::copy_box(dst + panel * Shape::kKeyPanelBytes, &map, full, panel * device::kPanelColumns, kv_head, box.slot, box.entry);
 }
 
-/// Warp 0: finds tiles, hands them to all others, and copies their keys.
+/// Warp 0: finds tiles and hands them to all others.
 template <int kHeadDim>
-struct WgmmaProducer {
-  using Shape = WgmmaShape<kHeadDim>;
+struct WgmmaScheduler {
   using Control = WgmmaControl<kHeadDim>;
-  static constexpr int kKeys = Shape::kKeys;
 
   const Plan& plan;
-  const WgmmaInputs& inputs;
-  char* shared;
   Control* control;
   Ring<kTileSlots> tiles{};
-  Ring<Shape::kStages> k{};
 
   /// Waits until the next slot's readers are done with what was in it.
   __device__ TileSlot& acquire() {
@@ -161,34 +156,20 @@ struct WgmmaProducer {
     tiles.advance();
   }
 
-  /// The tile's keys from the last to the first step.
-  __device__ void copy_keys(const Tile& tile, int kv_head) {
-    const int lane = static_cast<int>(threadIdx.x);
-    const int first = tile.key_begin / kKeys;
-    int step = (tile.key_end + kKeys - 1) / kKeys - 1;
-    if (step < first) return;
-    Box box = locate_box<kHeadDim>(plan, inputs.keys_per_box, tile, step);
-    for (;; --step) {
-      Box next{};
-      if (step > first) next = locate_box<kHeadDim>(plan, inputs.keys_per_box, tile, step - 1);
-      device::barrier_wait(device::shared_address(&control->k_empty[k.stage]), k.parity ^ 1);
-      const bool valid = __shfl_sync(kAllLanes, box.valid ? 1 : 0, lane * 8 / inputs.keys_per_box % 32) != 0;
-      const unsigned bits = __ballot_sync(kAllLanes, valid || lane >= kKeys / 8);
-      if (lane == 0) control->valid_keys[k.stage] = bits;
-      copy_boxes<kHeadDim>(inputs.k, inputs.keys_per_box, device::shared_address(&control->k_full[k.stage]),
-                           device::shared_address(shared) + k.stage * Shape::kSlotBytes, kv_head, box);
-      k.advance();
-      if (step == first) return;
-      box = next;
-    }
-  }
-
   /// Tiles and kv heads in the order of work: the last tiles of sequences first, which under a causal mask are the long ones.
   __device__ bool locate(std::uint32_t work, Tile& tile, int& kv_head) const {
     const auto num_kv_heads = static_cast<std::uint32_t>(plan.params.num_kv_heads);
     const std::uint32_t reversed = work / num_kv_heads;
     kv_head = static_cast<int>(work - reversed * num_kv_heads);
     return locate_tile(plan, plan.num_tiles - 1 - static_cast<int>(reversed), tile);
+  }
+
+  /// Hands out again what the slot's tile needs, if it does.
+  __device__ bool repeat(const TileSlot& slot) {
+    if (slot.again == 0) return false;
+    const Tile tile = slot.tile;
+    publish(tile, slot.kv_head, TileKind::kSelecting);
+    return true;
   }
 
   /// A CTA takes the tile of its own number first, then the next that none has taken.
@@ -199,45 +180,26 @@ struct WgmmaProducer {
       if (threadIdx.x == 0 && gridDim.x < total) taken = atomicAdd(static_cast<std::uint32_t*>(plan.params.workspace), 1u);
       return gridDim.x + taken;  // of lane 0
     };
-    // A tile is handed out before the keys of the one before it are copied, so that its queries come early.
-    Tile pending;
-    int pending_kv_head = 0;
-    bool has_pending = false;
-    const auto hand_out = [&](const Tile& tile, int kv_head, TileKind kind) {
-      publish(tile, kv_head, kind);
-      if (has_pending) copy_keys(pending, pending_kv_head);
-      pending = tile, pending_kv_head = kv_head, has_pending = true;
-    };
     std::uint32_t work = blockIdx.x, next = take_next();
     while (work < total) {
-      const TileSlot& slot = acquire();
-      if (slot.again != 0) {
-        const Tile tile = slot.tile;
-        hand_out(tile, slot.kv_head, TileKind::kSelecting);
-        continue;
-      }
       Tile tile;
       int kv_head;
-      if (locate(work, tile, kv_head)) hand_out(tile, kv_head, TileKind::kUsual);
+      if (locate(work, tile, kv_head)) {
+        while (repeat(acquire())) {
+        }
+        publish(tile, kv_head, TileKind::kUsual);
+      }
       work = __shfl_sync(kAllLanes, next, 0);
       next = work < total ? take_next() : total;
     }
-    if (has_pending) {
-      copy_keys(pending, pending_kv_head);
-      // Consumers give this one back when they have finished every tile before it.
-      acquire();
-      publish(Tile{}, 0, TileKind::kNone);
-      const int last = (tiles.stage + kTileSlots - 1) % kTileSlots;
-      device::barrier_wait(device::shared_address(&control->tile_empty[last]), tiles.stage == 0 ? tiles.parity ^ 1 : tiles.parity);
-      for (int clean = control->any_again == 0 ? kTileSlots : 0; clean < kTileSlots; ++clean) {
-        const TileSlot& slot = acquire();
-        const bool again = slot.again != 0;
-        const Tile tile = slot.tile;
-        const int kv_head = slot.kv_head;
-        publish(tile, kv_head, again ? TileKind::kSelecting : TileKind::kNone);
-        if (again) copy_keys(tile, kv_head);
-      }
+    // Consumers give this one back when they have finished every tile before it.
+    while (repeat(acquire())) {
     }
+    publish(Tile{}, 0, TileKind::kNone);
+    const int last = (tiles.stage + kTileSlots - 1) % kTileSlots;
+    device::barrier_wait(device::shared_address(&control->tile_empty[last]), tiles.stage == 0 ? tiles.parity ^ 1 : tiles.parity);
+    for (int clean = control->any_again == 0 ? kTileSlots : 0; clean < kTileSlots; ++clean)
+      if (!repeat(acquire())) publish(Tile{}, 0, TileKind::kNone);
     acquire();
     publish(Tile{}, 0, TileKind::kEnd);
   }
@@ -254,43 +216,57 @@ __device__ __forceinline__ TileSlot take_tile(WgmmaControl<kHeadDim>* control, R
   return slot;
 }
 
-/// Warp 1: each tile's values, from the last to the first step.
-template <int kHeadDim>
-__device__ void copy_values(const Plan& plan, const WgmmaInputs& inputs, char* shared, WgmmaControl<kHeadDim>* control) {
+/// Warp 1 copies each tile's keys, from the last to the first step, and warp 2 its values.
+template <int kHeadDim, bool kIsK>
+__device__ void copy_steps(const Plan& plan, const WgmmaInputs& inputs, char* shared, WgmmaControl<kHeadDim>* control) {
   using Shape = WgmmaShape<kHeadDim>;
+  constexpr int kKeys = Shape::kKeys;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const std::uint32_t slots = device::shared_address(shared) + (kIsK ? 0 : Shape::kStages * Shape::kSlotBytes);
+  auto& full = kIsK ? control->k_full : control->v_full;
+  auto& empty = kIsK ? control->k_empty : control->v_empty;
   Ring<kTileSlots> tiles;
-  Ring<Shape::kStages> v;
+  Ring<Shape::kStages> ring;
   for (;;) {
     const TileSlot slot = take_tile<kHeadDim>(control, tiles);
     if (slot.kind == TileKind::kEnd) return;
     if (slot.kind == TileKind::kNone) continue;
-    const int first = slot.tile.key_begin / Shape::kKeys;
-    int step = (slot.tile.key_end + Shape::kKeys - 1) / Shape::kKeys - 1;
+    const int first = slot.tile.key_begin / kKeys;
+    int step = (slot.tile.key_end + kKeys - 1) / kKeys - 1;
     if (step < first) continue;
     Box box = locate_box<kHeadDim>(plan, inputs.keys_per_box, slot.tile, step);
     for (;; --step) {
       Box next{};
       if (step > first) next = locate_box<kHeadDim>(plan, inputs.keys_per_box, slot.tile, step - 1);
-      device::barrier_wait(device::shared_address(&control->v_empty[v.stage]), v.parity ^ 1);
-      copy_boxes<kHeadDim>(inputs.v, inputs.keys_per_box, device::shared_address(&control->v_full[v.stage]),
-                           device::shared_address(shared) + (Shape::kStages + v.stage) * Shape::kSlotBytes, slot.kv_head, box);
-      v.advance();
+      device::barrier_wait(device::shared_address(&empty[ring.stage]), ring.parity ^ 1);
+      if constexpr (kIsK) {
+        const bool valid = __shfl_sync(kAllLanes, box.valid ? 1 : 0, lane * 8 / inputs.keys_per_box % 32) != 0;
+        const unsigned bits = __ballot_sync(kAllLanes, valid || lane >= kKeys / 8);
+        if (lane == 0) control->valid_keys[ring.stage] = bits;
+      }
+      copy_boxes<kHeadDim>(kIsK ? inputs.k : inputs.v, inputs.keys_per_box, device::shared_address(&full[ring.stage]),
+                           slots + static_cast<std::uint32_t>(ring.stage * Shape::kSlotBytes), slot.kv_head, box);
+      ring.advance();
       if (step == first) break;
       box = next;
     }
   }
 }
 
-constexpr int kQueryLoaders = 64;
+constexpr int kQueryLoaders = 32;  // one warp
 
-/// Warps 2 and 3: each tile's query rows.
+/// Warp 3: each tile's query rows.
 template <int kHeadDim>
 __device__ void gather_queries(const Plan& plan, char* shared, WgmmaControl<kHeadDim>* control) {
   using Shape = WgmmaShape<kHeadDim>;
   const AttentionParams& p = plan.params;
-  const int thread = static_cast<int>(threadIdx.x) - 64;
   constexpr int kChunks = Shape::kPanels * 8;
-  constexpr int kLoaders = kQueryLoaders;
+  constexpr int kRowsAtOnce = 32 / kChunks;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const auto group = static_cast<int>(plan.group.divisor);
+  const int head_step = kRowsAtOnce % group;
+  const std::int64_t row_step = (kRowsAtOnce / group * p.q_token_stride + head_step * p.q_head_stride) * 2;
+  const std::int64_t wrap_step = (p.q_token_stride - group * p.q_head_stride) * 2;
   Ring<kTileSlots> tiles;
   Ring<Shape::kQStages> queries;
   for (;;) {
@@ -299,16 +275,22 @@ __device__ void gather_queries(const Plan& plan, char* shared, WgmmaControl<kHea
     if (slot.kind == TileKind::kNone || slot.tile.key_end == 0) continue;
     const std::uint32_t q = device::shared_address(shared + Shape::kQOffset + queries.stage * Shape::kQBytes);
     device::barrier_wait(device::shared_address(&control->q_empty[queries.stage]), queries.parity ^ 1);
-#pragma unroll 4
-    for (int i = thread; i < Shape::kRows * kChunks; i += kLoaders) {
-      const int row = i / kChunks;
-      const int chunk = i % kChunks;
-      const bool present = row < slot.tile.num_rows && chunk * 8 < p.head_dim;
-      const RowIndex index = row_index(plan, slot.tile, slot.kv_head, present ? row : 0);
-      const char* source = static_cast<const char*>(p.q) + (index.q_token * p.q_token_stride + index.head * p.q_head_stride) * 2;
+    // A lane has the same columns of every kRowsAtOnce-th row.
+    const int chunk = lane % kChunks;
+    const bool has_columns = chunk * 8 < p.head_dim;
+    int token = plan.group.quotient(slot.tile.row_begin + lane / kChunks);
+    int head = plan.group.remainder(slot.tile.row_begin + lane / kChunks, token);
+    const char* source = static_cast<const char*>(p.q) + ((static_cast<std::int64_t>(slot.tile.first_token) + token) * p.q_token_stride +
+                                                          (slot.kv_head * group + head) * p.q_head_stride + chunk * 8) *
+                                                             2;
+#pragma unroll 8
+    for (int row = lane / kChunks; row < Shape::kRows; row += kRowsAtOnce) {
+      const bool present = has_columns && row < slot.tile.num_rows;
       const std::uint32_t target =
           q + static_cast<std::uint32_t>(chunk / 8 * Shape::kRowPanelBytes + row * device::kPanelRowBytes + ((chunk % 8 ^ row % 8) << 4));
-      device::copy_async_16(target, source + (present ? chunk * 16 : 0), present ? 16 : 0);
+      device::copy_async_16(target, present ? source : static_cast<const char*>(p.q), present ? 16 : 0);
+      source += row_step, head += head_step;
+      if (head >= group) head -= group, source += wrap_step;
     }
     device::copy_async_commit();
     device::copy_async_wait<0>();
@@ -716,15 +698,48 @@ struct WgmmaConsumer {
     }
   }
 
+  /// Infinity or NaN for what was noted, over the rows that the warp has stored.
+  __device__ __noinline__ static void store_notes(const Plan& plan, int group, const TileSlot& slot) {
+    const AttentionParams& p = plan.params;
+    const std::uint32_t* notes = wgmma_notes<kHeadDim>(plan);
+    constexpr std::uint16_t kInfinity = kBf16 ? 0x7f80 : 0x7c00, kNan = 0x7fff;
+    __syncwarp();
+    const int first = 64 * group + static_cast<int>(threadIdx.x) % 128 / 32 * 16;
+    for (int row = first; row < min(slot.tile.num_rows, first + 16); ++row) {
+      const RowIndex index = row_index(plan, slot.tile, slot.kv_head, row);
+      auto* out_row = static_cast<std::uint16_t*>(p.out) + index.q_token * p.out_token_stride + index.head * p.out_head_stride;
+      for (int column = static_cast<int>(threadIdx.x) % 32; column < p.head_dim; column += 32) {
+        const std::uint32_t note = notes[row * kNoteWords<kHeadDim> + column / 16] >> (column % 16 * 2) & 3u;
+        if (note == 0 || (out_row[column] & 0x7fff) > kInfinity) continue;
+        out_row[column] = note == 3 ? kNan : static_cast<std::uint16_t>(note == 2 ? kInfinity | 0x8000 : kInfinity);
+      }
+    }
+  }
+
+  /// Four groups of eight columns of a row, of which each of four neighbouring lanes holds two columns: returns the lane's group.
+  __device__ __forceinline__ static uint4 gather_columns(const std::uint32_t (&words)[4]) {
+    const bool odd = (threadIdx.x & 1) != 0, upper = (threadIdx.x & 2) != 0;
+    std::uint32_t pairs[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const std::uint32_t got = __shfl_xor_sync(kAllLanes, odd ? words[2 * i] : words[2 * i + 1], 1);
+      pairs[i][0] = odd ? got : words[2 * i];
+      pairs[i][1] = odd ? words[2 * i + 1] : got;
+    }
+    const std::uint32_t got0 = __shfl_xor_sync(kAllLanes, upper ? pairs[0][0] : pairs[1][0], 2);
+    const std::uint32_t got1 = __shfl_xor_sync(kAllLanes, upper ? pairs[0][1] : pairs[1][1], 2);
+    return upper ? uint4{got0, got1, pairs[1][0], pairs[1][1]} : uint4{pairs[0][0], pairs[0][1], got0, got1};
+  }
+
   __device__ __forceinline__ void finish(TileSlot& slot, const float (&last_base)[2], const float (&last_sum)[2]) {
     const AttentionParams& p = plan.params;
-    const bool selecting = slot.kind == TileKind::kSelecting;
-    float probe = 0.0f;
+    float probes[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) probe = fmaf(out[i], 0.0f, probe);
-    if (probe != 0.0f && !selecting) slot.again = control().any_again = 1;
+    for (int i = 0; i < kHeadDim / 2; ++i) probes[i % 4] = fmaf(out[i], 0.0f, probes[i % 4]);
+    const bool selecting = slot.kind == TileKind::kSelecting;
+    if ((probes[0] + probes[1]) + (probes[2] + probes[3]) != 0.0f && !selecting) slot.again = control().any_again = 1;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const bool odd = lane % 2 != 0;
+    const float v_scale = p.v_scale != nullptr ? p.v_scale[slot.kv_head * p.v_scale_stride] : 1.0f;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float total = last_sum[r];
@@ -734,27 +749,21 @@ struct WgmmaConsumer {
       const RowIndex index = row_index(plan, slot.tile, slot.kv_head, exists ? row(r) : 0);
       const RowFinish end = finish_row(p, total == 0.0f ? -INFINITY : last_base[r], total, index.head);
       if (exists && lane % 4 == 0 && p.lse != nullptr) p.lse[stats_index(plan, index)] = end.lse;
-      const float factor = end.factor * (p.v_scale != nullptr ? p.v_scale[slot.kv_head * p.v_scale_stride] : 1.0f);
-      auto* row_out = static_cast<std::uint16_t*>(p.out) + index.q_token * p.out_token_stride + index.head * p.out_head_stride;
+      const float factor = end.factor * v_scale;
+      auto* row_out =
+          static_cast<std::uint16_t*>(p.out) + index.q_token * p.out_token_stride + index.head * p.out_head_stride + lane % 4 * 8;
+      const int num_columns = exists ? p.head_dim - lane % 4 * 8 : 0;
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 16; ++i) {
-        // Four consecutive columns: even lanes end up with the first eight's, odd ones with the second's.
-        const float a0 = out[8 * i + 2 * r], a1 = out[8 * i + 2 * r + 1], b0 = out[8 * i + 4 + 2 * r], b1 = out[8 * i + 4 + 2 * r + 1];
-        const float got0 = __shfl_xor_sync(kAllLanes, odd ? a0 : b0, 1), got1 = __shfl_xor_sync(kAllLanes, odd ? a1 : b1, 1);
-        float4 value = odd ? float4{got0, got1, b0, b1} : float4{a0, a1, got0, got1};
-        const int column = 16 * i + (odd ? 8 : 0) + lane % 4 / 2 * 4;
-        value.x *= factor, value.y *= factor, value.z *= factor, value.w *= factor;
-        if (!exists || column >= p.head_dim) continue;
-        if (selecting) value = with_notes<kHeadDim>(value, wgmma_notes<kHeadDim>(plan), row(r), column);
-        const uint2 bits{device::pack_16<kBf16>(value.x, value.y), device::pack_16<kBf16>(value.z, value.w)};
-        if (plan.out_aligned) {
-          *reinterpret_cast<uint2*>(row_out + column) = bits;
-        } else {
-          row_out[column] = static_cast<std::uint16_t>(bits.x), row_out[column + 1] = static_cast<std::uint16_t>(bits.x >> 16);
-          row_out[column + 2] = static_cast<std::uint16_t>(bits.y), row_out[column + 3] = static_cast<std::uint16_t>(bits.y >> 16);
-        }
+      for (int i = 0; i < kHeadDim / 32; ++i) {
+        std::uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          words[j] = device::pack_16<kBf16>(out[16 * i + 4 * j + 2 * r] * factor, out[16 * i + 4 * j + 2 * r + 1] * factor);
+        const uint4 columns = gather_columns(words);
+        if (32 * i < num_columns) *reinterpret_cast<uint4*>(row_out + 32 * i) = columns;
       }
     }
+    if (selecting) store_notes(plan, group, slot);
   }
 };
 
@@ -789,9 +798,11 @@ __global__ void __launch_bounds__(WgmmaShape<kHeadDim>::kThreads, 1)
   if (warp < 4) {
     device::give_registers<Shape::kProducerRegisters>();
     if (warp == 0) {
-      WgmmaProducer<kHeadDim>{plan, inputs, shared, control}.run();
+      WgmmaScheduler<kHeadDim>{plan, control}.run();
     } else if (warp == 1) {
-      copy_values<kHeadDim>(plan, inputs, shared, control);
+      copy_steps<kHeadDim, true>(plan, inputs, shared, control);
+    } else if (warp == 2) {
+      copy_steps<kHeadDim, false>(plan, inputs, shared, control);
     } else {
       gather_queries<kHeadDim>(plan, shared, control);
     }
