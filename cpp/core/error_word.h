@@ -9,7 +9,17 @@
 namespace quire {
 
 /// Ops that guard index contents.
-enum class OpId : std::uint32_t { kNone, kPagedAttention, kAttention, kWriteKv, kGatherKv, kCopyBlocks, kRotaryEmbedding };
+enum class OpId : std::uint32_t {
+  kNone,
+  kPagedAttention,
+  kAttention,
+  kWriteKv,
+  kGatherKv,
+  kCopyBlocks,
+  kRotaryEmbedding,
+  kQkNormRope,
+  kRopeAndWriteKv
+};
 /// Their index arguments.
 enum class ArgId : std::uint32_t { kNone, kBlockTables, kSeqLens, kQueryStartLoc, kKvStartLoc, kSlotMapping, kPairs, kPositions };
 

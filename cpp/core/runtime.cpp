@@ -88,6 +88,8 @@ const char* name(OpId op) {
     case OpId::kGatherKv: return "gather_kv";
     case OpId::kCopyBlocks: return "copy_blocks";
     case OpId::kRotaryEmbedding: return "rotary_embedding";
+    case OpId::kQkNormRope: return "qk_norm_rope";
+    case OpId::kRopeAndWriteKv: return "rope_and_write_kv";
   }
   return "unknown";
 }

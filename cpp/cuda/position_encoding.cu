@@ -1,8 +1,13 @@
 // Rotary position encoding on CUDA.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <bit>
+#include <string>
+#include <type_traits>
 
 #include "core/dispatch.h"
+#include "cuda/device/divisor.cuh"
+#include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
 #include "ops/position_encoding.h"
@@ -17,6 +22,13 @@ constexpr int kHeadsPerThread = 2;
 constexpr int kResidentThreads = 1024;
 // Tokens per SM below which heads are spread over as many threads as there are.
 constexpr int kManyTokensPerSm = 8;
+
+// One pair. Which product is fused is fixed, so that every kernel and the CPU give the same bits.
+__device__ __forceinline__ void rotate(float& a, float& b, float cos, float sin) {
+  const float rotated_a = fmaf(a, cos, -__fmul_rn(b, sin));
+  b = fmaf(b, cos, __fmul_rn(a, sin));
+  a = rotated_a;
+}
 
 // Grid: work item = blockDim.z tokens x one chunk of heads x one chunk of angles; gridDim.x CTAs walk all items. Thread (x, y, z)
 // rotates kVec pairs of up to kHeadsPerThread heads of a token; the heads of q and k are numbered as one list. The position of
@@ -80,12 +92,7 @@ __global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
       unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[kVec]), seconds[i]);
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
-        float& a = x[kNeox ? e : 2 * e];
-        float& b = x[kNeox ? e + kVec : 2 * e + 1];
-        const float rotated_a = a * cos_sin[0][e] - b * cos_sin[1][e];
-        const float rotated_b = b * cos_sin[0][e] + a * cos_sin[1][e];
-        a = rotated_a;
-        b = rotated_b;
+        rotate(x[kNeox ? e : 2 * e], x[kNeox ? e + kVec : 2 * e + 1], cos_sin[0][e], cos_sin[1][e]);
       }
       store_floats(rows[i] + first_at, reinterpret_cast<const float (&)[kVec]>(x[0]));
       store_floats(rows[i] + second_at, reinterpret_cast<const float (&)[kVec]>(x[kVec]));
@@ -114,6 +121,309 @@ void launch_rotary(const RotaryParams& p, Stream stream) {
   QUIRE_CHECK_LAUNCH("rotary_embedding", stream);
 }
 
+// ---- rope: a norm of each head, rotation, and the write to the cache, in one pass ----
+
+// Heads of q, then of k, then of v, numbered as one list.
+enum class HeadKind { kQuery, kKey, kValue };
+
+struct Head {
+  HeadKind kind;
+  int index;  // within its tensor
+};
+
+__device__ __forceinline__ Head head_of(const RopeParams& p, int number) {
+  const int num_heads = static_cast<int>(p.rotary.num_heads), num_kv_heads = static_cast<int>(p.kv.num_kv_heads);
+  if (number < num_heads) return {HeadKind::kQuery, number};
+  if (number < num_heads + num_kv_heads) return {HeadKind::kKey, number - num_heads};
+  return {HeadKind::kValue, number - num_heads - num_kv_heads};
+}
+
+template <typename T>
+__device__ __forceinline__ const T* head_source(const RopeParams& p, Head head, std::int64_t token) {
+  if (head.kind == HeadKind::kQuery)
+    return static_cast<const T*>(p.rotary.q) + token * p.rotary.q_token_stride + head.index * p.rotary.q_head_stride;
+  if (head.kind == HeadKind::kKey) return static_cast<const T*>(p.kv.k) + token * p.kv.k_token_stride + head.index * p.kv.k_head_stride;
+  return static_cast<const T*>(p.kv.v) + token * p.kv.v_token_stride + head.index * p.kv.v_head_stride;
+}
+
+// Where a rotated head goes besides the cache; null: nowhere.
+template <typename T>
+__device__ __forceinline__ T* head_target(const RopeParams& p, Head head, std::int64_t token) {
+  if (head.kind == HeadKind::kQuery)
+    return static_cast<T*>(p.rotary.q) + token * p.rotary.q_token_stride + head.index * p.rotary.q_head_stride;
+  if (head.kind == HeadKind::kValue || p.rotary.k == nullptr) return nullptr;
+  return static_cast<T*>(p.rotary.k) + token * p.rotary.k_token_stride + head.index * p.rotary.k_head_stride;
+}
+
+// A head of K or V in its slot.
+struct CacheHead {
+  void* data;            // the cache
+  std::int64_t element;  // of the head's first element
+};
+
+__device__ __forceinline__ CacheHead cache_head(const RopeParams& p, Head head, std::int64_t slot) {
+  const KvParams& kv = p.kv;
+  const std::int64_t block_idx = divide(slot, kv.block_size), offset = slot - block_idx * kv.block_size;
+  if (head.kind == HeadKind::kKey)
+    return {kv.k_cache, block_idx * kv.k_cache_block_stride + offset * kv.k_cache_slot_stride + head.index * kv.k_cache_head_stride};
+  return {kv.v_cache, block_idx * kv.v_cache_block_stride + offset * kv.v_cache_slot_stride + head.index * kv.v_cache_head_stride};
+}
+
+__device__ __forceinline__ float cache_scale(const RopeParams& p, Head head) {
+  const bool is_key = head.kind == HeadKind::kKey;
+  const float* const scale = is_key ? p.kv.k_scale : p.kv.v_scale;
+  return scale == nullptr ? 1.0f : scale[head.index * (is_key ? p.kv.k_scale_stride : p.kv.v_scale_stride)];
+}
+
+// x in the cache's dtype, which is a run-time value: its branch is uniform, and keys and values are the smaller part of what moves.
+template <typename T, int kVec>
+__device__ __forceinline__ void store_to_cache(const RopeParams& p, CacheHead to, int at, const Packed<T, kVec>& x,
+                                               const Divisor& divisor) {
+  const auto store = [&](auto dtype) {
+    using CacheT = Element<decltype(dtype)::value>;
+    CacheT* const target = static_cast<CacheT*>(to.data) + to.element + at;
+    if constexpr (std::is_same_v<T, CacheT>) {
+      store_raw(target, x);
+    } else {
+      float v[kVec];
+      unpack<T, kVec>(v, x);
+      if constexpr (sizeof(CacheT) == 1) {
+        store_raw(target, divisor.divide_and_pack<CacheT>(v));
+      } else {
+        store_floats(target, v);
+      }
+    }
+  };
+  switch (p.kv.cache_dtype) {
+    case DType::kFloat32: return store(DTypeConstant<DType::kFloat32>{});
+    case DType::kFloat16: return store(DTypeConstant<DType::kFloat16>{});
+    case DType::kBFloat16: return store(DTypeConstant<DType::kBFloat16>{});
+    case DType::kFloat8E4M3FN: return store(DTypeConstant<DType::kFloat8E4M3FN>{});
+    case DType::kFloat8E5M2: return store(DTypeConstant<DType::kFloat8E5M2>{});
+    default: return store(DTypeConstant<DType::kInt8>{});
+  }
+}
+
+__device__ __forceinline__ std::int64_t read_index(const void* indices, DType dtype, std::int64_t at) {
+  return dtype == DType::kInt64 ? static_cast<const std::int64_t*>(indices)[at] : static_cast<const std::int32_t*>(indices)[at];
+}
+
+__device__ __forceinline__ bool is_known(const RopeParams& p, std::int64_t position) {
+  return position >= 0 && position < p.rotary.max_position;
+}
+
+// By one thread of a token.
+__device__ __forceinline__ void record_bad_indices(const RopeParams& p, ErrorWord* error_word, std::int64_t token, std::int64_t position,
+                                                   std::int64_t slot) {
+  if (!is_known(p, position) && position != -1) record_error(error_word, p.op, ArgId::kPositions, token, position);
+  if (slot < -1 || slot >= p.kv.num_blocks * p.kv.block_size) record_error(error_word, p.op, ArgId::kSlotMapping, token, slot);
+}
+
+// The sum over the aligned group of `width` lanes that the thread is in; `width` is a power of two up to 32.
+__device__ __forceinline__ float group_sum(float value, unsigned width) {
+  const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  const unsigned first = (thread % kWarpSize) & ~(width - 1);
+  const unsigned mask = width == kWarpSize ? kFullMask : ((1u << width) - 1) << first;
+  for (unsigned lane_mask = width / 2; lane_mask > 0; lane_mask /= 2) value += __shfl_xor_sync(mask, value, static_cast<int>(lane_mask));
+  return value;
+}
+
+// x * inverse * (weight + weight_offset) for elements [at, at + kVec) of a head; past its end x stays.
+template <int kVec>
+__device__ __forceinline__ void scale_head(const RopeParams& p, HeadKind kind, int at, float inverse, float* x) {
+  const bool is_query = kind == HeadKind::kQuery;
+  float weight[1][kVec];
+  load_parameter(weight, is_query ? p.norm.q_weight : p.norm.k_weight, is_query ? p.norm.q_weight_dtype : p.norm.k_weight_dtype, at, 0,
+                 p.rotary.head_dim);
+#pragma unroll
+  for (int e = 0; e < kVec; ++e) x[e] = x[e] * inverse * (weight[0][e] + p.norm.weight_offset);
+}
+
+// Grid: work item = blockDim.z tokens x one chunk of heads; gridDim.x CTAs walk all items. Thread (x, y, z) has two vectors of kVec
+// elements of up to kHeadsPerThread heads: those that rotate with each other, and past rotary_dim those that follow each other.
+// blockDim.x, a power of two up to 32, covers a head. Position and slot of the next item are read ahead.
+template <bool kNorms, typename T, int kVec>
+__global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
+    rope_kernel(const __grid_constant__ RopeParams p, ErrorWord* const error_word, const int num_head_chunks,
+                const std::int64_t num_items) {
+  const RotaryParams& r = p.rotary;
+  const int head_dim = static_cast<int>(r.head_dim), half = static_cast<int>(r.rotary_dim) / 2;
+  const int num_all_heads = static_cast<int>(r.num_heads + (p.kv.v == nullptr ? 1 : 2) * p.kv.num_kv_heads);
+  const bool is_neox = r.style == RopeStyle::kNeox;
+  const int angle = static_cast<int>(threadIdx.x) * kVec;
+  const bool rotates = angle < half;
+  const int first_at = rotates && is_neox ? angle : 2 * angle, second_at = rotates && is_neox ? angle + half : 2 * angle + kVec;
+  const bool has_first = first_at < head_dim, has_second = second_at < head_dim;
+  const bool writes = p.kv.k_cache != nullptr;
+  const std::int64_t num_slots = p.kv.num_blocks * p.kv.block_size;
+  const auto token_of = [&](std::int64_t item) {
+    return (num_head_chunks == 1 ? item : divide(item, num_head_chunks)) * blockDim.z + threadIdx.z;
+  };
+  const auto read_ahead = [&](std::int64_t item, std::int64_t& position, std::int64_t& slot) {
+    const std::int64_t token = token_of(item);
+    if (item >= num_items || token >= r.num_tokens) return;
+    position = read_index(r.positions, r.position_dtype, token * r.position_stride);
+    if (writes) slot = read_index(p.kv.slot_mapping, p.kv.slot_dtype, token * p.kv.slot_stride);
+  };
+
+  std::int64_t next_position = -1, next_slot = -1;
+  read_ahead(blockIdx.x, next_position, next_slot);
+  for (std::int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
+    const std::int64_t position = next_position, slot = next_slot, token = token_of(item);
+    read_ahead(item + gridDim.x, next_position, next_slot);
+    const int head_chunk = num_head_chunks == 1 ? 0 : static_cast<int>(item - divide(item, num_head_chunks) * num_head_chunks);
+    if (token >= r.num_tokens) continue;
+    const auto number_of = [&](int i) { return static_cast<int>((head_chunk * kHeadsPerThread + i) * blockDim.y + threadIdx.y); };
+
+    // Load.
+    Packed<T, kVec> firsts[kHeadsPerThread], seconds[kHeadsPerThread];
+#pragma unroll
+    for (int i = 0; i < kHeadsPerThread; ++i) {
+      firsts[i] = seconds[i] = {};
+      if (number_of(i) >= num_all_heads) continue;
+      const T* const source = head_source<T>(p, head_of(p, number_of(i)), token);
+      if (has_first) firsts[i] = load_packed<T, kVec>(source + first_at);
+      if (has_second) seconds[i] = load_packed<T, kVec>(source + second_at);
+    }
+    const bool known = is_known(p, position);
+    const bool in_cache = slot >= 0 && slot < num_slots;
+    if (head_chunk == 0 && threadIdx.x == 0 && threadIdx.y == 0) record_bad_indices(p, error_word, token, position, slot);
+    float cos_sin[2][kVec];
+    if (known && rotates && head_of(p, number_of(0)).kind != HeadKind::kValue)
+      load_parameter(cos_sin, r.cos_sin_cache, r.cache_dtype, position * r.rotary_dim + angle, half, r.max_position * r.rotary_dim);
+
+#pragma unroll
+    for (int i = 0; i < kHeadsPerThread; ++i) {
+      if (number_of(i) >= num_all_heads) continue;
+      const Head head = head_of(p, number_of(i));
+
+      // Normalise and rotate.
+      if (known && head.kind != HeadKind::kValue) {
+        float x[2 * kVec];
+        unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[0]), firsts[i]);
+        unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[kVec]), seconds[i]);
+        if constexpr (kNorms) {
+          float sum = 0.0f;
+#pragma unroll
+          for (int e = 0; e < 2 * kVec; ++e) sum = fmaf(x[e], x[e], sum);
+          const float inverse = __frsqrt_rn(group_sum(sum, blockDim.x) / static_cast<float>(head_dim) + p.norm.eps);
+          scale_head<kVec>(p, head.kind, first_at, inverse, x);
+          scale_head<kVec>(p, head.kind, second_at, inverse, x + kVec);
+        }
+        if (rotates) {
+#pragma unroll
+          for (int e = 0; e < kVec; ++e) {
+            if (is_neox) {
+              rotate(x[e], x[e + kVec], cos_sin[0][e], cos_sin[1][e]);
+            } else {
+              rotate(x[2 * e], x[2 * e + 1], cos_sin[0][e], cos_sin[1][e]);
+            }
+          }
+        }
+        firsts[i] = pack<T, kVec>(reinterpret_cast<const float (&)[kVec]>(x[0]));
+        seconds[i] = pack<T, kVec>(reinterpret_cast<const float (&)[kVec]>(x[kVec]));
+      }
+
+      // Store.
+      T* const target = head_target<T>(p, head, token);
+      if (target != nullptr) {
+        if (has_first) store_raw(target + first_at, firsts[i]);
+        if (has_second) store_raw(target + second_at, seconds[i]);
+      }
+      if (head.kind != HeadKind::kQuery && in_cache) {
+        const CacheHead to = cache_head(p, head, slot);
+        const Divisor divisor(cache_scale(p, head));
+        if (has_first) store_to_cache<T, kVec>(p, to, first_at, firsts[i], divisor);
+        if (has_second) store_to_cache<T, kVec>(p, to, second_at, seconds[i], divisor);
+      }
+    }
+  }
+}
+
+// Grid: one warp per (token, head) and step, for layouts that have no vectors. An element is read again by the lane that sums its
+// square or the one that rotates it, and written only by the latter, after the sum.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) rope_element_kernel(const __grid_constant__ RopeParams p, ErrorWord* const error_word) {
+  const RotaryParams& r = p.rotary;
+  const int head_dim = static_cast<int>(r.head_dim), half = static_cast<int>(r.rotary_dim) / 2;
+  const int num_all_heads = static_cast<int>(r.num_heads + (p.kv.v == nullptr ? 1 : 2) * p.kv.num_kv_heads);
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * (kThreads / kWarpSize);
+  std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
+  for (; item < r.num_tokens * num_all_heads; item += step) {
+    const std::int64_t token = divide(item, num_all_heads);
+    const Head head = head_of(p, static_cast<int>(item - token * num_all_heads));
+    const std::int64_t position = read_index(r.positions, r.position_dtype, token * r.position_stride);
+    const std::int64_t slot = p.kv.k_cache == nullptr ? -1 : read_index(p.kv.slot_mapping, p.kv.slot_dtype, token * p.kv.slot_stride);
+    const bool known = is_known(p, position) && head.kind != HeadKind::kValue;
+    if (item == token * num_all_heads && lane == 0) record_bad_indices(p, error_word, token, position, slot);
+    const T* const source = head_source<T>(p, head, token);
+    T* const target = head_target<T>(p, head, token);
+    const bool in_cache = head.kind != HeadKind::kQuery && slot >= 0 && slot < p.kv.num_blocks * p.kv.block_size;
+    const CacheHead to = in_cache ? cache_head(p, head, slot) : CacheHead{};
+    const Divisor divisor(in_cache ? cache_scale(p, head) : 1.0f);
+    const bool normalises = known && p.norm.q_weight != nullptr;
+    float inverse = 1.0f;
+    if (normalises) {
+      float sum = 0.0f;
+      for (int i = lane; i < head_dim; i += kWarpSize) sum = fmaf(to_float<T>(source[i]), to_float<T>(source[i]), sum);
+      inverse = __frsqrt_rn(warp_sum(sum) / static_cast<float>(head_dim) + p.norm.eps);
+    }
+
+    for (int pair = lane; 2 * pair < head_dim; pair += kWarpSize) {
+      const bool apart = pair < half && r.style == RopeStyle::kNeox;
+      const int at[2] = {apart ? pair : 2 * pair, apart ? pair + half : 2 * pair + 1};
+      float x[2] = {to_float<T>(source[at[0]]), at[1] < head_dim ? to_float<T>(source[at[1]]) : 0.0f};
+      if (normalises) {
+        scale_head<1>(p, head.kind, at[0], inverse, x);
+        scale_head<1>(p, head.kind, at[1], inverse, x + 1);
+      }
+      if (known && pair < half) {
+        float cos_sin[2][1];
+        load_parameter(cos_sin, r.cos_sin_cache, r.cache_dtype, position * r.rotary_dim + pair, half, r.max_position * r.rotary_dim);
+        rotate(x[0], x[1], cos_sin[0][0], cos_sin[1][0]);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (at[i] >= head_dim) continue;
+        // What is not computed with keeps its bits.
+        Packed<T, 1> packed = load_packed<T, 1>(source + at[i]);
+        if (known) packed = pack<T, 1>(reinterpret_cast<const float (&)[1]>(x[i]));
+        if (target != nullptr) store_raw(target + at[i], packed);
+        if (in_cache) store_to_cache<T, 1>(p, to, at[i], packed, divisor);
+      }
+    }
+  }
+}
+
+template <bool kNorms, typename T, int kVec>
+void launch_rope(const RopeParams& p, const char* name, Stream stream) {
+  const RotaryParams& r = p.rotary;
+  const std::int64_t lanes = std::bit_ceil(static_cast<std::uint64_t>(ceil_div(r.head_dim / kVec, 2)));
+  const std::int64_t num_all_heads = r.num_heads + (p.kv.v == nullptr ? 1 : 2) * p.kv.num_kv_heads;
+  const DeviceProperties& device = current_device_properties();
+  const bool many_tokens = r.num_tokens >= kManyTokensPerSm * device.num_sms;
+  const std::int64_t head_lanes = std::min(many_tokens ? ceil_div(num_all_heads, kHeadsPerThread) : num_all_heads, kThreads / lanes);
+  // z is limited to 64 by the hardware.
+  const std::int64_t tokens_per_cta = many_tokens ? std::min<std::int64_t>(kThreads / (lanes * head_lanes), 64) : 1;
+  const std::int64_t num_head_chunks = ceil_div(num_all_heads, head_lanes * kHeadsPerThread);
+  const std::int64_t num_items = ceil_div(r.num_tokens, tokens_per_cta) * num_head_chunks;
+  const dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(head_lanes), static_cast<unsigned>(tokens_per_cta));
+  const std::int64_t limit = many_tokens ? device.num_sms * (kResidentThreads / (lanes * head_lanes * tokens_per_cta)) : 0x7fffffff;
+  const auto num_ctas = static_cast<unsigned>(std::min(num_items, limit));
+  rope_kernel<kNorms, T, kVec><<<num_ctas, block, 0, cuda_stream(stream)>>>(p, error_word(), static_cast<int>(num_head_chunks), num_items);
+  QUIRE_CHECK_LAUNCH(name, stream);
+}
+
+template <typename T>
+void launch_rope_elements(const RopeParams& p, const char* name, Stream stream) {
+  const std::int64_t num_heads = p.rotary.num_heads + (p.kv.v == nullptr ? 1 : 2) * p.kv.num_kv_heads;
+  const std::int64_t num_ctas = ceil_div(p.rotary.num_tokens * num_heads, kThreads / kWarpSize);
+  rope_element_kernel<T>
+      <<<static_cast<unsigned>(std::min<std::int64_t>(num_ctas, 0x7fffffff)), kThreads, 0, cuda_stream(stream)>>>(p, error_word());
+  QUIRE_CHECK_LAUNCH(name, stream);
+}
+
 }  // namespace
 
 void rotary_embedding(const RotaryParams& params, Stream stream) {
@@ -132,6 +442,49 @@ void rotary_embedding(const RotaryParams& params, Stream stream) {
       neox ? launch_rotary<T, RopeStyle::kNeox, kVec>(params, stream) : launch_rotary<T, RopeStyle::kGptj, kVec>(params, stream);
     } else {
       neox ? launch_rotary<T, RopeStyle::kNeox, 1>(params, stream) : launch_rotary<T, RopeStyle::kGptj, 1>(params, stream);
+    }
+  });
+}
+
+void rope(const RopeParams& params, Stream stream) {
+  const char* const name = params.op == OpId::kQkNormRope ? "qk_norm_rope" : "rope_and_write_kv";
+  const RotaryParams& r = params.rotary;
+  const KvParams& kv = params.kv;
+  // A kernel counts heads and a head's elements in 32 bits, with room for a step past the end.
+  constexpr std::int64_t kMost = 1 << 28;
+  if (r.head_dim > kMost || r.num_heads > kMost || kv.num_kv_heads > kMost)
+    throw UnsupportedError(std::string("[") + name + "] q, k: expected at most 2^28 heads of at most 2^28 elements, got " +
+                           std::to_string(r.num_heads) + ", " + std::to_string(kv.num_kv_heads) + " of " + std::to_string(r.head_dim));
+  dispatch_float(r.dtype, name, [&](auto dtype) {
+    using T = Element<decltype(dtype)::value>;
+    constexpr int kVec = kElementsPer16Bytes<T>;
+    const auto heads_are_vectors = [&](const void* data, std::int64_t num_heads, std::int64_t token_stride, std::int64_t head_stride) {
+      return data == nullptr || num_heads == 0 ||
+             (is_aligned(data, 16) && keeps_alignment(r.num_tokens, token_stride, sizeof(T), 16) &&
+              keeps_alignment(num_heads, head_stride, sizeof(T), 16));
+    };
+    const auto slots_are_vectors = [&](const void* cache, std::int64_t block_stride, std::int64_t slot_stride, std::int64_t head_stride) {
+      const std::int64_t item_bytes = itemsize(kv.cache_dtype), bytes = std::min<std::int64_t>(kVec * item_bytes, 16);
+      return cache == nullptr || (is_aligned(cache, bytes) && keeps_alignment(0, block_stride, item_bytes, bytes) &&
+                                  keeps_alignment(kv.block_size, slot_stride, item_bytes, bytes) &&
+                                  keeps_alignment(kv.num_kv_heads, head_stride, item_bytes, bytes));
+    };
+    const bool vectors = r.head_dim % kVec == 0 && r.rotary_dim / 2 % kVec == 0 && ceil_div(r.head_dim / kVec, 2) <= kWarpSize &&
+                         parameter_is_vectors(r.cos_sin_cache, r.cache_dtype, kVec) &&
+                         parameter_is_vectors(params.norm.q_weight, params.norm.q_weight_dtype, kVec) &&
+                         parameter_is_vectors(params.norm.k_weight, params.norm.k_weight_dtype, kVec) &&
+                         heads_are_vectors(r.q, r.num_heads, r.q_token_stride, r.q_head_stride) &&
+                         heads_are_vectors(r.k, kv.num_kv_heads, r.k_token_stride, r.k_head_stride) &&
+                         heads_are_vectors(kv.k, kv.num_kv_heads, kv.k_token_stride, kv.k_head_stride) &&
+                         heads_are_vectors(kv.v, kv.num_kv_heads, kv.v_token_stride, kv.v_head_stride) &&
+                         slots_are_vectors(kv.k_cache, kv.k_cache_block_stride, kv.k_cache_slot_stride, kv.k_cache_head_stride) &&
+                         slots_are_vectors(kv.v_cache, kv.v_cache_block_stride, kv.v_cache_slot_stride, kv.v_cache_head_stride);
+    if (!vectors) {
+      launch_rope_elements<T>(params, name, stream);
+    } else if (params.norm.q_weight != nullptr) {
+      launch_rope<true, T, kVec>(params, name, stream);
+    } else {
+      launch_rope<false, T, kVec>(params, name, stream);
     }
   });
 }

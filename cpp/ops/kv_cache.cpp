@@ -15,6 +15,50 @@ namespace {
 constexpr std::initializer_list<DType> kCacheDTypes = {DType::kFloat32,      DType::kFloat16,    DType::kBFloat16,
                                                        DType::kFloat8E4M3FN, DType::kFloat8E5M2, DType::kInt8};
 
+bool empty(const KvParams& params) { return params.num_tokens == 0 || params.num_kv_heads == 0 || params.head_dim == 0; }
+
+// How one block of a cache lies in memory: runs of contiguous bytes at one distance.
+struct BlockShape {
+  std::int64_t num_segments = 1, segment_bytes = 0, segment_stride_bytes = 0;
+};
+
+BlockShape block_shape(const Check& check, const TensorView& t, const char* arg) {
+  // The dimensions of a block, from the smallest stride up: a heads-first view has the same bytes as its pool.
+  int order[kMaxRank];
+  int count = 0;
+  for (int i = 1; i < t.ndim; ++i) {
+    if (t.size(i) == 1) continue;
+    int at = count++;
+    for (; at > 0 && t.stride(order[at - 1]) > t.stride(i); --at) order[at] = order[at - 1];
+    order[at] = i;
+  }
+  const std::int64_t item_bytes = itemsize(t.dtype);
+  std::int64_t run = 1;
+  int at = 0;
+  for (; at < count && t.stride(order[at]) == run; ++at) run *= t.size(order[at]);
+  BlockShape shape{1, run * item_bytes, run * item_bytes};
+  if (at == count) return shape;
+  std::int64_t span = t.stride(order[at]);
+  shape.segment_stride_bytes = span * item_bytes;
+  for (; at < count; ++at) {
+    if (t.stride(order[at]) != span)
+      check.fail_value(arg, "blocks that are contiguous, or contiguous rows at one distance", "other strides");
+    shape.num_segments *= t.size(order[at]);
+    span *= t.size(order[at]);
+  }
+  return shape;
+}
+
+// True if both tensors' blocks walk memory in one order of dimensions, so that copying bytes copies elements.
+bool same_block_order(const TensorView& a, const TensorView& b) {
+  for (int i = 1; i < a.ndim; ++i)
+    for (int j = i + 1; j < a.ndim; ++j)
+      if (a.size(i) > 1 && a.size(j) > 1 && (a.stride(i) < a.stride(j)) != (b.stride(i) < b.stride(j))) return false;
+  return true;
+}
+
+}  // namespace
+
 KvParams check_kv(const Check& check, const TensorView& k, const TensorView& v, const TensorView& k_cache, const TensorView& v_cache,
                   const TensorView& slot_mapping, const TensorView* k_scale, const TensorView* v_scale) {
   check.float_dtype(k, "k");
@@ -77,54 +121,8 @@ KvParams check_kv(const Check& check, const TensorView& k, const TensorView& v, 
   return params;
 }
 
-bool empty(const KvParams& params) { return params.num_tokens == 0 || params.num_kv_heads == 0 || params.head_dim == 0; }
-
-// How one block of a cache lies in memory: runs of contiguous bytes at one distance.
-struct BlockShape {
-  std::int64_t num_segments = 1, segment_bytes = 0, segment_stride_bytes = 0;
-};
-
-BlockShape block_shape(const Check& check, const TensorView& t, const char* arg) {
-  // The dimensions of a block, from the smallest stride up: a heads-first view has the same bytes as its pool.
-  int order[kMaxRank];
-  int count = 0;
-  for (int i = 1; i < t.ndim; ++i) {
-    if (t.size(i) == 1) continue;
-    int at = count++;
-    for (; at > 0 && t.stride(order[at - 1]) > t.stride(i); --at) order[at] = order[at - 1];
-    order[at] = i;
-  }
-  const std::int64_t item_bytes = itemsize(t.dtype);
-  std::int64_t run = 1;
-  int at = 0;
-  for (; at < count && t.stride(order[at]) == run; ++at) run *= t.size(order[at]);
-  BlockShape shape{1, run * item_bytes, run * item_bytes};
-  if (at == count) return shape;
-  std::int64_t span = t.stride(order[at]);
-  shape.segment_stride_bytes = span * item_bytes;
-  for (; at < count; ++at) {
-    if (t.stride(order[at]) != span)
-      check.fail_value(arg, "blocks that are contiguous, or contiguous rows at one distance", "other strides");
-    shape.num_segments *= t.size(order[at]);
-    span *= t.size(order[at]);
-  }
-  return shape;
-}
-
-// True if both tensors' blocks walk memory in one order of dimensions, so that copying bytes copies elements.
-bool same_block_order(const TensorView& a, const TensorView& b) {
-  for (int i = 1; i < a.ndim; ++i)
-    for (int j = i + 1; j < a.ndim; ++j)
-      if (a.size(i) > 1 && a.size(j) > 1 && (a.stride(i) < a.stride(j)) != (b.stride(i) < b.stride(j))) return false;
-  return true;
-}
-
-}  // namespace
-
-void write_kv(const TensorView& k_cache, const TensorView& v_cache, const TensorView& k, const TensorView& v,
-              const TensorView& slot_mapping, const TensorView* k_scale, const TensorView* v_scale, Stream stream) {
-  const Check check("write_kv");
-  const KvParams params = check_kv(check, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
+void check_kv_writes(const Check& check, const TensorView& k, const TensorView& v, const TensorView& k_cache, const TensorView& v_cache,
+                     const TensorView& slot_mapping, const TensorView* k_scale, const TensorView* v_scale) {
   check.writable(k_cache, "k_cache");
   check.writable(v_cache, "v_cache");
   check.disjoint(k_cache, "k_cache", v_cache, "v_cache", false);
@@ -138,6 +136,13 @@ void write_kv(const TensorView& k_cache, const TensorView& v_cache, const Tensor
     if (k_scale != nullptr) check.disjoint(*cache, "k_cache, v_cache", *k_scale, "k_scale", false);
     if (v_scale != nullptr) check.disjoint(*cache, "k_cache, v_cache", *v_scale, "v_scale", false);
   }
+}
+
+void write_kv(const TensorView& k_cache, const TensorView& v_cache, const TensorView& k, const TensorView& v,
+              const TensorView& slot_mapping, const TensorView* k_scale, const TensorView* v_scale, Stream stream) {
+  const Check check("write_kv");
+  const KvParams params = check_kv(check, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
+  check_kv_writes(check, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
   if (empty(params)) return;
   dispatch_device("write_kv", k.device, stream, [&] { cpu::write_kv(params); }, [&](auto s) { cuda::write_kv(params, s); });
 }

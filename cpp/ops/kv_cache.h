@@ -9,7 +9,10 @@
 
 namespace quire {
 
-/// write_kv and gather_kv.
+class Check;
+struct TensorView;
+
+/// write_kv, gather_kv and rope_and_write_kv.
 struct KvParams {
   void* k = nullptr;        // [num_tokens, num_kv_heads, head_dim]; read by write_kv, written by gather_kv
   void* v = nullptr;        // likewise
@@ -29,6 +32,14 @@ struct KvParams {
   std::int64_t k_cache_block_stride = 0, k_cache_slot_stride = 0, k_cache_head_stride = 0;
   std::int64_t v_cache_block_stride = 0, v_cache_slot_stride = 0, v_cache_head_stride = 0;
 };
+
+/// Checks what write_kv and gather_kv share, and fills their parameters.
+KvParams check_kv(const Check& check, const TensorView& k, const TensorView& v, const TensorView& k_cache, const TensorView& v_cache,
+                  const TensorView& slot_mapping, const TensorView* k_scale, const TensorView* v_scale);
+
+/// Checks that the caches may be written, and that they share no memory with anything else.
+void check_kv_writes(const Check& check, const TensorView& k, const TensorView& v, const TensorView& k_cache, const TensorView& v_cache,
+                     const TensorView& slot_mapping, const TensorView* k_scale, const TensorView* v_scale);
 
 /// copy_blocks. A block is num_segments runs of segment_bytes contiguous bytes, segment_stride_bytes apart.
 struct CopyBlocksParams {

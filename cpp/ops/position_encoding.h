@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "core/error_word.h"
+#include "ops/kv_cache.h"
 #include "quire/dtype.h"
 #include "quire/position_encoding.h"
 #include "quire/stream.h"
@@ -25,11 +27,29 @@ struct RotaryParams {
   std::int64_t q_token_stride = 0, q_head_stride = 0, k_token_stride = 0, k_head_stride = 0;
 };
 
+/// An RMS norm over each head.
+struct HeadNormParams {
+  const void* q_weight = nullptr;  // [head_dim]; null: no norm
+  const void* k_weight = nullptr;  // [head_dim]; null with q_weight, or where there is no k
+  DType q_weight_dtype = DType::kFloat32, k_weight_dtype = DType::kFloat32;
+  float eps = 0.0f, weight_offset = 0.0f;
+};
+
+/// qk_norm_rope and rope_and_write_kv.
+struct RopeParams {
+  RotaryParams rotary;  // q is rotated in place; k is where the rotated keys go, or null
+  HeadNormParams norm;
+  KvParams kv;  // k (null: none), v and the caches (null: nothing is written to a cache)
+  OpId op = OpId::kNone;
+};
+
 namespace cpu {
 void rotary_embedding(const RotaryParams& params);
-}
+void rope(const RopeParams& params);
+}  // namespace cpu
 namespace cuda {
 void rotary_embedding(const RotaryParams& params, Stream stream);
-}
+void rope(const RopeParams& params, Stream stream);
+}  // namespace cuda
 
 }  // namespace quire

@@ -67,7 +67,7 @@ else:
     from quire.block_allocator import BlockAllocator, OutOfBlocksError
     from quire.kv_cache import KVCache, copy_blocks, gather_kv, swap_blocks, write_kv
     from quire.norm import fused_add_rms_norm, layer_norm, rms_norm
-    from quire.position_encoding import rope_cache, rotary_embedding
+    from quire.position_encoding import qk_norm_rope, rope_and_write_kv, rope_cache, rotary_embedding
 
     __version__ = _version()
 
@@ -100,8 +100,10 @@ __all__ = [
     "num_threads",
     "paged_attention",
     "paged_attention_workspace_size",
+    "qk_norm_rope",
     "relu_squared",
     "rms_norm",
+    "rope_and_write_kv",
     "rope_cache",
     "rotary_embedding",
     "set_num_threads",

@@ -16,7 +16,7 @@ import numpy as np
 from quire import _core
 from quire._allocate import Array, dtype_name, from_numpy, numpy_dtype, shape_of
 
-__all__ = ["rope_cache", "rotary_embedding"]
+__all__ = ["qk_norm_rope", "rope_and_write_kv", "rope_cache", "rotary_embedding"]
 
 
 def rotary_embedding(
@@ -60,6 +60,145 @@ def rotary_embedding(
     """
     _core.rotary_embedding(positions, q, k, cos_sin_cache, style, stream)
     return q, k
+
+
+def qk_norm_rope(
+    positions: Array,
+    q: Array,
+    k: Array | None,
+    q_weight: Array,
+    k_weight: Array | None,
+    cos_sin_cache: Array,
+    eps: float = 1e-6,
+    *,
+    weight_offset: float = 0.0,
+    style: Literal["neox", "gptj"] = "neox",
+    stream: object = None,
+) -> tuple[Array, Array | None]:
+    """RMS norm of every head of q and k, then their rotation, in place and in one pass; Qwen3's and Gemma 3's.
+
+    ``x / sqrt(mean(x**2) + eps) * (weight + weight_offset)`` over ``head_dim``, then :func:`rotary_embedding`. Both steps are done
+    in float32 and rounded once.
+
+    Args:
+        positions: As in :func:`rotary_embedding`; a token that is skipped stays as it is.
+        q: ``[num_tokens, num_heads, head_dim]`` float32, float16 or bfloat16, unit inner stride; overwritten.
+        k: As ``q`` with its own number of heads, or None; overwritten.
+        q_weight: ``[head_dim]`` of any of the three dtypes, contiguous.
+        k_weight: As ``q_weight``; None where k is.
+        cos_sin_cache: As in :func:`rotary_embedding`.
+        eps: Added to the mean of squares.
+        weight_offset: Added to the weights; 1 is Gemma's form.
+        style: As in :func:`rotary_embedding`.
+        stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
+
+    Returns:
+        ``(q, k)``, the tensors that were passed.
+
+    Raises:
+        ValueError: Shapes, strides or devices do not fit, or memory overlaps.
+        TypeError: A dtype does not fit, or an argument is no tensor.
+
+    Source: Dehghani et al., Scaling Vision Transformers to 22 Billion Parameters, 2023 (norms of queries and keys).
+
+    Example:
+        >>> import numpy as np, quire
+        >>> q, weight = np.array([[[3.0, 4.0]]], np.float32), np.ones(2, np.float32)
+        >>> table = quire.rope_cache(2, 4)
+        >>> quire.qk_norm_rope(np.array([0]), q, None, weight, None, table, eps=0.0)[0].round(4)
+        array([[[0.8485, 1.1314]]], dtype=float32)
+    """
+    _core.qk_norm_rope(positions, q, k, q_weight, k_weight, cos_sin_cache, eps, weight_offset, style, stream)
+    return q, k
+
+
+def rope_and_write_kv(
+    positions: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    cos_sin_cache: Array,
+    k_cache: Array,
+    v_cache: Array,
+    slot_mapping: Array,
+    *,
+    style: Literal["neox", "gptj"] = "neox",
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
+    k_out: Array | None = None,
+    q_weight: Array | None = None,
+    k_weight: Array | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    stream: object = None,
+) -> Array:
+    """What stands between a layer's projection and its attention, in one pass: rotates q and k, writes k and v to the cache.
+
+    q is rotated in place. The rotated k goes to the cache, and nowhere else unless ``k_out`` says so: attention over the cache needs
+    no other copy. The result is, bit for bit, that of :func:`rotary_embedding` (with weights, :func:`qk_norm_rope`) followed by
+    :func:`quire.write_kv`.
+
+    Args:
+        positions: int32 or int64 ``[num_tokens]``. A token with -1, or with another value outside the table (which is recorded for
+            :func:`quire.check_errors`), is not rotated, but written.
+        q: ``[num_tokens, num_heads, head_dim]`` float32, float16 or bfloat16, unit inner stride; overwritten.
+        k: ``[num_tokens, num_kv_heads, head_dim]`` of q's dtype, unit inner stride; read only.
+        v: As ``k``.
+        cos_sin_cache: ``[max_position, rotary_dim]``; see :func:`rope_cache`.
+        k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]``, unit inner stride: float32, float16, bfloat16,
+            float8_e4m3fn, float8_e5m2 or int8.
+        v_cache: As ``k_cache``.
+        slot_mapping: int32 or int64 ``[num_tokens]``. A token with -1, or with another value outside the cache (which is recorded),
+            is not written; its q is rotated.
+        style: As in :func:`rotary_embedding`.
+        k_scale: float32 ``[1]`` or ``[num_kv_heads]``, for float8 and int8 caches only; None is 1. Stored is
+            ``saturate(x / scale)``.
+        v_scale: Likewise.
+        k_out: As ``k``, or ``k`` itself: the rotated k is written there too, for attention that takes k and v as they are. Or None.
+        q_weight: ``[head_dim]`` of a float dtype: the weight of an RMS norm of each head before its rotation, as in
+            :func:`qk_norm_rope`. None: no norm.
+        k_weight: Likewise; both or neither.
+        eps: As in :func:`qk_norm_rope`.
+        weight_offset: Likewise.
+        stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
+
+    Returns:
+        ``q``, the tensor that was passed.
+
+    Raises:
+        ValueError: Shapes, strides or devices do not fit, a tensor to be written is read-only, or memory overlaps.
+        TypeError: A dtype does not fit, or an argument is no tensor.
+
+    Example:
+        >>> import numpy as np, quire
+        >>> cache = np.zeros((2, 2, 4, 1, 2), np.float32)
+        >>> q, k = np.array([[[1.0, 0.0]]], np.float32), np.array([[[0.0, 1.0]]], np.float32)
+        >>> table = quire.rope_cache(2, 4)
+        >>> quire.rope_and_write_kv(np.array([1]), q, k, k, table, cache[0], cache[1], np.array([6])).round(4)
+        array([[[0.5403, 0.8415]]], dtype=float32)
+        >>> cache[0, 1, 2].round(4)
+        array([[-0.8415,  0.5403]], dtype=float32)
+    """
+    _core.rope_and_write_kv(
+        positions,
+        q,
+        k,
+        v,
+        cos_sin_cache,
+        k_cache,
+        v_cache,
+        slot_mapping,
+        k_scale,
+        v_scale,
+        k_out,
+        q_weight,
+        k_weight,
+        eps,
+        weight_offset,
+        style,
+        stream,
+    )
+    return q
 
 
 def rope_cache(

@@ -99,6 +99,16 @@ def make_kv(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
     }
 
 
+def make_rope_and_write(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
+    weights = {"q_weight": draw(rng, (DIM,), dtype), "k_weight": draw(rng, (DIM,), dtype)}
+    return make_kv(rng, dtype) | make_rotary(rng, dtype) | weights
+
+
+def call_rope_and_write(t: Arrays, **kw: Any) -> object:
+    tensors = (t[name] for name in ("positions", "q", "k", "v", "table", "k_cache", "v_cache", "slots"))
+    return quire.rope_and_write_kv(*tensors, q_weight=t["q_weight"], k_weight=t["k_weight"], k_out=t["k"], **kw)
+
+
 def make_copy(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
     return {
         "cache": draw(rng, (BLOCKS, BLOCK_SIZE, KV_HEADS, DIM), dtype),
@@ -207,6 +217,14 @@ OPS = {
             make_rotary,
             lambda t, **kw: quire.rotary_embedding(t["positions"], t["q"], t["k"], t["table"], **kw),
         ),
+        Op(
+            "qk_norm_rope",
+            make_rope_and_write,
+            lambda t, **kw: quire.qk_norm_rope(
+                t["positions"], t["q"], t["k"], t["q_weight"], t["k_weight"], t["table"], **kw
+            ),
+        ),
+        Op("rope_and_write_kv", make_rope_and_write, call_rope_and_write),
         Op(
             "write_kv",
             make_kv,
@@ -503,6 +521,7 @@ def first_capture(name: str) -> None:
         "layer_norm",
         "silu_and_mul",
         "rotary_embedding",
+        "rope_and_write_kv",
         "write_kv",
         "copy_blocks",
         "swap_blocks",

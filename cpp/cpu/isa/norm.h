@@ -23,6 +23,7 @@ using NormKernel = void (*)(const NormRows& rows);
 /// Indexed by [dtype][weight dtype], which are float32, float16, bfloat16 in DType's order.
 struct NormKernels {
   NormKernel rms_norm[3][3];
+  NormKernel rms_norm_wide[3][3];  // out is float32
   NormKernel fused_add_rms_norm[3][3];
   NormKernel layer_norm[3][3];
 };
@@ -62,8 +63,8 @@ QUIRE_INLINE float sum_over_row(const T* x, std::int64_t n, Term term) {
 }
 
 /// out = (x - mean) * scale * (weight + weight_offset) + bias.
-template <bool kCentre, bool kBias, typename T, typename W>
-QUIRE_INLINE void scale_row(T* out, const T* x, const W* weight, const W* bias, std::int64_t hidden, float mean, float scale,
+template <bool kCentre, bool kBias, typename Out, typename T, typename W>
+QUIRE_INLINE void scale_row(Out* out, const T* x, const W* weight, const W* bias, std::int64_t hidden, float mean, float scale,
                             float weight_offset) {
   const Vec mean_v = set1(mean), scale_v = set1(scale), offset_v = set1(weight_offset);
   const auto scaled = [=](Vec v, Vec w) QUIRE_LAMBDA_INLINE {
@@ -84,8 +85,8 @@ QUIRE_INLINE void scale_row(T* out, const T* x, const W* weight, const W* bias, 
       });
 }
 
-template <bool kCentre, bool kBias, typename T, typename W>
-QUIRE_INLINE void scale_row(const NormRows& rows, T* out, const T* x, float mean, float scale) {
+template <bool kCentre, bool kBias, typename W, typename Out, typename T>
+QUIRE_INLINE void scale_row(const NormRows& rows, Out* out, const T* x, float mean, float scale) {
   scale_row<kCentre, kBias>(out, x, static_cast<const W*>(rows.weight), static_cast<const W*>(rows.bias), rows.hidden, mean, scale,
                             rows.weight_offset);
 }
@@ -96,13 +97,22 @@ QUIRE_INLINE float inverse_rms(const T* x, std::int64_t hidden, float eps) {
   return 1.0f / __builtin_sqrtf(sum / static_cast<float>(hidden) + eps);
 }
 
-template <typename T, typename W>
-void rms_norm(const NormRows& rows) {
+template <typename Out, typename T, typename W>
+void rms_norm_to(const NormRows& rows) {
   for (std::int64_t row = 0; row < rows.num_rows; ++row) {
     const T* x = static_cast<const T*>(rows.x) + row * rows.x_stride;
-    T* out = static_cast<T*>(rows.out) + row * rows.out_stride;
-    scale_row<false, false, T, W>(rows, out, x, 0.0f, inverse_rms(x, rows.hidden, rows.eps));
+    Out* out = static_cast<Out*>(rows.out) + row * rows.out_stride;
+    scale_row<false, false, W>(rows, out, x, 0.0f, inverse_rms(x, rows.hidden, rows.eps));
   }
+}
+
+template <typename T, typename W>
+void rms_norm(const NormRows& rows) {
+  rms_norm_to<T, T, W>(rows);
+}
+template <typename T, typename W>
+void rms_norm_wide(const NormRows& rows) {
+  rms_norm_to<float, T, W>(rows);
 }
 
 template <typename T, typename W>
@@ -114,7 +124,7 @@ void fused_add_rms_norm(const NormRows& rows) {
     for_each_vector(
         rows.hidden, [&](std::int64_t i) QUIRE_LAMBDA_INLINE { store(residual + i, load(x + i) + load(residual + i)); },
         [&](std::int64_t i, int left) QUIRE_LAMBDA_INLINE { store(residual + i, load(x + i, left) + load(residual + i, left), left); });
-    scale_row<false, false, T, W>(rows, x, residual, 0.0f, inverse_rms(residual, rows.hidden, rows.eps));
+    scale_row<false, false, W>(rows, x, residual, 0.0f, inverse_rms(residual, rows.hidden, rows.eps));
   }
 }
 
@@ -135,9 +145,9 @@ void layer_norm(const NormRows& rows) {
                            inverse_hidden;
     const float scale = 1.0f / __builtin_sqrtf(variance + rows.eps);
     if (rows.bias != nullptr)
-      scale_row<true, true, T, W>(rows, out, x, mean, scale);
+      scale_row<true, true, W>(rows, out, x, mean, scale);
     else
-      scale_row<true, false, T, W>(rows, out, x, mean, scale);
+      scale_row<true, false, W>(rows, out, x, mean, scale);
   }
 }
 
@@ -146,7 +156,8 @@ void layer_norm(const NormRows& rows) {
   {QUIRE_KERNELS_BY_WEIGHT(kernel, float), QUIRE_KERNELS_BY_WEIGHT(kernel, Half), QUIRE_KERNELS_BY_WEIGHT(kernel, BFloat16)}
 
 extern const NormKernels norm_kernels;
-const NormKernels norm_kernels = {QUIRE_KERNELS(rms_norm), QUIRE_KERNELS(fused_add_rms_norm), QUIRE_KERNELS(layer_norm)};
+const NormKernels norm_kernels = {QUIRE_KERNELS(rms_norm), QUIRE_KERNELS(rms_norm_wide), QUIRE_KERNELS(fused_add_rms_norm),
+                                  QUIRE_KERNELS(layer_norm)};
 
 #undef QUIRE_KERNELS
 #undef QUIRE_KERNELS_BY_WEIGHT
