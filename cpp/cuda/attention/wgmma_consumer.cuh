@@ -1,0 +1,488 @@
+// The warpgroups of Hopper's attention kernel that multiply: scores, softmax and output of 64 rows each.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "cuda/attention/wgmma_shape.cuh"
+
+namespace quire::cuda::attn {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+/// A warpgroup with 64 of the tile's rows.
+template <bool kBf16, int kHeadDim, bool kTransform>
+struct WgmmaConsumer {
+  using Shape = WgmmaShape<kHeadDim>;
+  using Control = WgmmaControl<kHeadDim>;
+  static constexpr int kKeys = Shape::kKeys;
+  static constexpr int kTurnBarrier = 1;  // and the next ones: a warpgroup's turn at products
+  static constexpr int kAllBarrier = 8;  // all consumers
+  /// Weights of one step and thread that add up to less are kept as they are: float16 holds them.
+  static constexpr float kLargeWeights = 16384.0f;
+
+  const Plan& plan;
+  const WgmmaInputs& inputs;
+  char* shared;
+  int group;  // which of the consumers
+  // Uses so far, of which follow the next one's place in its ring and the parity of its barrier.
+  unsigned tile_uses = 0, q_uses = 0, k_uses = 0, v_uses = 0;
+  float out[kHeadDim / 2];
+  float score[kKeys / 2];
+  std::uint32_t weights[kKeys / 16][4];
+  float base[2];  // what weights are relative to, in log2 units; -inf while a row that sees keys has none
+  float sum[2];  // of weights so far, of this thread's columns
+
+  __device__ __forceinline__ Control& control() const { return *reinterpret_cast<Control*>(shared + Shape::kControlOffset); }
+  template <unsigned kPlaces>
+  __device__ __forceinline__ static void wait_full(const std::uint64_t (&barriers)[kPlaces], unsigned uses) {
+    device::barrier_wait(device::shared_address(&barriers[uses % kPlaces]), uses / kPlaces & 1);
+  }
+  template <unsigned kPlaces>
+  __device__ __forceinline__ static void release(const std::uint64_t (&barriers)[kPlaces], unsigned uses) {
+    if (threadIdx.x % 32 == 0) device::barrier_arrive(device::shared_address(&barriers[uses % kPlaces]));
+  }
+
+  __device__ __forceinline__ int row(int r) const {
+    return 64 * group + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * r;
+  }
+
+  __device__ __forceinline__ void wait_turn() const {
+    if constexpr (Shape::kTakeTurns) device::named_barrier_sync(kTurnBarrier + group, 256);
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    if constexpr (Shape::kTakeTurns) device::named_barrier_arrive(kTurnBarrier + (group + 1 == Shape::kConsumers ? 0 : group + 1), 256);
+  }
+
+  /// Descriptors of the next products' operands. Computed before waits, whose time they take none of.
+  struct Operands {
+    std::uint32_t q, k, v;
+  };
+  __device__ __forceinline__ Operands operands() const {
+    const std::uint32_t address = device::shared_address(shared);
+    return Operands{
+        device::matrix_descriptor(
+            address + Shape::kQOffset + q_uses % Shape::kQStages * Shape::kQBytes + group * 64 * device::kPanelRowBytes, 0),
+        device::matrix_descriptor(address + k_uses % Shape::kStages * Shape::kSlotBytes, 0),
+        device::matrix_descriptor(address + (Shape::kStages + v_uses % Shape::kStages) * Shape::kSlotBytes, Shape::kKeyPanelBytes)};
+  }
+
+  /// score = q k^T for the stage's keys, started.
+  __device__ __forceinline__ void start_scores(const Operands& from) {
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step)
+      device::WgmmaShared<kKeys, kBf16>::product(score, from.q + (step / 4 * Shape::kRowPanelBytes + step % 4 * 32) / 16,
+                                                 from.k + (step / 4 * Shape::kKeyPanelBytes + step % 4 * 32) / 16, step > 0 ? 1 : 0);
+    device::wgmma_commit();
+  }
+
+  /// out += weights v, started.
+  __device__ __forceinline__ void start_output(const Operands& from, int accumulate) {
+#pragma unroll
+    for (int step = 0; step < kKeys / 16; ++step)
+      device::WgmmaRegisters<kHeadDim, kBf16>::product(out, weights[step], from.v + (step * 16 * device::kPanelRowBytes) / 16,
+                                                       step > 0 ? 1 : accumulate);
+    device::wgmma_commit();
+  }
+
+  /// A tile as this thread sees it.
+  struct Work {
+    TileSlot* slot;  // until it is finished
+    RowParams rows[2];  // only where scores are more than a factor times q k
+    int full_begin, full_end;  // keys that all of the warp's rows see
+    bool sees_keys[2];  // for each of the thread's rows
+    bool selecting;
+    int first, step;  // the next step whose scores are to be computed, down to the first
+  };
+
+  __device__ __forceinline__ RowParams row_params(const TileSlot& slot, int r) const {
+    return make_row_params(plan, slot.tile, slot.kv_head, row(r));
+  }
+
+  /// Scores of keys that a row does not see become -inf; and what is asked for beyond a factor is done.
+  __device__ __forceinline__ void mask_scores(const Work& work, std::uint32_t valid) {
+    const int first = work.step * kKeys + static_cast<int>(threadIdx.x) % 4 * 2;
+    if constexpr (kTransform) {
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          score[4 * j + i] = transformed_score(score[4 * j + i], work.rows[i / 2], plan.params.softcap, first + 8 * j + i % 2);
+    }
+    if ((work.step + 1) * kKeys <= work.full_end && work.step * kKeys >= work.full_begin && valid == ~0u) return;
+    int begin[2], end[2];  // relative to `first`
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const RowParams params = row_params(*work.slot, r);
+      begin[r] = params.begin - first, end[r] = params.end - first;
+    }
+    if (work.step * kKeys >= work.full_begin && valid == ~0u) {  // a causal mask's diagonal, or the last keys
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (8 * j + i % 2 >= end[i / 2]) score[4 * j + i] = -INFINITY;
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j) {
+      const bool present = (valid >> j & 1) != 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = 8 * j + i % 2;
+        if (!(present && key >= begin[i / 2] && key < end[i / 2])) score[4 * j + i] = -INFINITY;
+      }
+    }
+  }
+
+  /// Scores become weights in float32, relative to `base`, which need not be the maximum: as long as weights are not large, nothing depends
+  /// on it. True if they are, or are not numbers, in some row of the warp: then `sum` is as before.
+  __device__ __forceinline__ bool weigh(float log2_scale, float (&added)[2]) {
+    float parts[2][2] = {{0.0f, 0.0f}, {0.0f, 0.0f}};
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        score[4 * j + i] = device::exp2_approx(fmaf(score[4 * j + i], log2_scale, -base[i / 2]));
+        parts[i / 2][i % 2] += score[4 * j + i];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) added[r] = parts[r][0] + parts[r][1];
+    return __any_sync(kAllLanes, !(added[0] < kLargeWeights && added[1] < kLargeWeights));
+  }
+
+  /// Makes the maximum of the scores the base of rows that need one: those whose weights would be large. Earlier weights of a row are to be
+  /// multiplied by `factor`. A row's base follows from its own scores alone.
+  __device__ __forceinline__ void raise_base(float log2_scale, const float (&added)[2], float (&factor)[2]) {
+    float top[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], score[4 * j + i]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int lanes = 1; lanes <= 2; ++lanes) top[r] = fmaxf(top[r], __shfl_xor_sync(kAllLanes, top[r], lanes));
+      const unsigned large = __ballot_sync(kAllLanes, !(added[r] < kLargeWeights)) >> (threadIdx.x % 32 & ~3u) & 15u;
+      factor[r] = 1.0f;
+      const float raised = fmaxf(base[r], top[r] * log2_scale);
+      if (large == 0 || raised == -INFINITY) continue;
+      factor[r] = device::exp2_approx(base[r] - raised);
+      base[r] = raised;
+      sum[r] *= factor[r];
+    }
+  }
+
+  /// raise_base, then weights whatever they come to.
+  __device__ __forceinline__ void weigh_anew(float log2_scale, const float (&large)[2], float (&factor)[2]) {
+    raise_base(log2_scale, large, factor);
+    float added[2];
+    const float kept[2] = {base[0], base[1]};
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (base[r] == -INFINITY) base[r] = 0.0f;
+    weigh(log2_scale, added);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) base[r] = kept[r], sum[r] += added[r];
+  }
+
+  __device__ __forceinline__ void pack_weights() {
+#pragma unroll
+    for (int step = 0; step < kKeys / 16; ++step)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weights[step][i] = device::pack_16<kBf16>(score[8 * step + 2 * i], score[8 * step + 2 * i + 1]);
+  }
+
+  /// Takes what is not finite out of V's stage, and notes it for the rows that see it. All consumers come here together.
+  __device__ __noinline__ static void select_values(const Plan& plan, const TileSlot& slot, char* shared_v, std::uint32_t* notes,
+                                                    int step) {
+    constexpr int kThreads = 128 * Shape::kConsumers;
+    constexpr std::uint32_t kInfinity = kBf16 ? 0x7f80u : 0x7c00u;
+    device::named_barrier_sync(kAllBarrier, kThreads);
+    if (step == (slot.tile.key_end + kKeys - 1) / kKeys - 1) {
+      for (int i = static_cast<int>(threadIdx.x) - 128; i < Shape::kRows * kNoteWords<kHeadDim>; i += kThreads) notes[i] = 0;
+      device::named_barrier_sync(kAllBarrier, kThreads);
+    }
+    for (int i = static_cast<int>(threadIdx.x) - 128; i < Shape::kSlotBytes / 2; i += kThreads) {
+      auto* element = reinterpret_cast<std::uint16_t*>(shared_v) + i;
+      const std::uint32_t magnitude = *element & 0x7fffu;
+      if (magnitude < kInfinity) continue;
+      const bool nan = magnitude > kInfinity, negative = (*element & 0x8000u) != 0;
+      *element = 0;
+      const int panel = i / (kKeys * device::kPanelColumns);
+      const int key = i / device::kPanelColumns % kKeys;
+      const int column = panel * device::kPanelColumns + ((i / 8 % 8 ^ key % 8) * 8) + i % 8;
+      const std::uint32_t note = (nan ? 3u : negative ? 2u : 1u) << (column % 16 * 2);
+#pragma unroll 1
+      for (int row = 0; row < slot.tile.num_rows; ++row) {
+        const KeyRange range = visible_keys(plan.params, slot.tile, row_index(plan, slot.tile, slot.kv_head, row).token);
+        if (step * kKeys + key >= range.begin && step * kKeys + key < range.end)
+          atomicOr(&notes[row * kNoteWords<kHeadDim> + column / 16], note);
+      }
+    }
+    device::fence_async_proxy();
+    device::named_barrier_sync(kAllBarrier, kThreads);
+  }
+
+  /// The next tile that has keys; those without are finished here. False: there is none, or, with a tile `unfinished`, none before that
+  /// one must be finished.
+  __device__ __forceinline__ bool open(Work& work, bool unfinished) {
+    for (;;) {
+      wait_full(control().tile_full, tile_uses);
+      work.slot = &control().tiles[tile_uses % kTileSlots];
+      const TileKind kind = work.slot->kind;
+      if (kind == TileKind::kEnd || (kind == TileKind::kNone && unfinished)) return false;
+      ++tile_uses;
+      if (kind != TileKind::kNone) {
+        if (work.slot->tile.key_end > 0) break;
+        finish_empty(plan, group, *work.slot);
+      }
+      close(work);
+    }
+    RowParams rows[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rows[r] = row_params(*work.slot, r);
+    if constexpr (kTransform) work.rows[0] = rows[0], work.rows[1] = rows[1];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) work.sees_keys[r] = rows[r].end > rows[r].begin;
+    // Rows are in order of position: the warp's first and last say what all of them see.
+    work.full_end = __shfl_sync(kAllLanes, rows[0].end, 0);
+    work.full_begin = __shfl_sync(kAllLanes, rows[1].begin, 31);
+    work.selecting = work.slot->kind == TileKind::kSelecting;
+    work.first = work.slot->tile.key_begin / kKeys;
+    work.step = (work.slot->tile.key_end + kKeys - 1) / kKeys - 1;
+    return true;
+  }
+
+  /// Gives the tile's slot back.
+  __device__ __forceinline__ void close(const Work& work) const {
+    __syncwarp();
+    release(control().tile_empty, static_cast<unsigned>(work.slot - control().tiles));
+  }
+
+  /// From a score before the factor to log2 units.
+  __device__ __forceinline__ float log2_scale() const { return kTransform ? 1.0f : inputs.log2_scale; }
+
+  /// Waits for K and, with a new tile, its queries; returns which keys have a block.
+  __device__ __forceinline__ std::uint32_t wait_scores_inputs(bool new_tile) const {
+    if (new_tile) wait_full(control().q_full, q_uses);
+    wait_full(control().k_full, k_uses);
+    return control().valid_keys[k_uses % Shape::kStages];
+  }
+
+  /// Gives the stage of keys back, and after the last step the tile's queries.
+  __device__ __forceinline__ void release_keys(Work& work) {
+    release(control().k_empty, k_uses++);
+    if (work.step == work.first) release(control().q_empty, q_uses++);
+    --work.step;
+  }
+
+  /// On a second pass, takes what is not finite out of the values of the next product. Before wait_values.
+  __device__ __forceinline__ void prepare_values(const Work& work) const {
+    if (!work.selecting) return;
+    wait_values();
+    select_values(plan, *work.slot, shared + (Shape::kStages + v_uses % Shape::kStages) * Shape::kSlotBytes, wgmma_notes<kHeadDim>(plan),
+                  work.step + 1);
+  }
+  __device__ __forceinline__ void wait_values() const { wait_full(control().v_full, v_uses); }
+
+  __device__ __forceinline__ void release_values() {
+    device::pin_registers(out);
+    release(control().v_empty, v_uses++);
+  }
+
+  /// A tile's first scores become weights.
+  __device__ __forceinline__ void weigh_first(Work& work, std::uint32_t valid) {
+    device::pin_registers(score);
+    mask_scores(work, valid);
+    release_keys(work);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) base[r] = work.sees_keys[r] ? -INFINITY : 0.0f, sum[r] = 0.0f;
+    const float large[2] = {INFINITY, INFINITY};
+    float factor[2];
+    weigh_anew(log2_scale(), large, factor);
+  }
+
+  /// The first scores of a tile, with nothing else under way.
+  __device__ __forceinline__ void start_tile(Work& work) {
+    const Operands from = operands();
+    const std::uint32_t valid = wait_scores_inputs(true);
+    wait_turn();
+    device::pin_registers(score);
+    device::wgmma_fence();
+    start_scores(from);
+    pass_turn();
+    device::wgmma_wait<0>();
+    weigh_first(work, valid);
+    pack_weights();
+  }
+
+  /// The output of the step that has weights, beside the scores of the next step, which may be another tile's first. The latter's weights
+  /// are left in `score`.
+  template <bool kNewTile>
+  __device__ __forceinline__ void advance(const Work& values, Work& scores, int accumulate) {
+    const Operands from = operands();
+    prepare_values(values);
+    const std::uint32_t valid = wait_scores_inputs(kNewTile);
+    wait_turn();
+    device::pin_registers(score);
+    device::pin_registers(out);
+    device::wgmma_fence();
+    start_scores(from);
+    wait_values();
+    device::wgmma_fence();
+    start_output(from, accumulate);
+    pass_turn();
+    device::wgmma_wait<1>();
+    if constexpr (kNewTile) {
+      weigh_first(scores, valid);
+      device::wgmma_wait<0>();
+    } else {
+      device::pin_registers(score);
+      mask_scores(scores, valid);
+      float added[2];
+      if (weigh(log2_scale(), added)) {
+        // Rare after a tile's first steps: the scores are computed again, for they are weights now.
+        device::pin_registers(score);
+        device::wgmma_fence();
+        start_scores(from);
+        device::wgmma_wait<0>();
+        device::pin_registers(score);
+        device::pin_registers(out);
+        mask_scores(scores, valid);
+        float factor[2];
+        weigh_anew(log2_scale(), added, factor);
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= factor[i / 2 % 2];
+      } else {
+        sum[0] += added[0], sum[1] += added[1];
+        device::wgmma_wait<0>();
+      }
+      release_keys(scores);
+    }
+    release_values();
+  }
+
+  __device__ __forceinline__ void run() {
+    // The first warpgroup's first turn.
+    if (Shape::kTakeTurns && group == Shape::kConsumers - 1) pass_turn();
+    Work work;
+    while (open(work, false)) {
+      start_tile(work);
+      // Tile after tile, as long as the next one's first scores can go beside the last output.
+      for (;;) {
+        int accumulate = 0;
+        for (; work.step >= work.first; accumulate = 1) {
+          advance<false>(work, work, accumulate);
+          pack_weights();
+        }
+        const float last_base[2] = {base[0], base[1]}, last_sum[2] = {sum[0], sum[1]};
+        if constexpr (Shape::kQStages > 1) {
+          Work next;
+          if (open(next, true)) {
+            advance<true>(work, next, accumulate);
+            finish(*work.slot, last_base, last_sum);
+            close(work);
+            pack_weights();
+            work = next;
+            continue;
+          }
+        }
+        const Operands from = operands();
+        prepare_values(work);
+        wait_values();
+        device::pin_registers(out);
+        device::wgmma_fence();
+        start_output(from, accumulate);
+        device::wgmma_wait<0>();
+        release_values();
+        finish(*work.slot, last_base, last_sum);
+        close(work);
+        break;
+      }
+    }
+    if (Shape::kTakeTurns && group == 0) wait_turn();
+  }
+
+  /// Rows that see no key.
+  __device__ __noinline__ static void finish_empty(const Plan& plan, int group, const TileSlot& slot) {
+    const AttentionParams& p = plan.params;
+    for (int row = 64 * group + static_cast<int>(threadIdx.x) % 128 / 32; row < min(slot.tile.num_rows, 64 * group + 64); row += 4) {
+      const RowIndex index = row_index(plan, slot.tile, slot.kv_head, row);
+      const int lane = static_cast<int>(threadIdx.x) % 32;
+      if (lane == 0 && p.lse != nullptr) p.lse[stats_index(plan, index)] = finish_row(p, -INFINITY, 0.0f, index.head).lse;
+      for (int column = 4 * lane; column < p.head_dim; column += 128) store_out_4(plan, index, column, float4{0.0f, 0.0f, 0.0f, 0.0f});
+    }
+  }
+
+  /// Infinity or NaN for what was noted, over the rows that the warp has stored.
+  __device__ __noinline__ static void store_notes(const Plan& plan, int group, const TileSlot& slot) {
+    const AttentionParams& p = plan.params;
+    const std::uint32_t* notes = wgmma_notes<kHeadDim>(plan);
+    constexpr std::uint16_t kInfinity = kBf16 ? 0x7f80 : 0x7c00, kNan = 0x7fff;
+    __syncwarp();
+    const int first = 64 * group + static_cast<int>(threadIdx.x) % 128 / 32 * 16;
+    for (int row = first; row < min(slot.tile.num_rows, first + 16); ++row) {
+      const RowIndex index = row_index(plan, slot.tile, slot.kv_head, row);
+      auto* out_row = static_cast<std::uint16_t*>(p.out) + index.q_token * p.out_token_stride + index.head * p.out_head_stride;
+      for (int column = static_cast<int>(threadIdx.x) % 32; column < p.head_dim; column += 32) {
+        const std::uint32_t note = notes[row * kNoteWords<kHeadDim> + column / 16] >> (column % 16 * 2) & 3u;
+        if (note == 0 || (out_row[column] & 0x7fff) > kInfinity) continue;
+        out_row[column] = note == 3 ? kNan : static_cast<std::uint16_t>(note == 2 ? kInfinity | 0x8000 : kInfinity);
+      }
+    }
+  }
+
+  /// Four groups of eight columns of a row, of which each of four neighbouring lanes holds two columns: returns the lane's group.
+  __device__ __forceinline__ static uint4 gather_columns(const std::uint32_t (&words)[4]) {
+    const bool odd = (threadIdx.x & 1) != 0, upper = (threadIdx.x & 2) != 0;
+    std::uint32_t pairs[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const std::uint32_t got = __shfl_xor_sync(kAllLanes, odd ? words[2 * i] : words[2 * i + 1], 1);
+      pairs[i][0] = odd ? got : words[2 * i];
+      pairs[i][1] = odd ? words[2 * i + 1] : got;
+    }
+    const std::uint32_t got0 = __shfl_xor_sync(kAllLanes, upper ? pairs[0][0] : pairs[1][0], 2);
+    const std::uint32_t got1 = __shfl_xor_sync(kAllLanes, upper ? pairs[0][1] : pairs[1][1], 2);
+    return upper ? uint4{got0, got1, pairs[1][0], pairs[1][1]} : uint4{pairs[0][0], pairs[0][1], got0, got1};
+  }
+
+  __device__ __forceinline__ void finish(TileSlot& slot, const float (&last_base)[2], const float (&last_sum)[2]) {
+    const AttentionParams& p = plan.params;
+    float probes[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) probes[i % 4] = fmaf(out[i], 0.0f, probes[i % 4]);
+    const bool selecting = slot.kind == TileKind::kSelecting;
+    if ((probes[0] + probes[1]) + (probes[2] + probes[3]) != 0.0f && !selecting) slot.again = control().any_again = 1;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const float v_scale = p.v_scale != nullptr ? p.v_scale[slot.kv_head * p.v_scale_stride] : 1.0f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float total = last_sum[r];
+      total += __shfl_xor_sync(kAllLanes, total, 1);
+      total += __shfl_xor_sync(kAllLanes, total, 2);
+      const bool exists = row(r) < slot.tile.num_rows;
+      const RowIndex index = row_index(plan, slot.tile, slot.kv_head, exists ? row(r) : 0);
+      const RowFinish end = finish_row(p, total == 0.0f ? -INFINITY : last_base[r], total, index.head);
+      if (exists && lane % 4 == 0 && p.lse != nullptr) p.lse[stats_index(plan, index)] = end.lse;
+      const float factor = end.factor * v_scale;
+      auto* row_out =
+          static_cast<std::uint16_t*>(p.out) + index.q_token * p.out_token_stride + index.head * p.out_head_stride + lane % 4 * 8;
+      const int num_columns = exists ? p.head_dim - lane % 4 * 8 : 0;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 32; ++i) {
+        std::uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          words[j] = device::pack_16<kBf16>(out[16 * i + 4 * j + 2 * r] * factor, out[16 * i + 4 * j + 2 * r + 1] * factor);
+        const uint4 columns = gather_columns(words);
+        if (32 * i < num_columns) *reinterpret_cast<uint4*>(row_out + 32 * i) = columns;
+      }
+    }
+    if (selecting) store_notes(plan, group, slot);
+  }
+};
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+}  // namespace quire::cuda::attn
