@@ -15,7 +15,8 @@ struct WgmmaConsumer {
   using Control = WgmmaControl<kHeadDim>;
   static constexpr int kKeys = Shape::kKeys;
   static constexpr int kTurnBarrier = 1;  // and the next ones: a warpgroup's turn at products
-  static constexpr int kAllBarrier = 8;  // all consumers
+  static constexpr int kVoteBarrier = 4;  // and the next ones: one warpgroup
+  static constexpr int kAllBarrier = 8;   // all consumers
   /// Weights of one step and thread that add up to less are kept as they are: float16 holds them.
   static constexpr float kLargeWeights = 16384.0f;
 
@@ -134,8 +135,8 @@ struct WgmmaConsumer {
   }
 
   /// Scores become weights in float32, relative to `base`, which need not be the maximum: as long as weights are not large, nothing depends
-  /// on it. True if they are, or are not numbers, in some row of the warp: then `sum` is as before.
-  __device__ __forceinline__ bool weigh(float log2_scale, float (&added)[2]) {
+  /// on it. `added` is what they come to in this thread's columns.
+  __device__ __forceinline__ void weigh(float log2_scale, float (&added)[2]) {
     float parts[2][2] = {{0.0f, 0.0f}, {0.0f, 0.0f}};
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j) {
@@ -147,7 +148,6 @@ struct WgmmaConsumer {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) added[r] = parts[r][0] + parts[r][1];
-    return __any_sync(kAllLanes, !(added[0] < kLargeWeights && added[1] < kLargeWeights));
   }
 
   /// Makes the maximum of the scores the base of rows that need one: those whose weights would be large. Earlier weights of a row are to be
@@ -340,7 +340,10 @@ struct WgmmaConsumer {
       device::pin_registers(score);
       mask_scores(scores, valid);
       float added[2];
-      if (weigh(log2_scale(), added)) {
+      weigh(log2_scale(), added);
+      // Products are a warpgroup's: all of it takes one branch.
+      const bool large = !(added[0] < kLargeWeights && added[1] < kLargeWeights);
+      if (device::named_barrier_any(kVoteBarrier + group, 128, large)) {
         // Rare after a tile's first steps: the scores are computed again, for they are weights now.
         device::pin_registers(score);
         device::wgmma_fence();
