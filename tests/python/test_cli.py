@@ -21,6 +21,7 @@ from quire.__main__ import main
 from quire.bench import FAMILIES, command, peers
 from quire.bench.arrays import NumpyArrays
 from quire.bench.harness import Case, Context, Target, Timer, Work, measure
+from quire.bench.report import Report
 
 COMMANDS = ("doctor", "bench", "demo", "generate")
 NO_GPU = {
@@ -337,7 +338,10 @@ def test_bench_quick(capsys: pytest.CaptureFixture[str], tmp_path: Path, family:
     report = json.loads(output.read_text())
     assert report["results"]
     assert {result["family"] for result in report["results"]} == {family}
-    assert all(result["us"] > 0 and not result["error"] for result in report["results"])
+    assert not any(result["error"] for result in report["results"])
+    timed = [result for result in report["results"] if not result["facts"] or result["us"] is not None]
+    assert timed
+    assert all(result["us"] > 0 for result in timed)
     assert report["settings"]["device"] == "cpu"
     assert "date" in report["machine"]
 
@@ -458,6 +462,29 @@ def test_targets() -> None:
     assert judge(Target(min_speedup=2.0, peer="slow")) is True
     assert judge(Target(min_speedup=1e6, peer="slow")) is False
     assert judge(Target(min_speedup=2.0, peer="absent")) is None
+
+
+def test_facts_without_a_time() -> None:
+    context = Context("cpu", NumpyArrays(), Timer(0.001, quick=True), quick=True)
+    work = Work(None, facts={"rows": 3.0}, shares={"used": 25.0, "free": 75.0})
+    result = measure("norm", Case("pool", lambda: work), context, {})
+    assert (result.us, result.facts, result.shares) == (None, {"rows": 3.0}, {"used": 25.0, "free": 75.0})
+    report = Report(
+        {}, {"method": "", "device": "cpu"}, results=[result], summaries={"norm": ["three of four"]}
+    )
+    assert "| pool | 25.0 % | 75.0 % |    3 |" in report.text("md")
+    assert "- three of four" in report.text("md")
+    assert "rows: 3; used: 25.0; free: 75.0" in report.text("csv")
+
+
+def test_a_sample_stands_for_a_whole_call() -> None:
+    context = Context("cpu", NumpyArrays(), Timer(0.001, quick=True), quick=True)
+    whole = measure("norm", Case("case", lambda: Work(lambda: sum(range(20000)))), context, {})
+    sample = Case("case", lambda: Work(lambda: sum(range(200))), num_items=0.01)
+    found = measure("norm", sample, context, {})
+    assert whole.us is not None
+    assert found.us is not None
+    assert 0.2 < found.us / whole.us < 5.0
 
 
 def test_percent_of_ceiling() -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 __all__ = ["FAMILIES", "BenchError"]
 
-#: The families in the order of a full run. Each is a module here with ``cases(context) -> Iterator[Case]``.
+#: The families in the order of a full run. Each is a module here with ``cases(context) -> Iterator[Case]``
+#: and, where its figures come to something, ``summary(results) -> list[str]``.
 FAMILIES = {
     "border": "what a call costs before any arithmetic: importing tensors, one tiny op",
     "block_allocator": "the block allocator's hot paths",
@@ -16,6 +17,7 @@ FAMILIES = {
     "position_encoding": "rotary embedding",
     "kv_cache": "writing, gathering and copying the paged cache",
     "attention": "paged decode and prefill",
+    "ladder": "one attention, from a Python loop to the library's kernel; KV memory with and without paging",
 }
 
 

@@ -124,14 +124,16 @@ def _bench(args: argparse.Namespace) -> int:
         if isinstance(timer, CudaTimer):
             report.floor_us = timer.floor_us()
         cases: list[tuple[str, Case]] = []
-        for family in families:
-            cases += [
-                (family, case) for case in importlib.import_module(f"quire.bench.{family}").cases(context)
-            ]
+        modules = {family: importlib.import_module(f"quire.bench.{family}") for family in families}
+        for family, module in modules.items():
+            cases += [(family, case) for case in module.cases(context)]
         for number, (family, case) in enumerate(cases):
             progress.show(number, len(cases), f"{family}: {case.name}")
             report.results.append(measure(family, case, context, report.ceilings))
             gc.collect()  # the tensors of one case are gone before those of the next come
+        for family, results in report.families().items():
+            if hasattr(modules[family], "summary"):
+                report.summaries[family] = modules[family].summary(results)
     finally:
         progress.clear()
     _write(args, report)
@@ -200,7 +202,7 @@ def _method(context: Context) -> str:
     if context.is_cuda:
         return (
             f"times are medians of device time by CUDA events, L2 flushed before each run, {turns}; "
-            "of the border and the block allocator the best round of host time"
+            "of the border, the block allocator and CPU steps the best round of host time"
         )
     return f"times are the best round, {turns}"
 

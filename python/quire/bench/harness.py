@@ -14,9 +14,10 @@ from typing import cast
 
 from quire.bench.arrays import Arrays
 
-__all__ = ["Case", "Context", "Result", "Sample", "Target", "Timer", "Work", "make_timer", "measure"]
+__all__ = ["Case", "Context", "Fact", "Result", "Sample", "Target", "Timer", "Work", "make_timer", "measure"]
 
 Run = Callable[[], object]
+Fact = float | str
 
 _BEYOND_CACHES = 64 << 20
 # Worker threads, ours and the peers', spin for a while after a call, on cores that the next one may need.
@@ -40,14 +41,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Work:
-    """What is timed: ours, and the peers by name.
+    """What is timed: ours, and the peers by name. Without ``run`` nothing is, and the facts and shares are the result.
 
     With ``is_round``, each callable is a whole round that times itself and returns seconds for one call.
     """
 
-    run: Run
+    run: Run | None
     peers: Mapping[str, Run] = field(default_factory=dict)
     is_round: bool = False
+    facts: Mapping[str, Fact] = field(default_factory=dict)  # more columns of the table
+    shares: Mapping[str, float] = field(default_factory=dict)  # parts of a whole, in percent
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,11 @@ class Case:
     num_flops: float = 0.0
     bound: str = ""  # the ceiling that counts: "copy", "read", "matmul", or "" for none
     target: Target | None = None
-    num_items: int = 1  # calls, blocks, ... that one run stands for; times are given for one of them
+    # Calls, blocks, ... that one run stands for; times are given for one of them. Below 1 a run is a sample of a call.
+    num_items: float = 1
     timer: str = ""  # "host" times the call alone, also on a GPU
     op: str = ""
+    implementation: str = "quire"  # whose time it is
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class Result:
 
     family: str
     name: str
+    implementation: str = "quire"
     us: float | None = None  # the best round on the CPU, the median on a GPU
     sample: Sample | None = None
     gb_per_s: float | None = None
@@ -91,6 +97,8 @@ class Result:
     speedups: dict[str, float] = field(default_factory=dict)  # peer's time / ours
     target: str = ""
     target_met: bool | None = None
+    facts: dict[str, Fact] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
     error: str = ""
 
 
@@ -188,6 +196,10 @@ def measure(family: str, case: Case, context: Context, ceilings: Mapping[str, fl
     """Runs a case. What goes wrong in it becomes the result's error."""
     try:
         work = case.prepare()
+        if work.run is None:
+            return Result(
+                family, case.name, case.implementation, facts=dict(work.facts), shares=dict(work.shares)
+            )
         runs: dict[str, Run] = {"quire": work.run}
         work.run()  # raises here, and not in a timer
         context.timer.settle()
@@ -202,7 +214,7 @@ def measure(family: str, case: Case, context: Context, ceilings: Mapping[str, fl
         timer = context.timer
         times, num_calls = timer.host_times(runs, work.is_round) if on_host else timer.times(runs)
     except Exception as error:
-        return Result(family, case.name, error=_reason(error))
+        return Result(family, case.name, case.implementation, error=_reason(error))
     scale = 1e6 / case.num_items
     center: Callable[[list[float]], float] = min if on_host else statistics.median
     ours = times.pop("quire")
@@ -231,6 +243,7 @@ def measure(family: str, case: Case, context: Context, ceilings: Mapping[str, fl
     return Result(
         family=family,
         name=case.name,
+        implementation=case.implementation,
         us=us,
         sample=Sample(min(ours) * scale, statistics.median(ours) * scale, len(ours), num_calls),
         gb_per_s=gb_per_s,
@@ -241,6 +254,8 @@ def measure(family: str, case: Case, context: Context, ceilings: Mapping[str, fl
         speedups=speedups,
         target="" if case.target is None else str(case.target),
         target_met=met,
+        facts=dict(work.facts),
+        shares=dict(work.shares),
     )
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quire.bench import FAMILIES, BenchError
-from quire.bench.harness import Result
+from quire.bench.harness import Fact, Result
 
-__all__ = ["FORMATS", "Report", "plot"]
+__all__ = ["FORMATS", "Report", "number", "plot"]
 
 FORMATS = ("md", "json", "csv")
 
@@ -31,6 +32,7 @@ class Report:
     ceilings_how: dict[str, str] = field(default_factory=dict)
     floor_us: float | None = None
     results: list[Result] = field(default_factory=list)
+    summaries: dict[str, list[str]] = field(default_factory=dict)  # by family: what its figures come to
     skipped_peers: dict[str, str] = field(default_factory=dict)
 
     def text(self, form: str) -> str:
@@ -53,7 +55,16 @@ class Report:
         writer = csv.writer(text, lineterminator="\n")
         columns = ["family", "case", "device", "implementation", "us", "median_us", "gb_per_s", "tflop_per_s"]
         writer.writerow(
-            [*columns, "percent_of_ceiling", "ceiling", "speedup_of_quire", "target", "target_met", "error"]
+            [
+                *columns,
+                "percent_of_ceiling",
+                "ceiling",
+                "speedup_of_quire",
+                "target",
+                "target_met",
+                "facts",
+                "error",
+            ]
         )
         device = self.settings.get("device", "")
         for r in self.results:
@@ -61,13 +72,26 @@ class Report:
             rates = [r.gb_per_s, r.tflop_per_s, r.percent_of_ceiling]
             cells = [_csv_number(value) for value in (r.us, median, *rates)]
             met = "" if r.target_met is None else str(r.target_met).lower()
+            facts = "; ".join(f"{name}: {_fact(value)}" for name, value in {**r.facts, **r.shares}.items())
             writer.writerow(
-                [r.family, r.name, device, "quire", *cells, r.ceiling, "", r.target, met, r.error]
+                [
+                    r.family,
+                    r.name,
+                    device,
+                    r.implementation,
+                    *cells,
+                    r.ceiling,
+                    "",
+                    r.target,
+                    met,
+                    facts,
+                    r.error,
+                ]
             )
             for name, us in r.peers.items():
                 speedup = _csv_number(r.speedups.get(name))
                 writer.writerow(
-                    [r.family, r.name, device, name, _csv_number(us), "", "", "", "", "", speedup, "", "", ""]
+                    [r.family, r.name, device, name, _csv_number(us), *[""] * 5, speedup, *[""] * 4]
                 )
         return text.getvalue()
 
@@ -76,14 +100,19 @@ class Report:
         lines += [f"- {key}: {value}" for key, value in self.machine.items()]
         for name, rate in self.ceilings.items():
             unit = "TFLOP/s" if name == "matmul" else "GB/s"
-            lines.append(f"- ceiling, {name}: {_number(rate)} {unit} ({self.ceilings_how.get(name, '')})")
+            lines.append(f"- ceiling, {name}: {number(rate)} {unit} ({self.ceilings_how.get(name, '')})")
         if self.floor_us is not None:
             lines.append(
-                f"- a kernel that does nothing: {_number(self.floor_us)} µs by this timer, in every figure"
+                f"- a kernel that does nothing: {number(self.floor_us)} µs by this timer, in every figure"
             )
         lines.append(f"- {self.settings['method']}")
         for family, results in self.families().items():
-            lines += ["", f"## {family}", "", FAMILIES.get(family, ""), "", *_table(results)]
+            lines += ["", f"## {family}", "", FAMILIES.get(family, "")]
+            timed, shared = [r for r in results if not r.shares], [r for r in results if r.shares]
+            lines += ["", *_table(timed)] if timed else []
+            lines += ["", *_shares_table(shared)] if shared else []
+            summary = self.summaries.get(family)
+            lines += ["", *(f"- {line}" for line in summary)] if summary else []
         errors = [result for result in self.results if result.error]
         if errors:
             lines += ["", "## Failed", "", *(f"- {result.name}: {result.error}" for result in errors)]
@@ -97,11 +126,17 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """Three significant digits, without an exponent."""
     if value is None:
         return ""
+    if 0.0 < abs(value) < 1e-4:
+        return f"{value:.{2 - math.floor(math.log10(abs(value)))}f}"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def _fact(value: Fact) -> str:
+    return value if isinstance(value, str) else number(value)
 
 
 def _csv_number(value: float | None) -> str:
@@ -115,7 +150,8 @@ def _unique(names: Iterable[str]) -> list[str]:
 def _table(results: Sequence[Result]) -> list[str]:
     """A Markdown table with only the columns that have something in them."""
     peers = _unique(name for result in results for name in result.peers)
-    header, rows = ["case", "µs"], [[r.name, "failed" if r.error else _number(r.us)] for r in results]
+    times = ["failed" if r.error else "–" if r.us is None else number(r.us) for r in results]
+    header, rows = ["case", "µs"], [[r.name, cell] for r, cell in zip(results, times)]
 
     def column(title: str, cells: Sequence[str]) -> None:
         if any(cells):
@@ -123,15 +159,36 @@ def _table(results: Sequence[Result]) -> list[str]:
             for row, cell in zip(rows, cells):
                 row.append(cell)
 
-    column("GB/s", [_number(r.gb_per_s) for r in results])
-    column("TFLOP/s", [_number(r.tflop_per_s) for r in results])
+    column("GB/s", [number(r.gb_per_s) for r in results])
+    column("TFLOP/s", [number(r.tflop_per_s) for r in results])
     percents = [f"{r.percent_of_ceiling:.0f} %" if r.percent_of_ceiling is not None else "" for r in results]
     column("of ceiling", percents)
     for peer in peers:
-        column(f"{peer}, µs", [_number(r.peers.get(peer)) for r in results])
+        column(f"{peer}, µs", [number(r.peers.get(peer)) for r in results])
         column(f"{peer} / quire", [f"{r.speedups[peer]:.2f}x" if peer in r.speedups else "" for r in results])
+    for fact in _unique(name for result in results for name in result.facts):
+        column(fact, [_fact(r.facts.get(fact, "")) for r in results])
     verdict = {True: "met", False: "MISSED", None: "not judged"}
     column("target", [f"{r.target}: {verdict[r.target_met]}" if r.target else "" for r in results])
+    return _aligned(header, rows)
+
+
+def _shares_table(results: Sequence[Result]) -> list[str]:
+    """A Markdown table of parts of a whole."""
+    shares = _unique(name for result in results for name in result.shares)
+    facts = _unique(name for result in results for name in result.facts)
+    rows = [
+        [
+            r.name,
+            *(f"{r.shares[share]:.1f} %" if share in r.shares else "" for share in shares),
+            *(_fact(r.facts.get(fact, "")) for fact in facts),
+        ]
+        for r in results
+    ]
+    return _aligned(["case", *shares, *facts], rows)
+
+
+def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -148,30 +205,36 @@ def _table(results: Sequence[Result]) -> list[str]:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draws each family's times, ours beside the peers', on a log axis. BenchError without matplotlib."""
+    """Draws each family's times, ours beside the peers', on a log axis, and shares as bars. BenchError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise BenchError(f"--plot needs matplotlib (pip install matplotlib): {error}") from None
-    families = {
-        name: [result for result in results if result.us is not None]
-        for name, results in report.families().items()
-    }
-    families = {name: results for name, results in families.items() if results}
-    if not families:
+    drawn = [
+        (family, [result for result in results if (result.us is not None, bool(result.shares)) == kind])
+        for family, results in report.families().items()
+        for kind in ((True, False), (False, True))
+    ]
+    panels = [(family, results) for family, results in drawn if results]
+    if not panels:
         raise BenchError("--plot: no case gave a time")
-    heights = [len(results) * 0.28 + 0.9 for results in families.values()]
+    heights = [len(results) * 0.28 + 0.9 for _, results in panels]
     figure = Figure(figsize=(11, sum(heights) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(
         " · ".join(value for key, value in report.machine.items() if key in ("quire", "CPU", "GPU", "date")),
         fontsize=9,
     )
-    axes = figure.subplots(len(families), 1, squeeze=False, height_ratios=heights)[:, 0]
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     implementations = _unique(["quire", *(name for result in report.results for name in result.peers)])
-    for axis, (family, results) in zip(axes, families.items()):
+    for axis, (family, results) in zip(axes, panels):
         places = range(len(results))
+        axis.set_yticks(list(places), [result.name for result in results], fontsize=7)
+        axis.set_title(family, fontsize=9, loc="left")
+        if results[0].shares:
+            _draw_shares(axis, results)
+            continue
         here = {"quire", *(name for result in results for name in result.peers)}
         for number, name in enumerate(implementations):
             if name not in here:
@@ -193,13 +256,23 @@ def plot(report: Report, path: Path) -> None:
                 alpha=1.0 if name == "quire" else 0.7,
             )
         axis.set_xscale("log")
-        axis.set_yticks(list(places), [result.name for result in results], fontsize=7)
         axis.invert_yaxis()
         axis.grid(True, axis="x", which="both", alpha=0.25)
-        axis.set_title(family, fontsize=9, loc="left")
-        axis.legend(fontsize=7, loc="best")
-    axes[-1].set_xlabel("µs (less is better)")
+        if len(here) > 1:
+            axis.legend(fontsize=7, loc="best")
+        axis.set_xlabel("µs (less is better)", fontsize=8)
     try:
         figure.savefig(path, dpi=120, format="png")
     except OSError as error:
         raise BenchError(f"--plot {path}: {error.strerror or error}") from None
+
+
+def _draw_shares(axis: Any, results: Sequence[Result]) -> None:
+    left = [0.0] * len(results)
+    for number, name in enumerate(_unique(name for result in results for name in result.shares)):
+        widths = [result.shares.get(name, 0.0) for result in results]
+        axis.barh(range(len(results)), widths, left=left, color=f"C{number % 10}", label=name)
+        left = [a + b for a, b in zip(left, widths)]
+    axis.invert_yaxis()
+    axis.set_xlabel("%", fontsize=8)
+    axis.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(results[0].shares))
