@@ -212,9 +212,9 @@ def simulate(pool: Pool, num_slots: int, requests: list[Request]) -> Shares:
                     num_finished += 1
     if num_steps == 0:
         raise ValueError("the pool held all requests at once: nothing to count")
-    totals /= num_steps
-    tokens, reserved, fragments, free = (float(x) for x in totals[:4] * (100.0 / num_slots))
-    return Shares(tokens, reserved, fragments, free, float(totals[4]), num_preempted)
+    means = totals / num_steps
+    tokens, reserved, fragments, free = (means[:4] * (100.0 / num_slots)).tolist()
+    return Shares(tokens, reserved, fragments, free, float(means[4]), num_preempted)
 
 
 def _power_of_two(x: int) -> int:
