@@ -18,10 +18,9 @@ import pytest
 
 from quire import doctor
 from quire.__main__ import main
-from quire.bench import FAMILIES, command, peers
+from quire.bench import FAMILIES, command, peers, report
 from quire.bench.arrays import NumpyArrays
-from quire.bench.harness import Case, Context, Target, Timer, Work, measure
-from quire.bench.report import Report
+from quire.bench.harness import Case, Context, Result, Target, Timer, Work, measure
 
 COMMANDS = ("doctor", "bench", "demo", "generate")
 NO_GPU = {
@@ -335,15 +334,15 @@ def test_bench_quick(capsys: pytest.CaptureFixture[str], tmp_path: Path, family:
     code, out, err = run(capsys, *arguments, "--format", "json", "--output", str(output))
     assert (code, out) == (0, "")
     assert not err or "load average" in err
-    report = json.loads(output.read_text())
-    assert report["results"]
-    assert {result["family"] for result in report["results"]} == {family}
-    assert not any(result["error"] for result in report["results"])
-    timed = [result for result in report["results"] if not result["facts"] or result["us"] is not None]
+    found = json.loads(output.read_text())
+    assert found["results"]
+    assert {result["family"] for result in found["results"]} == {family}
+    assert not any(result["error"] for result in found["results"])
+    timed = [result for result in found["results"] if not result["facts"] or result["us"] is not None]
     assert timed
     assert all(result["us"] > 0 for result in timed)
-    assert report["settings"]["device"] == "cpu"
-    assert "date" in report["machine"]
+    assert found["settings"]["device"] == "cpu"
+    assert "date" in found["machine"]
 
 
 @pytest.mark.parametrize("form", ["md", "csv"])
@@ -427,9 +426,10 @@ def test_peers_from_a_file(
     arguments = ("bench", "activation", "--quick", "--device", "cpu", "--no-ceilings", "--min-time", "0.001")
     code, out, _ = run(capsys, *arguments, "--format", "json")
     assert code == 0
-    report = json.loads(out)
-    assert "mine" in report["results"][0]["peers"]
-    assert "no_such_library" in report["skipped_peers"]["absent"]
+    found = json.loads(out)
+    assert "mine" in found["results"][0]["peers"]
+    assert any(line.startswith("silu_and_mul against") for line in found["summaries"]["activation"])
+    assert "no_such_library" in found["skipped_peers"]["absent"]
     path.write_text("nonsense(\n")
     code, _, err = run(capsys, *arguments)
     assert code == 2
@@ -464,17 +464,31 @@ def test_targets() -> None:
     assert judge(Target(min_speedup=2.0, peer="absent")) is None
 
 
+def test_summary_against_peers() -> None:
+    results = [
+        Result("attention", "a", group="decode", us=10.0, peers={"x": 20.0, "y": 40.0}),
+        Result("attention", "b", group="decode", us=10.0, peers={"x": 9.0, "y": 5.0}),
+        Result("attention", "c", group="decode", unranked=("x",), us=10.0, peers={"x": 1.0, "y": 80.0}),
+        Result("attention", "d", group="prefill", us=10.0, peers={"y": 15.0}),
+        Result("attention", "e", group="alone", us=10.0, unranked=("x",), peers={"x": 1.0}),
+        Result("attention", "f", group="decode", error="broken", peers={}),
+    ]
+    decode, prefill = report.against_peers(results)  # 2, 0.5 and 8 times
+    assert decode.startswith("decode ")
+    assert "mean 2.00x, ahead in 2 of 3, worst 0.50x (b; y)" in decode
+    assert "mean 1.50x, ahead in 1 of 1, worst 1.50x (d; y)" in prefill
+
+
 def test_facts_without_a_time() -> None:
     context = Context("cpu", NumpyArrays(), Timer(0.001, quick=True), quick=True)
     work = Work(None, facts={"rows": 3.0}, shares={"used": 25.0, "free": 75.0})
     result = measure("norm", Case("pool", lambda: work), context, {})
     assert (result.us, result.facts, result.shares) == (None, {"rows": 3.0}, {"used": 25.0, "free": 75.0})
-    report = Report(
-        {}, {"method": "", "device": "cpu"}, results=[result], summaries={"norm": ["three of four"]}
-    )
-    assert "| pool | 25.0 % | 75.0 % |    3 |" in report.text("md")
-    assert "- three of four" in report.text("md")
-    assert "rows: 3; used: 25.0; free: 75.0" in report.text("csv")
+    settings = {"method": "", "device": "cpu"}
+    whole = report.Report({}, settings, results=[result], summaries={"norm": ["three of four"]})
+    assert "| pool | 25.0 % | 75.0 % |    3 |" in whole.text("md")
+    assert "- three of four" in whole.text("md")
+    assert "rows: 3; used: 25.0; free: 75.0" in whole.text("csv")
 
 
 def test_a_sample_stands_for_a_whole_call() -> None:

@@ -25,7 +25,7 @@ def cases(context: Context) -> Iterator[Case]:
     if context.quick:
         grid = [(16, 512)]
     elif context.is_cuda:
-        grid = [(1, 14336), (64, 14336), (4096, 14336), (16384, 14336)]
+        grid = [(1, 14336), (16, 14336), (64, 14336), (4096, 14336), (16384, 14336)]
     else:
         grid = [(1, 14336), (64, 14336), (1024, 14336)]
     for op in ("silu_and_mul", "gelu_tanh_and_mul"):

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 import quire
+from quire._allocate import Array
 from quire.bench.harness import Case, Context, Target, Work
 from quire.bench.peers import peers_of
 
 __all__ = ["cases"]
 
 _BLOCK_SIZE = 16
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
+_INT8_SCALE = 1.0 / 32.0  # of what Arrays.random draws
+
+Lengths = np.ndarray[Any, np.dtype[Any]]
+Shape = tuple[int, int, int, int, int]
 
 # (sequences, tokens of each, query heads, KV heads, head_dim)
 _DECODE_CUDA = [
@@ -44,7 +50,13 @@ _DECODE_CUDA = [
     (32, 8192, 32, 8, 64),
     (256, 1024, 32, 8, 64),
 ]
-# (sequences, tokens of each, query heads, KV heads, head_dim), each causal and not
+_DECODE_INT8_CUDA = [
+    (1, 8192, 32, 8, 128),
+    (32, 8192, 32, 8, 128),
+    (256, 1024, 32, 8, 128),
+    (32, 8192, 32, 8, 64),
+]
+# The same, each causal and not
 _PREFILL_CUDA = [
     (8, 2048, 32, 8, 64),
     (2, 8192, 32, 8, 64),
@@ -55,64 +67,133 @@ _PREFILL_CUDA = [
     (8, 2048, 16, 8, 256),
     (2, 8192, 16, 8, 256),
 ]
+_PREFILL_FP8_CUDA = [(2, 8192, 32, 8, 128)]
 
 
 def cases(context: Context) -> Iterator[Case]:
-    """Decode with the cache in bfloat16 and in float8_e4m3fn, then prefill in bfloat16."""
+    """Decode over caches of three dtypes, of equal lengths and ragged; a mixed batch; prefill."""
     masks: tuple[bool, ...] = (True,)
+    prefill_fp8: list[Shape] = []
+    ragged_batch, longest = 64, 32768
     if context.quick:
-        decode, prefill, masks = [(2, 100, 4, 2, 64)], [(1, 64, 4, 2, 64)], (True,)
+        decode, prefill = [(2, 100, 4, 2, 64)], [(1, 64, 4, 2, 64)]
+        decode_int8, prefill_fp8, ragged_batch, longest = decode, prefill, 3, 64
     elif context.is_cuda:
         decode, prefill, masks = _DECODE_CUDA, _PREFILL_CUDA, (True, False)
+        decode_int8, prefill_fp8 = _DECODE_INT8_CUDA, _PREFILL_FP8_CUDA
     else:
-        decode, prefill, masks = (
-            [(1, 4096, 32, 8, 128), (8, 4096, 32, 8, 128)],
-            [(1, 512, 32, 8, 128), (1, 2048, 32, 8, 128)],
-            (True,),
-        )
+        decode = [(1, 4096, 32, 8, 128), (8, 4096, 32, 8, 128)]
+        prefill = [(1, 512, 32, 8, 128), (1, 2048, 32, 8, 128)]
+        decode_int8, ragged_batch, longest = [(8, 4096, 32, 8, 128)], 16, 4096
     on_cpu = not context.is_cuda and not context.quick
-    for cache_dtype in ("bfloat16", "float8_e4m3fn"):
-        for shape in decode:
+    for cache_dtype, shapes in (("bfloat16", decode), ("float8_e4m3fn", decode), ("int8", decode_int8)):
+        for shape in shapes:
             batch, length, num_heads, num_kv_heads, head_dim = shape
-            kv_numbers = 2 * batch * length * num_kv_heads * head_dim
             held = on_cpu and cache_dtype == "bfloat16" and batch == 8
-            yield Case(
-                name=f"decode B{batch} L{length} {num_heads}/{num_kv_heads} D{head_dim}, cache {cache_dtype}",
-                prepare=partial(_decode, context, shape, cache_dtype),
-                num_bytes=kv_numbers * _ITEM_BYTES[cache_dtype] + 4 * batch * num_heads * head_dim,
-                num_flops=4.0 * batch * length * num_heads * head_dim,
-                bound="read",
-                target=Target(min_speedup=2.0) if held else None,
-                op="paged_attention_decode",
+            yield _decode_case(
+                context,
+                f"decode B{batch} L{length} {num_heads}/{num_kv_heads} D{head_dim}, cache {cache_dtype}",
+                f"decode, cache {cache_dtype}",
+                np.full(batch, length),
+                (num_heads, num_kv_heads, head_dim),
+                cache_dtype,
+                Target(min_speedup=2.0) if held else None,
             )
-    for shape in prefill:
-        batch, length, num_heads, num_kv_heads, head_dim = shape
-        for causal in masks:
-            # By convention half of the score matrix counts under the causal mask.
-            flops = 4.0 * batch * length * length * num_heads * head_dim * (0.5 if causal else 1.0)
-            mask = "causal" if causal else "full"
-            yield Case(
-                name=f"prefill B{batch} L{length} {num_heads}/{num_kv_heads} D{head_dim} {mask} bfloat16",
-                prepare=partial(_prefill, context, shape, causal),
-                num_flops=flops,
-                bound="matmul",
-                target=Target(min_speedup=0.5) if on_cpu and length == 2048 else None,
-                op="attention_prefill",
-            )
+    # Log-uniform: as many sequences between 16 and 32 tokens as between 16384 and 32768.
+    ragged = np.exp(np.random.default_rng(6).uniform(np.log(16), np.log(longest), ragged_batch)).astype(int)
+    heads = (4, 2, 64) if context.quick else (32, 8, 128)
+    for cache_dtype in ("bfloat16", "float8_e4m3fn", "int8"):
+        yield _decode_case(
+            context,
+            f"decode ragged B{ragged_batch} L16..{longest} {heads[0]}/{heads[1]} D{heads[2]}, cache {cache_dtype}",
+            "decode, ragged",
+            ragged,
+            heads,
+            cache_dtype,
+        )
+    chunks, rows = (2, 6) if context.quick else (4, 252 if context.is_cuda else 28)
+    chunk, context_len = (16, 64) if context.quick else (512, 2048)
+    for cache_dtype in ("bfloat16", "float8_e4m3fn"):
+        yield Case(
+            name=f"mixed {chunks} chunks of {chunk} + {rows} decodes, L{context_len} {heads[0]}/{heads[1]} D{heads[2]}, "
+            f"cache {cache_dtype}",
+            prepare=partial(_mixed, context, (chunks, rows, chunk, context_len), heads, cache_dtype),
+            op="paged_attention_mixed",
+            group="mixed",
+            unranked=("quire, two calls",),
+        )
+    for kv_dtype, shapes in (("bfloat16", prefill), ("float8_e4m3fn", prefill_fp8)):
+        for shape in shapes:
+            batch, length, num_heads, num_kv_heads, head_dim = shape
+            for causal in masks:
+                # By convention half of the score matrix counts under the causal mask.
+                flops = 4.0 * batch * length * length * num_heads * head_dim * (0.5 if causal else 1.0)
+                mask = "causal" if causal else "full"
+                keys = "" if kv_dtype == "bfloat16" else f", keys {kv_dtype}"
+                held = on_cpu and length == 2048
+                yield Case(
+                    name=f"prefill B{batch} L{length} {num_heads}/{num_kv_heads} D{head_dim} {mask} bfloat16{keys}",
+                    prepare=partial(_prefill, context, shape, causal, kv_dtype),
+                    num_flops=flops,
+                    bound="matmul",
+                    target=Target(min_speedup=0.5) if held else None,
+                    op="attention_prefill",
+                    group=f"prefill, keys {kv_dtype}",
+                )
 
 
-def _decode(context: Context, shape: tuple[int, int, int, int, int], cache_dtype: str) -> Work:
-    batch, length, num_heads, num_kv_heads, head_dim = shape
+def _decode_case(
+    context: Context,
+    name: str,
+    group: str,
+    lengths: Lengths,
+    heads: tuple[int, int, int],
+    cache_dtype: str,
+    target: Target | None = None,
+) -> Case:
+    num_heads, num_kv_heads, head_dim = heads
+    num_tokens = float(lengths.sum())
+    kv_bytes = 2 * num_tokens * num_kv_heads * head_dim * _ITEM_BYTES[cache_dtype]
+    return Case(
+        name=name,
+        prepare=partial(_decode, context, lengths, heads, cache_dtype),
+        num_bytes=kv_bytes + 4 * len(lengths) * num_heads * head_dim,
+        num_flops=4.0 * num_tokens * num_heads * head_dim,
+        bound="read",
+        target=target,
+        op="paged_attention_decode",
+        group=group,
+        unranked=("torch",),  # reads contiguous keys and values
+    )
+
+
+def _cache(
+    context: Context, lengths: Lengths, num_kv_heads: int, head_dim: int, dtype: str
+) -> tuple[Array, Array, Array, Array]:
+    """k_cache, v_cache, block_tables, seq_lens."""
+    counts = -(-lengths // _BLOCK_SIZE)
+    shape = (int(counts.sum()), _BLOCK_SIZE, num_kv_heads, head_dim)
+    k_cache, v_cache = (context.arrays.random(shape, dtype) for _ in range(2))
+    # Blocks in random order, as after hours of serving. Beyond a sequence's end: a block that every peer may read.
+    order = np.random.default_rng(5).permutation(shape[0]).astype(np.int32)
+    tables = np.zeros((len(lengths), counts.max()), np.int32)
+    tables[np.arange(counts.max()) < counts[:, None]] = order
+    put = context.arrays.put
+    return k_cache, v_cache, put(tables), put(lengths.astype(np.int32))
+
+
+def _scales(context: Context, dtype: str) -> dict[str, Array]:
+    if dtype != "int8":
+        return {}
+    return {name: context.arrays.put(np.array([_INT8_SCALE], np.float32)) for name in ("k_scale", "v_scale")}
+
+
+def _decode(context: Context, lengths: Lengths, heads: tuple[int, int, int], cache_dtype: str) -> Work:
+    num_heads, num_kv_heads, head_dim = heads
     arrays = context.arrays
-    columns = -(-length // _BLOCK_SIZE)
-    num_blocks = batch * columns
-    q = arrays.random((batch, num_heads, head_dim), "bfloat16")
-    cache_shape = (num_blocks, _BLOCK_SIZE, num_kv_heads, head_dim)
-    k_cache, v_cache = (arrays.random(cache_shape, cache_dtype) for _ in range(2))
-    # Blocks in random order, as after hours of serving.
-    order = np.random.default_rng(5).permutation(num_blocks).astype(np.int32).reshape(batch, columns)
-    block_tables, seq_lens = arrays.put(order), arrays.put(np.full(batch, length, np.int32))
-    out = arrays.empty((batch, num_heads, head_dim), "bfloat16")
+    q = arrays.random((len(lengths), num_heads, head_dim), "bfloat16")
+    k_cache, v_cache, block_tables, seq_lens = _cache(context, lengths, num_kv_heads, head_dim, cache_dtype)
+    out = arrays.empty((len(lengths), num_heads, head_dim), "bfloat16")
     peers = peers_of(
         context,
         "paged_attention_decode",
@@ -122,16 +203,75 @@ def _decode(context: Context, shape: tuple[int, int, int, int, int], cache_dtype
         v_cache=v_cache,
         block_tables=block_tables,
         seq_lens=seq_lens,
-        max_seq_len=length,
+        max_seq_len=int(lengths.max()),
     )
-    return Work(lambda: quire.paged_attention(q, k_cache, v_cache, block_tables, seq_lens, out=out), peers)
+    scales = _scales(context, cache_dtype)
+    return Work(
+        lambda: quire.paged_attention(q, k_cache, v_cache, block_tables, seq_lens, out=out, **scales), peers
+    )
 
 
-def _prefill(context: Context, shape: tuple[int, int, int, int, int], causal: bool) -> Work:
+def _mixed(
+    context: Context, sizes: tuple[int, int, int, int], heads: tuple[int, int, int], cache_dtype: str
+) -> Work:
+    """Chunks of prompts first, then one row of each decoding sequence."""
+    num_chunks, num_rows, chunk, length = sizes
+    num_heads, num_kv_heads, head_dim = heads
+    arrays = context.arrays
+    num_seqs, split = num_chunks + num_rows, num_chunks * chunk
+    query_lens = np.array([chunk] * num_chunks + [1] * num_rows)
+    starts = np.concatenate(([0], query_lens.cumsum())).astype(np.int32)
+    query_start_loc, chunk_starts = arrays.put(starts), arrays.put(starts[: num_chunks + 1])
+    q = arrays.random((split + num_rows, num_heads, head_dim), "bfloat16")
+    out = arrays.empty((split + num_rows, num_heads, head_dim), "bfloat16")
+    k_cache, v_cache, tables, seq_lens = _cache(
+        context, np.full(num_seqs, length), num_kv_heads, head_dim, cache_dtype
+    )
+
+    def one_call() -> object:
+        return quire.paged_attention(
+            q, k_cache, v_cache, tables, seq_lens, query_start_loc=query_start_loc, out=out
+        )
+
+    # CuPy's tensors of bfloat16 are quire's own, which cannot be sliced.
+    parts = [arrays.random((n, num_heads, head_dim), "bfloat16") for n in (split, num_rows)]
+    outs = [arrays.empty((n, num_heads, head_dim), "bfloat16") for n in (split, num_rows)]
+
+    def two_calls() -> object:
+        quire.paged_attention(
+            parts[0],
+            k_cache,
+            v_cache,
+            tables[:num_chunks],
+            seq_lens[:num_chunks],
+            query_start_loc=chunk_starts,
+            out=outs[0],
+        )
+        return quire.paged_attention(
+            parts[1], k_cache, v_cache, tables[num_chunks:], seq_lens[num_chunks:], out=outs[1]
+        )
+
+    peers = peers_of(
+        context,
+        "paged_attention_mixed",
+        out=out,
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        block_tables=tables,
+        seq_lens=seq_lens,
+        max_seq_len=length,
+        query_start_loc=query_start_loc,
+        max_query_len=chunk,
+    )
+    return Work(one_call, {"quire, two calls": two_calls, **peers})
+
+
+def _prefill(context: Context, shape: Shape, causal: bool, kv_dtype: str) -> Work:
     batch, length, num_heads, num_kv_heads, head_dim = shape
     arrays = context.arrays
     q = arrays.random((batch * length, num_heads, head_dim), "bfloat16")
-    k, v = (arrays.random((batch * length, num_kv_heads, head_dim), "bfloat16") for _ in range(2))
+    k, v = (arrays.random((batch * length, num_kv_heads, head_dim), kv_dtype) for _ in range(2))
     starts = arrays.put(np.arange(batch + 1, dtype=np.int32) * np.int32(length))
     out = arrays.empty((batch * length, num_heads, head_dim), "bfloat16")
     peers = peers_of(

@@ -26,7 +26,7 @@ from quire.bench import FAMILIES, BenchError, arrays, peers
 from quire.bench.ceilings import measure_ceilings
 from quire.bench.cuda_timer import CudaTimer
 from quire.bench.harness import Case, Context, make_timer, measure
-from quire.bench.report import FORMATS, Report, plot
+from quire.bench.report import FORMATS, Report, against_peers, plot
 
 __all__ = ["add_bench_arguments", "run_bench"]
 
@@ -96,7 +96,7 @@ def _bench(args: argparse.Namespace) -> int:
     _check_paths(args)
     extra = os.environ.get("QUIRE_BENCH_PEERS")
     if extra and args.peers:
-        peers.load_file(extra)
+        peers.load(extra)
     device = _device(args.device)
     library = arrays.for_device(device)
     _set_threads(args.threads)
@@ -132,8 +132,11 @@ def _bench(args: argparse.Namespace) -> int:
             report.results.append(measure(family, case, context, report.ceilings))
             gc.collect()  # the tensors of one case are gone before those of the next come
         for family, results in report.families().items():
+            lines = against_peers(results)
             if hasattr(modules[family], "summary"):
-                report.summaries[family] = modules[family].summary(results)
+                lines += modules[family].summary(results)
+            if lines:
+                report.summaries[family] = lines
     finally:
         progress.clear()
     _write(args, report)

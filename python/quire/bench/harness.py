@@ -9,7 +9,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from quire.bench.arrays import Arrays
@@ -68,6 +68,8 @@ class Case:
     timer: str = ""  # "host" times the call alone, also on a GPU
     op: str = ""
     implementation: str = "quire"  # whose time it is
+    group: str = ""  # the cases that a summary takes together; "" is op
+    unranked: tuple[str, ...] = ()  # peers that do another task, a lighter one say; no summary counts them
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class Result:
     family: str
     name: str
     implementation: str = "quire"
+    group: str = ""
+    unranked: tuple[str, ...] = ()
     us: float | None = None  # the best round on the CPU, the median on a GPU
     sample: Sample | None = None
     gb_per_s: float | None = None
@@ -194,12 +198,13 @@ def _loop(run: Run, num_calls: int) -> float:
 
 def measure(family: str, case: Case, context: Context, ceilings: Mapping[str, float]) -> Result:
     """Runs a case. What goes wrong in it becomes the result's error."""
+    blank = Result(
+        family, case.name, case.implementation, group=case.group or case.op or family, unranked=case.unranked
+    )
     try:
         work = case.prepare()
         if work.run is None:
-            return Result(
-                family, case.name, case.implementation, facts=dict(work.facts), shares=dict(work.shares)
-            )
+            return replace(blank, facts=dict(work.facts), shares=dict(work.shares))
         runs: dict[str, Run] = {"quire": work.run}
         work.run()  # raises here, and not in a timer
         context.timer.settle()
@@ -214,7 +219,7 @@ def measure(family: str, case: Case, context: Context, ceilings: Mapping[str, fl
         timer = context.timer
         times, num_calls = timer.host_times(runs, work.is_round) if on_host else timer.times(runs)
     except Exception as error:
-        return Result(family, case.name, case.implementation, error=_reason(error))
+        return replace(blank, error=_reason(error))
     scale = 1e6 / case.num_items
     center: Callable[[list[float]], float] = min if on_host else statistics.median
     ours = times.pop("quire")
@@ -240,10 +245,8 @@ def measure(family: str, case: Case, context: Context, ceilings: Mapping[str, fl
             met = us <= case.target.max_us
         elif case.target.min_speedup is not None and case.target.peer in speedups:
             met = speedups[case.target.peer] >= case.target.min_speedup
-    return Result(
-        family=family,
-        name=case.name,
-        implementation=case.implementation,
+    return replace(
+        blank,
         us=us,
         sample=Sample(min(ours) * scale, statistics.median(ours) * scale, len(ours), num_calls),
         gb_per_s=gb_per_s,

@@ -22,7 +22,7 @@ _ITEM_BYTES = {"bfloat16": 2, "float8_e4m3fn": 1}
 
 def cases(context: Context) -> Iterator[Case]:
     """T tokens of 8 KV heads of 128 at random slots; whole blocks of 16 tokens."""
-    grid = [16] if context.quick else [1, 64, 4096, 16384] if context.is_cuda else [1, 64, 4096]
+    grid = [16] if context.quick else [1, 16, 64, 4096, 16384] if context.is_cuda else [1, 64, 4096]
     numbers = 2 * _NUM_KV_HEADS * _HEAD_DIM  # K and V of a token
     for op, prepare in (("write_kv", _write_kv), ("gather_kv", _gather_kv)):
         for cache_dtype in ("bfloat16", "float8_e4m3fn"):

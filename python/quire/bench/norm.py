@@ -28,6 +28,7 @@ def cases(context: Context) -> Iterator[Case]:
         grid = [
             (1, 4096),
             (1, 8192),
+            (16, 4096),
             (64, 4096),
             (64, 8192),
             (4096, 4096),

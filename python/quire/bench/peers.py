@@ -4,7 +4,8 @@ A peer is a factory for an op. It takes the op's tensors as torch tensors by key
 without arguments. Where it cannot (library absent, dtype or shape not supported) it raises anything, and is
 left out with that reason.
 
-The environment variable QUIRE_BENCH_PEERS names a Python file with more of them::
+The environment variable QUIRE_BENCH_PEERS names a folder with the shared objects of an unpacked vLLM wheel (_C.abi3.so,
+_vllm_fa3_C.abi3.so), where vLLM itself cannot be imported; or a Python file with more peers::
 
     def register(add):
         add("rms_norm", "mine", lambda *, out, x, weight, eps: lambda: mine.rms_norm(out, x, weight, eps))
@@ -18,6 +19,7 @@ Ops and their keywords (shapes as in quire's functions of the same name):
 - write_kv: k, v, k_cache, v_cache, slot_mapping
 - gather_kv: out_k, out_v, k_cache, v_cache, slot_mapping
 - paged_attention_decode: out, q, k_cache, v_cache, block_tables, seq_lens, max_seq_len
+- paged_attention_mixed: the same, query_start_loc, max_query_len
 - attention_prefill: out, q, k, v ``[batch * length, heads, head_dim]``, query_start_loc, batch, length,
   causal
 
@@ -29,6 +31,8 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from quire._allocate import Array
@@ -36,7 +40,7 @@ from quire.bench import BenchError
 from quire.bench.arrays import available
 from quire.bench.harness import Context, Run
 
-__all__ = ["NotApplicable", "load_file", "peers_of"]
+__all__ = ["NotApplicable", "load", "peers_of"]
 
 Factory = Callable[..., Run]
 
@@ -53,11 +57,17 @@ def add(op: str, name: str, factory: Factory) -> None:
     _registered.setdefault(op, {})[name] = factory
 
 
-def load_file(path: str) -> None:
-    """Runs the register(add) of a Python file. Raises BenchError where that cannot be done."""
+_folder: list[Path] = []
+
+
+def load(path: str) -> None:
+    """Runs the register(add) of a Python file, or notes a folder. Raises BenchError where that cannot be done."""
+    if os.path.isdir(path):
+        _folder[:] = [Path(path)]
+        return
     spec = importlib.util.spec_from_file_location("quire_bench_peers", path)
     if spec is None or spec.loader is None or not os.path.isfile(path):
-        raise BenchError(f"QUIRE_BENCH_PEERS: {path!r} is no Python file")
+        raise BenchError(f"QUIRE_BENCH_PEERS: {path!r} is no Python file and no folder")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -200,6 +210,8 @@ def _torch_decode(
 
     if k_cache.dtype != q.dtype:
         raise NotApplicable("a cache of another dtype")
+    if int(seq_lens.min()) != max_seq_len:
+        raise NotApplicable("lengths differ")
 
     def contiguous(cache: Any) -> Any:
         rows = cache[block_tables.long()].flatten(1, 2)[:, :max_seq_len]
@@ -214,8 +226,35 @@ def _torch_prefill(
 ) -> Run:
     from torch.nn.functional import scaled_dot_product_attention
 
+    if k.dtype != q.dtype:
+        raise NotApplicable("keys of another dtype")
     query, key, value = (x.unflatten(0, (batch, length)).transpose(1, 2) for x in (q, k, v))
     return lambda: scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
+
+
+def _torch_prefill_by(backend: str) -> Factory:
+    """SDPA held to one backend. It gets K and V repeated for each query head, which not all backends do themselves."""
+
+    def factory(
+        *, out: Any, q: Any, k: Any, v: Any, query_start_loc: Any, batch: int, length: int, causal: bool
+    ) -> Run:
+        _need_cuda(q, backend)
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.nn.functional import scaled_dot_product_attention
+
+        if k.dtype != q.dtype:
+            raise NotApplicable("keys of another dtype")
+        group = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        query, key, value = (x.unflatten(0, (batch, length)).transpose(1, 2) for x in (q, k, v))
+
+        def run() -> object:
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                return scaled_dot_product_attention(query, key, value, is_causal=causal)
+
+        return run
+
+    return factory
 
 
 # ---- FlashInfer --------------------------------------------------------------------------------
@@ -242,21 +281,39 @@ def _flashinfer_silu_and_mul(*, out: Any, x: Any) -> Run:
     return lambda: silu_and_mul(x, out=out)
 
 
+def _flashinfer_rotary_embedding(*, positions: Any, q: Any, k: Any, cos_sin_cache: Any) -> Run:
+    _need_cuda(q, "FlashInfer")
+    from flashinfer.rope import apply_rope_with_cos_sin_cache_inplace
+
+    flat_q, flat_k, table = q.flatten(1), k.flatten(1), cos_sin_cache.float()
+    return lambda: apply_rope_with_cos_sin_cache_inplace(positions, flat_q, flat_k, q.shape[-1], table, True)
+
+
 def _flashinfer_decode(
-    *, out: Any, q: Any, k_cache: Any, v_cache: Any, block_tables: Any, seq_lens: Any, max_seq_len: int
+    *,
+    out: Any,
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_tables: Any,
+    seq_lens: Any,
+    max_seq_len: int,
+    tensor_cores: bool,
 ) -> Run:
     _need_cuda(q, "FlashInfer")
     import flashinfer
     import torch
 
-    batch, columns = block_tables.shape
     block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
+    counts = (seq_lens + block_size - 1) // block_size
+    ends = counts.cumsum(0)
+    used = torch.arange(block_tables.shape[1], device=q.device) < counts.unsqueeze(1)
     workspace = torch.empty(512 << 20, dtype=torch.uint8, device=q.device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores)
     wrapper.plan(
-        torch.arange(batch + 1, dtype=torch.int32, device=q.device) * columns,
-        block_tables.flatten().contiguous(),
-        torch.full((batch,), max_seq_len - (columns - 1) * block_size, dtype=torch.int32, device=q.device),
+        torch.cat((torch.zeros_like(ends[:1]), ends)).int(),
+        block_tables[used].contiguous(),
+        (seq_lens - (counts - 1) * block_size).int(),
         q.shape[1],
         num_kv_heads,
         q.shape[2],
@@ -274,6 +331,8 @@ def _xqa_decode(
     import torch
     from flashinfer.decode import xqa_batch_decode_with_kv_cache
 
+    if k_cache.dtype not in (q.dtype, torch.float8_e4m3fn):
+        raise NotApplicable(f"a cache of {k_cache.dtype}")
     workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=q.device)
     scale = q.shape[-1] ** -0.5
     return lambda: xqa_batch_decode_with_kv_cache(
@@ -295,9 +354,25 @@ def _xqa_decode(
 def _vllm_ops(x: Any) -> Any:
     _need_cuda(x, "vLLM")
     import torch
-    import vllm._custom_ops  # noqa: F401  registers torch.ops._C and torch.ops._C_cache_ops
 
+    _load_vllm("_C.abi3.so")
     return torch.ops
+
+
+@cache
+def _load_vllm(library: str) -> None:
+    """Registers the ops of one of vLLM's shared objects with torch."""
+    import torch
+
+    load_library: Any = torch.ops.load_library
+    for folder in _folder:
+        for path in sorted(folder.rglob(library)):
+            load_library(str(path))
+            return
+    if library == "_C.abi3.so":
+        import vllm._custom_ops
+    else:
+        import vllm.vllm_flash_attn  # noqa: F401
 
 
 def _vllm_rms_norm(*, out: Any, x: Any, weight: Any, eps: float) -> Run:
@@ -346,6 +421,8 @@ def _vllm_decode(version: int) -> Factory:
         import torch
 
         ops = _vllm_ops(q)._C
+        if k_cache.dtype == torch.int8:
+            raise NotApplicable("a cache of int8")
         batch, num_heads, head_dim = q.shape
         num_blocks, block_size, num_kv_heads, _ = k_cache.shape
         is_fp8 = k_cache.dtype == torch.float8_e4m3fn
@@ -389,27 +466,90 @@ def _vllm_decode(version: int) -> Factory:
 # ---- FlashAttention-3 --------------------------------------------------------------------------
 
 
+def _fa3(
+    q: Any,
+    k: Any,
+    v: Any,
+    starts: Any,
+    max_query_len: int,
+    max_seq_len: int,
+    causal: bool,
+    seq_lens: Any = None,
+    block_tables: Any = None,
+) -> Run:
+    """Paged with seq_lens and block_tables, else ragged. With keys in float8 the queries must be, too."""
+    _need_cuda(q, "FlashAttention-3")
+    import torch
+
+    scales: dict[str, Any] = {}
+    if k.dtype == torch.int8:
+        raise NotApplicable("keys of int8")
+    if k.dtype != q.dtype:
+        q = q.to(k.dtype)
+        one = torch.ones(starts.numel() - 1, k.shape[-2], device=q.device)
+        scales = {"q_descale": one, "k_descale": one, "v_descale": one}
+    if available("flash_attn_interface"):
+        import flash_attn_interface as interface
+
+        if block_tables is None:
+            return partial(
+                interface.flash_attn_varlen_func,
+                *(q, k, v, starts, starts, max_query_len, max_seq_len),
+                causal=causal,
+                **scales,
+            )
+        return partial(
+            interface.flash_attn_with_kvcache,
+            *(q, k, v),
+            cache_seqlens=seq_lens,
+            page_table=block_tables,
+            cu_seqlens_q=starts,
+            max_seqlen_q=max_query_len,
+            causal=causal,
+            **scales,
+        )
+    _load_vllm("_vllm_fa3_C.abi3.so")
+    nothing = (None,) * 5
+    return partial(
+        torch.ops._vllm_fa3_C.fwd,
+        *(q, k, v, None, None, None, None, starts, starts if block_tables is None else None),
+        *(None, None, seq_lens, max_query_len, max_seq_len, block_tables, *nothing),
+        *(scales.get("q_descale"), scales.get("k_descale"), scales.get("v_descale")),
+        *(q.shape[-1] ** -0.5, causal, -1, -1, 0.0, True, None, 0, None, 0, None, 1, 0, None),
+    )
+
+
 def _fa3_decode(
     *, out: Any, q: Any, k_cache: Any, v_cache: Any, block_tables: Any, seq_lens: Any, max_seq_len: int
 ) -> Run:
     _need_cuda(q, "FlashAttention-3")
-    from flash_attn_interface import flash_attn_with_kvcache
+    import torch
 
-    query = q.unsqueeze(1)
-    return lambda: flash_attn_with_kvcache(
-        query, k_cache, v_cache, cache_seqlens=seq_lens, page_table=block_tables, causal=True
+    starts = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
+    return _fa3(q, k_cache, v_cache, starts, 1, max_seq_len, True, seq_lens, block_tables)
+
+
+def _fa3_mixed(
+    *,
+    out: Any,
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_tables: Any,
+    seq_lens: Any,
+    max_seq_len: int,
+    query_start_loc: Any,
+    max_query_len: int,
+) -> Run:
+    return _fa3(
+        q, k_cache, v_cache, query_start_loc, max_query_len, max_seq_len, True, seq_lens, block_tables
     )
 
 
 def _fa3_prefill(
     *, out: Any, q: Any, k: Any, v: Any, query_start_loc: Any, batch: int, length: int, causal: bool
 ) -> Run:
-    _need_cuda(q, "FlashAttention-3")
-    from flash_attn_interface import flash_attn_varlen_func
-
-    return lambda: flash_attn_varlen_func(
-        q, k, v, query_start_loc, query_start_loc, length, length, causal=causal
-    )
+    return _fa3(q, k, v, query_start_loc, length, length, causal)
 
 
 _BUILT_IN: dict[str, dict[str, Factory]] = {
@@ -426,16 +566,27 @@ _BUILT_IN: dict[str, dict[str, Factory]] = {
         "vLLM": _vllm_silu_and_mul,
     },
     "gelu_tanh_and_mul": {"torch": _torch_gelu_tanh_and_mul, "vLLM": _vllm_gelu_tanh_and_mul},
-    "rotary_embedding": {"torch": _torch_rotary_embedding, "vLLM": _vllm_rotary_embedding},
+    "rotary_embedding": {
+        "torch": _torch_rotary_embedding,
+        "FlashInfer": _flashinfer_rotary_embedding,
+        "vLLM": _vllm_rotary_embedding,
+    },
     "write_kv": {"torch": _torch_write_kv, "vLLM": _vllm_write_kv},
     "gather_kv": {"torch": _torch_gather_kv},
     "paged_attention_decode": {
         "torch": _torch_decode,
         "FA3": _fa3_decode,
-        "FlashInfer": _flashinfer_decode,
+        "FlashInfer tc": partial(_flashinfer_decode, tensor_cores=True),
+        "FlashInfer": partial(_flashinfer_decode, tensor_cores=False),
         "XQA": _xqa_decode,
         "vLLM v1": _vllm_decode(1),
         "vLLM v2": _vllm_decode(2),
     },
-    "attention_prefill": {"torch": _torch_prefill, "FA3": _fa3_prefill},
+    "paged_attention_mixed": {"FA3": _fa3_mixed},
+    "attention_prefill": {
+        "torch": _torch_prefill,
+        "FA3": _fa3_prefill,
+        "cuDNN": _torch_prefill_by("CUDNN_ATTENTION"),
+        "FA2": _torch_prefill_by("FLASH_ATTENTION"),
+    },
 }

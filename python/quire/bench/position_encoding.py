@@ -22,7 +22,7 @@ _NUM_HEADS, _NUM_KV_HEADS, _HEAD_DIM, _BLOCK_SIZE = 32, 8, 128, 16
 
 def cases(context: Context) -> Iterator[Case]:
     """T tokens with 32 query heads and 8 KV heads of 128, style neox."""
-    grid = [16] if context.quick else [1, 64, 4096, 16384] if context.is_cuda else [1, 64, 2048]
+    grid = [16] if context.quick else [1, 16, 64, 4096, 16384] if context.is_cuda else [1, 64, 2048]
     for dtype, item_bytes in (("bfloat16", 2),) if context.is_cuda else (("bfloat16", 2), ("float32", 4)):
         for tokens in grid:
             numbers = tokens * (_NUM_HEADS + _NUM_KV_HEADS) * _HEAD_DIM

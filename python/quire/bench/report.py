@@ -17,7 +17,7 @@ from typing import Any
 from quire.bench import FAMILIES, BenchError
 from quire.bench.harness import Fact, Result
 
-__all__ = ["FORMATS", "Report", "number", "plot"]
+__all__ = ["FORMATS", "Report", "against_peers", "number", "plot"]
 
 FORMATS = ("md", "json", "csv")
 
@@ -124,6 +124,26 @@ class Report:
                 *(f"- {name}: {why}" for name, why in sorted(self.skipped_peers.items())),
             ]
         return "\n".join(lines) + "\n"
+
+
+def against_peers(results: Sequence[Result]) -> list[str]:
+    """A line for each group of cases: how many times as fast as the best peer, on average and at worst."""
+    groups: dict[str, list[tuple[float, str, str]]] = {}
+    for r in results:
+        ranked = {name: us for name, us in r.peers.items() if name not in r.unranked}
+        if r.us and ranked:
+            best = min(ranked, key=ranked.__getitem__)
+            groups.setdefault(r.group, []).append((ranked[best] / r.us, r.name, best))
+    lines = []
+    for group, found in groups.items():
+        mean = math.exp(math.fsum(math.log(ratio) for ratio, _, _ in found) / len(found))
+        worst, name, peer = min(found)
+        ahead = sum(ratio >= 1.0 for ratio, _, _ in found)
+        lines.append(
+            f"{group} against the best peer of each case: geometric mean {mean:.2f}x, ahead in {ahead} of {len(found)}, "
+            f"worst {worst:.2f}x ({name}; {peer})"
+        )
+    return lines
 
 
 def number(value: float | None) -> str:
