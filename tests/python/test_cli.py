@@ -405,6 +405,17 @@ def test_bench_mistakes_are_one_line(
     assert err.count("\n") == 1
 
 
+def test_bench_one_case(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("bench", "norm", "--quick", "--device", "cpu", "--no-ceilings", "--min-time", "0.001")
+    code, out, _ = run(capsys, *arguments, "--format", "json", "--case", "^layer_norm.*float32$")
+    assert code == 0
+    assert [result["name"] for result in json.loads(out)["results"]] == ["layer_norm T16 H1024 float32"]
+    assert run(capsys, *arguments, "--case", "(")[0] == 2
+    code, _, err = run(capsys, *arguments, "--case", "nonsense")
+    assert code == 2
+    assert "no case has this in its name" in err
+
+
 def test_bench_list(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "bench", "--list")
     assert code == 0

@@ -38,11 +38,19 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+
+
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `quire bench`."""
     add = parser.add_argument
     add("family", nargs="*", help=f"any of {', '.join(FAMILIES)} (default: all)")
     add("--list", action="store_true", help="list the families and exit")
+    add("--case", type=_pattern, metavar="REGEX", help="only the cases in whose name this is found")
     add(
         "--device",
         help="cpu, cuda or cuda:N (default: cuda if this build, a GPU and torch or CuPy are there)",
@@ -126,7 +134,13 @@ def _bench(args: argparse.Namespace) -> int:
         cases: list[tuple[str, Case]] = []
         modules = {family: importlib.import_module(f"quire.bench.{family}") for family in families}
         for family, module in modules.items():
-            cases += [(family, case) for case in module.cases(context)]
+            cases += [
+                (family, case)
+                for case in module.cases(context)
+                if args.case is None or args.case.search(case.name)
+            ]
+        if not cases:
+            raise BenchError(f"--case {args.case.pattern!r}: no case has this in its name")
         for number, (family, case) in enumerate(cases):
             progress.show(number, len(cases), f"{family}: {case.name}")
             report.results.append(measure(family, case, context, report.ceilings))
