@@ -447,6 +447,27 @@ def test_peers_from_a_file(
     assert err.count("\n") == 1
 
 
+def test_blocks_as_flashinfer_wants_them() -> None:
+    torch = pytest.importorskip("torch")
+    tables = torch.tensor([[7, 2, 0], [4, 0, 0], [1, 5, 3]], dtype=torch.int32)
+    lens = torch.tensor([20, 16, 48], dtype=torch.int32)
+    starts, blocks, last = peers._flashinfer_blocks(tables, lens, 16)
+    assert starts.tolist() == [0, 2, 3, 6]
+    assert blocks.tolist() == [7, 2, 4, 1, 5, 3]
+    assert last.tolist() == [4, 16, 16]
+    assert starts.dtype == blocks.dtype == last.dtype == torch.int32
+
+
+def test_a_folder_of_peers_may_be_empty(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "_folder", [])
+    monkeypatch.setenv("QUIRE_BENCH_PEERS", str(tmp_path))
+    arguments = ("bench", "activation", "--quick", "--device", "cpu", "--no-ceilings", "--min-time", "0.001")
+    assert run(capsys, *arguments)[0] == 0
+    assert peers._folder == [tmp_path]
+
+
 def test_a_case_that_fails_is_exit_code_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -289,6 +289,17 @@ def _flashinfer_rotary_embedding(*, positions: Any, q: Any, k: Any, cos_sin_cach
     return lambda: apply_rope_with_cos_sin_cache_inplace(positions, flat_q, flat_k, q.shape[-1], table, True)
 
 
+def _flashinfer_blocks(block_tables: Any, seq_lens: Any, block_size: int) -> tuple[Any, Any, Any]:
+    """Where each sequence's blocks start, all blocks in a row, and the tokens in each sequence's last one."""
+    import torch
+
+    counts = (seq_lens + block_size - 1) // block_size
+    starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=counts.device)
+    starts[1:] = counts.cumsum(0)
+    used = torch.arange(block_tables.shape[1], device=counts.device) < counts.unsqueeze(1)
+    return starts, block_tables[used].contiguous(), (seq_lens - (counts - 1) * block_size).int()
+
+
 def _flashinfer_decode(
     *,
     out: Any,
@@ -305,15 +316,10 @@ def _flashinfer_decode(
     import torch
 
     block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
-    counts = (seq_lens + block_size - 1) // block_size
-    ends = counts.cumsum(0)
-    used = torch.arange(block_tables.shape[1], device=q.device) < counts.unsqueeze(1)
     workspace = torch.empty(512 << 20, dtype=torch.uint8, device=q.device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores)
     wrapper.plan(
-        torch.cat((torch.zeros_like(ends[:1]), ends)).int(),
-        block_tables[used].contiguous(),
-        (seq_lens - (counts - 1) * block_size).int(),
+        *_flashinfer_blocks(block_tables, seq_lens, block_size),
         q.shape[1],
         num_kv_heads,
         q.shape[2],
