@@ -59,21 +59,15 @@ extern "C" __global__ void ladder_output_naive_kernel(Half* out, const float* sc
   out[row(query, num_heads, head) + column] = to_half(sum);
 }
 
-__device__ __forceinline__ float load(const float* x) { return *x; }
-__device__ __forceinline__ float load(const Half* x) { return to_float(*x); }
-__device__ __forceinline__ void store(float* x, float y) { *x = y; }
-__device__ __forceinline__ void store(Half* x, float y) { *x = to_half(y); }
-
 // One warp to a row, in place: the maximum and the sum in a first pass over the row, the weights in a second.
-template <typename T>
-__device__ __forceinline__ void softmax_rows(T* scores, long long num_rows, int num_columns, float scale) {
+extern "C" __global__ void ladder_softmax_kernel(float* scores, long long num_rows, int num_columns) {
   const long long index = (long long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   if (index >= num_rows) return;
-  T* x = scores + index * num_columns;
+  float* x = scores + index * num_columns;
   float maximum = minus_infinity(), sum = 0.0f;
   for (int i = threadIdx.x % 32; i < num_columns; i += 32) {
-    const float value = load(x + i) * scale, larger = fmaxf(maximum, value);
-    sum = sum * __expf(maximum - larger) + __expf(value - larger);
+    const float larger = fmaxf(maximum, x[i]);
+    sum = sum * __expf(maximum - larger) + __expf(x[i] - larger);
     maximum = larger;
   }
   float row_maximum = maximum;
@@ -81,15 +75,7 @@ __device__ __forceinline__ void softmax_rows(T* scores, long long num_rows, int 
   // A lane without a number has the maximum -inf and adds nothing.
   sum *= __expf(maximum - row_maximum);
   for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
-  for (int i = threadIdx.x % 32; i < num_columns; i += 32) store(x + i, __expf(load(x + i) * scale - row_maximum) / sum);
-}
-
-extern "C" __global__ void ladder_softmax_kernel(float* scores, long long num_rows, int num_columns, float scale) {
-  softmax_rows(scores, num_rows, num_columns, scale);
-}
-
-extern "C" __global__ void ladder_softmax_half_kernel(Half* scores, long long num_rows, int num_columns, float scale) {
-  softmax_rows(scores, num_rows, num_columns, scale);
+  for (int i = threadIdx.x % 32; i < num_columns; i += 32) x[i] = __expf(x[i] - row_maximum) / sum;
 }
 
 // ---- The same three kernels, but a CTA fetches a tile once, into shared memory, and all its threads read it there ----

@@ -190,80 +190,84 @@ class Gpu:
             np.int32(x) for x in (problem.num_tokens, problem.num_heads, problem.num_kv_heads)
         )
 
-    def new_scores(self, dtype: str) -> Any:
-        """Undefined ``[num_heads, num_tokens, num_tokens]``."""
-        p = self.problem
-        return self.cupy.empty((p.num_heads, p.num_tokens, p.num_tokens), dtype)
-
     def launch(self, name: str, grid: tuple[int, ...], block: tuple[int, ...], *arguments: object) -> None:
         """One kernel of kernels.cu, with the shape after its tensors and scalars last."""
         arrays = [x for x in arguments if isinstance(x, self.cupy.ndarray)]
         scalars = [x for x in arguments if not isinstance(x, self.cupy.ndarray)]
         self._module.get_function(f"ladder_{name}_kernel")(grid, block, (*arrays, *self._counts, *scalars))
 
-    def softmax(self, scores: Any, scale: float) -> None:
-        """The softmax of each row of ``scores * scale``, in place."""
+    def softmax(self, scores: Any) -> None:
+        """The softmax of each row, in place."""
         rows = scores.shape[0] * scores.shape[1]
-        name = "ladder_softmax_kernel" if scores.dtype == np.float32 else "ladder_softmax_half_kernel"
-        arguments = (scores, np.int64(rows), np.int32(scores.shape[2]), np.float32(scale))
-        self._module.get_function(name)((-(-rows // _ROWS_PER_CTA),), (32 * _ROWS_PER_CTA,), arguments)
+        kernel = self._module.get_function("ladder_softmax_kernel")
+        arguments = (scores, np.int64(rows), np.int32(scores.shape[2]))
+        kernel((-(-rows // _ROWS_PER_CTA),), (32 * _ROWS_PER_CTA,), arguments)
 
-    def work(self, run: Callable[[], object], out: Any = None, **facts: float | str) -> Work:
-        """Runs once and checks ``out``, by default the own one."""
-        result = self.out if out is None else out
-        result.fill(0)
+    def work(self, run: Callable[[], object], asked_bytes: float) -> Work:
+        """Runs once and checks the output."""
+        self.out.fill(0)
         run()
-        return Work(run, facts=_checked(self.problem.error(result.get()), _TOLERANCE_16, **facts))
+        error = self.problem.error(self.out.get())
+        return Work(run, facts=_checked(error, _TOLERANCE_16, asked_GB=asked_bytes / 1e9))
 
 
 def _three_kernels(gpu: Gpu, kind: str) -> Work:
-    p, scores, scale = gpu.problem, gpu.new_scores("f4"), np.float32(gpu.problem.scale)
+    p, scale = gpu.problem, np.float32(gpu.problem.scale)
+    scores = gpu.cupy.empty((p.num_heads, p.num_tokens, p.num_tokens), "f4")
     tiles, columns, block = -(-p.num_tokens // _TILE), p.head_dim // _TILE, (_TILE, _TILE)
 
     def run() -> None:
         gpu.launch(f"scores_{kind}", (tiles, tiles, p.num_heads), block, scores, gpu.q, gpu.k, scale)
-        gpu.softmax(scores, 1.0)
+        gpu.softmax(scores)
         gpu.launch(f"output_{kind}", (columns, tiles, p.num_heads), block, gpu.out, scores, gpu.v)
 
-    return gpu.work(run, asked_GB=asked_bytes(p, kind) / 1e9)
+    return gpu.work(run, asked_bytes(p, kind))
 
 
 def _online(gpu: Gpu) -> Work:
     p, scale = gpu.problem, np.float32(gpu.problem.scale)
     grid = (-(-p.num_tokens // _TILE), p.num_heads)
     run = partial(gpu.launch, "online", grid, (_TILE, _TILE), gpu.out, gpu.q, gpu.k, gpu.v, scale)
-    return gpu.work(run, asked_GB=asked_bytes(p, "online") / 1e9)
+    return gpu.work(run, asked_bytes(p, "online"))
 
 
 def _tensor_cores(gpu: Gpu) -> Work:
     p, scale = gpu.problem, np.float32(gpu.problem.scale)
     grid = (-(-p.num_tokens // _QUERIES), p.num_heads)
     run = partial(gpu.launch, "tensor_core", grid, (128,), gpu.out, gpu.q, gpu.k, gpu.v, scale)
-    return gpu.work(run, asked_GB=asked_bytes(p, "tensor_core") / 1e9)
+    return gpu.work(run, asked_bytes(p, "tensor_core"))
 
 
 def _standard(gpu: Gpu) -> Work:
-    """Scores, softmax and output as three calls, the products by cuBLAS on the tensor cores, scores in float16."""
-    cupy, p = gpu.cupy, gpu.problem
-    rows = p.group * p.num_tokens
-    q = cupy.ascontiguousarray(gpu.q.transpose(1, 0, 2)).reshape(p.num_kv_heads, rows, p.head_dim)
-    k = cupy.ascontiguousarray(gpu.k.transpose(1, 2, 0))  # [num_kv_heads, head_dim, num_tokens]
-    v = cupy.ascontiguousarray(gpu.v.transpose(1, 0, 2))
-    scores, out = gpu.new_scores("f2"), cupy.empty_like(q)
-    by_kv_head = scores.reshape(p.num_kv_heads, rows, p.num_tokens)
+    """Scores, softmax and output as three calls of PyTorch, the products by cuBLAS on the tensor cores, scores in float16."""
+    import torch
+    import torch.utils.dlpack
+
+    p = gpu.problem
+    q, k, v, out = (torch.utils.dlpack.from_dlpack(x) for x in (gpu.q, gpu.k, gpu.v, gpu.out))
+
+    def by_kv_head(x: Any) -> Any:
+        """``[num_kv_heads, group * num_tokens, head_dim]`` of q, ``[num_kv_heads, num_tokens, head_dim]`` of k and v."""
+        return x.transpose(0, 1).reshape(p.num_kv_heads, -1, p.head_dim)
+
+    queries, keys, values = by_kv_head(q), by_kv_head(k).transpose(1, 2), by_kv_head(v)
+    scores = queries.new_empty(p.num_kv_heads, queries.shape[1], p.num_tokens)
+    weights, result = torch.empty_like(scores), torch.empty_like(queries)
 
     def run() -> None:
-        cupy.matmul(q, k, out=by_kv_head)
-        gpu.softmax(scores, p.scale)
-        cupy.matmul(by_kv_head, v, out=out)
+        torch.baddbmm(scores, queries, keys, beta=0, alpha=p.scale, out=scores)
+        torch.softmax(scores, -1, out=weights)
+        torch.bmm(weights, values, out=result)
 
-    by_token = out.reshape(p.num_heads, p.num_tokens, p.head_dim).transpose(1, 0, 2)
-    return gpu.work(run, by_token, asked_GB="cuBLAS's")
+    run()
+    out.copy_(result.view(p.num_heads, p.num_tokens, p.head_dim).transpose(0, 1))
+    return Work(run, facts=_checked(p.error(gpu.out.get()), _TOLERANCE_16))
 
 
 def _final(gpu: Gpu) -> Work:
     run = partial(quire.attention, gpu.q, gpu.k, gpu.v, causal=False, out=gpu.out)
-    return gpu.work(run, asked_GB=f"at least {asked_bytes(gpu.problem, 'once') / 1e9:.3g}")
+    work = gpu.work(run, asked_bytes(gpu.problem, "once"))
+    return Work(run, facts={**work.facts, "note": "asked: the tensors once"})
 
 
 GPU_STEPS: dict[str, Callable[[Gpu], Work]] = {
@@ -271,7 +275,7 @@ GPU_STEPS: dict[str, Callable[[Gpu], Work]] = {
     "shared-memory tiles": partial(_three_kernels, kind="tiled"),
     "one pass, online softmax": _online,
     "one pass on tensor cores": _tensor_cores,
-    "standard attention by cuBLAS": _standard,
+    "standard attention, PyTorch": _standard,
     "quire": _final,
 }
 
