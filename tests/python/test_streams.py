@@ -106,7 +106,9 @@ def make_rope_and_write(rng: np.random.Generator, dtype: str) -> dict[str, np.nd
 
 def call_rope_and_write(t: Arrays, **kw: Any) -> object:
     tensors = (t[name] for name in ("positions", "q", "k", "v", "table", "k_cache", "v_cache", "slots"))
-    return quire.rope_and_write_kv(*tensors, q_weight=t["q_weight"], k_weight=t["k_weight"], k_out=t["k"], **kw)
+    return quire.rope_and_write_kv(
+        *tensors, q_weight=t["q_weight"], k_weight=t["k_weight"], k_out=t["k"], **kw
+    )
 
 
 def make_copy(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
