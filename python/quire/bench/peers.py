@@ -281,6 +281,13 @@ def _flashinfer_silu_and_mul(*, out: Any, x: Any) -> Run:
     return lambda: silu_and_mul(x, out=out)
 
 
+def _flashinfer_gelu_tanh_and_mul(*, out: Any, x: Any) -> Run:
+    _need_cuda(x, "FlashInfer")
+    from flashinfer.activation import gelu_tanh_and_mul
+
+    return lambda: gelu_tanh_and_mul(x, out=out)
+
+
 def _flashinfer_rotary_embedding(*, positions: Any, q: Any, k: Any, cos_sin_cache: Any) -> Run:
     _need_cuda(q, "FlashInfer")
     from flashinfer.rope import apply_rope_with_cos_sin_cache_inplace
@@ -571,7 +578,11 @@ _BUILT_IN: dict[str, dict[str, Factory]] = {
         "FlashInfer": _flashinfer_silu_and_mul,
         "vLLM": _vllm_silu_and_mul,
     },
-    "gelu_tanh_and_mul": {"torch": _torch_gelu_tanh_and_mul, "vLLM": _vllm_gelu_tanh_and_mul},
+    "gelu_tanh_and_mul": {
+        "torch": _torch_gelu_tanh_and_mul,
+        "FlashInfer": _flashinfer_gelu_tanh_and_mul,
+        "vLLM": _vllm_gelu_tanh_and_mul,
+    },
     "rotary_embedding": {
         "torch": _torch_rotary_embedding,
         "FlashInfer": _flashinfer_rotary_embedding,
