@@ -25,7 +25,8 @@ Floats = np.ndarray[Any, np.dtype[Any]]
 _TOLERANCE_32, _TOLERANCE_16 = 1e-5, 2e-3
 _TILE = 16  # kTile in kernels.cu
 _QUERIES = 64  # kQueries there
-_ROWS_PER_CTA = 8  # of the softmax kernels
+_ROWS_PER_CTA = 8  # of the softmax kernel
+_ASKED = "asked of memory, GB"  # by asked_bytes()
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,10 @@ def _attend(q: Floats, k: Floats, v: Floats, scale: float, out: Floats) -> None:
 
 
 def _checked(error: float, tolerance: float, **facts: float | str) -> dict[str, float | str]:
-    """The facts with the error; raises where that is too large to be rounding."""
+    """The facts and the error; raises where that is too large to be rounding."""
     if not error <= tolerance:
         raise AssertionError(f"the result is off by {error:.3g} of its norm; expected at most {tolerance:g}")
-    return {**{name.replace("_", " "): value for name, value in facts.items()}, "error": f"{error:.1e}"}
+    return {**facts, "error": f"{error:.1e}"}
 
 
 # ---- On the CPU --------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ class Gpu:
         self.out.fill(0)
         run()
         error = self.problem.error(self.out.get())
-        return Work(run, facts=_checked(error, _TOLERANCE_16, asked_GB=asked_bytes / 1e9))
+        return Work(run, facts={_ASKED: asked_bytes / 1e9, **_checked(error, _TOLERANCE_16)})
 
 
 def _three_kernels(gpu: Gpu, kind: str) -> Work:
