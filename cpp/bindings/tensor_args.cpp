@@ -688,6 +688,14 @@ std::int64_t to_int(const char* op, const char* arg, nb::handle value) {
   return number;
 }
 
+ScaleGranularity to_granularity(const char* op, nb::handle value) {
+  const std::string text = nb::str(value).c_str();
+  if (text == "tensor") return ScaleGranularity::kTensor;
+  if (text == "token") return ScaleGranularity::kToken;
+  if (text == "group") return ScaleGranularity::kGroup;
+  throw std::invalid_argument(std::string("[") + op + "] granularity: expected \"tensor\", \"token\" or \"group\", got \"" + text + "\"");
+}
+
 Device to_device(const char* op, nb::handle value) {
   std::string text;
   if (nb::isinstance<nb::str>(value)) {

@@ -13,6 +13,7 @@
 #include <string>
 
 #include "bindings/gil.h"
+#include "quire/quantization.h"
 #include "quire/stream.h"
 #include "quire/tensor.h"
 
@@ -95,6 +96,13 @@ class Args {
 double to_double(const char* op, const char* arg, nb::handle value);
 std::int64_t to_int(const char* op, const char* arg, nb::handle value);
 std::optional<double> to_optional_double(const char* op, const char* arg, nb::handle value);
+
+/// "tensor", "token" or "group".
+ScaleGranularity to_granularity(const char* op, nb::handle value);
+/// What an op does with its scales.
+inline Access scale_access(ScaleGranularity granularity) {
+  return granularity == ScaleGranularity::kTensor ? Access::kRead : Access::kWrite;
+}
 
 /// "cpu", "cuda", "cuda:1", or an object with `type` and `index`, as a Device.
 Device to_device(const char* op, nb::handle value);

@@ -3,9 +3,11 @@
 #include "ops/activation.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "cpu/isa/activation.h"
 #include "cpu/isa/dispatch.h"
+#include "cpu/quantize_row.h"
 #include "cpu/rows.h"
 #include "cpu/thread_pool.h"
 
@@ -20,9 +22,31 @@ constexpr std::int64_t kGrainElements = 16384;
 // Wide rows are cut so that a few of them fill all threads. A multiple of a cache line of any dtype.
 constexpr std::int64_t kTileWidth = 4096;
 
+// Row by row through a float32 row of each thread.
+void activation_quantized(const ActivationParams& p) {
+  const ActivationKernel kernel =
+      activation_kernels.active().run_wide[static_cast<std::size_t>(p.activation)][static_cast<std::size_t>(p.dtype)];
+  const std::int64_t item_bytes = itemsize(p.dtype), grain = ceil_div(kGrainElements, p.width);
+  const std::int64_t num_parts = std::min<std::int64_t>(num_threads(), ceil_div(p.num_rows, grain)),
+                     rows_per_part = ceil_div(p.num_rows, num_parts);
+  // Apart by a cache line or more: threads must not share one.
+  constexpr std::int64_t kLine = 16;
+  const std::int64_t scratch_floats = ceil_div(p.width, kLine) * kLine + kLine;
+  std::vector<float> scratch(static_cast<std::size_t>(num_parts * scratch_floats));
+  parallel_for(num_parts, 1, [&](std::int64_t begin, std::int64_t end) {
+    float* const y = scratch.data() + begin * scratch_floats;
+    for (std::int64_t row = begin * rows_per_part; row < std::min(end * rows_per_part, p.num_rows); ++row) {
+      const char* const x = static_cast<const char*>(p.x) + p.x_rows.offset(row) * item_bytes;
+      kernel({y, x, x + p.width * item_bytes, 0, 0, 1, p.width});
+      quantize_row(p.quant, static_cast<char*>(p.out) + p.out_rows.offset(row), y, row, p.width);
+    }
+  });
+}
+
 }  // namespace
 
 void activation(const ActivationParams& p) {
+  if (p.quant.scales != nullptr) return activation_quantized(p);
   const ActivationKernel kernel =
       activation_kernels.active().run[static_cast<std::size_t>(p.activation)][static_cast<std::size_t>(p.dtype)];
   const std::int64_t item_bytes = itemsize(p.dtype);

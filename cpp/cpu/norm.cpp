@@ -8,6 +8,7 @@
 #include "core/dispatch.h"
 #include "core/numeric.h"
 #include "cpu/isa/dispatch.h"
+#include "cpu/quantize_row.h"
 #include "cpu/rows.h"
 #include "cpu/thread_pool.h"
 #include "ops/norm.h"
@@ -54,6 +55,43 @@ void run_rows(const NormParams& p, NormKernel kernel, const void* weight, const 
     parallel_for(p.num_rows, ceil_div(kGrainElements, p.hidden), run);
 }
 
+// Row by row through a float32 row of each thread.
+void run_quantized_rows(const NormParams& p, NormKernel wide_kernel, const void* weight, const void* bias) {
+  const std::int64_t grain = ceil_div(kGrainElements, p.hidden);
+  const std::int64_t num_parts = std::min<std::int64_t>(num_threads(), ceil_div(p.num_rows, grain)),
+                     rows_per_part = ceil_div(p.num_rows, num_parts);
+  // Apart by a cache line or more: threads must not share one.
+  constexpr std::int64_t kLine = 16;
+  const std::int64_t scratch_floats = ceil_div(p.hidden, kLine) * kLine + kLine;
+  std::vector<float> scratch(static_cast<std::size_t>(num_parts * scratch_floats));
+  parallel_for(num_parts, 1, [&](std::int64_t begin, std::int64_t end) {
+    float* const y = scratch.data() + begin * scratch_floats;
+    for (std::int64_t row = begin * rows_per_part; row < std::min(end * rows_per_part, p.num_rows); ++row) {
+      NormRows rows{};
+      rows.out = y;
+      rows.x = advance(p.x, p.x_rows.offset(row), p.dtype);
+      rows.residual = p.residual == nullptr ? nullptr : advance(p.residual, p.residual_rows.offset(row), p.dtype);
+      rows.weight = weight;
+      rows.bias = bias;
+      rows.num_rows = 1;
+      rows.hidden = p.hidden;
+      rows.eps = p.eps;
+      rows.weight_offset = p.weight_offset;
+      wide_kernel(rows);
+      quantize_row(p.quant, advance(p.out, p.out_rows.offset(row), p.quant.dtype), y, row, p.hidden);
+    }
+  });
+}
+
+// One kernel writes the dtype of x, the other float32.
+void run(const NormParams& p, NormKernel kernel, NormKernel wide_kernel, const void* weight, const void* bias) {
+  if (p.quant.scales == nullptr) {
+    run_rows(p, kernel, weight, bias);
+  } else {
+    run_quantized_rows(p, wide_kernel, weight, bias);
+  }
+}
+
 std::size_t index(DType dtype) { return static_cast<std::size_t>(dtype); }
 
 std::vector<float> widened(const void* data, DType dtype, std::int64_t n) {
@@ -68,23 +106,28 @@ std::vector<float> widened(const void* data, DType dtype, std::int64_t n) {
 }  // namespace
 
 void rms_norm(const NormParams& p) {
-  run_rows(p, norm_kernels.active().rms_norm[index(p.dtype)][index(p.weight_dtype)], p.weight, nullptr);
+  const NormKernels& kernels = norm_kernels.active();
+  const std::size_t t = index(p.dtype), w = index(p.weight_dtype);
+  run(p, kernels.rms_norm[t][w], kernels.rms_norm_wide[t][w], p.weight, nullptr);
 }
 
 void fused_add_rms_norm(const NormParams& p) {
-  run_rows(p, norm_kernels.active().fused_add_rms_norm[index(p.dtype)][index(p.weight_dtype)], p.weight, nullptr);
+  const NormKernels& kernels = norm_kernels.active();
+  const std::size_t t = index(p.dtype), w = index(p.weight_dtype);
+  run(p, kernels.fused_add_rms_norm[t][w], kernels.fused_add_rms_norm_wide[t][w], p.weight, nullptr);
 }
 
 void layer_norm(const NormParams& p) {
-  const auto& kernels = norm_kernels.active().layer_norm[index(p.dtype)];
+  const NormKernels& kernels = norm_kernels.active();
+  const std::size_t t = index(p.dtype), w = index(p.weight_dtype), f = index(DType::kFloat32);
   if (p.bias == nullptr || p.bias_dtype == p.weight_dtype) {
-    run_rows(p, kernels[index(p.weight_dtype)], p.weight, p.bias);
+    run(p, kernels.layer_norm[t][w], kernels.layer_norm_wide[t][w], p.weight, p.bias);
     return;
   }
   // Kernels take weight and bias of one dtype; that they differ is rare.
   const std::vector<float> weight = widened(p.weight, p.weight_dtype, p.hidden);
   const std::vector<float> bias = widened(p.bias, p.bias_dtype, p.hidden);
-  run_rows(p, kernels[index(DType::kFloat32)], weight.data(), bias.data());
+  run(p, kernels.layer_norm[t][f], kernels.layer_norm_wide[t][f], weight.data(), bias.data());
 }
 
 }  // namespace quire::cpu

@@ -113,9 +113,7 @@ void launch_rotary(const RotaryParams& p, Stream stream) {
   const std::int64_t num_head_chunks = ceil_div(num_all_heads, head_lanes * kHeadsPerThread);
   const std::int64_t num_items = ceil_div(p.num_tokens, tokens_per_cta) * num_head_chunks * num_angle_chunks;
   const dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(head_lanes), static_cast<unsigned>(tokens_per_cta));
-  const std::int64_t limit =
-      many_tokens ? current_device_properties().num_sms * (kResidentThreads / (lanes * head_lanes * tokens_per_cta)) : 0x7fffffff;
-  const auto num_ctas = static_cast<unsigned>(std::min(num_items, limit));
+  const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(num_items, 0x7fffffff));
   rotary_embedding_kernel<T, kStyle, kVec>
       <<<num_ctas, block, 0, cuda_stream(stream)>>>(p, error_word(), num_head_chunks, num_angle_chunks, num_items);
   QUIRE_CHECK_LAUNCH("rotary_embedding", stream);
@@ -123,84 +121,92 @@ void launch_rotary(const RotaryParams& p, Stream stream) {
 
 // ---- rope: a norm of each head, rotation, and the write to the cache, in one pass ----
 
+// Registers of a thread of this kernel: more than rotary_embedding's, or it spills.
+constexpr int kRopeResidentThreads = 768;
+
+// What becomes of keys and values.
+enum class CacheForm {
+  kNone,       // there is no cache
+  kRaw,        // it has the dtype of k and v
+  kConverted,  // another one
+};
+
 // Heads of q, then of k, then of v, numbered as one list.
 enum class HeadKind { kQuery, kKey, kValue };
 
+// One head of a call: where it is read and written at token 0 and slot 0.
+template <typename T>
 struct Head {
   HeadKind kind;
-  int index;  // within its tensor
-};
+  const T* source;
+  T* target;                   // besides the cache; null: nowhere
+  void* cache;                 // null: nowhere
+  std::int64_t cache_element;  // of the head's first element
 
-__device__ __forceinline__ Head head_of(const RopeParams& p, int number) {
-  const int num_heads = static_cast<int>(p.rotary.num_heads), num_kv_heads = static_cast<int>(p.kv.num_kv_heads);
-  if (number < num_heads) return {HeadKind::kQuery, number};
-  if (number < num_heads + num_kv_heads) return {HeadKind::kKey, number - num_heads};
-  return {HeadKind::kValue, number - num_heads - num_kv_heads};
-}
-
-template <typename T>
-__device__ __forceinline__ const T* head_source(const RopeParams& p, Head head, std::int64_t token) {
-  if (head.kind == HeadKind::kQuery)
-    return static_cast<const T*>(p.rotary.q) + token * p.rotary.q_token_stride + head.index * p.rotary.q_head_stride;
-  if (head.kind == HeadKind::kKey) return static_cast<const T*>(p.kv.k) + token * p.kv.k_token_stride + head.index * p.kv.k_head_stride;
-  return static_cast<const T*>(p.kv.v) + token * p.kv.v_token_stride + head.index * p.kv.v_head_stride;
-}
-
-// Where a rotated head goes besides the cache; null: nowhere.
-template <typename T>
-__device__ __forceinline__ T* head_target(const RopeParams& p, Head head, std::int64_t token) {
-  if (head.kind == HeadKind::kQuery)
-    return static_cast<T*>(p.rotary.q) + token * p.rotary.q_token_stride + head.index * p.rotary.q_head_stride;
-  if (head.kind == HeadKind::kValue || p.rotary.k == nullptr) return nullptr;
-  return static_cast<T*>(p.rotary.k) + token * p.rotary.k_token_stride + head.index * p.rotary.k_head_stride;
-}
-
-// A head of K or V in its slot.
-struct CacheHead {
-  void* data;            // the cache
-  std::int64_t element;  // of the head's first element
-};
-
-__device__ __forceinline__ CacheHead cache_head(const RopeParams& p, Head head, std::int64_t slot) {
-  const KvParams& kv = p.kv;
-  const std::int64_t block_idx = divide(slot, kv.block_size), offset = slot - block_idx * kv.block_size;
-  if (head.kind == HeadKind::kKey)
-    return {kv.k_cache, block_idx * kv.k_cache_block_stride + offset * kv.k_cache_slot_stride + head.index * kv.k_cache_head_stride};
-  return {kv.v_cache, block_idx * kv.v_cache_block_stride + offset * kv.v_cache_slot_stride + head.index * kv.v_cache_head_stride};
-}
-
-__device__ __forceinline__ float cache_scale(const RopeParams& p, Head head) {
-  const bool is_key = head.kind == HeadKind::kKey;
-  const float* const scale = is_key ? p.kv.k_scale : p.kv.v_scale;
-  return scale == nullptr ? 1.0f : scale[head.index * (is_key ? p.kv.k_scale_stride : p.kv.v_scale_stride)];
-}
-
-// x in the cache's dtype, which is a run-time value: its branch is uniform, and keys and values are the smaller part of what moves.
-template <typename T, int kVec>
-__device__ __forceinline__ void store_to_cache(const RopeParams& p, CacheHead to, int at, const Packed<T, kVec>& x,
-                                               const Divisor& divisor) {
-  const auto store = [&](auto dtype) {
-    using CacheT = Element<decltype(dtype)::value>;
-    CacheT* const target = static_cast<CacheT*>(to.data) + to.element + at;
-    if constexpr (std::is_same_v<T, CacheT>) {
-      store_raw(target, x);
+  __device__ __forceinline__ Head(const RopeParams& p, int number) {
+    const RotaryParams& r = p.rotary;
+    const KvParams& kv = p.kv;
+    const int num_heads = static_cast<int>(r.num_heads), num_kv_heads = static_cast<int>(kv.num_kv_heads);
+    cache = nullptr;
+    cache_element = 0;
+    if (number < num_heads) {
+      kind = HeadKind::kQuery;
+      target = static_cast<T*>(r.q) + number * r.q_head_stride;
+      source = target;
+    } else if (number < num_heads + num_kv_heads) {
+      const int index = number - num_heads;
+      kind = HeadKind::kKey;
+      source = static_cast<const T*>(kv.k) + index * kv.k_head_stride;
+      target = r.k == nullptr ? nullptr : static_cast<T*>(r.k) + index * r.k_head_stride;
+      cache = kv.k_cache;
+      cache_element = index * kv.k_cache_head_stride;
     } else {
-      float v[kVec];
-      unpack<T, kVec>(v, x);
-      if constexpr (sizeof(CacheT) == 1) {
-        store_raw(target, divisor.divide_and_pack<CacheT>(v));
-      } else {
-        store_floats(target, v);
-      }
+      const int index = number - num_heads - num_kv_heads;
+      kind = HeadKind::kValue;
+      source = static_cast<const T*>(kv.v) + index * kv.v_head_stride;
+      target = nullptr;
+      cache = kv.v_cache;
+      cache_element = index * kv.v_cache_head_stride;
     }
-  };
-  switch (p.kv.cache_dtype) {
-    case DType::kFloat32: return store(DTypeConstant<DType::kFloat32>{});
-    case DType::kFloat16: return store(DTypeConstant<DType::kFloat16>{});
-    case DType::kBFloat16: return store(DTypeConstant<DType::kBFloat16>{});
-    case DType::kFloat8E4M3FN: return store(DTypeConstant<DType::kFloat8E4M3FN>{});
-    case DType::kFloat8E5M2: return store(DTypeConstant<DType::kFloat8E5M2>{});
-    default: return store(DTypeConstant<DType::kInt8>{});
+  }
+
+  __device__ __forceinline__ const T* source_at(const RopeParams& p, std::int64_t token) const {
+    return source + token * (kind == HeadKind::kQuery ? p.rotary.q_token_stride
+                             : kind == HeadKind::kKey ? p.kv.k_token_stride
+                                                      : p.kv.v_token_stride);
+  }
+  __device__ __forceinline__ T* target_at(const RopeParams& p, std::int64_t token) const {
+    return target + token * (kind == HeadKind::kQuery ? p.rotary.q_token_stride : p.rotary.k_token_stride);
+  }
+  __device__ __forceinline__ std::int64_t cache_element_at(const RopeParams& p, std::int64_t block_idx, std::int64_t offset) const {
+    const bool is_key = kind == HeadKind::kKey;
+    return cache_element + block_idx * (is_key ? p.kv.k_cache_block_stride : p.kv.v_cache_block_stride) +
+           offset * (is_key ? p.kv.k_cache_slot_stride : p.kv.v_cache_slot_stride);
+  }
+};
+
+// `number` is that of the head.
+__device__ __forceinline__ float cache_scale(const RopeParams& p, HeadKind kind, int number) {
+  const bool is_key = kind == HeadKind::kKey;
+  const float* const scale = is_key ? p.kv.k_scale : p.kv.v_scale;
+  const int index = number - static_cast<int>(p.rotary.num_heads + (is_key ? 0 : p.kv.num_kv_heads));
+  return kind == HeadKind::kQuery || scale == nullptr ? 1.0f : scale[index * (is_key ? p.kv.k_scale_stride : p.kv.v_scale_stride)];
+}
+
+// x at `element` of a cache whose dtype is a run-time value: its branch is uniform, and keys and values are the smaller part of what
+// moves.
+template <typename T, int kVec>
+__device__ __forceinline__ void store_converted(void* cache, DType dtype, std::int64_t element, const Packed<T, kVec>& x,
+                                                const Divisor& divisor) {
+  float v[kVec];
+  unpack<T, kVec>(v, x);
+  switch (dtype) {
+    case DType::kFloat32: return store_floats(static_cast<float*>(cache) + element, v);
+    case DType::kFloat16: return store_floats(static_cast<__half*>(cache) + element, v);
+    case DType::kBFloat16: return store_floats(static_cast<__nv_bfloat16*>(cache) + element, v);
+    case DType::kFloat8E4M3FN: return store_raw(static_cast<__nv_fp8_e4m3*>(cache) + element, divisor.divide_and_pack<__nv_fp8_e4m3>(v));
+    case DType::kFloat8E5M2: return store_raw(static_cast<__nv_fp8_e5m2*>(cache) + element, divisor.divide_and_pack<__nv_fp8_e5m2>(v));
+    default: return store_raw(static_cast<std::int8_t*>(cache) + element, divisor.divide_and_pack<std::int8_t>(v));
   }
 }
 
@@ -219,86 +225,97 @@ __device__ __forceinline__ void record_bad_indices(const RopeParams& p, ErrorWor
   if (slot < -1 || slot >= p.kv.num_blocks * p.kv.block_size) record_error(error_word, p.op, ArgId::kSlotMapping, token, slot);
 }
 
-// The sum over the aligned group of `width` lanes that the thread is in; `width` is a power of two up to 32.
-__device__ __forceinline__ float group_sum(float value, unsigned width) {
-  const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
-  const unsigned first = (thread % kWarpSize) & ~(width - 1);
-  const unsigned mask = width == kWarpSize ? kFullMask : ((1u << width) - 1) << first;
-  for (unsigned lane_mask = width / 2; lane_mask > 0; lane_mask /= 2) value += __shfl_xor_sync(mask, value, static_cast<int>(lane_mask));
-  return value;
-}
-
-// x * inverse * (weight + weight_offset) for elements [at, at + kVec) of a head; past its end x stays.
-template <int kVec>
-__device__ __forceinline__ void scale_head(const RopeParams& p, HeadKind kind, int at, float inverse, float* x) {
-  const bool is_query = kind == HeadKind::kQuery;
-  float weight[1][kVec];
+// One weight of a norm, its offset added.
+__device__ __forceinline__ float head_weight(const RopeParams& p, bool is_query, std::int64_t at) {
+  float weight[1][1];
   load_parameter(weight, is_query ? p.norm.q_weight : p.norm.k_weight, is_query ? p.norm.q_weight_dtype : p.norm.k_weight_dtype, at, 0,
                  p.rotary.head_dim);
-#pragma unroll
-  for (int e = 0; e < kVec; ++e) x[e] = x[e] * inverse * (weight[0][e] + p.norm.weight_offset);
+  return weight[0][0] + p.norm.weight_offset;
 }
 
-// Grid: work item = blockDim.z tokens x one chunk of heads; gridDim.x CTAs walk all items. Thread (x, y, z) has two vectors of kVec
-// elements of up to kHeadsPerThread heads: those that rotate with each other, and past rotary_dim those that follow each other.
-// blockDim.x, a power of two up to 32, covers a head. Position and slot of the next item are read ahead.
-template <bool kNorms, typename T, int kVec>
-__global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
-    rope_kernel(const __grid_constant__ RopeParams p, ErrorWord* const error_word, const int num_head_chunks,
-                const std::int64_t num_items) {
+// Grid: gridDim.x is a multiple of the chunks of heads, so that a thread keeps its heads; the CTAs of a chunk walk the tokens,
+// blockDim.z at a time. Thread (x, y, z) has two vectors of kVec elements of up to kHeadsPerThread heads: those that rotate with
+// each other, and past rotary_dim those that follow each other. blockDim.x, a power of two up to 32, covers a head. Position and
+// slot of the next token are read ahead. Norms: weights lie in shared memory, head_dim floats for q and as many for k.
+template <bool kNorms, CacheForm kForm, typename T, int kVec>
+__global__ void __launch_bounds__(kThreads, kRopeResidentThreads / kThreads)
+    rope_kernel(const __grid_constant__ RopeParams p, ErrorWord* const error_word, const int num_head_chunks) {
+  constexpr bool kWrites = kForm != CacheForm::kNone;
+  extern __shared__ float4 shared[];
+  float* const weights = reinterpret_cast<float*>(shared);
+  bool has_weights = false;
   const RotaryParams& r = p.rotary;
   const int head_dim = static_cast<int>(r.head_dim), half = static_cast<int>(r.rotary_dim) / 2;
-  const int num_all_heads = static_cast<int>(r.num_heads + (p.kv.v == nullptr ? 1 : 2) * p.kv.num_kv_heads);
+  const int num_all_heads = static_cast<int>(r.num_heads + (kWrites ? 2 : 1) * p.kv.num_kv_heads);
+  const int num_head_groups = static_cast<int>(gridDim.x) / num_head_chunks, group = static_cast<int>(blockIdx.x) / num_head_chunks;
+  const int head_chunk = static_cast<int>(blockIdx.x) - group * num_head_chunks;
   const bool is_neox = r.style == RopeStyle::kNeox;
   const int angle = static_cast<int>(threadIdx.x) * kVec;
   const bool rotates = angle < half;
   const int first_at = rotates && is_neox ? angle : 2 * angle, second_at = rotates && is_neox ? angle + half : 2 * angle + kVec;
   const bool has_first = first_at < head_dim, has_second = second_at < head_dim;
-  const bool writes = p.kv.k_cache != nullptr;
   const std::int64_t num_slots = p.kv.num_blocks * p.kv.block_size;
-  const auto token_of = [&](std::int64_t item) {
-    return (num_head_chunks == 1 ? item : divide(item, num_head_chunks)) * blockDim.z + threadIdx.z;
+  const float inverse_head_dim = 1.0f / static_cast<float>(head_dim);
+  const unsigned lane = ((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x) % kWarpSize;
+  // The lanes of a head.
+  const unsigned lane_mask = blockDim.x == kWarpSize ? kFullMask : ((1u << blockDim.x) - 1) << (lane & ~(blockDim.x - 1));
+  const auto number_of = [&](int i) {
+    return (head_chunk * kHeadsPerThread + i) * static_cast<int>(blockDim.y) + static_cast<int>(threadIdx.y);
   };
-  const auto read_ahead = [&](std::int64_t item, std::int64_t& position, std::int64_t& slot) {
-    const std::int64_t token = token_of(item);
-    if (item >= num_items || token >= r.num_tokens) return;
-    position = read_index(r.positions, r.position_dtype, token * r.position_stride);
-    if (writes) slot = read_index(p.kv.slot_mapping, p.kv.slot_dtype, token * p.kv.slot_stride);
-  };
+  const Head<T> heads[kHeadsPerThread] = {Head<T>(p, number_of(0)), Head<T>(p, number_of(1))};
+  static_assert(kHeadsPerThread == 2);
 
+  const auto read_ahead = [&](std::int64_t token, std::int64_t& position, std::int64_t& slot) {
+    if (token >= r.num_tokens) return;
+    position = read_index(r.positions, r.position_dtype, token * r.position_stride);
+    if (kWrites) slot = read_index(p.kv.slot_mapping, p.kv.slot_dtype, token * p.kv.slot_stride);
+  };
+  const std::int64_t step = static_cast<std::int64_t>(num_head_groups) * blockDim.z;
+  std::int64_t first_token = static_cast<std::int64_t>(group) * blockDim.z;
   std::int64_t next_position = -1, next_slot = -1;
-  read_ahead(blockIdx.x, next_position, next_slot);
-  for (std::int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
-    const std::int64_t position = next_position, slot = next_slot, token = token_of(item);
-    read_ahead(item + gridDim.x, next_position, next_slot);
-    const int head_chunk = num_head_chunks == 1 ? 0 : static_cast<int>(item - divide(item, num_head_chunks) * num_head_chunks);
-    if (token >= r.num_tokens) continue;
-    const auto number_of = [&](int i) { return static_cast<int>((head_chunk * kHeadsPerThread + i) * blockDim.y + threadIdx.y); };
+  read_ahead(first_token + threadIdx.z, next_position, next_slot);
+  for (; first_token < r.num_tokens; first_token += step) {
+    const std::int64_t token = first_token + threadIdx.z;
+    const std::int64_t position = next_position, slot = next_slot;
+    read_ahead(token + step, next_position, next_slot);
+    const bool is_token = token < r.num_tokens;
 
     // Load.
     Packed<T, kVec> firsts[kHeadsPerThread], seconds[kHeadsPerThread];
 #pragma unroll
     for (int i = 0; i < kHeadsPerThread; ++i) {
       firsts[i] = seconds[i] = {};
-      if (number_of(i) >= num_all_heads) continue;
-      const T* const source = head_source<T>(p, head_of(p, number_of(i)), token);
+      if (!is_token || number_of(i) >= num_all_heads) continue;
+      const T* const source = heads[i].source_at(p, token);
       if (has_first) firsts[i] = load_packed<T, kVec>(source + first_at);
       if (has_second) seconds[i] = load_packed<T, kVec>(source + second_at);
     }
+    if (kNorms && !has_weights) {
+      // After the first loads, so that both are under way together.
+      const int num_threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
+      const int thread = static_cast<int>((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x);
+      for (int i = thread; i < head_dim; i += num_threads) {
+        weights[i] = head_weight(p, true, i);
+        if (p.norm.k_weight != nullptr) weights[head_dim + i] = head_weight(p, false, i);
+      }
+      __syncthreads();
+      has_weights = true;
+    }
+    if (!is_token) continue;
     const bool known = is_known(p, position);
-    const bool in_cache = slot >= 0 && slot < num_slots;
+    const bool in_cache = kWrites && slot >= 0 && slot < num_slots;
     if (head_chunk == 0 && threadIdx.x == 0 && threadIdx.y == 0) record_bad_indices(p, error_word, token, position, slot);
     float cos_sin[2][kVec];
-    if (known && rotates && head_of(p, number_of(0)).kind != HeadKind::kValue)
+    if (known && rotates && heads[0].kind != HeadKind::kValue)
       load_parameter(cos_sin, r.cos_sin_cache, r.cache_dtype, position * r.rotary_dim + angle, half, r.max_position * r.rotary_dim);
+    const std::int64_t block_idx = in_cache ? divide(slot, p.kv.block_size) : 0, offset = slot - block_idx * p.kv.block_size;
 
 #pragma unroll
     for (int i = 0; i < kHeadsPerThread; ++i) {
       if (number_of(i) >= num_all_heads) continue;
-      const Head head = head_of(p, number_of(i));
 
       // Normalise and rotate.
-      if (known && head.kind != HeadKind::kValue) {
+      if (known && heads[i].kind != HeadKind::kValue) {
         float x[2 * kVec];
         unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[0]), firsts[i]);
         unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[kVec]), seconds[i]);
@@ -306,9 +323,15 @@ __global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
           float sum = 0.0f;
 #pragma unroll
           for (int e = 0; e < 2 * kVec; ++e) sum = fmaf(x[e], x[e], sum);
-          const float inverse = __frsqrt_rn(group_sum(sum, blockDim.x) / static_cast<float>(head_dim) + p.norm.eps);
-          scale_head<kVec>(p, head.kind, first_at, inverse, x);
-          scale_head<kVec>(p, head.kind, second_at, inverse, x + kVec);
+          for (unsigned distance = blockDim.x / 2; distance > 0; distance /= 2)
+            sum += __shfl_xor_sync(lane_mask, sum, static_cast<int>(distance));
+          const float inverse = __frsqrt_rn(fmaf(sum, inverse_head_dim, p.norm.eps));
+          const float* const weight = weights + (heads[i].kind == HeadKind::kQuery ? 0 : head_dim);
+          float factors[2 * kVec] = {};
+          if (has_first) load_floats(reinterpret_cast<float (&)[kVec]>(factors[0]), weight + first_at);
+          if (has_second) load_floats(reinterpret_cast<float (&)[kVec]>(factors[kVec]), weight + second_at);
+#pragma unroll
+          for (int e = 0; e < 2 * kVec; ++e) x[e] = x[e] * inverse * factors[e];
         }
         if (rotates) {
 #pragma unroll
@@ -325,16 +348,20 @@ __global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
       }
 
       // Store.
-      T* const target = head_target<T>(p, head, token);
-      if (target != nullptr) {
+      if (heads[i].target != nullptr) {
+        T* const target = heads[i].target_at(p, token);
         if (has_first) store_raw(target + first_at, firsts[i]);
         if (has_second) store_raw(target + second_at, seconds[i]);
       }
-      if (head.kind != HeadKind::kQuery && in_cache) {
-        const CacheHead to = cache_head(p, head, slot);
-        const Divisor divisor(cache_scale(p, head));
-        if (has_first) store_to_cache<T, kVec>(p, to, first_at, firsts[i], divisor);
-        if (has_second) store_to_cache<T, kVec>(p, to, second_at, seconds[i], divisor);
+      if (!kWrites || heads[i].kind == HeadKind::kQuery || !in_cache) continue;
+      const std::int64_t element = heads[i].cache_element_at(p, block_idx, offset);
+      if constexpr (kForm == CacheForm::kRaw) {
+        if (has_first) store_raw(static_cast<T*>(heads[i].cache) + element + first_at, firsts[i]);
+        if (has_second) store_raw(static_cast<T*>(heads[i].cache) + element + second_at, seconds[i]);
+      } else if constexpr (kForm == CacheForm::kConverted) {
+        const Divisor divisor(cache_scale(p, heads[i].kind, number_of(i)));
+        if (has_first) store_converted<T, kVec>(heads[i].cache, p.kv.cache_dtype, element + first_at, firsts[i], divisor);
+        if (has_second) store_converted<T, kVec>(heads[i].cache, p.kv.cache_dtype, element + second_at, seconds[i], divisor);
       }
     }
   }
@@ -352,17 +379,19 @@ __global__ void __launch_bounds__(kThreads) rope_element_kernel(const __grid_con
   std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
   for (; item < r.num_tokens * num_all_heads; item += step) {
     const std::int64_t token = divide(item, num_all_heads);
-    const Head head = head_of(p, static_cast<int>(item - token * num_all_heads));
+    const int number = static_cast<int>(item - token * num_all_heads);
+    const Head<T> head(p, number);
     const std::int64_t position = read_index(r.positions, r.position_dtype, token * r.position_stride);
     const std::int64_t slot = p.kv.k_cache == nullptr ? -1 : read_index(p.kv.slot_mapping, p.kv.slot_dtype, token * p.kv.slot_stride);
     const bool known = is_known(p, position) && head.kind != HeadKind::kValue;
-    if (item == token * num_all_heads && lane == 0) record_bad_indices(p, error_word, token, position, slot);
-    const T* const source = head_source<T>(p, head, token);
-    T* const target = head_target<T>(p, head, token);
-    const bool in_cache = head.kind != HeadKind::kQuery && slot >= 0 && slot < p.kv.num_blocks * p.kv.block_size;
-    const CacheHead to = in_cache ? cache_head(p, head, slot) : CacheHead{};
-    const Divisor divisor(in_cache ? cache_scale(p, head) : 1.0f);
-    const bool normalises = known && p.norm.q_weight != nullptr;
+    if (number == 0 && lane == 0) record_bad_indices(p, error_word, token, position, slot);
+    const T* const source = head.source_at(p, token);
+    T* const target = head.target == nullptr ? nullptr : head.target_at(p, token);
+    const bool in_cache = head.cache != nullptr && slot >= 0 && slot < p.kv.num_blocks * p.kv.block_size;
+    const std::int64_t block_idx = in_cache ? divide(slot, p.kv.block_size) : 0;
+    const std::int64_t element = in_cache ? head.cache_element_at(p, block_idx, slot - block_idx * p.kv.block_size) : 0;
+    const Divisor divisor(in_cache ? cache_scale(p, head.kind, number) : 1.0f);
+    const bool normalises = known && p.norm.q_weight != nullptr, is_query = head.kind == HeadKind::kQuery;
     float inverse = 1.0f;
     if (normalises) {
       float sum = 0.0f;
@@ -375,8 +404,8 @@ __global__ void __launch_bounds__(kThreads) rope_element_kernel(const __grid_con
       const int at[2] = {apart ? pair : 2 * pair, apart ? pair + half : 2 * pair + 1};
       float x[2] = {to_float<T>(source[at[0]]), at[1] < head_dim ? to_float<T>(source[at[1]]) : 0.0f};
       if (normalises) {
-        scale_head<1>(p, head.kind, at[0], inverse, x);
-        scale_head<1>(p, head.kind, at[1], inverse, x + 1);
+        x[0] = x[0] * inverse * head_weight(p, is_query, at[0]);
+        x[1] = x[1] * inverse * head_weight(p, is_query, at[1]);
       }
       if (known && pair < half) {
         float cos_sin[2][1];
@@ -390,28 +419,37 @@ __global__ void __launch_bounds__(kThreads) rope_element_kernel(const __grid_con
         Packed<T, 1> packed = load_packed<T, 1>(source + at[i]);
         if (known) packed = pack<T, 1>(reinterpret_cast<const float (&)[1]>(x[i]));
         if (target != nullptr) store_raw(target + at[i], packed);
-        if (in_cache) store_to_cache<T, 1>(p, to, at[i], packed, divisor);
+        if (!in_cache) continue;
+        if (p.kv.cache_dtype == r.dtype) {
+          store_raw(static_cast<T*>(head.cache) + element + at[i], packed);
+        } else {
+          store_converted<T, 1>(head.cache, p.kv.cache_dtype, element + at[i], packed, divisor);
+        }
       }
     }
   }
 }
 
-template <bool kNorms, typename T, int kVec>
+template <bool kNorms, CacheForm kForm, typename T, int kVec>
 void launch_rope(const RopeParams& p, const char* name, Stream stream) {
   const RotaryParams& r = p.rotary;
   const std::int64_t lanes = std::bit_ceil(static_cast<std::uint64_t>(ceil_div(r.head_dim / kVec, 2)));
-  const std::int64_t num_all_heads = r.num_heads + (p.kv.v == nullptr ? 1 : 2) * p.kv.num_kv_heads;
+  const std::int64_t num_all_heads = r.num_heads + (kForm == CacheForm::kNone ? 1 : 2) * p.kv.num_kv_heads;
   const DeviceProperties& device = current_device_properties();
   const bool many_tokens = r.num_tokens >= kManyTokensPerSm * device.num_sms;
   const std::int64_t head_lanes = std::min(many_tokens ? ceil_div(num_all_heads, kHeadsPerThread) : num_all_heads, kThreads / lanes);
   // z is limited to 64 by the hardware.
   const std::int64_t tokens_per_cta = many_tokens ? std::min<std::int64_t>(kThreads / (lanes * head_lanes), 64) : 1;
   const std::int64_t num_head_chunks = ceil_div(num_all_heads, head_lanes * kHeadsPerThread);
-  const std::int64_t num_items = ceil_div(r.num_tokens, tokens_per_cta) * num_head_chunks;
   const dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(head_lanes), static_cast<unsigned>(tokens_per_cta));
-  const std::int64_t limit = many_tokens ? device.num_sms * (kResidentThreads / (lanes * head_lanes * tokens_per_cta)) : 0x7fffffff;
-  const auto num_ctas = static_cast<unsigned>(std::min(num_items, limit));
-  rope_kernel<kNorms, T, kVec><<<num_ctas, block, 0, cuda_stream(stream)>>>(p, error_word(), static_cast<int>(num_head_chunks), num_items);
+  // CTAs of a chunk; all of them together fit the device, so that they walk the tokens.
+  const std::int64_t resident_ctas = device.num_sms * (kRopeResidentThreads / (lanes * head_lanes * tokens_per_cta));
+  const std::int64_t ctas_per_chunk = std::min(ceil_div(r.num_tokens, tokens_per_cta),
+                                               many_tokens ? ceil_div(resident_ctas, num_head_chunks) : 0x7fffffff / num_head_chunks);
+  const std::size_t shared_bytes = kNorms ? 2 * static_cast<std::size_t>(r.head_dim) * sizeof(float) : 0;
+  rope_kernel<kNorms, kForm, T, kVec>
+      <<<static_cast<unsigned>(ctas_per_chunk * num_head_chunks), block, shared_bytes, cuda_stream(stream)>>>(
+          p, error_word(), static_cast<int>(num_head_chunks));
   QUIRE_CHECK_LAUNCH(name, stream);
 }
 
@@ -479,13 +517,17 @@ void rope(const RopeParams& params, Stream stream) {
                          heads_are_vectors(kv.v, kv.num_kv_heads, kv.v_token_stride, kv.v_head_stride) &&
                          slots_are_vectors(kv.k_cache, kv.k_cache_block_stride, kv.k_cache_slot_stride, kv.k_cache_head_stride) &&
                          slots_are_vectors(kv.v_cache, kv.v_cache_block_stride, kv.v_cache_slot_stride, kv.v_cache_head_stride);
-    if (!vectors) {
-      launch_rope_elements<T>(params, name, stream);
-    } else if (params.norm.q_weight != nullptr) {
-      launch_rope<true, T, kVec>(params, name, stream);
-    } else {
-      launch_rope<false, T, kVec>(params, name, stream);
-    }
+    if (!vectors) return launch_rope_elements<T>(params, name, stream);
+    dispatch_bool(params.norm.q_weight != nullptr, [&](auto norms) {
+      constexpr bool kNorms = decltype(norms)::value;
+      if (kv.k_cache == nullptr) {
+        launch_rope<kNorms, CacheForm::kNone, T, kVec>(params, name, stream);
+      } else if (kv.cache_dtype == r.dtype) {
+        launch_rope<kNorms, CacheForm::kRaw, T, kVec>(params, name, stream);
+      } else {
+        launch_rope<kNorms, CacheForm::kConverted, T, kVec>(params, name, stream);
+      }
+    });
   });
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/layout.h"
+#include "ops/quantization.h"
 #include "quire/dtype.h"
 #include "quire/stream.h"
 
@@ -13,7 +14,7 @@ namespace quire {
 enum class Activation { kSilu, kGelu, kGeluTanh, kGeluNew, kGeluFast, kGeluQuick, kReluSquared };
 
 struct ActivationParams {
-  void* out = nullptr;      // [num_rows, width]
+  void* out = nullptr;      // [num_rows, width], of dtype or, quantized, quant.dtype
   const void* x = nullptr;  // gated: [num_rows, 2 * width], gate first; plain: [num_rows, width]
   DType dtype = DType::kFloat32;
   Activation activation = Activation::kSilu;  // kSilu, kGelu, kGeluTanh are gated; the others plain
@@ -21,6 +22,7 @@ struct ActivationParams {
   std::int64_t num_rows = 0;  // > 0
   std::int64_t width = 0;     // > 0
   RowLayout out_rows, x_rows;
+  QuantParams quant;  // gated only
 };
 
 namespace cpu {

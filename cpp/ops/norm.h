@@ -5,18 +5,19 @@
 #include <cstdint>
 
 #include "core/layout.h"
+#include "ops/quantization.h"
 #include "quire/dtype.h"
 #include "quire/stream.h"
 
 namespace quire {
 
 struct NormParams {
-  void* out = nullptr;           // [num_rows, hidden]; rms_norm and layer_norm
-  const void* x = nullptr;       // [num_rows, hidden]; for fused_add_rms_norm `out` is x's own memory
+  void* out = nullptr;           // [num_rows, hidden], of dtype or, quantized, quant.dtype
+  const void* x = nullptr;       // [num_rows, hidden]; for fused_add_rms_norm `out` is x's own memory, unless it is quantized
   void* residual = nullptr;      // [num_rows, hidden], fused_add_rms_norm only
   const void* weight = nullptr;  // [hidden]
   const void* bias = nullptr;    // [hidden] or null, layer_norm only
-  DType dtype = DType::kFloat32;         // of out, x, residual
+  DType dtype = DType::kFloat32;         // of x, residual, and out unless it is quantized
   DType weight_dtype = DType::kFloat32;  // of weight
   DType bias_dtype = DType::kFloat32;    // of bias
   std::int64_t num_rows = 0;             // > 0
@@ -24,6 +25,7 @@ struct NormParams {
   RowLayout out_rows, x_rows, residual_rows;
   float eps = 0.0f;
   float weight_offset = 0.0f;
+  QuantParams quant;
 };
 
 namespace cpu {

@@ -6,7 +6,10 @@
 // Throws std::invalid_argument (shape, layout, alias), TypeError (dtype), CudaError.
 #pragma once
 
+#include <cstdint>
+
 #include "quire/export.h"
+#include "quire/quantization.h"
 #include "quire/stream.h"
 #include "quire/tensor.h"
 
@@ -20,6 +23,16 @@ QUIRE_API void silu_and_mul(const TensorView& out, const TensorView& x, Stream s
 QUIRE_API void gelu_and_mul(const TensorView& out, const TensorView& x, Stream stream);
 /// out = gelu_tanh(gate) * up, gelu_tanh(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3))).
 QUIRE_API void gelu_tanh_and_mul(const TensorView& out, const TensorView& x, Stream stream);
+
+// Gated, with quantized results (quire/quantization.h): out is float8_e4m3fn or int8 [..., d]; scales are what `granularity` says, and
+// group_size, which divides d, counts for kGroup only.
+
+QUIRE_API void silu_and_mul_quantized(const TensorView& out, const TensorView& scales, const TensorView& x, ScaleGranularity granularity,
+                                      std::int64_t group_size, Stream stream);
+QUIRE_API void gelu_and_mul_quantized(const TensorView& out, const TensorView& scales, const TensorView& x, ScaleGranularity granularity,
+                                      std::int64_t group_size, Stream stream);
+QUIRE_API void gelu_tanh_and_mul_quantized(const TensorView& out, const TensorView& scales, const TensorView& x,
+                                           ScaleGranularity granularity, std::int64_t group_size, Stream stream);
 
 // Plain: out and x have one shape; out may be x itself, any other overlap is refused.
 

@@ -7,7 +7,10 @@
 // Throws std::invalid_argument (shape, layout, alias), TypeError (dtype), CudaError.
 #pragma once
 
+#include <cstdint>
+
 #include "quire/export.h"
+#include "quire/quantization.h"
 #include "quire/stream.h"
 #include "quire/tensor.h"
 
@@ -27,5 +30,20 @@ QUIRE_API void fused_add_rms_norm(const TensorView& x, const TensorView& residua
 /// out may be x itself; any other overlap is refused.
 QUIRE_API void layer_norm(const TensorView& out, const TensorView& x, const TensorView& weight, const TensorView* bias, double eps,
                           Stream stream);
+
+// With quantized results (quire/quantization.h): out is float8_e4m3fn or int8 of x's shape, apart from all other memory; scales
+// are what `granularity` says, and group_size, which divides hidden, counts for kGroup only.
+
+QUIRE_API void rms_norm_quantized(const TensorView& out, const TensorView& scales, const TensorView& x, const TensorView& weight,
+                                  double eps, double weight_offset, ScaleGranularity granularity, std::int64_t group_size, Stream stream);
+
+/// residual = x + residual, rounded to its dtype, then out = rms_norm(residual). x is only read.
+QUIRE_API void fused_add_rms_norm_quantized(const TensorView& out, const TensorView& scales, const TensorView& residual,
+                                            const TensorView& x, const TensorView& weight, double eps, double weight_offset,
+                                            ScaleGranularity granularity, std::int64_t group_size, Stream stream);
+
+QUIRE_API void layer_norm_quantized(const TensorView& out, const TensorView& scales, const TensorView& x, const TensorView& weight,
+                                    const TensorView* bias, double eps, ScaleGranularity granularity, std::int64_t group_size,
+                                    Stream stream);
 
 }  // namespace quire

@@ -11,6 +11,7 @@
 #include "quire/kv_cache.h"
 #include "quire/norm.h"
 #include "quire/position_encoding.h"
+#include "quire/quantization.h"
 #include "quire/runtime.h"
 #include "quire/stream.h"
 #include "quire/tensor.h"

@@ -6,9 +6,11 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import overload
 
 from quire import _core
 from quire._allocate import Array, empty, finish, shape_of
+from quire._quantized import Granularity, Quantized
 
 __all__ = [
     "gelu_and_mul",
@@ -21,7 +23,22 @@ __all__ = [
 ]
 
 
-def _gated(op: Callable[..., None], x: Array, out: Array | None, stream: object) -> Array:
+def _gated(
+    op: Callable[..., None],
+    quantized_op: Callable[..., None],
+    x: Array,
+    out: Array | tuple[Array, Array] | None,
+    out_dtype: object,
+    scale: Array | None,
+    granularity: Granularity,
+    group_size: int,
+    stream: object,
+) -> Array | tuple[Array, Array]:
+    if out_dtype is not None:
+        *rows, width = shape_of(op.__name__, "x", x) or (0,)
+        q = Quantized(op.__name__, x, (*rows, width // 2), out_dtype, scale, granularity, group_size, out)
+        quantized_op(q.out, q.scales, x, granularity, group_size, stream)
+        return q.finish()
     result = out
     if out is None:
         *rows, width = shape_of(op.__name__, "x", x) or (0,)
@@ -36,20 +53,50 @@ def _plain(op: Callable[..., None], x: Array, out: Array | None, stream: object)
     return finish(result, x) if out is None else out
 
 
-def silu_and_mul(x: Array, *, out: Array | None = None, stream: object = None) -> Array:
+@overload
+def silu_and_mul(
+    x: Array, *, out: Array | None = None, out_dtype: None = None, stream: object = None
+) -> Array: ...
+@overload
+def silu_and_mul(
+    x: Array,
+    *,
+    out: Array | tuple[Array, Array] | None = None,
+    out_dtype: object,
+    scale: Array | None = None,
+    granularity: Granularity = "tensor",
+    group_size: int = 128,
+    stream: object = None,
+) -> tuple[Array, Array]: ...
+def silu_and_mul(
+    x: Array,
+    *,
+    out: Array | tuple[Array, Array] | None = None,
+    out_dtype: object = None,
+    scale: Array | None = None,
+    granularity: Granularity = "tensor",
+    group_size: int = 128,
+    stream: object = None,
+) -> Array | tuple[Array, Array]:
     """``silu(gate) * up`` with ``silu(g) = g / (1 + exp(-g))``; SwiGLU's activation.
 
     Args:
         x: ``[..., 2 * d]`` float32, float16 or bfloat16: gate, then up; unit inner stride, any outer strides.
-        out: ``[..., d]`` of x's dtype, apart from ``x``; None allocates it in x's framework.
+        out: ``[..., d]`` of x's dtype, apart from ``x``; None allocates it in x's framework. Quantized and with computed scales it is
+            a pair ``(out, scales)``.
+        out_dtype: "float8_e4m3fn" or "int8", or a framework's dtype of that name: the result is quantized,
+            ``stored = saturate(y / scale)`` of the float32 result, and comes with its scales. None: x's dtype.
+        scale: As in :func:`quire.rms_norm`.
+        granularity: Likewise; scales of "group" are float32 ``[..., d / group_size]``.
+        group_size: Likewise; divides d.
         stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
     Returns:
-        ``out``.
+        ``out``; with ``out_dtype``, ``(out, scales)``.
 
     Raises:
-        ValueError: Shapes, strides or devices do not fit, or out overlaps x.
-        TypeError: The dtype is not one of the three, or an argument is no tensor.
+        ValueError: Shapes, strides or devices do not fit, out overlaps x, or a scale is missing or too many.
+        TypeError: A dtype is not one of those, or an argument is no tensor.
 
     Source: Shazeer, GLU Variants Improve Transformer, 2020.
 
@@ -58,25 +105,103 @@ def silu_and_mul(x: Array, *, out: Array | None = None, stream: object = None) -
         >>> quire.silu_and_mul(np.array([[0.0, 1.0, 2.0, 2.0]], np.float32)).round(4)
         array([[0.    , 1.4621]], dtype=float32)
     """
-    return _gated(_core.silu_and_mul, x, out, stream)
+    return _gated(
+        _core.silu_and_mul,
+        _core.silu_and_mul_quantized,
+        x,
+        out,
+        out_dtype,
+        scale,
+        granularity,
+        group_size,
+        stream,
+    )
 
 
-def gelu_and_mul(x: Array, *, out: Array | None = None, stream: object = None) -> Array:
+@overload
+def gelu_and_mul(
+    x: Array, *, out: Array | None = None, out_dtype: None = None, stream: object = None
+) -> Array: ...
+@overload
+def gelu_and_mul(
+    x: Array,
+    *,
+    out: Array | tuple[Array, Array] | None = None,
+    out_dtype: object,
+    scale: Array | None = None,
+    granularity: Granularity = "tensor",
+    group_size: int = 128,
+    stream: object = None,
+) -> tuple[Array, Array]: ...
+def gelu_and_mul(
+    x: Array,
+    *,
+    out: Array | tuple[Array, Array] | None = None,
+    out_dtype: object = None,
+    scale: Array | None = None,
+    granularity: Granularity = "tensor",
+    group_size: int = 128,
+    stream: object = None,
+) -> Array | tuple[Array, Array]:
     """``gelu(gate) * up`` with ``gelu(g) = g / 2 * (1 + erf(g / sqrt(2)))``; GEGLU's activation.
 
     Arguments, result and exceptions are those of :func:`silu_and_mul`.
 
     Source: Hendrycks and Gimpel, Gaussian Error Linear Units, 2016.
     """
-    return _gated(_core.gelu_and_mul, x, out, stream)
+    return _gated(
+        _core.gelu_and_mul,
+        _core.gelu_and_mul_quantized,
+        x,
+        out,
+        out_dtype,
+        scale,
+        granularity,
+        group_size,
+        stream,
+    )
 
 
-def gelu_tanh_and_mul(x: Array, *, out: Array | None = None, stream: object = None) -> Array:
+@overload
+def gelu_tanh_and_mul(
+    x: Array, *, out: Array | None = None, out_dtype: None = None, stream: object = None
+) -> Array: ...
+@overload
+def gelu_tanh_and_mul(
+    x: Array,
+    *,
+    out: Array | tuple[Array, Array] | None = None,
+    out_dtype: object,
+    scale: Array | None = None,
+    granularity: Granularity = "tensor",
+    group_size: int = 128,
+    stream: object = None,
+) -> tuple[Array, Array]: ...
+def gelu_tanh_and_mul(
+    x: Array,
+    *,
+    out: Array | tuple[Array, Array] | None = None,
+    out_dtype: object = None,
+    scale: Array | None = None,
+    granularity: Granularity = "tensor",
+    group_size: int = 128,
+    stream: object = None,
+) -> Array | tuple[Array, Array]:
     """``gelu_tanh(gate) * up`` with ``gelu_tanh(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g**3)))``; Gemma's.
 
     Arguments, result and exceptions are those of :func:`silu_and_mul`.
     """
-    return _gated(_core.gelu_tanh_and_mul, x, out, stream)
+    return _gated(
+        _core.gelu_tanh_and_mul,
+        _core.gelu_tanh_and_mul_quantized,
+        x,
+        out,
+        out_dtype,
+        scale,
+        granularity,
+        group_size,
+        stream,
+    )
 
 
 def gelu_new(x: Array, *, out: Array | None = None, stream: object = None) -> Array:

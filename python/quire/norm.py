@@ -5,12 +5,16 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+from typing import overload
+
 from quire import _core
 from quire._allocate import Array, empty, finish, shape_of
+from quire._quantized import Granularity, Quantized
 
 __all__ = ["fused_add_rms_norm", "layer_norm", "rms_norm"]
 
 
+@overload
 def rms_norm(
     x: Array,
     weight: Array,
@@ -18,8 +22,36 @@ def rms_norm(
     *,
     weight_offset: float = 0.0,
     out: Array | None = None,
+    out_dtype: None = None,
     stream: object = None,
-) -> Array:
+) -> Array: ...
+@overload
+def rms_norm(
+    x: Array,
+    weight: Array,
+    eps: float = 1e-6,
+    *,
+    weight_offset: float = 0.0,
+    out: Array | tuple[Array, Array] | None = None,
+    out_dtype: object,
+    scale: Array | None = None,
+    granularity: Granularity = "tensor",
+    group_size: int = 128,
+    stream: object = None,
+) -> tuple[Array, Array]: ...
+def rms_norm(
+    x: Array,
+    weight: Array,
+    eps: float = 1e-6,
+    *,
+    weight_offset: float = 0.0,
+    out: Array | tuple[Array, Array] | None = None,
+    out_dtype: object = None,
+    scale: Array | None = None,
+    granularity: Granularity = "tensor",
+    group_size: int = 128,
+    stream: object = None,
+) -> Array | tuple[Array, Array]:
     """Root-mean-square normalisation: ``x / sqrt(mean(x**2) + eps) * (weight + weight_offset)``.
 
     Dimensions: ``hidden`` is the last one; there are up to three more before it.
@@ -29,15 +61,23 @@ def rms_norm(
         weight: ``[hidden]`` of any of the three dtypes, contiguous.
         eps: Added to the mean of squares.
         weight_offset: Added to the weight; 1 is Gemma's form.
-        out: As ``x``, or None to allocate it in x's framework. May be ``x`` itself.
+        out: As ``x``, or None to allocate it in x's framework. May be ``x`` itself. A quantized one is apart from ``x``; where scales
+            are computed it is a pair ``(out, scales)``.
+        out_dtype: "float8_e4m3fn" or "int8", or a framework's dtype of that name: the result is quantized,
+            ``stored = saturate(y / scale)`` of the float32 result, and comes with its scales. None: x's dtype.
+        scale: With granularity "tensor": float32 ``[1]``, the scale of the whole result.
+        granularity: "tensor", with a given scale; "token": a computed scale for each row, float32 ``[..., 1]``; "group": one for
+            each ``group_size`` elements of a row, float32 ``[..., hidden / group_size]``. Computed scales are the largest magnitude
+            divided by 448 (float8) or 127 (int8), and not below 2**-126.
+        group_size: For granularity "group"; divides hidden.
         stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
     Returns:
-        ``out``.
+        ``out``; with ``out_dtype``, ``(out, scales)``.
 
     Raises:
-        ValueError: Shapes, strides or devices do not fit, or out overlaps x in part.
-        TypeError: A dtype is not one of the three, or an argument is no tensor.
+        ValueError: Shapes, strides or devices do not fit, out overlaps x in part, or a scale is missing or too many.
+        TypeError: A dtype is not one of those, or an argument is no tensor.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
 
@@ -46,7 +86,17 @@ def rms_norm(
         >>> x = np.array([[3.0, 4.0]], dtype=np.float32)
         >>> quire.rms_norm(x, np.ones(2, np.float32), eps=0.0).round(4)
         array([[0.8485, 1.1314]], dtype=float32)
+        >>> out, scales = quire.rms_norm(x, np.ones(2, np.float32), eps=0.0, out_dtype="int8", granularity="token")
+        >>> out, scales.round(4)
+        (array([[ 95, 127]], dtype=int8), array([[0.0089]], dtype=float32))
     """
+    if out_dtype is not None:
+        shape = shape_of("rms_norm", "x", x)
+        q = Quantized("rms_norm", x, shape, out_dtype, scale, granularity, group_size, out)
+        _core.rms_norm_quantized(
+            q.out, q.scales, x, weight, eps, weight_offset, granularity, group_size, stream
+        )
+        return q.finish()
     if out is not None:
         _core.rms_norm(out, x, weight, eps, weight_offset, stream)
         return out
@@ -62,6 +112,11 @@ def fused_add_rms_norm(
     eps: float = 1e-6,
     *,
     weight_offset: float = 0.0,
+    out: Array | tuple[Array, Array] | None = None,
+    out_dtype: object = None,
+    scale: Array | None = None,
+    granularity: Granularity = "tensor",
+    group_size: int = 128,
     stream: object = None,
 ) -> tuple[Array, Array]:
     """In place: ``residual += x``, then ``x = rms_norm(residual, weight)``.
@@ -69,19 +124,24 @@ def fused_add_rms_norm(
     The sum is rounded to the dtype before it is normalised, so the result equals the two steps done one after the other.
 
     Args:
-        x: ``[..., hidden]`` float32, float16 or bfloat16; overwritten with the normalised sum.
+        x: ``[..., hidden]`` float32, float16 or bfloat16; overwritten with the normalised sum, unless that is quantized.
         residual: As ``x``; overwritten with the sum. Must not overlap ``x``.
         weight: ``[hidden]`` of any of the three dtypes, contiguous.
         eps: Added to the mean of squares.
         weight_offset: Added to the weight; 1 is Gemma's form.
-        stream: As in :func:`rms_norm`.
+        out: With ``out_dtype`` only, as in :func:`rms_norm`.
+        out_dtype: As in :func:`rms_norm`. With it x is only read, and the normalised sum goes to ``out``.
+        scale: As in :func:`rms_norm`.
+        granularity: Likewise.
+        group_size: Likewise.
+        stream: Likewise.
 
     Returns:
-        ``(x, residual)``, the tensors that were passed.
+        ``(x, residual)``, the tensors that were passed; with ``out_dtype``, ``(out, scales)``.
 
     Raises:
-        ValueError: Shapes, strides, devices do not fit, or x and residual overlap.
-        TypeError: A dtype is not one of the three, or an argument is no tensor.
+        ValueError: Shapes, strides, devices do not fit, x and residual overlap, or a scale is missing or too many.
+        TypeError: A dtype is not one of those, or an argument is no tensor.
 
     Example:
         >>> import numpy as np, quire
@@ -89,10 +149,22 @@ def fused_add_rms_norm(
         >>> quire.fused_add_rms_norm(x, residual, np.ones(4, np.float32), eps=0.0)[1]
         array([[2., 2., 2., 2.]], dtype=float32)
     """
+    if out_dtype is not None:
+        shape = shape_of("fused_add_rms_norm", "x", x)
+        q = Quantized("fused_add_rms_norm", x, shape, out_dtype, scale, granularity, group_size, out)
+        _core.fused_add_rms_norm_quantized(
+            q.out, q.scales, x, residual, weight, eps, weight_offset, granularity, group_size, stream
+        )
+        return q.finish()
+    if out is not None:
+        raise ValueError(
+            "[fused_add_rms_norm] out: expected none without out_dtype, got one: x is overwritten"
+        )
     _core.fused_add_rms_norm(x, residual, weight, eps, weight_offset, stream)
     return x, residual
 
 
+@overload
 def layer_norm(
     x: Array,
     weight: Array,
@@ -100,8 +172,36 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     out: Array | None = None,
+    out_dtype: None = None,
     stream: object = None,
-) -> Array:
+) -> Array: ...
+@overload
+def layer_norm(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    *,
+    out: Array | tuple[Array, Array] | None = None,
+    out_dtype: object,
+    scale: Array | None = None,
+    granularity: Granularity = "tensor",
+    group_size: int = 128,
+    stream: object = None,
+) -> tuple[Array, Array]: ...
+def layer_norm(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    *,
+    out: Array | tuple[Array, Array] | None = None,
+    out_dtype: object = None,
+    scale: Array | None = None,
+    granularity: Granularity = "tensor",
+    group_size: int = 128,
+    stream: object = None,
+) -> Array | tuple[Array, Array]:
     """Layer normalisation: ``(x - mean) / sqrt(var + eps) * weight + bias``, with the population variance.
 
     Args:
@@ -109,15 +209,19 @@ def layer_norm(
         weight: ``[hidden]`` of any of the three dtypes, contiguous.
         bias: As ``weight``, or None.
         eps: Added to the variance.
-        out: As ``x``, or None to allocate it in x's framework. May be ``x`` itself.
-        stream: As in :func:`rms_norm`.
+        out: As in :func:`rms_norm`.
+        out_dtype: Likewise.
+        scale: Likewise.
+        granularity: Likewise.
+        group_size: Likewise.
+        stream: Likewise.
 
     Returns:
-        ``out``.
+        ``out``; with ``out_dtype``, ``(out, scales)``.
 
     Raises:
-        ValueError: Shapes, strides or devices do not fit, or out overlaps x in part.
-        TypeError: A dtype is not one of the three, or an argument is no tensor.
+        ValueError: Shapes, strides or devices do not fit, out overlaps x in part, or a scale is missing or too many.
+        TypeError: A dtype is not one of those, or an argument is no tensor.
 
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
 
@@ -126,6 +230,11 @@ def layer_norm(
         >>> quire.layer_norm(np.array([[1.0, 3.0]], np.float32), np.ones(2, np.float32), eps=0.0)
         array([[-1.,  1.]], dtype=float32)
     """
+    if out_dtype is not None:
+        shape = shape_of("layer_norm", "x", x)
+        q = Quantized("layer_norm", x, shape, out_dtype, scale, granularity, group_size, out)
+        _core.layer_norm_quantized(q.out, q.scales, x, weight, bias, eps, granularity, group_size, stream)
+        return q.finish()
     result = empty(x, shape_of("layer_norm", "x", x)) if out is None else out
     _core.layer_norm(result, x, weight, bias, eps, stream)
     return finish(result, x) if out is None else out

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from frameworks import as_float64, np_dtype
 from reference import activation as reference
+from reference import quantization
 from tolerances import assert_close
 
 import quire
@@ -109,3 +110,137 @@ def test_error_at_most_half_again_torchs(torch, rng, dtype):
     ours = np.abs(as_float64(cpu.numpy(quire.silu_and_mul(tx))) - want).max()
     theirs = np.abs(as_float64(cpu.numpy(torch.nn.functional.silu(tx[:, :1024]) * tx[:, 1024:])) - want).max()
     assert ours <= 1.5 * theirs
+
+
+# ---- quantized results -------------------------------------------------------------------------------------------------
+
+QUANTIZED = ["float8_e4m3fn", "int8"]
+GRANULARITIES = ["tensor", "token", "group"]
+
+
+def check_quantized(backend, rng, op, num_rows, width, dtype, out_dtype, granularity, group_size=128, pad=0):
+    x = draw(rng, (num_rows, 2 * width), dtype)
+    scale = np.array([0.02], np.float32) if granularity == "tensor" else None
+    groups = {"tensor": 0, "token": 1, "group": width // group_size}[granularity]
+    out, scales = (np.empty((num_rows, n), np_dtype(d)) for n, d in ((width, out_dtype), (groups, "float32")))
+    for array in (out, scales):
+        array.view(np.uint8)[...] = 0xFF
+    bx, out, scales = backend.strided(x, pad), backend.strided(out, pad), backend.strided(scales, pad)
+    got = getattr(quire, op)(
+        bx,
+        out=out if granularity == "tensor" else (out, scales),
+        out_dtype=out_dtype,
+        scale=None if scale is None else backend.array(scale),
+        granularity=granularity,
+        group_size=group_size,
+    )
+    assert got[0] is out
+    want = reference.gated(op, as_float64(x))
+    # Small results are compared in absolute terms, as far as the scale shows them.
+    factors = scale if granularity == "tensor" else backend.numpy(got[1])
+    quantization.assert_quantized(backend.numpy(out), factors, want, out_dtype, granularity, group_size, 4e-6)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("out_dtype", QUANTIZED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", list(reference.GATED))
+def test_quantized_dtypes(backend, rng, op, dtype, out_dtype, granularity):
+    for num_rows, width in ((1, 128), (5, 256), (3, 2048), (300, 384)):
+        check_quantized(backend, rng, op, num_rows, width, dtype, out_dtype, granularity)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+@pytest.mark.parametrize("width", [1, 2, 7, 8, 31, 64, 129, 1000, 13824, 40000])
+def test_quantized_widths(backend, rng, width, granularity):
+    for dtype, out_dtype in (("bfloat16", "float8_e4m3fn"), ("float32", "int8")):
+        check_quantized(backend, rng, "silu_and_mul", 3, width, dtype, out_dtype, granularity)
+
+
+@pytest.mark.parametrize(
+    ("width", "group_size"),
+    [
+        (128, 128),
+        (1408, 128),
+        (14336, 128),
+        (96, 32),
+        (96, 3),
+        (7, 7),
+        (768, 256),
+        (1536, 512),
+        (60, 1),
+        (640, 8),
+    ],
+)
+def test_quantized_groups(backend, rng, width, group_size):
+    for dtype, out_dtype in (("bfloat16", "float8_e4m3fn"), ("float32", "int8"), ("float16", "int8")):
+        check_quantized(backend, rng, "silu_and_mul", 5, width, dtype, out_dtype, "group", group_size)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("pad", [1, 8])
+def test_quantized_strides(backend, rng, pad, granularity):
+    check_quantized(backend, rng, "silu_and_mul", 6, 256, "bfloat16", "int8", granularity, 64, pad)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("out_dtype", QUANTIZED)
+@pytest.mark.parametrize("width", [1024, 1025])
+def test_quantized_bit_for_bit(backend, rng, width, out_dtype, granularity):
+    """silu(100) is 100 in float32, so the results are known exactly: quotients are those of float32 division."""
+    group_size = 128 if width == 1024 else 205
+    up = (rng.standard_normal((6, width)) * np.exp2(rng.integers(-12, 4, width))).astype(np.float32)
+    y = np.float32(100.0) * up
+    given = np.array([0.37], np.float32)
+    out, scales = quire.silu_and_mul(
+        backend.array(np.concatenate([np.full_like(up, 100.0), up], axis=1)),
+        out_dtype=out_dtype,
+        scale=backend.array(given) if granularity == "tensor" else None,
+        granularity=granularity,
+        group_size=group_size,
+    )
+    if granularity == "tensor":
+        want_scales = spread = given
+    else:
+        want_scales = quantization.scales_of(y, out_dtype, granularity, group_size)
+        spread = np.repeat(want_scales, width // want_scales.shape[1], axis=1)
+    np.testing.assert_array_equal(backend.numpy(scales), want_scales)
+    want = quantization.store(y / spread, out_dtype)
+    np.testing.assert_array_equal(backend.numpy(out).view(np.uint8), want.view(np.uint8))
+
+
+def test_quantized_every_framework(framework, rng):
+    x = draw(rng, (5, 512), "bfloat16")
+    out, scales = quire.silu_and_mul(framework.array(x), out_dtype="int8", granularity="token")
+    assert type(out) is type(scales) is type(framework.array(x))
+    want = reference.gated("silu_and_mul", as_float64(x))
+    quantization.assert_quantized(
+        framework.numpy(out), framework.numpy(scales), want, "int8", "token", 0, 4e-6
+    )
+
+
+def test_quantized_zero_size(framework):
+    for shape in [(0, 256), (3, 0)]:
+        x = framework.array(np.zeros(shape, np.float32))
+        out, scales = quire.silu_and_mul(x, out_dtype="int8", granularity="token")
+        assert framework.numpy(out).shape == (shape[0], shape[1] // 2)
+        assert framework.numpy(scales).shape == (shape[0], 1)
+
+
+def test_quantized_refuses():
+    x = np.ones((2, 6), np.float32)
+    with pytest.raises(
+        TypeError, match=r"\[silu_and_mul\] out_dtype: expected float8_e4m3fn or int8, got float32"
+    ):
+        quire.silu_and_mul(x, out_dtype="float32")
+    with pytest.raises(ValueError, match=r"group_size: expected a divisor of the last dimension 3, got 2"):
+        quire.gelu_and_mul(x, out_dtype="int8", granularity="group", group_size=2)
+    with pytest.raises(
+        ValueError, match=r"out: expected the shape of half of x, float32 \[2, 3\], got int8 \[2, 6\]"
+    ):
+        quire.gelu_tanh_and_mul(
+            x, out_dtype="int8", scale=np.ones(1, np.float32), out=np.zeros((2, 6), np.int8)
+        )
+    scales = x[:, :1]
+    with pytest.raises(ValueError, match=r"scales: expected memory apart from x"):
+        quire.silu_and_mul(x, out_dtype="int8", granularity="token", out=(np.zeros((2, 3), np.int8), scales))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from frameworks import as_float64, np_dtype
 from reference import norm as reference
+from reference import quantization
 from tolerances import assert_close
 
 import quire
@@ -269,3 +270,309 @@ def test_error_at_most_half_again_torchs(torch, rng, dtype):
     ours = np.abs(as_float64(cpu.numpy(quire.rms_norm(tx, tw))) - want).max()
     theirs = np.abs(as_float64(cpu.numpy(torch.nn.functional.rms_norm(tx, (1024,), tw, 1e-6))) - want).max()
     assert ours <= 1.5 * theirs
+
+
+# ---- quantized results -------------------------------------------------------------------------------------------------
+
+QUANTIZED = ["float8_e4m3fn", "int8"]
+GRANULARITIES = ["tensor", "token", "group"]
+
+
+def poisoned(shape, dtype):
+    x = np.empty(shape, np_dtype(dtype))
+    x.view(np.uint8)[...] = 0xFF
+    return x
+
+
+def quantized_out(backend, shape, out_dtype, granularity, group_size, pad=0):
+    """Poisoned outputs: out and, where they are computed, scales, in rows of a wider tensor."""
+    out = backend.strided(poisoned(shape, out_dtype), pad)
+    if granularity == "tensor":
+        return out, out
+    groups = 1 if granularity == "token" else shape[-1] // group_size
+    scales = backend.strided(poisoned((*shape[:-1], groups), "float32"), pad)
+    return out, (out, scales)
+
+
+def check_quantized(
+    backend, rng, op, shape, dtype, out_dtype, granularity, group_size=128, pad=0, weight_dtype="float32"
+):
+    x, residual = draw(rng, shape, dtype), draw(rng, shape, dtype)
+    weight, bias = draw(rng, shape[-1:], weight_dtype), draw(rng, shape[-1:], "float32")
+    scale = np.array([0.013], np.float32) if granularity == "tensor" else None
+    tensor, out = quantized_out(backend, shape, out_dtype, granularity, group_size, pad)
+    options = {
+        "out": out,
+        "out_dtype": out_dtype,
+        "scale": None if scale is None else backend.array(scale),
+        "granularity": granularity,
+        "group_size": group_size,
+    }
+    bx, bw = backend.strided(x, pad), backend.array(weight)
+    eps = float(np.float32(1e-5))
+    if op == "rms_norm":
+        got = quire.rms_norm(bx, bw, 1e-5, weight_offset=1.0, **options)
+        want = reference.rms_norm(as_float64(x), as_float64(weight), eps, 1.0)
+    elif op == "layer_norm":
+        got = quire.layer_norm(bx, bw, backend.array(bias), 1e-5, **options)
+        want = reference.layer_norm(as_float64(x), as_float64(weight), as_float64(bias), eps)
+    else:
+        br = backend.strided(residual, pad)
+        got = quire.fused_add_rms_norm(bx, br, bw, 1e-5, **options)
+        total = (x.astype(np.float32) + residual.astype(np.float32)).astype(x.dtype)
+        np.testing.assert_array_equal(backend.numpy(br).view(np.uint8), total.view(np.uint8))
+        want = reference.rms_norm(as_float64(total), as_float64(weight), eps)
+    assert got[0] is tensor
+    np.testing.assert_array_equal(backend.numpy(bx).view(np.uint8), x.view(np.uint8))
+    scales = scale if granularity == "tensor" else backend.numpy(got[1])
+    if granularity != "tensor":
+        assert got[1] is out[1]
+    # layer_norm's difference from the mean cancels; what is left is near in absolute terms.
+    slack = 2e-6 if op != "layer_norm" else 1e-5
+    if op == "layer_norm":
+        near = np.abs(want) < 2e-2
+        host, exact = backend.numpy(got[0]), want.copy()
+        spread = scales if granularity != "group" else np.repeat(scales, group_size, axis=-1)
+        exact[near] = (host.astype(np.float64) * spread)[near]
+        assert (np.abs(exact - want) <= spread).all()
+        want = exact
+        quantization.assert_quantized(host, scales, want, out_dtype, granularity, group_size, slack)
+        return
+    quantization.assert_quantized(
+        backend.numpy(got[0]), scales, want, out_dtype, granularity, group_size, slack
+    )
+
+
+OPS = ["rms_norm", "fused_add_rms_norm", "layer_norm"]
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("out_dtype", QUANTIZED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_quantized_dtypes(backend, rng, op, dtype, out_dtype, granularity):
+    for num_rows, hidden in ((1, 128), (5, 256), (3, 2048), (700, 512)):
+        check_quantized(backend, rng, op, (num_rows, hidden), dtype, out_dtype, granularity)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+@pytest.mark.parametrize("hidden", [*HIDDEN, 40000])
+@pytest.mark.parametrize("op", OPS)
+def test_quantized_sizes(backend, rng, op, hidden, granularity):
+    for dtype, out_dtype in (("bfloat16", "float8_e4m3fn"), ("float32", "int8")):
+        check_quantized(backend, rng, op, (3, hidden), dtype, out_dtype, granularity, weight_dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "group_size"),
+    [
+        (128, 128),
+        (384, 128),
+        (5120, 128),
+        (12288, 64),
+        (40960, 128),
+        (96, 32),
+        (96, 3),
+        (7, 7),
+        (768, 256),
+        (1536, 512),
+        (60, 1),
+        (640, 8),
+    ],
+)
+@pytest.mark.parametrize("op", OPS)
+def test_quantized_groups(backend, rng, op, hidden, group_size):
+    for dtype, out_dtype, num_rows in (
+        ("bfloat16", "float8_e4m3fn", 3),
+        ("float32", "int8", 2),
+        ("float16", "int8", 600),
+    ):
+        if num_rows * hidden > 10**6:
+            continue
+        check_quantized(backend, rng, op, (num_rows, hidden), dtype, out_dtype, "group", group_size)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("pad", [0, 1, 8])
+@pytest.mark.parametrize("op", OPS)
+def test_quantized_strides(backend, rng, op, pad, granularity):
+    check_quantized(backend, rng, op, (2, 3, 256), "bfloat16", "float8_e4m3fn", granularity, 64, pad)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("out_dtype", QUANTIZED)
+@pytest.mark.parametrize("num_rows", [3, 800])
+def test_quantized_bit_for_bit(backend, rng, num_rows, out_dtype, granularity):
+    """Rows of +1 and -1 have norm 1 exactly, so the results are the weights: quotients are those of float32 division, ties included."""
+    hidden = 1024
+    x = np.where(rng.random((num_rows, hidden)) < 0.5, -1.0, 1.0).astype(np_dtype("bfloat16"))
+    weight = (rng.standard_normal(hidden) * np.exp2(rng.integers(-12, 4, hidden))).astype(np.float32)
+    weight[:200] = np.arange(200) / 16  # ties under a scale of a power of two
+    y = x.astype(np.float32) * weight
+    for scale in (0.125, 0.0371, 3.0, 1e-3, 2.0**-70, 1e25):
+        given = np.array([scale], np.float32)
+        out, scales = quire.rms_norm(
+            backend.array(x),
+            backend.array(weight),
+            0.0,
+            out_dtype=out_dtype,
+            scale=backend.array(given) if granularity == "tensor" else None,
+            granularity=granularity,
+        )
+        if granularity == "tensor":
+            want_scales = spread = given
+        else:
+            want_scales = quantization.scales_of(y, out_dtype, granularity, 128)
+            spread = np.repeat(want_scales, hidden // want_scales.shape[1], axis=1)
+        np.testing.assert_array_equal(backend.numpy(scales), want_scales)
+        want = quantization.store(y / spread, out_dtype)
+        np.testing.assert_array_equal(backend.numpy(out).view(np.uint8), want.view(np.uint8))
+
+
+@pytest.mark.parametrize("granularity", ["token", "group"])
+@pytest.mark.parametrize("hidden", [256, 250])
+def test_quantized_extremes(backend, hidden, granularity):
+    """Rows of zeros have a scale to divide by; NaN does not count for a scale."""
+    x = np.zeros((3, hidden), np.float32)
+    x[1], x[2] = 1.0, 1.0
+    weight = np.ones(hidden, np.float32)
+    weight[5] = np.nan
+    out, scales = quire.rms_norm(
+        backend.array(x),
+        backend.array(weight),
+        out_dtype="float8_e4m3fn",
+        granularity=granularity,
+        group_size=hidden // 2,
+    )
+    host, factors = backend.numpy(out).astype(np.float32), backend.numpy(scales)
+    assert np.isnan(host[:, 5]).all()
+    rest = np.delete(host, 5, axis=1)
+    assert (rest[0] == 0).all()
+    assert (rest[1:] == 448).all()
+    np.testing.assert_array_equal(factors[0], np.float32(2.0**-126))
+    np.testing.assert_allclose(factors[1:], 1 / 448, rtol=1e-6)
+    out, _ = quire.rms_norm(backend.array(x), backend.array(weight), out_dtype="int8", granularity="token")
+    assert (backend.numpy(out)[:, 5] == 0).all()
+
+
+def test_quantized_every_framework(framework, rng):
+    x, weight = draw(rng, (5, 256), "bfloat16"), draw(rng, (256,), "bfloat16")
+    out, scales = quire.rms_norm(
+        framework.array(x), framework.array(weight), out_dtype="int8", granularity="group", group_size=64
+    )
+    assert type(out) is type(scales) is type(framework.array(x))
+    want = reference.rms_norm(as_float64(x), as_float64(weight), 1e-6)
+    quantization.assert_quantized(
+        framework.numpy(out), framework.numpy(scales), want, "int8", "group", 64, 2e-6
+    )
+
+
+def test_quantized_no_rows(framework):
+    x, weight = framework.array(np.zeros((0, 256), np.float32)), framework.array(np.ones(256, np.float32))
+    for granularity, groups in (("token", 1), ("group", 2)):
+        out, scales = quire.rms_norm(x, weight, out_dtype="int8", granularity=granularity)
+        assert framework.numpy(out).shape == (0, 256)
+        assert framework.numpy(scales).shape == (0, groups)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"out_dtype": "float16"}, TypeError, r"out_dtype: expected float8_e4m3fn or int8, got float16"),
+        ({"out_dtype": "int8"}, ValueError, r'scale: expected one for granularity "tensor", got none'),
+        (
+            {"out_dtype": "int8", "granularity": "token", "scale": np.ones(1, np.float32)},
+            ValueError,
+            r'scale: expected none for granularity "token", which computes its own, got one',
+        ),
+        (
+            {"out_dtype": "int8", "scale": np.ones(2, np.float32)},
+            ValueError,
+            r"scales: expected float32 \[1\], got float32 \[2\]",
+        ),
+        (
+            {"out_dtype": "int8", "granularity": "row"},
+            ValueError,
+            r'granularity: expected "tensor", "token" or "group", got "row"',
+        ),
+        (
+            {"out_dtype": "int8", "granularity": "group", "group_size": 5},
+            ValueError,
+            r"group_size: expected a divisor of the last dimension 16, got 5",
+        ),
+        (
+            {"out_dtype": "int8", "granularity": "group", "group_size": 0},
+            ValueError,
+            r"group_size: expected a divisor of the last dimension 16, got 0",
+        ),
+        (
+            {"out_dtype": "int8", "granularity": "token", "out": np.zeros((2, 16), np.int8)},
+            ValueError,
+            r"out: expected a pair \(out, scales\), as scales are computed, got ndarray",
+        ),
+        (
+            {
+                "out_dtype": "int8",
+                "granularity": "token",
+                "out": (np.zeros((2, 15), np.int8), np.zeros((2, 1), np.float32)),
+            },
+            ValueError,
+            r"out: expected the shape of x, float32 \[2, 16\], got int8 \[2, 15\]",
+        ),
+        (
+            {
+                "out_dtype": "int8",
+                "granularity": "token",
+                "out": (np.zeros((2, 16), np.int8), np.zeros(2, np.float32)),
+            },
+            ValueError,
+            r"scales: expected float32 \[2, 1\], got float32 \[2\]",
+        ),
+        (
+            {
+                "out_dtype": "int8",
+                "granularity": "token",
+                "out": (np.zeros((2, 16), np.uint8), np.zeros((2, 1), np.float32)),
+            },
+            TypeError,
+            r"out: expected float8_e4m3fn or int8, got uint8",
+        ),
+    ],
+)
+def test_quantized_refuses(options, error, text):
+    x, weight = np.ones((2, 16), np.float32), np.ones(16, np.float32)
+    for call in (
+        lambda: quire.rms_norm(x, weight, **options),
+        lambda: quire.layer_norm(x, weight, **options),
+        lambda: quire.fused_add_rms_norm(x, x.copy(), weight, **options),
+    ):
+        with pytest.raises(error, match=r"\[(rms_norm|layer_norm|fused_add_rms_norm)\] " + text):
+            call()
+    with pytest.raises(ValueError, match=r"out: expected none without out_dtype, got one: x is overwritten"):
+        quire.fused_add_rms_norm(x, x.copy(), weight, out=x.copy())
+
+
+def test_quantized_refuses_overlaps():
+    pool = np.ones((4, 64), np.float32)
+    out = pool[2:].view(np.int8)[:, :64]
+    scales = np.zeros((2, 1), np.float32)
+    with pytest.raises(ValueError, match=r"out: expected memory apart from x"):
+        quire.rms_norm(
+            pool[2:], np.ones(64, np.float32), out_dtype="int8", granularity="token", out=(out, scales)
+        )
+    with pytest.raises(ValueError, match=r"scales: expected memory apart from x"):
+        quire.rms_norm(
+            pool[2:],
+            pool[0],
+            out_dtype="int8",
+            granularity="token",
+            out=(np.zeros((2, 64), np.int8), pool[2:, :1]),
+        )
+    with pytest.raises(ValueError, match=r"scales: expected memory apart from weight"):
+        quire.rms_norm(
+            pool[2:],
+            pool[0],
+            out_dtype="int8",
+            granularity="token",
+            out=(np.zeros((2, 64), np.int8), pool[:2, :1]),
+        )

@@ -68,6 +68,32 @@ def make_norm(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
     }
 
 
+def make_quantized(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
+    norms = make_norm(rng, dtype)
+    norms["out"] = np.zeros((ROWS, HIDDEN), np.int8)
+    norms["half_out"] = np.zeros((ROWS, HIDDEN // 2), np.int8)
+    norms["token_scales"] = np.zeros((ROWS, 1), np.float32)
+    norms["group_scales"] = np.zeros((ROWS, HIDDEN // 128), np.float32)
+    return norms
+
+
+def quantized_ops() -> list[Op]:
+    def norm(t: Arrays, **kw: Any) -> object:
+        out = (t["out"], t["token_scales"])
+        return quire.fused_add_rms_norm(
+            t["x"], t["residual"], t["weight"], out=out, out_dtype="int8", granularity="token", **kw
+        )
+
+    def gated(t: Arrays, **kw: Any) -> object:
+        out = (t["half_out"], t["group_scales"][:, : HIDDEN // 256])
+        return quire.silu_and_mul(t["x"], out=out, out_dtype="int8", granularity="group", **kw)
+
+    return [
+        Op("fused_add_rms_norm_quantized", make_quantized, norm),
+        Op("silu_and_mul_quantized", make_quantized, gated),
+    ]
+
+
 def make_gated(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
     return {"x": draw(rng, (ROWS, 2 * HIDDEN), dtype), "out": np.zeros((ROWS, HIDDEN), np_dtype(dtype))}
 
@@ -212,6 +238,7 @@ OPS = {
             make_norm,
             lambda t, **kw: quire.layer_norm(t["x"], t["weight"], t["bias"], out=t["out"], **kw),
         ),
+        *quantized_ops(),
         *(activation(name, make_gated) for name in ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")),
         *(activation(name, make_plain) for name in ("gelu_new", "gelu_fast", "gelu_quick", "relu_squared")),
         Op(

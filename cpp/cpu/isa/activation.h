@@ -20,6 +20,7 @@ using ActivationKernel = void (*)(const ActivationRows& rows);
 /// Indexed by [Activation][dtype], where dtype is float32, float16, bfloat16 in DType's order.
 struct ActivationKernels {
   ActivationKernel run[7][3];
+  ActivationKernel run_wide[3][3];  // the gated ones, with an out of float32
 };
 
 }  // namespace quire::cpu
@@ -81,8 +82,8 @@ struct ReluSquared {
 };
 
 /// N whole vectors from column i on.
-template <typename F, bool kGated, int N, typename T>
-QUIRE_INLINE void activate_vectors(T* out, const T* x, const T* up, std::int64_t i) {
+template <typename F, bool kGated, int N, typename Out, typename T>
+QUIRE_INLINE void activate_vectors(Out* out, const T* x, const T* up, std::int64_t i) {
   Vec y[N];
   for (int k = 0; k < N; ++k) y[k] = load(x + i + k * kLanes);
   F::apply(y);
@@ -92,8 +93,8 @@ QUIRE_INLINE void activate_vectors(T* out, const T* x, const T* up, std::int64_t
   }
 }
 
-template <typename F, bool kGated, typename T>
-QUIRE_INLINE void activate_row(T* out, const T* x, const T* up, std::int64_t width) {
+template <typename F, bool kGated, typename Out, typename T>
+QUIRE_INLINE void activate_row(Out* out, const T* x, const T* up, std::int64_t width) {
   std::int64_t i = 0;
   for (; i + 4 * kLanes <= width; i += 4 * kLanes) activate_vectors<F, kGated, 4>(out, x, up, i);
   for (; i + kLanes <= width; i += kLanes) activate_vectors<F, kGated, 1>(out, x, up, i);
@@ -106,29 +107,33 @@ QUIRE_INLINE void activate_row(T* out, const T* x, const T* up, std::int64_t wid
   }
 }
 
-template <typename F, bool kGated, typename T>
+template <typename F, bool kGated, typename Out, typename T>
 void activate(const ActivationRows& rows) {
   for (std::int64_t row = 0; row < rows.num_rows; ++row) {
     const T* x = static_cast<const T*>(rows.x) + row * rows.x_stride;
     const T* up = kGated ? static_cast<const T*>(rows.up) + row * rows.x_stride : nullptr;
-    T* out = static_cast<T*>(rows.out) + row * rows.out_stride;
+    Out* out = static_cast<Out*>(rows.out) + row * rows.out_stride;
     activate_row<F, kGated>(out, x, up, rows.width);
   }
 }
 
-#define QUIRE_KERNELS(F, kGated) {activate<F, kGated, float>, activate<F, kGated, Half>, activate<F, kGated, BFloat16>}
+#define QUIRE_KERNELS(F, kGated) \
+  {activate<F, kGated, float, float>, activate<F, kGated, Half, Half>, activate<F, kGated, BFloat16, BFloat16>}
+#define QUIRE_WIDE_KERNELS(F) {activate<F, true, float, float>, activate<F, true, float, Half>, activate<F, true, float, BFloat16>}
 
 extern const ActivationKernels activation_kernels;
 const ActivationKernels activation_kernels = {{
-    QUIRE_KERNELS(Silu, true),
-    QUIRE_KERNELS(Gelu, true),
-    QUIRE_KERNELS(GeluTanh, true),
-    QUIRE_KERNELS(GeluTanh, false),  // gelu_new
-    QUIRE_KERNELS(GeluTanh, false),  // gelu_fast: the same function, factored otherwise
-    QUIRE_KERNELS(GeluQuick, false),
-    QUIRE_KERNELS(ReluSquared, false),
-}};
+                                                  QUIRE_KERNELS(Silu, true),
+                                                  QUIRE_KERNELS(Gelu, true),
+                                                  QUIRE_KERNELS(GeluTanh, true),
+                                                  QUIRE_KERNELS(GeluTanh, false),  // gelu_new
+                                                  QUIRE_KERNELS(GeluTanh, false),  // gelu_fast: the same function, factored otherwise
+                                                  QUIRE_KERNELS(GeluQuick, false),
+                                                  QUIRE_KERNELS(ReluSquared, false),
+                                              },
+                                              {QUIRE_WIDE_KERNELS(Silu), QUIRE_WIDE_KERNELS(Gelu), QUIRE_WIDE_KERNELS(GeluTanh)}};
 
+#undef QUIRE_WIDE_KERNELS
 #undef QUIRE_KERNELS
 
 }  // namespace quire::cpu::QUIRE_ISA_NAMESPACE

@@ -23,9 +23,12 @@ using NormKernel = void (*)(const NormRows& rows);
 /// Indexed by [dtype][weight dtype], which are float32, float16, bfloat16 in DType's order.
 struct NormKernels {
   NormKernel rms_norm[3][3];
-  NormKernel rms_norm_wide[3][3];  // out is float32
   NormKernel fused_add_rms_norm[3][3];
   NormKernel layer_norm[3][3];
+  // With an out of float32.
+  NormKernel rms_norm_wide[3][3];
+  NormKernel fused_add_rms_norm_wide[3][3];
+  NormKernel layer_norm_wide[3][3];
 };
 
 }  // namespace quire::cpu
@@ -106,34 +109,27 @@ void rms_norm_to(const NormRows& rows) {
   }
 }
 
-template <typename T, typename W>
-void rms_norm(const NormRows& rows) {
-  rms_norm_to<T, T, W>(rows);
-}
-template <typename T, typename W>
-void rms_norm_wide(const NormRows& rows) {
-  rms_norm_to<float, T, W>(rows);
-}
-
-template <typename T, typename W>
-void fused_add_rms_norm(const NormRows& rows) {
+/// out may be x.
+template <typename Out, typename T, typename W>
+void fused_add_rms_norm_to(const NormRows& rows) {
   for (std::int64_t row = 0; row < rows.num_rows; ++row) {
-    T* x = static_cast<T*>(rows.out) + row * rows.out_stride;
+    const T* x = static_cast<const T*>(rows.x) + row * rows.x_stride;
+    Out* out = static_cast<Out*>(rows.out) + row * rows.out_stride;
     T* residual = static_cast<T*>(rows.residual) + row * rows.residual_stride;
     // The sum is stored first and read back: what is normalised is what was rounded.
     for_each_vector(
         rows.hidden, [&](std::int64_t i) QUIRE_LAMBDA_INLINE { store(residual + i, load(x + i) + load(residual + i)); },
         [&](std::int64_t i, int left) QUIRE_LAMBDA_INLINE { store(residual + i, load(x + i, left) + load(residual + i, left), left); });
-    scale_row<false, false, W>(rows, x, residual, 0.0f, inverse_rms(residual, rows.hidden, rows.eps));
+    scale_row<false, false, W>(rows, out, residual, 0.0f, inverse_rms(residual, rows.hidden, rows.eps));
   }
 }
 
-template <typename T, typename W>
-void layer_norm(const NormRows& rows) {
+template <typename Out, typename T, typename W>
+void layer_norm_to(const NormRows& rows) {
   const float inverse_hidden = 1.0f / static_cast<float>(rows.hidden);
   for (std::int64_t row = 0; row < rows.num_rows; ++row) {
     const T* x = static_cast<const T*>(rows.x) + row * rows.x_stride;
-    T* out = static_cast<T*>(rows.out) + row * rows.out_stride;
+    Out* out = static_cast<Out*>(rows.out) + row * rows.out_stride;
     const float mean = sum_over_row(x, rows.hidden, [](Vec v, Vec acc) QUIRE_LAMBDA_INLINE { return acc + v; }) * inverse_hidden;
     const Vec mean_v = set1(mean);
     // Deviations from the mean, not a difference of sums: that one cancels when the mean is large.
@@ -151,14 +147,20 @@ void layer_norm(const NormRows& rows) {
   }
 }
 
-#define QUIRE_KERNELS_BY_WEIGHT(kernel, T) {kernel<T, float>, kernel<T, Half>, kernel<T, BFloat16>}
-#define QUIRE_KERNELS(kernel) \
-  {QUIRE_KERNELS_BY_WEIGHT(kernel, float), QUIRE_KERNELS_BY_WEIGHT(kernel, Half), QUIRE_KERNELS_BY_WEIGHT(kernel, BFloat16)}
+#define QUIRE_KERNELS_BY_WEIGHT(kernel, Out, T) {kernel<Out, T, float>, kernel<Out, T, Half>, kernel<Out, T, BFloat16>}
+#define QUIRE_KERNELS(kernel)                                                                  \
+  {QUIRE_KERNELS_BY_WEIGHT(kernel, float, float), QUIRE_KERNELS_BY_WEIGHT(kernel, Half, Half), \
+   QUIRE_KERNELS_BY_WEIGHT(kernel, BFloat16, BFloat16)}
+#define QUIRE_WIDE_KERNELS(kernel)                                                              \
+  {QUIRE_KERNELS_BY_WEIGHT(kernel, float, float), QUIRE_KERNELS_BY_WEIGHT(kernel, float, Half), \
+   QUIRE_KERNELS_BY_WEIGHT(kernel, float, BFloat16)}
 
 extern const NormKernels norm_kernels;
-const NormKernels norm_kernels = {QUIRE_KERNELS(rms_norm), QUIRE_KERNELS(rms_norm_wide), QUIRE_KERNELS(fused_add_rms_norm),
-                                  QUIRE_KERNELS(layer_norm)};
+const NormKernels norm_kernels = {
+    QUIRE_KERNELS(rms_norm_to),      QUIRE_KERNELS(fused_add_rms_norm_to),      QUIRE_KERNELS(layer_norm_to),
+    QUIRE_WIDE_KERNELS(rms_norm_to), QUIRE_WIDE_KERNELS(fused_add_rms_norm_to), QUIRE_WIDE_KERNELS(layer_norm_to)};
 
+#undef QUIRE_WIDE_KERNELS
 #undef QUIRE_KERNELS
 #undef QUIRE_KERNELS_BY_WEIGHT
 

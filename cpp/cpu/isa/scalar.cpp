@@ -7,3 +7,4 @@
 #include "cpu/isa/kv_cache.h"
 #include "cpu/isa/norm.h"
 #include "cpu/isa/position_encoding.h"
+#include "cpu/isa/quantization.h"

@@ -4,9 +4,9 @@
 #include <bit>
 
 #include "core/dispatch.h"
+#include "cuda/activation/functions.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
-#include "ops/activation.h"
 
 namespace quire::cuda {
 namespace {
@@ -14,43 +14,6 @@ namespace {
 constexpr int kThreads = 128;
 // Vectors (gated: pairs of vectors) that a thread has in flight.
 constexpr int kUnroll = 4;
-
-// exp(x) and a / b: a 16-bit result hides the error of the fast forms (2 ulp), a float32 one does not.
-template <bool kPrecise>
-__device__ __forceinline__ float exponential(float x) {
-  return kPrecise ? expf(x) : __expf(x);
-}
-template <bool kPrecise>
-__device__ __forceinline__ float quotient(float a, float b) {
-  // The approximate division gives 0 for a divisor above 2^126, which is where the quotient vanishes anyway.
-  return kPrecise ? a / b : __fdividef(a, b);
-}
-
-template <Activation kActivation, bool kPrecise>
-__device__ __forceinline__ float activate(float x) {
-  constexpr float kSqrt2OverPi = 0.7978845608028654f;
-  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), which also keeps the relative accuracy of small results.
-  const auto gated_by = [&](float two_u) { return quotient<kPrecise>(x, 1.0f + exponential<kPrecise>(-two_u)); };
-  if constexpr (kActivation == Activation::kSilu) {
-    return gated_by(x);
-  } else if constexpr (kActivation == Activation::kGelu) {
-    // erfc keeps the digits of the lower tail that 1 + erf loses.
-    return 0.5f * x * erfcf(x * -0.7071067811865476f);
-  } else if constexpr (kActivation == Activation::kGeluTanh || kActivation == Activation::kGeluNew) {
-    return gated_by(2.0f * kSqrt2OverPi * fmaf(0.044715f * x * x, x, x));
-  } else if constexpr (kActivation == Activation::kGeluFast) {
-    return gated_by(2.0f * 0.7978845608f * x * fmaf(0.044715f * x, x, 1.0f));
-  } else if constexpr (kActivation == Activation::kGeluQuick) {
-    return gated_by(1.702f * x);
-  } else {
-    // Written so that NaN stays NaN.
-    const float positive = x < 0.0f ? 0.0f : x;
-    return positive * positive;
-  }
-}
-
-template <Activation kActivation>
-constexpr bool kIsGated = kActivation == Activation::kSilu || kActivation == Activation::kGelu || kActivation == Activation::kGeluTanh;
 
 // Grid: work item = blockDim.y rows x one chunk of blockDim.x * kUnroll vectors; gridDim.x CTAs walk all items.
 template <Activation kActivation, typename T, int kVec>
@@ -126,6 +89,7 @@ void launch_dtype(const ActivationParams& p, Stream stream) {
 }  // namespace
 
 void activation(const ActivationParams& params, Stream stream) {
+  if (params.quant.scales != nullptr) return activation_quantized(params, stream);
   switch (params.activation) {
     case Activation::kSilu: return launch_dtype<Activation::kSilu>(params, stream);
     case Activation::kGelu: return launch_dtype<Activation::kGelu>(params, stream);

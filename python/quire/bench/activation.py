@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import quire
+from quire._quantized import Granularity
 from quire.bench.harness import Case, Context, Target, Work
 from quire.bench.peers import peers_of
 
@@ -40,6 +41,15 @@ def cases(context: Context) -> Iterator[Case]:
                     target=Target(min_speedup=2.0) if held else None,
                     op=op,
                 )
+    for granularity in ("tensor", "token", "group"):
+        for tokens, width in grid:
+            yield Case(
+                name=f"silu_and_mul to float8_e4m3fn, scale per {granularity}, T{tokens} I{width} bfloat16",
+                prepare=partial(_quantized, context, (tokens, width), granularity),
+                num_bytes=5 * tokens * width,
+                bound="copy",
+                op="silu_and_mul quantized",
+            )
 
 
 def _prepare(context: Context, op: str, shape: tuple[int, int], dtype: str) -> Work:
@@ -53,3 +63,20 @@ def _prepare(context: Context, op: str, shape: tuple[int, int], dtype: str) -> W
 
     only_cpu = {"NumPy": numpy_silu_and_mul} if op == "silu_and_mul" and dtype == "float32" else {}
     return Work(lambda: function(x, out=out), peers_of(context, op, only_cpu=only_cpu, out=out, x=x))
+
+
+def _quantized(context: Context, shape: tuple[int, int], granularity: Granularity) -> Work:
+    arrays, (tokens, width) = context.arrays, shape
+    x, out = arrays.random((tokens, 2 * width), "bfloat16"), arrays.empty(shape, "float8_e4m3fn")
+    outputs: Any = out
+    scale = None
+    if granularity == "tensor":
+        scale = arrays.put(np.array([0.02], np.float32))
+    else:
+        groups = 1 if granularity == "token" else width // 128
+        outputs = (out, arrays.empty((tokens, groups), "float32"))
+    return Work(
+        lambda: quire.silu_and_mul(
+            x, out=outputs, out_dtype="float8_e4m3fn", scale=scale, granularity=granularity
+        )
+    )

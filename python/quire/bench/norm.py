@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import quire
+from quire._quantized import Granularity
 from quire.bench.harness import Case, Context, Target, Work
 from quire.bench.peers import peers_of
 
@@ -54,6 +55,16 @@ def cases(context: Context) -> Iterator[Case]:
                     target=Target(min_speedup=2.0) if held else None,
                     op=op,
                 )
+    for op, item_bytes in (("rms_norm", 3), ("fused_add_rms_norm", 7)):
+        for granularity in ("tensor", "token", "group"):
+            for tokens, hidden in grid:
+                yield Case(
+                    name=f"{op} to float8_e4m3fn, scale per {granularity}, T{tokens} H{hidden} bfloat16",
+                    prepare=partial(_quantized, context, op, (tokens, hidden), granularity),
+                    num_bytes=item_bytes * tokens * hidden + 2 * hidden,
+                    bound="copy",
+                    op=f"{op} quantized",
+                )
 
 
 def _rms_norm(context: Context, shape: tuple[int, int], dtype: str) -> Work:
@@ -88,3 +99,33 @@ def _layer_norm(context: Context, shape: tuple[int, int], dtype: str) -> Work:
     bias, out = context.arrays.random(shape[1:], dtype), context.arrays.empty(shape, dtype)
     peers = peers_of(context, "layer_norm", out=out, x=x, weight=weight, bias=bias, eps=1e-5)
     return Work(lambda: quire.layer_norm(x, weight, bias, out=out), peers)
+
+
+def _quantized(context: Context, op: str, shape: tuple[int, int], granularity: Granularity) -> Work:
+    arrays, dtype = context.arrays, "bfloat16"
+    x, weight = arrays.random(shape, dtype, 1e-3), arrays.random(shape[1:], dtype)
+    residual = arrays.random(shape, dtype) if op == "fused_add_rms_norm" else None
+    out, scale = arrays.empty(shape, "float8_e4m3fn"), None
+    outputs: Any = out
+    if granularity == "tensor":
+        scale = arrays.put(np.array([0.02], np.float32))
+    else:
+        groups = 1 if granularity == "token" else shape[1] // 128
+        outputs = (out, arrays.empty((shape[0], groups), "float32"))
+
+    def run() -> object:
+        if residual is not None:
+            return quire.fused_add_rms_norm(
+                x,
+                residual,
+                weight,
+                out=outputs,
+                out_dtype="float8_e4m3fn",
+                scale=scale,
+                granularity=granularity,
+            )
+        return quire.rms_norm(
+            x, weight, out=outputs, out_dtype="float8_e4m3fn", scale=scale, granularity=granularity
+        )
+
+    return Work(run)

@@ -1,0 +1,208 @@
+// Gated activations with a quantized result on CUDA.
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <bit>
+
+#include "core/dispatch.h"
+#include "cuda/activation/functions.cuh"
+#include "cuda/device/quantize.cuh"
+#include "cuda/device/reduce.cuh"
+#include "cuda/element.h"
+#include "cuda/launch.h"
+
+namespace quire::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+// Pairs of vectors that a thread has in flight.
+constexpr int kUnroll = 4;
+// Threads of a CTA that holds a whole row.
+constexpr int kMaxRowThreads = 1024;
+
+// The result's vector from its gate and its up.
+template <Activation kActivation, typename T, int kVec>
+__device__ __forceinline__ void gated(float (&v)[kVec], const Packed<T, kVec>& gate, const Packed<T, kVec>& up) {
+  float factor[kVec];
+  unpack<T, kVec>(v, gate);
+  unpack<T, kVec>(factor, up);
+#pragma unroll
+  for (int e = 0; e < kVec; ++e) v[e] = activate<kActivation, sizeof(T) == 4>(v[e]) * factor[e];
+}
+
+// One scale, or one per group. Grid: work item = blockDim.y rows x one chunk of blockDim.x * kUnroll vectors; gridDim.x CTAs walk all
+// items. A group's vectors lie in `group_lanes` neighbouring lanes, a power of two up to 32 that divides blockDim.x.
+template <Activation kActivation, typename T, int kVec>
+__global__ void __launch_bounds__(kThreads) activation_group_kernel(const __grid_constant__ ActivationParams p, const int group_lanes,
+                                                                    const std::int64_t num_chunks, const std::int64_t num_items) {
+  const bool per_group = p.quant.granularity == ScaleGranularity::kGroup, is_int8 = p.quant.dtype == DType::kInt8;
+  const Divisor given(per_group ? 1.0f : p.quant.scales[0]);
+  for (std::int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
+    const std::int64_t row_group = num_chunks == 1 ? item : divide(item, num_chunks);
+    const std::int64_t chunk = item - row_group * num_chunks;
+    const std::int64_t row = row_group * blockDim.y + threadIdx.y;
+    const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
+    const std::int64_t out_at = p.out_rows.offset(row);
+    const std::int64_t first = (chunk * blockDim.x * kUnroll + threadIdx.x) * kVec;
+    const std::int64_t step = static_cast<std::int64_t>(blockDim.x) * kVec;
+    // Every lane takes part in the maxima, also one with nothing to do.
+    const std::int64_t end = row < p.num_rows ? p.width : 0;
+
+    // Load.
+    Packed<T, kVec> gates[kUnroll], ups[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const std::int64_t at = first + u * step;
+      gates[u] = ups[u] = {};
+      if (at >= end) continue;
+      gates[u] = load_packed<T, kVec>(x + at);
+      ups[u] = load_packed<T, kVec>(x + p.width + at);
+    }
+
+    // Compute and store.
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const std::int64_t at = first + u * step;
+      float v[kVec];
+      gated<kActivation, T, kVec>(v, gates[u], ups[u]);
+      if (per_group) {
+        const float scale = computed_scale(warp_max(at < end ? largest_of(v) : 0.0f, group_lanes), largest_quantized(p.quant.dtype));
+        if (at >= end) continue;
+        if (static_cast<int>(threadIdx.x) % group_lanes == 0) *p.quant.scale_at(row, divide(at, p.quant.group_size)) = scale;
+        store_quantized(p.out, out_at + at, is_int8, v, Divisor(scale));
+      } else if (at < end) {
+        store_quantized(p.out, out_at + at, is_int8, v, given);
+      }
+    }
+  }
+}
+
+// One scale per row. Grid: one CTA per row and step; a thread keeps up to kUnroll vectors of results.
+template <Activation kActivation, typename T, int kVec>
+__global__ void __launch_bounds__(kMaxRowThreads) activation_token_kernel(const __grid_constant__ ActivationParams p) {
+  __shared__ float scratch[2][kWarpSize];
+  const std::int64_t first = static_cast<std::int64_t>(threadIdx.x) * kVec, step = static_cast<std::int64_t>(blockDim.x) * kVec;
+  int turn = 0;
+  for (std::int64_t row = blockIdx.x; row < p.num_rows; row += gridDim.x, turn ^= 1) {
+    const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
+    Packed<T, kVec> gates[kUnroll], ups[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      gates[u] = ups[u] = {};
+      if (first + u * step >= p.width) continue;
+      gates[u] = load_packed<T, kVec>(x + first + u * step);
+      ups[u] = load_packed<T, kVec>(x + p.width + first + u * step);
+    }
+
+    // Compute.
+    float v[kUnroll][kVec], largest = 0.0f;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      gated<kActivation, T, kVec>(v[u], gates[u], ups[u]);
+      if (first + u * step < p.width) largest = fmaxf(largest, largest_of(v[u]));
+    }
+
+    // Scale and store. The scratch memory alternates, so that the barrier of the next row's maximum guards this one's.
+    const float scale = computed_scale(cta_max(largest, scratch[turn]), largest_quantized(p.quant.dtype));
+    if (threadIdx.x == 0) *p.quant.scale_at(row, 0) = scale;
+    const Divisor divisor(scale);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      if (first + u * step < p.width)
+        store_quantized(p.out, p.out_rows.offset(row) + first + u * step, p.quant.dtype == DType::kInt8, v[u], divisor);
+  }
+}
+
+// Any layout, width and group. Grid: one CTA per row and step. A group, or the row, is read twice: for its maximum and for its result.
+template <Activation kActivation, typename T>
+__global__ void __launch_bounds__(kMaxRowThreads) activation_element_kernel(const __grid_constant__ ActivationParams p) {
+  __shared__ float scratch[kWarpSize];
+  for (std::int64_t row = blockIdx.x; row < p.num_rows; row += gridDim.x) {
+    const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
+    const auto result = [&](float (&v)[1], std::int64_t at) {
+      gated<kActivation, T, 1>(v, load_packed<T, 1>(x + at), load_packed<T, 1>(x + p.width + at));
+    };
+    const auto largest_in = [&](std::int64_t first, std::int64_t end, std::int64_t step) {
+      float largest = 0.0f;
+      for (std::int64_t at = first; at < end; at += step) {
+        float v[1];
+        result(v, at);
+        largest = fmaxf(largest, largest_of(v));
+      }
+      return largest;
+    };
+    const auto store = [&](std::int64_t first, std::int64_t end, std::int64_t step, float scale) {
+      const Divisor divisor(scale);
+      for (std::int64_t at = first; at < end; at += step) {
+        float v[1];
+        result(v, at);
+        store_quantized(p.out, p.out_rows.offset(row) + at, p.quant.dtype == DType::kInt8, v, divisor);
+      }
+    };
+    const float largest_stored = largest_quantized(p.quant.dtype);
+    if (p.quant.granularity == ScaleGranularity::kTensor) {
+      store(threadIdx.x, p.width, blockDim.x, p.quant.scales[0]);
+    } else if (p.quant.granularity == ScaleGranularity::kToken) {
+      const float scale = computed_scale(cta_max(largest_in(threadIdx.x, p.width, blockDim.x), scratch), largest_stored);
+      if (threadIdx.x == 0) *p.quant.scale_at(row, 0) = scale;
+      store(threadIdx.x, p.width, blockDim.x, scale);
+      // The next row's maximum uses the same scratch memory.
+      __syncthreads();
+    } else {
+      const std::int64_t lane = threadIdx.x % kWarpSize, num_warps = blockDim.x / kWarpSize;
+      for (std::int64_t group = threadIdx.x / kWarpSize; group * p.quant.group_size < p.width; group += num_warps) {
+        const std::int64_t first = group * p.quant.group_size + lane, end = (group + 1) * p.quant.group_size;
+        const float scale = computed_scale(warp_max(largest_in(first, end, kWarpSize)), largest_stored);
+        if (lane == 0) *p.quant.scale_at(row, group) = scale;
+        store(first, end, kWarpSize, scale);
+      }
+    }
+  }
+}
+
+std::int64_t whole_warps(std::int64_t num_threads) {
+  return std::min<std::int64_t>(ceil_div(num_threads, kWarpSize) * kWarpSize, kMaxRowThreads);
+}
+
+template <Activation kActivation, typename T>
+void launch_quantized(const ActivationParams& p, Stream stream) {
+  constexpr int kVec = kElementsPer16Bytes<T>;
+  const auto num_row_ctas = static_cast<unsigned>(std::min<std::int64_t>(p.num_rows, 0x7fffffff));
+  // kVec bytes of the result at a time.
+  const bool vectors = rows_are_vectors<T>(p.x, p.x_rows, p.width) && is_aligned(p.out, kVec) && p.out_rows.strides[0] % kVec == 0 &&
+                       p.out_rows.strides[1] % kVec == 0 && p.out_rows.strides[2] % kVec == 0;
+  const std::int64_t num_vectors = p.width / kVec;
+  const bool per_token = p.quant.granularity == ScaleGranularity::kToken;
+  const std::int64_t group_lanes = p.quant.granularity == ScaleGranularity::kTensor ? 1 : p.quant.group_size / kVec;
+  const bool lanes_fit = p.quant.granularity == ScaleGranularity::kTensor || (p.quant.group_size % kVec == 0 && group_lanes <= kWarpSize &&
+                                                                              std::has_single_bit(static_cast<std::uint64_t>(group_lanes)));
+  if (vectors && per_token && num_vectors <= kMaxRowThreads * kUnroll) {
+    const std::int64_t num_threads = whole_warps(ceil_div(num_vectors, kUnroll));
+    activation_token_kernel<kActivation, T, kVec><<<num_row_ctas, static_cast<unsigned>(num_threads), 0, cuda_stream(stream)>>>(p);
+  } else if (vectors && !per_token && lanes_fit) {
+    const std::int64_t wanted = std::clamp<std::int64_t>(ceil_div(num_vectors, kUnroll), group_lanes, kThreads);
+    const dim3 block(std::bit_ceil(static_cast<unsigned>(wanted)), kThreads / std::bit_ceil(static_cast<unsigned>(wanted)));
+    const std::int64_t num_chunks = ceil_div(num_vectors, std::int64_t{block.x} * kUnroll);
+    const std::int64_t num_items = ceil_div(p.num_rows, block.y) * num_chunks;
+    const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(num_items, 0x7fffffff));
+    activation_group_kernel<kActivation, T, kVec>
+        <<<num_ctas, block, 0, cuda_stream(stream)>>>(p, static_cast<int>(group_lanes), num_chunks, num_items);
+  } else {
+    activation_element_kernel<kActivation, T><<<num_row_ctas, static_cast<unsigned>(whole_warps(p.width)), 0, cuda_stream(stream)>>>(p);
+  }
+  QUIRE_CHECK_LAUNCH("activation", stream);
+}
+
+}  // namespace
+
+void activation_quantized(const ActivationParams& params, Stream stream) {
+  dispatch_float(params.dtype, "activation", [&](auto dtype) {
+    using T = Element<decltype(dtype)::value>;
+    switch (params.activation) {
+      case Activation::kSilu: return launch_quantized<Activation::kSilu, T>(params, stream);
+      case Activation::kGelu: return launch_quantized<Activation::kGelu, T>(params, stream);
+      default: return launch_quantized<Activation::kGeluTanh, T>(params, stream);
+    }
+  });
+}
+
+}  // namespace quire::cuda
