@@ -511,6 +511,22 @@ def test_summary_against_peers() -> None:
     assert "mean 1.50x, ahead in 1 of 1, worst 1.50x (d; y)" in prefill
 
 
+def test_summary_against_ceilings() -> None:
+    def result(name: str, us: float, gb_per_s: float, percent: float) -> Result:
+        return Result(
+            "norm", name, group="op", us=us, gb_per_s=gb_per_s, percent_of_ceiling=percent, ceiling="copy"
+        )
+
+    results = [
+        result("small", 1.0, 10.0, 1.0),
+        result("large", 100.0, 800.0, 80.0),
+        result("wide", 90.0, 900.0, 90.0),
+    ]
+    results.append(Result("norm", "in the caches", group="op", us=1.0, gb_per_s=5000.0))
+    (line,) = report.against_ceilings(results)
+    assert line == "op: 80 to 90 % of the ceiling (copy) in its largest cases (2 of 3)"
+
+
 def test_facts_without_a_time() -> None:
     context = Context("cpu", NumpyArrays(), Timer(0.001, quick=True), quick=True)
     work = Work(None, facts={"rows": 3.0}, shares={"used": 25.0, "free": 75.0})

@@ -26,7 +26,7 @@ from quire.bench import FAMILIES, BenchError, arrays, peers
 from quire.bench.ceilings import measure_ceilings
 from quire.bench.cuda_timer import CudaTimer
 from quire.bench.harness import Case, Context, make_timer, measure
-from quire.bench.report import FORMATS, Report, against_peers, plot
+from quire.bench.report import FORMATS, Report, against_ceilings, against_peers, plot
 
 __all__ = ["add_bench_arguments", "run_bench"]
 
@@ -146,7 +146,7 @@ def _bench(args: argparse.Namespace) -> int:
             report.results.append(measure(family, case, context, report.ceilings))
             gc.collect()  # the tensors of one case are gone before those of the next come
         for family, results in report.families().items():
-            lines = against_peers(results)
+            lines = against_peers(results) + against_ceilings(results)
             if hasattr(modules[family], "summary"):
                 lines += modules[family].summary(results)
             if lines:

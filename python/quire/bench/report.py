@@ -17,7 +17,7 @@ from typing import Any
 from quire.bench import FAMILIES, BenchError
 from quire.bench.harness import Fact, Result
 
-__all__ = ["FORMATS", "Report", "against_peers", "number", "plot"]
+__all__ = ["FORMATS", "Report", "against_ceilings", "against_peers", "number", "plot"]
 
 FORMATS = ("md", "json", "csv")
 
@@ -142,6 +142,25 @@ def against_peers(results: Sequence[Result]) -> list[str]:
         lines.append(
             f"{group} against the best peer of each case: geometric mean {mean:.2f}x, ahead in {ahead} of {len(found)}, "
             f"worst {worst:.2f}x ({name}; {peer})"
+        )
+    return lines
+
+
+def against_ceilings(results: Sequence[Result]) -> list[str]:
+    """A line for each group: how near its larger cases come to the machine's ceiling."""
+    groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for r in results:
+        rate = r.tflop_per_s if r.ceiling == "matmul" else r.gb_per_s
+        if r.implementation == "quire" and r.us and rate and r.percent_of_ceiling is not None:
+            groups.setdefault((r.group, r.ceiling), []).append((rate * r.us, r.percent_of_ceiling))
+    lines = []
+    for (group, ceiling), found in groups.items():
+        most = max(work for work, _ in found)
+        percents = [percent for work, percent in found if work >= most / 2]
+        few, many = f"{min(percents):.0f}", f"{max(percents):.0f}"
+        span = few if few == many else f"{few} to {many}"
+        lines.append(
+            f"{group}: {span} % of the ceiling ({ceiling}) in its largest cases ({len(percents)} of {len(found)})"
         )
     return lines
 
