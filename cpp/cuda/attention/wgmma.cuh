@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(WgmmaShape<kHeadDim>::kThreads, 1)
       init(control->k_empty[i], Shape::kConsumerWarps), init(control->v_empty[i], Shape::kConsumerWarps);
     }
     for (int i = 0; i < Shape::kQStages; ++i) init(control->q_full[i], kQueryLoaders), init(control->q_empty[i], Shape::kConsumerWarps);
-    for (int i = 0; i < kTileSlots; ++i) init(control->tile_full[i], 1), init(control->tile_empty[i], Shape::kConsumerWarps + 3);
+    for (int i = 0; i < kTileSlots; ++i) init(control->tile_full[i], 1), init(control->tile_empty[i], 32 * (Shape::kConsumerWarps + 3));
     for (int i = 0; i < kTileSlots; ++i) control->tiles[i].again = 0;
     control->any_again = 0;
     device::barrier_init_fence();

@@ -253,20 +253,20 @@ struct WgmmaConsumer {
     return true;
   }
 
-  /// Gives the tile's slot back.
+  /// Gives the tile's slot back, each lane for itself.
   __device__ __forceinline__ void close(const Work& work) const {
-    __syncwarp();
-    release(control().tile_empty, static_cast<unsigned>(work.slot - control().tiles));
+    device::barrier_arrive(device::shared_address(&control().tile_empty[work.slot - control().tiles]));
   }
 
   /// From a score before the factor to log2 units.
   __device__ __forceinline__ float log2_scale() const { return kTransform ? 1.0f : inputs.log2_scale; }
 
-  /// Waits for K and, with a new tile, its queries; returns which keys have a block.
+  /// Waits for K and, with a new tile, its queries; returns, to lane 0, which keys have a block.
   __device__ __forceinline__ std::uint32_t wait_scores_inputs(bool new_tile) const {
     if (new_tile) wait_full(control().q_full, q_uses);
     wait_full(control().k_full, k_uses);
-    return control().valid_keys[k_uses % Shape::kStages];
+    // The lane that gives the stage back reads it.
+    return threadIdx.x % 32 == 0 ? control().valid_keys[k_uses % Shape::kStages] : 0;
   }
 
   /// Gives the stage of keys back, and after the last step the tile's queries.
@@ -305,12 +305,13 @@ struct WgmmaConsumer {
   /// The first scores of a tile, with nothing else under way.
   __device__ __forceinline__ void start_tile(Work& work) {
     const Operands from = operands();
-    const std::uint32_t valid = wait_scores_inputs(true);
+    const std::uint32_t loaded = wait_scores_inputs(true);
     wait_turn();
     device::pin_registers(score);
     device::wgmma_fence();
     start_scores(from);
     pass_turn();
+    const std::uint32_t valid = __shfl_sync(kAllLanes, loaded, 0);
     device::wgmma_wait<0>();
     weigh_first(work, valid);
     pack_weights();
@@ -322,7 +323,7 @@ struct WgmmaConsumer {
   __device__ __forceinline__ void advance(const Work& values, Work& scores, int accumulate) {
     const Operands from = operands();
     prepare_values(values);
-    const std::uint32_t valid = wait_scores_inputs(kNewTile);
+    const std::uint32_t loaded = wait_scores_inputs(kNewTile);
     wait_turn();
     device::pin_registers(score);
     device::pin_registers(out);
@@ -332,6 +333,7 @@ struct WgmmaConsumer {
     device::wgmma_fence();
     start_output(from, accumulate);
     pass_turn();
+    const std::uint32_t valid = __shfl_sync(kAllLanes, loaded, 0);
     device::wgmma_wait<1>();
     if constexpr (kNewTile) {
       weigh_first(scores, valid);

@@ -95,13 +95,12 @@ struct Ring {
   }
 };
 
-/// The next tile, for a whole warp, which is done with the slot.
+/// The next tile, for a whole warp, which is done with the slot. Every lane says so for itself.
 template <int kHeadDim>
 __device__ __forceinline__ TileSlot take_tile(WgmmaControl<kHeadDim>* control, Ring<kTileSlots>& ring) {
   device::barrier_wait(device::shared_address(&control->tile_full[ring.stage]), ring.parity);
   const TileSlot slot = control->tiles[ring.stage];
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) device::barrier_arrive(device::shared_address(&control->tile_empty[ring.stage]));
+  device::barrier_arrive(device::shared_address(&control->tile_empty[ring.stage]));
   ring.advance();
   return slot;
 }
