@@ -194,7 +194,36 @@ std::byte* reserve_scratch(std::size_t num_bytes) {
 
 alignas(64) constexpr std::byte kZeroRow[256 * sizeof(float)] = {};
 
+// The bits [first, end) of the mask that belong to the keys [key, key + num_keys); empty if end <= first.
+struct MaskBits {
+  std::int64_t first, end;
+  std::int64_t first_key;  // that bit 0 stands for
+};
+
+MaskBits mask_bits(const AttentionTask& task, std::int64_t key, int num_keys) {
+  const AttentionParams& p = *task.params;
+  const std::int64_t first_key = p.mask_start ? p.mask_start[task.seq_idx] : task.sequence.kv_len - task.sequence.num_queries;
+  return {std::max<std::int64_t>(key - first_key, 0), std::min(key + num_keys - first_key, p.mask_bytes * 8), first_key};
+}
+
 }  // namespace
+
+bool mask_reaches(const AttentionTask& task, std::int64_t key, int num_keys) {
+  if (task.params->mask == nullptr) return false;
+  const MaskBits bits = mask_bits(task, key, num_keys);
+  return bits.first < bits.end;
+}
+
+void hide_masked(const AttentionTask& task, std::int64_t query_idx, std::int64_t key, int num_keys, std::uint32_t* hidden) {
+  const AttentionParams& p = *task.params;
+  const std::uint8_t* row = p.mask + (task.sequence.query_begin + query_idx) * p.mask_stride;
+  const MaskBits bits = mask_bits(task, key, num_keys);
+  for (std::int64_t bit = bits.first; bit < bits.end; ++bit) {
+    const std::int64_t column = bits.first_key + bit - key;
+    const std::uint32_t seen = row[bit / 8] >> (bit % 8) & 1u;
+    hidden[column / 32] |= (seen ^ 1u) << (column % 32);
+  }
+}
 
 void locate_keys(const AttentionTask& task, std::int64_t key, int num_keys, int num_padded_keys, AttentionKeyTile& tile) {
   const AttentionParams& p = *task.params;
@@ -236,6 +265,13 @@ void locate_keys(const AttentionTask& task, std::int64_t key, int num_keys, int 
     }
   }
   add_zeros(num_padded_keys);
+  if (task.query_end - task.query_begin == 1 && mask_reaches(task, key, num_keys)) {
+    if (!tile.any_hidden) std::fill(std::begin(tile.hidden), std::end(tile.hidden), 0u);
+    tile.any_hidden = true;
+    hide_masked(task, task.query_begin, key, num_keys, tile.hidden);
+    for (int j = 0; j < num_keys; ++j)
+      if (tile.hidden[j / 32] >> (j % 32) & 1u) tile.k[j] = tile.v[j] = kZeroRow;
+  }
 }
 
 void attention(const AttentionParams& params) {

@@ -106,6 +106,26 @@ void check_kv(const Check& check, const TensorView& k, const char* k_arg, const 
   if (options.v_scale != nullptr) params.v_scale = options.v_scale->as<const float>();
 }
 
+void check_mask(const Check& check, const AttentionOptions& options, const TensorView& q, std::int64_t num_seqs, AttentionParams& params) {
+  if (options.mask == nullptr) {
+    if (options.mask_start != nullptr) check.fail_value("mask", "uint8 [num_tokens, mask_bytes] with mask_start", "none");
+    return;
+  }
+  const TensorView& mask = *options.mask;
+  check.dtype(mask, "mask", {DType::kUInt8});
+  check.shape(mask, "mask", {params.num_tokens, kAny});
+  check.device(mask, "mask", q.device, "q");
+  check.inner_contiguous(mask, "mask");
+  check.accessible(mask, "mask");
+  check_below(check, "mask", "mask_bytes * 8", checked_mul(mask.size(1), 8, check.op(), "mask"));
+  if (options.mask_start != nullptr) check.vector(*options.mask_start, "mask_start", DType::kInt32, num_seqs, q.device, "q");
+  if (mask.numel() == 0) return;  // no bits: everything may be seen
+  params.mask = mask.as<const std::uint8_t>();
+  params.mask_stride = mask.stride(0);
+  params.mask_bytes = mask.size(1);
+  if (options.mask_start != nullptr) params.mask_start = options.mask_start->as<const std::int32_t>();
+}
+
 const std::int32_t* check_start_loc(const Check& check, const TensorView& t, const char* arg, std::int64_t num_seqs, Device device) {
   check.vector(t, arg, DType::kInt32, num_seqs + 1, device, "q");
   return t.as<const std::int32_t>();
@@ -239,6 +259,7 @@ void paged_attention(const TensorView& out, const TensorView* lse, const TensorV
   } else if (params.num_tokens != num_seqs) {
     check.fail_value("q", "one token for each of " + std::to_string(num_seqs) + " sequences (or query_start_loc)", describe(q));
   }
+  check_mask(check, options, q, num_seqs, params);
   params.k = k_cache.data;
   params.v = v_cache.data;
   params.kv_dtype = k_cache.dtype;
@@ -267,7 +288,9 @@ void paged_attention(const TensorView& out, const TensorView* lse, const TensorV
                        {options.alibi_slopes, "alibi_slopes"},
                        {options.sinks, "sinks"},
                        {options.k_scale, "k_scale"},
-                       {options.v_scale, "v_scale"}});
+                       {options.v_scale, "v_scale"},
+                       {options.mask, "mask"},
+                       {options.mask_start, "mask_start"}});
   if (params.num_tokens == 0 || num_seqs == 0) return;
   check_workspace(check, workspace,
                   paged_attention_workspace_size(params.num_tokens, num_seqs, params.num_heads, params.head_dim, q.device), q, out, params);
@@ -298,6 +321,7 @@ void attention(const TensorView& out, const TensorView* lse, const TensorView& q
     const TensorView& kv_loc = kv_start_loc == nullptr ? *query_start_loc : *kv_start_loc;
     params.kv_start_loc = check_start_loc(check, kv_loc, "kv_start_loc", num_seqs, q.device);
   }
+  check_mask(check, options, q, num_seqs, params);
   params.k = k.data;
   params.v = v.data;
   params.kv_dtype = k.dtype;
@@ -316,7 +340,9 @@ void attention(const TensorView& out, const TensorView* lse, const TensorView& q
                        {options.alibi_slopes, "alibi_slopes"},
                        {options.sinks, "sinks"},
                        {options.k_scale, "k_scale"},
-                       {options.v_scale, "v_scale"}});
+                       {options.v_scale, "v_scale"},
+                       {options.mask, "mask"},
+                       {options.mask_start, "mask_start"}});
   if (params.num_tokens == 0 || num_seqs == 0) return;
   check_workspace(check, workspace, attention_workspace_size(params.num_tokens, num_seqs, params.num_heads, params.head_dim, q.device), q,
                   out, params);

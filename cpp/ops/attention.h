@@ -26,6 +26,9 @@ struct AttentionParams {
   const float* sinks = nullptr;                   // [num_heads] or null
   const float* k_scale = nullptr;                 // [1] or [num_kv_heads], or null for 1
   const float* v_scale = nullptr;
+  const std::uint8_t* mask = nullptr;        // [num_tokens, mask_bytes] or null: bit b of a row is key mask_start + b
+  const std::int32_t* mask_start = nullptr;  // [num_seqs], or null for kv_len - q_len; any value
+  std::int64_t mask_stride = 0, mask_bytes = 0;
   std::int64_t k_scale_stride = 0, v_scale_stride = 0;  // 0: one scale; 1: one per kv head
   DType dtype = DType::kFloat32;                        // of q and out: float32, float16, bfloat16
   DType kv_dtype = DType::kFloat32;                     // dtype, float8_e4m3fn, float8_e5m2 or int8

@@ -6,7 +6,8 @@
 //   score(j) = scale * dot(q_i, k_j)
 //   score    = softcap * tanh(score / softcap)         if softcap > 0
 //   score   -= alibi_slope[head] * (position - j)      if alibi_slopes
-//   key j is seen if 0 <= j < kv_len, and j <= position if causal, and position - left <= j <= position + right
+//   key j is seen if 0 <= j < kv_len, and j <= position if causal, and position - left <= j <= position + right,
+//   and bit j - mask_start[s] of the query's mask row is set, or outside the row, if mask
 //   out      = sum_j exp(score(j) - lse') v_j,  lse = log sum_j exp(score(j)) over the keys seen,
 //   where lse' = lse, or log(exp(lse) + exp(sink[head])) if sinks; the lse that is returned includes the sink.
 // A row that sees no key gives output 0 and lse -inf (the sink's value if there are sinks). Logarithms are natural.
@@ -38,6 +39,12 @@ struct AttentionOptions {
   const TensorView* sinks = nullptr;         ///< float32 [num_heads], or null.
   const TensorView* k_scale = nullptr;       ///< float32 [1] or [num_kv_heads], or null for 1; only for float8 and int8 keys.
   const TensorView* v_scale = nullptr;       ///< Likewise.
+  /// uint8 [num_tokens, mask_bytes], unit inner stride, or null. Row t belongs to row t of q. Its bit b, which is bit b % 8 of byte b / 8,
+  /// says whether key mask_start[s] + b may be seen; keys that the row has no bit for may. Everything else that hides a key still does.
+  const TensorView* mask = nullptr;
+  /// int32 [num_seqs], or null for kv_len - q_len: bit b is then the key of the sequence's query b, and all keys before its queries may
+  /// be seen, as in the verification of a draft or a tree. 0 for a row of all keys. Any value is fine.
+  const TensorView* mask_start = nullptr;
   Validate validate = Validate::kShape;
 };
 

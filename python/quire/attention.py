@@ -38,6 +38,8 @@ def paged_attention(
     sinks: Array | None = ...,
     k_scale: Array | None = ...,
     v_scale: Array | None = ...,
+    mask: Array | None = ...,
+    mask_start: Array | None = ...,
     out: Array | None = ...,
     return_lse: Literal[False] = ...,
     workspace: Array | None = ...,
@@ -61,6 +63,8 @@ def paged_attention(
     sinks: Array | None = ...,
     k_scale: Array | None = ...,
     v_scale: Array | None = ...,
+    mask: Array | None = ...,
+    mask_start: Array | None = ...,
     out: Array | None = ...,
     return_lse: Literal[True],
     workspace: Array | None = ...,
@@ -83,6 +87,8 @@ def paged_attention(
     sinks: Array | None = None,
     k_scale: Array | None = None,
     v_scale: Array | None = None,
+    mask: Array | None = None,
+    mask_start: Array | None = None,
     out: Array | None = None,
     return_lse: bool = False,
     workspace: Array | None = None,
@@ -93,7 +99,8 @@ def paged_attention(
 
     Query ``i`` of a sequence stands at position ``seq_len - q_len + i``. The score of key ``j`` is ``scale * q.k``, then
     ``softcap * tanh(score / softcap)``, then minus ``alibi_slope * (position - j)``. With ``causal``, keys up to the position are
-    seen; ``window=(left, right)`` limits them to ``[position - left, position + right]``.
+    seen; ``window=(left, right)`` limits them to ``[position - left, position + right]``; ``mask`` hides keys one by one, as the
+    verification of a draft tree needs.
 
     Dimensions: ``num_tokens`` queries of all sequences, ``num_seqs`` sequences, ``num_heads`` query heads, ``num_kv_heads`` (a
     divisor of num_heads), ``head_dim`` (a multiple of 8 up to 256), ``num_blocks`` of ``block_size`` slots.
@@ -117,6 +124,13 @@ def paged_attention(
         k_scale: float32 ``[1]`` or ``[num_kv_heads]``: a float8 or int8 cache is read as ``stored * scale``. None is 1,
             and all that a float cache takes.
         v_scale: Likewise.
+        mask: uint8 ``[num_tokens, mask_bytes]``, unit inner stride, a row for each row of q: bit ``b``, which is bit ``b % 8`` of byte
+            ``b // 8`` (``numpy.packbits(seen, axis=-1, bitorder="little")``), says whether the query may see key
+            ``mask_start + b``. Keys that a row has no bit for may be seen, and what else hides a key still does, ``causal``
+            first of all: a tree whose nodes stand before their parents needs ``causal=False``.
+        mask_start: int32 ``[num_seqs]``: the key of bit 0, any number. None is ``seq_len - q_len``: bit ``b`` is the sequence's
+            own query ``b``, and all keys before its queries are seen, as for a draft or a tree to verify. Zeros make it a mask
+            over all keys.
         out: As ``q``, or None to allocate it in q's framework.
         return_lse: Also return the log-sum-exp.
         workspace: uint8 ``[n]`` with n of at least :func:`paged_attention_workspace_size`; None uses a shared one per device
@@ -168,6 +182,8 @@ def paged_attention(
         sinks,
         k_scale,
         v_scale,
+        mask,
+        mask_start,
         validate,
         stream,
     )
@@ -190,6 +206,8 @@ def attention(
     sinks: Array | None = None,
     k_scale: Array | None = None,
     v_scale: Array | None = None,
+    mask: Array | None = None,
+    mask_start: Array | None = None,
     out: Array | None = None,
     return_lse: bool = False,
     workspace: Array | None = None,
@@ -212,6 +230,8 @@ def attention(
         sinks: float32 ``[num_heads]``.
         k_scale: float32 ``[1]`` or ``[num_kv_heads]``.
         v_scale: Likewise.
+        mask: uint8 ``[num_tokens, mask_bytes]``: which keys each query may see, in bits.
+        mask_start: int32 ``[num_seqs]``: the key of bit 0; None: ``kv_len - q_len``.
         out: As ``q``, or None to allocate it in q's framework.
         return_lse: Also return the log-sum-exp, float32 ``[num_tokens, num_heads]``, natural log.
         workspace: uint8 ``[n]`` with n of at least :func:`attention_workspace_size`, or None.
@@ -253,6 +273,8 @@ def attention(
         sinks,
         k_scale,
         v_scale,
+        mask,
+        mask_start,
         validate,
         stream,
     )

@@ -68,8 +68,14 @@ struct AttentionKeyTile {
 };
 
 /// Finds the keys [key, key + num_keys) of the task's sequence and first kv head, guards the block table and records what it holds
-/// out of range.
+/// out of range. What the mask hides from the only query of a task is hidden like a key that does not exist.
 void locate_keys(const AttentionTask& task, std::int64_t key, int num_keys, int num_padded_keys, AttentionKeyTile& tile);
+
+/// Sets the bits of `hidden` for those of the keys [key, key + num_keys) that the mask hides from a query of the task's sequence.
+void hide_masked(const AttentionTask& task, std::int64_t query_idx, std::int64_t key, int num_keys, std::uint32_t* hidden);
+
+/// Whether the mask has a bit for any of the keys [key, key + num_keys).
+bool mask_reaches(const AttentionTask& task, std::int64_t key, int num_keys);
 
 struct AttentionKernel {
   void (*run)(const AttentionTask& task, std::byte* scratch);

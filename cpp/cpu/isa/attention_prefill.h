@@ -250,9 +250,12 @@ void run_prefill(const AttentionTask& task, std::byte* scratch_bytes, const Tile
     functions.pack_keys(tile, 0, padded_keys, head_dim, q_words, scratch.k);
     functions.pack_values(tile, 0, padded_keys, head_dim, value_panel_stride, scratch.v);
     // A key that only some rows see has weight 0 for the others, which selects it away only if its value is finite.
-    const bool all_see_all = keys_of(0).end >= key + num_keys && keys_of(num_rows - 1).begin <= key;
+    const bool masked = num_queries > 1 && mask_reaches(task, key, num_keys);
+    const bool all_see_all = !masked && keys_of(0).end >= key + num_keys && keys_of(num_rows - 1).begin <= key;
     const bool finite = all_see_all || functions.values_are_finite(tile, num_keys, head_dim);
     const std::uint32_t* hidden = tile.any_hidden ? tile.hidden : nullptr;
+    std::uint32_t row_hidden[kMaxTileKeys / 32];  // with a mask, of the query that row_query names
+    std::int64_t row_query = -1;
 
     for (std::int64_t block = 0; block < num_rows; block += kRowBlock) {
       const int block_rows = static_cast<int>(smaller<std::int64_t>(kRowBlock, num_rows - block));
@@ -270,6 +273,12 @@ void run_prefill(const AttentionTask& task, std::byte* scratch_bytes, const Tile
       for (int r = 0; r < block_rows; ++r) {
         const std::int64_t row = block + r, query = task.query_begin + row / group;
         const AttentionKeyRange seen = keys_of(row);
+        if (masked && query != row_query) {
+          row_query = query;
+          for (int i = 0; i < kMaxTileKeys / 32; ++i) row_hidden[i] = tile.any_hidden ? tile.hidden[i] : 0u;
+          hide_masked(task, query, key, num_keys, row_hidden);
+          hidden = row_hidden;
+        }
         const RowMask mask = {static_cast<int>(larger<std::int64_t>(seen.begin - key, 0)),
                               static_cast<int>(smaller<std::int64_t>(larger<std::int64_t>(seen.end - key, 0), num_keys)), hidden};
         const float alibi = p.alibi_slopes ? p.alibi_slopes[task.kv_head_begin * group + row % group] * kLog2E : 0.0f;
@@ -282,7 +291,9 @@ void run_prefill(const AttentionTask& task, std::byte* scratch_bytes, const Tile
         if (rescale != 1.0f)
           for (std::int64_t d = 0; d < sums_stride; d += kLanes) store(sums + d, load(sums + d) * set1(rescale));
         if (!finite)
-          for (int j = mask.begin; j < mask.end; ++j) functions.add_value(tile.v[j], Engine::weight(weight_row, j), head_dim, sums);
+          for (int j = mask.begin; j < mask.end; ++j)
+            if (!masked || (row_hidden[j / 32] >> (j % 32) & 1u) == 0)
+              functions.add_value(tile.v[j], Engine::weight(weight_row, j), head_dim, sums);
       }
 
       if (finite) {

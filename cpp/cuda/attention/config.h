@@ -44,7 +44,7 @@ constexpr int head_dim_bucket(Variant variant, std::int64_t head_dim) {
 }
 
 /// What the largest variants need; devices of compute capability 8.0 and 9.0 have it, 8.6, 8.9 and 12.0 have 99 KiB.
-constexpr int kLargeSharedBytes = 106 * 1024;
+constexpr int kLargeSharedBytes = 108 * 1024;
 
 struct Config {
   Variant variant;
@@ -93,9 +93,9 @@ inline std::int64_t key_capacity(const AttentionParams& params) {
   return params.max_blocks_per_seq * params.block_size;
 }
 
-/// Whether Hopper's kernel, which copies K and V by boxes and q and out by 16 bytes, can address them.
+/// Whether Hopper's kernel, which copies K and V by boxes and q and out by 16 bytes, can address them, and there is no mask, which it does not know.
 inline bool wgmma_layout(const AttentionParams& p) {
-  if (p.kv_dtype != p.dtype || itemsize(p.dtype) != 2) return false;
+  if (p.kv_dtype != p.dtype || itemsize(p.dtype) != 2 || p.mask != nullptr) return false;
   const bool paged = p.block_tables != nullptr;
   if (paged ? p.block_size % 8 != 0 || p.num_blocks == 0 : p.num_kv_tokens == 0) return false;
   if (p.num_blocks > std::numeric_limits<std::int32_t>::max() || p.block_size > std::numeric_limits<std::int32_t>::max()) return false;

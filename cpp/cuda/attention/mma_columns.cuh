@@ -164,6 +164,23 @@ struct MmaColumns {
     }
   }
 
+  /// The same for keys that the mask hides. A lane fetches all keys' bits of one query.
+  template <int kKeys>
+  __device__ __forceinline__ static void apply_mask(float (&scores)[kKeys / 16][kTiles][4], const AttentionParams& p,
+                                                    const RowParams* row_params, int first_key) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const std::uint32_t mine = mask_bits(p, row_params[lane % (8 * kTiles)], first_key);
+#pragma unroll
+    for (int i = 0; i < kQueries; ++i) {
+      const std::uint32_t seen = __shfl_sync(kAllLanes, mine, query(i)) >> (lane / 4);
+#pragma unroll
+      for (int m = 0; m < kKeys / 16; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if (((seen >> (16 * m + 8 * h)) & 1u) == 0) scores[m][i / 2][2 * h + i % 2] = -INFINITY;
+    }
+  }
+
   /// One step of the online softmax: scores become weights, and what was summed so far is rescaled where the maximum grew.
   template <int kKeys>
   __device__ __forceinline__ void softmax(float (&scores)[kKeys / 16][kTiles][4], const Scale& score) {

@@ -141,6 +141,25 @@ struct MmaRows {
     }
   }
 
+  /// The same for keys that the mask hides. A lane fetches 32 keys' bits of one row.
+  template <int kKeys>
+  __device__ __forceinline__ static void apply_mask(float (&scores)[kKeys / 8][4], const AttentionParams& p, const RowParams* row_params,
+                                                    int first_key) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const std::uint32_t mine = mask_bits(p, row_params[lane % 16], first_key + (kKeys > 32 ? lane / 16 * 32 : 0));
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int m = 0; m < (kKeys + 31) / 32; ++m) {
+        const std::uint32_t seen = __shfl_sync(kAllLanes, mine, lane / 4 + 8 * r + 16 * m) >> (lane % 4 * 2);
+#pragma unroll
+        for (int n = 4 * m; n < 4 * m + 4; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (((seen >> (n % 4 * 8 + e)) & 1u) == 0) scores[n][2 * r + e] = -INFINITY;
+      }
+  }
+
   /// One step of the online softmax: scores become weights, and what was summed so far is rescaled where the maximum grew.
   template <int kKeys>
   __device__ __forceinline__ void softmax(float (&scores)[kKeys / 8][4], const ScoreScale<2>& score) {

@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim, k
   auto* notes = reinterpret_cast<std::uint32_t*>(shared + Shape::kNotesOffset);
 
   const FullRange full = full_range(plan, tile);
-  const bool one_token = plan.group.quotient(tile.row_begin) == plan.group.quotient(tile.row_begin + tile.num_rows - 1);
+  const bool all_see_the_same =
+      p.mask == nullptr && plan.group.quotient(tile.row_begin) == plan.group.quotient(tile.row_begin + tile.num_rows - 1);
   using MmaState = MmaColumns<kKvDType, kHeadDim, kTiles>;
   MmaState state;
   typename MmaState::Scale score;
@@ -185,13 +186,14 @@ __global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim, k
         constexpr std::uint32_t kAll = kKeys == 32 ? 0xffffffffu : (1u << (kKeys % 32)) - 1;
         if (valid[0] != kAll || key < full.begin || key > full.end - kKeys) {
           state.template mask_scores<kKeys>(scores, row_params, key, valid[0]);
+          if (p.mask != nullptr) state.template apply_mask<kKeys>(scores, p, row_params, key);
         }
         state.template softmax<kKeys>(scores, score);
 
         device::copy_async_wait<kSlots - 1>();
         __syncwarp();
         if (selecting) {
-          take_out_not_finite<kKvDType, kHeadDim>(shared + (v_address - shared_base), 0, kKeys, key, row_params, notes, tile.num_rows);
+          take_out_not_finite<kKvDType, kHeadDim>(p, shared + (v_address - shared_base), 0, kKeys, key, row_params, notes, tile.num_rows);
           __syncwarp();
         }
         state.template multiply_pv<kKeys>(scores, v_address + v_offset);
@@ -207,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim, k
       for (int i = 0; i < kLead; ++i) valid[i] = valid[i + 1];
     }
     device::copy_async_wait<0>();
-    if (!kMayBeNotFinite<kKvDType> || selecting || one_token || !__syncthreads_or(state.not_finite())) break;
+    if (!kMayBeNotFinite<kKvDType> || selecting || all_see_the_same || !__syncthreads_or(state.not_finite())) break;
   }
 
   // Bring the four warps to one maximum.

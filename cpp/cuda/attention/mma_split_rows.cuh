@@ -143,8 +143,10 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim>::
       bool all_valid = true;
 #pragma unroll
       for (int m = 0; m < kMasks; ++m) all_valid &= valid[0][m] == kAllLanes;
-      if (!all_valid || key < full.begin || key > full.end - kKeys)
+      if (!all_valid || key < full.begin || key > full.end - kKeys) {
         rows.template mask_scores<kKeys>(scores, row_params + warp_row, key, valid[0]);
+        if (p.mask != nullptr) rows.template apply_mask<kKeys>(scores, p, row_params + warp_row, key);
+      }
       rows.template softmax<kKeys>(scores, score);
 
       device::copy_async_wait<2>();
@@ -157,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim>::
         valid[1][m] = next_valid[m];
       }
       if (selecting) {
-        take_out_not_finite<kKvDType, kHeadDim>(shared + (pair - slots) + Shape::kSlotBytes, warp * (kKeys / kWarps),
+        take_out_not_finite<kKvDType, kHeadDim>(p, shared + (pair - slots) + Shape::kSlotBytes, warp * (kKeys / kWarps),
                                                 (warp + 1) * (kKeys / kWarps), key, row_params, notes, tile.num_rows);
         __syncthreads();
       }

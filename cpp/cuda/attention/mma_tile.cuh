@@ -54,8 +54,15 @@ struct RowParams {
   float scale;     // score = this * (q k)
   float slope;     // alibi, in log2 units
   int position;    // the key index that the row's query stands at
-  int begin, end;  // keys seen
+  int begin, end;  // keys seen, before the mask
+  int mask_first_key;
+  const std::uint8_t* mask;  // the row's
 };
+
+/// Which of the keys [first_key, first_key + 32) the mask lets a row see.
+__device__ __forceinline__ std::uint32_t mask_bits(const AttentionParams& p, const RowParams& row, int first_key) {
+  return mask_bits(row.mask, static_cast<int>(p.mask_bytes), first_key - row.mask_first_key);
+}
 
 /// The same for a thread's kCount rows, in registers. Score in log2 units = log2_scale * value, where value is q k, or the score
 /// itself if `transform`: with softcap or alibi, or a scale that does not keep the order of q k.
@@ -94,7 +101,7 @@ __device__ __forceinline__ float transformed_score(float product, const RowParam
   return value * kLog2E - row.slope * static_cast<float>(row.position - key);
 }
 
-/// The tile's first and last key that every row of it sees; keys outside need the mask.
+/// The tile's first and last key that every row of it sees, up to the mask's first; keys outside need to be looked at.
 struct FullRange {
   int begin, end;
 };
@@ -102,7 +109,9 @@ struct FullRange {
 __device__ __forceinline__ FullRange full_range(const Plan& plan, const Tile& tile) {
   const int first = plan.group.quotient(tile.row_begin);
   const int last = plan.group.quotient(tile.row_begin + tile.num_rows - 1);
-  return FullRange{visible_keys(plan.params, tile, last).begin, visible_keys(plan.params, tile, first).end};
+  FullRange range{visible_keys(plan.params, tile, last).begin, visible_keys(plan.params, tile, first).end};
+  if (plan.params.mask != nullptr) range.end = min(range.end, max(mask_first_key(plan.params, tile), 0));
+  return range;
 }
 
 /// A warp starts the copy of its part of q's rows [first_row, first_row + kRows) of the tile to shared memory, zero where there is no row
@@ -138,8 +147,12 @@ __device__ __forceinline__ RowParams make_row_params(const Plan& plan, const Til
   const RowIndex index = row_index(plan, tile, kv_head, min(row, tile.num_rows - 1));
   const KeyRange range = visible_keys(p, tile, index.token);
   return RowParams{p.scale * (p.k_scale != nullptr ? p.k_scale[kv_head * p.k_scale_stride] : 1.0f),
-                   p.alibi_slopes != nullptr ? p.alibi_slopes[index.head] * kLog2E : 0.0f, tile.kv_len - tile.query_len + index.token,
-                   range.begin, range.end};
+                   p.alibi_slopes != nullptr ? p.alibi_slopes[index.head] * kLog2E : 0.0f,
+                   tile.kv_len - tile.query_len + index.token,
+                   range.begin,
+                   range.end,
+                   p.mask != nullptr ? mask_first_key(p, tile) : 0,
+                   p.mask + index.q_token * p.mask_stride};
 }
 
 /// For 8-bit K: turns kRows rows of q, which copy_q has brought, into float16 in the order that 8-bit K is read in. A warp's work. Each row is
@@ -260,8 +273,8 @@ constexpr bool kMayBeNotFinite = kKvDType != DType::kInt8;
 /// Takes elements that are not finite out of rows [first_row, end_row) of a V slot, of which row 0 is key `first_key`, and notes
 /// them for the tile's rows [first_tile_row, end_tile_row). A warp's work.
 template <DType kKvDType, int kHeadDim>
-__device__ __forceinline__ void take_out_not_finite(char* slot, int first_row, int end_row, int first_key, const RowParams* row_params,
-                                                    std::uint32_t* notes, int num_tile_rows) {
+__device__ __forceinline__ void take_out_not_finite(const AttentionParams& p, char* slot, int first_row, int end_row, int first_key,
+                                                    const RowParams* row_params, std::uint32_t* notes, int num_tile_rows) {
   using Types = MmaTypes<kKvDType, kHeadDim>;
   constexpr int kRowBytes = Types::kKvRowBytes;
   constexpr int kElements = Types::kQuantized ? 4 : 2;  // of a word
@@ -289,7 +302,8 @@ __device__ __forceinline__ void take_out_not_finite(char* slot, int first_row, i
       const std::uint32_t note = (nan ? 3u : (value & kSign) == 0 ? 1u : 2u) << (column % 16 * 2);
 #pragma unroll 1
       for (int row = 0; row < num_tile_rows; ++row) {
-        const bool seen = first_key + key >= row_params[row].begin && first_key + key < row_params[row].end;
+        const bool seen = first_key + key >= row_params[row].begin && first_key + key < row_params[row].end &&
+                          (p.mask == nullptr || (mask_bits(p, row_params[row], first_key + key) & 1u) != 0);
         if (seen) atomicOr(&notes[row * kNoteWords<kHeadDim> + column / 16], note);
       }
     }

@@ -88,6 +88,29 @@ __device__ __forceinline__ KeyRange visible_keys(const AttentionParams& p, const
   return KeyRange{static_cast<int>(min(begin, kLimit)), static_cast<int>(max(end, std::int64_t{0}))};
 }
 
+/// The key that bit 0 of the mask's rows stands for, or one as far from all keys and bits, whose numbers are below 2^30.
+__device__ __forceinline__ int mask_first_key(const AttentionParams& p, const Tile& tile) {
+  constexpr int kFar = 1 << 30;
+  return p.mask_start != nullptr ? min(max(p.mask_start[tile.seq], -kFar), kFar) : tile.kv_len - tile.query_len;
+}
+
+/// 32 bits of a mask row from bit `first` on, which may be negative; bits outside the row are ones.
+__device__ __forceinline__ std::uint32_t mask_bits(const std::uint8_t* row, int num_bytes, int first) {
+  const int byte = first >> 3;
+  std::uint32_t bits = 0, last = 0xff;
+#pragma unroll
+  for (int i = 0; i < 5; ++i) {
+    std::uint32_t value = 0xff;
+    if (byte + i >= 0 && byte + i < num_bytes) value = row[byte + i];
+    if (i < 4) {
+      bits |= value << (8 * i);
+    } else {
+      last = value;
+    }
+  }
+  return __funnelshift_r(bits, last, static_cast<unsigned>(first & 7));
+}
+
 /// Entry `index` of a start_loc array [count + 1] as its running maximum within [0, limit]. A whole warp takes part.
 __device__ inline int monotonic_entry(const std::int32_t* start_loc, std::int64_t index, int limit) {
   const int lane = static_cast<int>(threadIdx.x) % 32;

@@ -93,6 +93,9 @@ __global__ void __launch_bounds__(kThreads) attention_simt_kernel(const __grid_c
     slope[r] = p.alibi_slopes != nullptr ? p.alibi_slopes[index.head] : 0.0f;
   }
 
+  // A lane fetches the mask's bits of one row.
+  const int mask_first = p.mask != nullptr ? mask_first_key(p, tile) : 0;
+  const std::uint8_t* mask = p.mask + row_index(plan, tile, kv_head, min(lane % kRows, tile.num_rows - 1)).q_token * p.mask_stride;
   for (int first = key_begin + warp * 32; first < key_end; first += kWarps * 32) {
     const int key = first + lane;
     const KeyLocation location = locate_key(plan, tile, key, key_end, load_entry(plan, tile, key, key_end));
@@ -116,13 +119,15 @@ __global__ void __launch_bounds__(kThreads) attention_simt_kernel(const __grid_c
     }
 
     // Online softmax.
+    const std::uint32_t row_mask = p.mask != nullptr ? mask_bits(mask, static_cast<int>(p.mask_bytes), first - mask_first) : kAllLanes;
     __syncwarp();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float value = score[r] * scale;
       if (p.softcap > 0.0f) value = p.softcap * tanhf(value / p.softcap);
       if (p.alibi_slopes != nullptr) value -= slope[r] * static_cast<float>(position[r] - key);
-      const bool seen = location.valid && key >= range[r].begin && key < range[r].end;
+      const bool seen =
+          location.valid && key >= range[r].begin && key < range[r].end && (__shfl_sync(kAllLanes, row_mask, r) >> lane & 1u) != 0;
       if (!seen) value = -INFINITY;
       float top = value;
 #pragma unroll

@@ -7,9 +7,24 @@ import numpy as np
 
 
 def attend(
-    q, k, v, *, q_start, scale=None, causal=True, window=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None
+    q,
+    k,
+    v,
+    *,
+    q_start,
+    scale=None,
+    causal=True,
+    window=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    sinks=None,
+    mask=None,
+    mask_start=None,
 ):
-    """One sequence: q [q_len, heads, dim], k and v [kv_len, kv_heads, dim]; query i stands at q_start + i. Returns out, lse."""
+    """One sequence: q [q_len, heads, dim], k and v [kv_len, kv_heads, dim]; query i stands at q_start + i. Returns out, lse.
+
+    mask is packed, [q_len, mask_bytes]; mask_start the key of its bit 0, None for kv_len - q_len.
+    """
     q_len, heads, dim = q.shape
     kv_len, kv_heads, _ = k.shape
     group = heads // kv_heads
@@ -26,6 +41,12 @@ def attend(
         seen &= keys[None, :] >= positions[:, None] - left
     if right >= 0:
         seen &= keys[None, :] <= positions[:, None] + right
+    if mask is not None:
+        first = kv_len - q_len if mask_start is None else int(mask_start)
+        bits = np.unpackbits(mask, axis=-1, bitorder="little").astype(bool)
+        for j in keys:
+            if 0 <= j - first < bits.shape[1]:
+                seen[:, j] &= bits[:, j - first]
     for h in range(heads):
         score = scale * (q[:, h] @ k[:, h // group].T) if kv_len else np.zeros((q_len, 0))
         if softcap:
@@ -47,7 +68,18 @@ def attend(
     return out, lse
 
 
-def paged(q, k_cache, v_cache, block_tables, seq_lens, query_start_loc=None, **options):
+def paged(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    seq_lens,
+    query_start_loc=None,
+    *,
+    mask=None,
+    mask_start=None,
+    **options,
+):
     """The batch of quire.paged_attention; rows of no sequence are NaN."""
     block_size = k_cache.shape[1]
     starts = np.arange(len(seq_lens) + 1) if query_start_loc is None else query_start_loc
@@ -59,7 +91,12 @@ def paged(q, k_cache, v_cache, block_tables, seq_lens, query_start_loc=None, **o
         blocks = block_tables[s][slots // block_size]
         k, v = k_cache[blocks, slots % block_size], v_cache[blocks, slots % block_size]
         q_len = starts[s + 1] - starts[s]
-        out[rows], lse[rows] = attend(q[rows], k, v, q_start=kv_len - q_len, **options)
+        masks = (
+            {}
+            if mask is None
+            else {"mask": mask[rows], "mask_start": None if mask_start is None else mask_start[s]}
+        )
+        out[rows], lse[rows] = attend(q[rows], k, v, q_start=kv_len - q_len, **masks, **options)
     return out, lse
 
 
