@@ -11,9 +11,13 @@
 namespace quire::bindings {
 namespace {
 
+constexpr AttentionVariant kVariants[] = {AttentionVariant::kMmaSplitKeys8,      AttentionVariant::kMmaSplitKeys16,
+                                          AttentionVariant::kMmaSplitRows,       AttentionVariant::kWgmma,
+                                          AttentionVariant::kMmaSplitKeys8Small, AttentionVariant::kSimt};
+
 // The scalar options; the tensor options are set once they are imported.
 AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle causal, nb::handle window, nb::handle softcap,
-                               nb::handle validate) {
+                               nb::handle variant, nb::handle validate) {
   AttentionOptions options;
   options.scale = to_optional_double(op, "scale", scale);
   const int truth = PyObject_IsTrue(causal.ptr());
@@ -28,6 +32,16 @@ AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle caus
     options.window_left = to_int(op, "window", window);
   }
   options.softcap = to_optional_double(op, "softcap", softcap).value_or(0.0);
+  if (!variant.is_none()) {
+    const std::string wanted = nb::str(variant).c_str();
+    std::string names;
+    for (const AttentionVariant known : kVariants) {
+      if (wanted == name(known)) options.variant = known;
+      names += std::string(names.empty() ? "\"" : ", \"") + name(known) + '"';
+    }
+    if (!options.variant)
+      throw std::invalid_argument(std::string("[") + op + "] variant: expected None or one of " + names + ", got \"" + wanted + '"');
+  }
   const std::string text = nb::str(validate).c_str();
   if (text != "shape" && text != "full")
     throw std::invalid_argument(std::string("[") + op + "] validate: expected \"shape\" or \"full\", got \"" + text + "\"");
@@ -60,8 +74,8 @@ void bind_attention(nb::module_& m) {
       [](nb::handle out, nb::handle lse, nb::handle q, nb::handle k_cache, nb::handle v_cache, nb::handle block_tables, nb::handle seq_lens,
          nb::handle query_start_loc, nb::handle workspace, nb::handle scale, nb::handle causal, nb::handle window, nb::handle softcap,
          nb::handle alibi_slopes, nb::handle sinks, nb::handle k_scale, nb::handle v_scale, nb::handle mask, nb::handle mask_start,
-         nb::handle validate, nb::handle stream) {
-        AttentionOptions options = parse_options("paged_attention", scale, causal, window, softcap, validate);
+         nb::handle variant, nb::handle validate, nb::handle stream) {
+        AttentionOptions options = parse_options("paged_attention", scale, causal, window, softcap, variant, validate);
         Args args("paged_attention", stream,
                   {{out, "out", Access::kWrite},
                    {lse, "lse", Access::kWrite, true},
@@ -95,15 +109,15 @@ void bind_attention(nb::module_& m) {
       nb::arg("block_tables").none(), nb::arg("seq_lens").none(), nb::arg("query_start_loc").none(), nb::arg("workspace").none(),
       nb::arg("scale").none(), nb::arg("causal").none(), nb::arg("window").none(), nb::arg("softcap").none(),
       nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("k_scale").none(), nb::arg("v_scale").none(), nb::arg("mask").none(),
-      nb::arg("mask_start").none(), nb::arg("validate").none(), nb::arg("stream").none());
+      nb::arg("mask_start").none(), nb::arg("variant").none(), nb::arg("validate").none(), nb::arg("stream").none());
 
   m.def(
       "attention",
       [](nb::handle out, nb::handle lse, nb::handle q, nb::handle k, nb::handle v, nb::handle query_start_loc, nb::handle kv_start_loc,
          nb::handle workspace, nb::handle scale, nb::handle causal, nb::handle window, nb::handle softcap, nb::handle alibi_slopes,
-         nb::handle sinks, nb::handle k_scale, nb::handle v_scale, nb::handle mask, nb::handle mask_start, nb::handle validate,
-         nb::handle stream) {
-        AttentionOptions options = parse_options("attention", scale, causal, window, softcap, validate);
+         nb::handle sinks, nb::handle k_scale, nb::handle v_scale, nb::handle mask, nb::handle mask_start, nb::handle variant,
+         nb::handle validate, nb::handle stream) {
+        AttentionOptions options = parse_options("attention", scale, causal, window, softcap, variant, validate);
         Args args("attention", stream,
                   {{out, "out", Access::kWrite},
                    {lse, "lse", Access::kWrite, true},
@@ -140,7 +154,7 @@ void bind_attention(nb::module_& m) {
       nb::arg("query_start_loc").none(), nb::arg("kv_start_loc").none(), nb::arg("workspace").none(), nb::arg("scale").none(),
       nb::arg("causal").none(), nb::arg("window").none(), nb::arg("softcap").none(), nb::arg("alibi_slopes").none(),
       nb::arg("sinks").none(), nb::arg("k_scale").none(), nb::arg("v_scale").none(), nb::arg("mask").none(), nb::arg("mask_start").none(),
-      nb::arg("validate").none(), nb::arg("stream").none());
+      nb::arg("variant").none(), nb::arg("validate").none(), nb::arg("stream").none());
 
   m.def(
       "merge_attention",

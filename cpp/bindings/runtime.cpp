@@ -11,6 +11,7 @@
 #include "bindings/gil.h"
 #include "bindings/tensor_args.h"
 #include "quire/error.h"
+#include "quire/explain.h"
 
 namespace quire::bindings {
 
@@ -62,6 +63,16 @@ void bind_runtime(nb::module_& m) {
       nb::arg("device") = nb::none(),
       "Raises IndexError if an op on the device met an index value out of range since the last call; None looks at every device. "
       "Waits for the work of a CUDA device.");
+  m.def(
+      "explain",
+      [](nb::callable call) {
+        const Explanation explanation = explain([&] { call(); });
+        nb::list reasons;
+        for (const std::string& reason : explanation.reasons) reasons.append(nb::str(reason.c_str()));
+        return nb::make_tuple(explanation.op, explanation.device, explanation.variant, reasons);
+      },
+      nb::sig("def explain(call: object) -> tuple[str, str, str, list[str]]"), nb::arg("call"),
+      "Calls `call` with every op of this thread saying what it would run instead of running: (op, device, variant, reasons).");
   m.def(
       "import_tensors",
       [](nb::handle a, nb::handle b, nb::handle c, nb::handle d, nb::handle e, nb::handle f) {

@@ -2,8 +2,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <string>
+#include <utility>
+
 #include "core/check.h"
 #include "core/error_word.h"
+#include "core/explain.h"
 #include "quire/runtime.h"
 #include "quire/stream.h"
 #include "quire/tensor.h"
@@ -30,10 +34,10 @@ class ScopedDevice {
 
 [[noreturn]] void throw_cpu_only_build(const char* op);
 
-/// Runs the backend of `device`: cpu(), or cuda(stream) with the device current. The one place that switches on the device.
-/// `cuda` is a generic lambda, so that a CPU-only build neither compiles its body nor links what it names.
+/// cpu(), or cuda(stream) with the device current. The one place that switches on the device. `cuda` is a generic lambda, so that a
+/// CPU-only build neither compiles its body nor links what it names.
 template <typename Cpu, typename Cuda>
-void dispatch_device(const char* op, Device device, Stream stream, Cpu&& cpu, Cuda&& cuda) {
+void on_device(const char* op, Device device, Stream stream, Cpu&& cpu, Cuda&& cuda) {
   if (device.type == DeviceType::kCPU) {
     cpu();
   } else if constexpr (kHasCuda) {
@@ -44,6 +48,18 @@ void dispatch_device(const char* op, Device device, Stream stream, Cpu&& cpu, Cu
     static_cast<void>(stream);
     throw_cpu_only_build(op);
   }
+}
+
+/// Runs an op's backend on `device`, or has it explained; `explains` says which backends do so themselves.
+template <typename Cpu, typename Cuda>
+void dispatch_device(const char* op, Device device, Stream stream, Cpu&& cpu, Cuda&& cuda, Explains explains = Explains::kNeither) {
+  if (Explanation* const explanation = explaining()) {
+    const bool is_cpu = device.type == DeviceType::kCPU;
+    *explanation = Explanation{op, is_cpu ? "cpu" : "cuda:" + std::to_string(device.index), {}, {}};
+    if (explains == Explains::kNeither || (is_cpu && explains == Explains::kCuda))
+      return is_cpu ? explain_cpu(*explanation, "", false) : explain_only_kernel(*explanation);
+  }
+  on_device(op, device, stream, std::forward<Cpu>(cpu), std::forward<Cuda>(cuda));
 }
 
 /// "slot_mapping" and so on, for messages.

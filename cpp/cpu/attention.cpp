@@ -14,6 +14,7 @@
 
 #include "core/dispatch.h"
 #include "core/error_word.h"
+#include "core/explain.h"
 #include "core/layout.h"
 #include "core/numeric.h"
 #include "cpu/isa/attention.h"
@@ -176,6 +177,19 @@ Plan make_plan(const AttentionParams& p, const std::vector<AttentionSequence>& s
   return plan;
 }
 
+void explain_plan(const AttentionParams& p, const Plan& plan, std::int64_t threads, Explanation& explanation) {
+  const AttentionKernel* decode = &attention_kernels.active().decode[static_cast<std::size_t>(p.kv_dtype)];
+  const auto num_decode = std::count_if(plan.works.begin(), plan.works.end(), [&](const Work& work) { return work.kernel == decode; });
+  const auto num_works = static_cast<std::int64_t>(plan.works.size());
+  if (num_works == 0) return;
+  const bool amx = num_decode < num_works && &active_bf16_kernels() != &attention_bf16_kernels.active() && p.dtype == DType::kBFloat16;
+  explain_cpu(explanation, num_decode == num_works ? "decode" : num_decode == 0 ? "prefill" : "decode_and_prefill", amx);
+  explanation.reasons.push_back(std::to_string(num_decode) + " of " + std::to_string(num_works) + " tasks have one query and at most " +
+                                std::to_string(kMaxDecodeGroup) + " heads for each kv head: decode");
+  explanation.reasons.push_back(std::to_string(plan.splits.size()) + " ranges of keys are split, for " + std::to_string(threads) +
+                                " threads");
+}
+
 // Memory that a calling thread keeps from call to call, cache-line aligned.
 std::byte* reserve_scratch(std::size_t num_bytes) {
   struct Free {
@@ -278,6 +292,7 @@ void attention(const AttentionParams& params) {
   const std::vector<AttentionSequence> sequences = resolve_sequences(params);
   const std::int64_t threads = num_threads();
   Plan plan = make_plan(params, sequences, threads);
+  if (Explanation* const explanation = explaining()) return explain_plan(params, plan, threads, *explanation);
   if (plan.works.empty()) return;
 
   const std::int64_t num_works = static_cast<std::int64_t>(plan.works.size());

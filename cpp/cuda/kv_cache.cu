@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "core/dispatch.h"
+#include "core/explain.h"
 #include "cuda/device/divisor.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
@@ -152,7 +153,12 @@ void launch_kv_vectors(const KvKernelParams& p, const char* name, Stream stream)
            keeps_alignment(p.block_size, side.cache_slot_stride, sizeof(CacheT), kCacheBytes) &&
            keeps_alignment(p.num_heads, side.cache_head_stride, sizeof(CacheT), kCacheBytes);
   };
-  if (p.head_dim % kVec == 0 && side_is_aligned(p.sides[0]) && side_is_aligned(p.sides[1])) {
+  const char* const obstacle = p.head_dim % kVec != 0         ? "head_dim"
+                               : !side_is_aligned(p.sides[0]) ? "k or k_cache"
+                               : !side_is_aligned(p.sides[1]) ? "v or v_cache"
+                                                              : nullptr;
+  if (explain_vectors(obstacle)) return;
+  if (obstacle == nullptr) {
     launch_kv<kWrite, kRaw, T, CacheT, kVec>(p, name, stream);
   } else {
     launch_kv<kWrite, kRaw, T, CacheT, 1>(p, name, stream);
@@ -266,6 +272,7 @@ void copy_blocks(const CopyBlocksParams& params, Stream stream) {
     return is_aligned(params.cache, num_bytes) && params.block_stride_bytes % num_bytes == 0 && params.segment_bytes % num_bytes == 0 &&
            keeps_alignment(params.num_segments, params.segment_stride_bytes, 1, num_bytes);
   };
+  if (explain_vectors(all_aligned(16) ? nullptr : "cache")) return;
   if (all_aligned(16)) return launch_copy_blocks<16>(params, stream);
   if (all_aligned(4)) return launch_copy_blocks<4>(params, stream);
   if (all_aligned(2)) return launch_copy_blocks<2>(params, stream);

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "core/dispatch.h"
+#include "core/explain.h"
 #include "cuda/device/divisor.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
@@ -472,11 +473,14 @@ void rotary_embedding(const RotaryParams& params, Stream stream) {
       return num_heads == 0 || (is_aligned(data, 16) && keeps_alignment(params.num_tokens, token_stride, sizeof(T), 16) &&
                                 keeps_alignment(num_heads, head_stride, sizeof(T), 16));
     };
-    const bool vectors = params.rotary_dim / 2 % kVec == 0 && parameter_is_vectors(params.cos_sin_cache, params.cache_dtype, kVec) &&
-                         rows_are_aligned(params.q, params.num_heads, params.q_token_stride, params.q_head_stride) &&
-                         rows_are_aligned(params.k, params.num_kv_heads, params.k_token_stride, params.k_head_stride);
+    const char* const obstacle = params.rotary_dim / 2 % kVec != 0                                       ? "rotary_dim"
+                                 : !parameter_is_vectors(params.cos_sin_cache, params.cache_dtype, kVec) ? "cos_sin_cache"
+                                 : !rows_are_aligned(params.q, params.num_heads, params.q_token_stride, params.q_head_stride)    ? "q"
+                                 : !rows_are_aligned(params.k, params.num_kv_heads, params.k_token_stride, params.k_head_stride) ? "k"
+                                                                                                                                 : nullptr;
+    if (explain_vectors(obstacle)) return;
     const bool neox = params.style == RopeStyle::kNeox;
-    if (vectors) {
+    if (obstacle == nullptr) {
       neox ? launch_rotary<T, RopeStyle::kNeox, kVec>(params, stream) : launch_rotary<T, RopeStyle::kGptj, kVec>(params, stream);
     } else {
       neox ? launch_rotary<T, RopeStyle::kNeox, 1>(params, stream) : launch_rotary<T, RopeStyle::kGptj, 1>(params, stream);

@@ -50,7 +50,7 @@ void run(const char* op, Activation activation, bool gated, const TensorView& ou
   params.out_rows = row_layout(out);
   params.x_rows = row_layout(x);
   if (params.num_rows == 0 || params.width == 0) return;
-  dispatch_device(op, x.device, stream, [&] { cpu::activation(params); }, [&](auto s) { cuda::activation(params, s); });
+  dispatch_device(op, x.device, stream, [&] { cpu::activation(params); }, [&](auto s) { cuda::activation(params, s); }, Explains::kCuda);
 }
 
 }  // namespace

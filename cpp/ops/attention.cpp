@@ -126,6 +126,13 @@ void check_mask(const Check& check, const AttentionOptions& options, const Tenso
   if (options.mask_start != nullptr) params.mask_start = options.mask_start->as<const std::int32_t>();
 }
 
+// What has no bearing on the CPU is refused there, not ignored.
+void check_variant(const Check& check, const AttentionOptions& options, const TensorView& q, AttentionParams& params) {
+  if (options.variant && q.device.type == DeviceType::kCPU)
+    check.fail_unsupported("variant", "none for CPU tensors", name(*options.variant));
+  params.variant = options.variant;
+}
+
 const std::int32_t* check_start_loc(const Check& check, const TensorView& t, const char* arg, std::int64_t num_seqs, Device device) {
   check.vector(t, arg, DType::kInt32, num_seqs + 1, device, "q");
   return t.as<const std::int32_t>();
@@ -174,7 +181,7 @@ class IndexReader {
   std::vector<std::int32_t> read(const std::int32_t* data, std::int64_t count) const {
     std::vector<std::int32_t> values(static_cast<std::size_t>(count));
     if (count == 0) return values;
-    dispatch_device(
+    on_device(
         check_.op(), device_, stream_, [&] { std::copy(data, data + count, values.begin()); },
         [&](auto s) { cuda::copy_to_host(values.data(), data, count * std::int64_t{sizeof(std::int32_t)}, s); });
     return values;
@@ -228,13 +235,25 @@ std::int64_t workspace_size(const char* op, std::int64_t num_tokens, std::int64_
   count(num_heads, "num_heads");
   if (head_dim < 8 || head_dim > kMaxHeadDim) check.fail_value("head_dim", "8 to 256", std::to_string(head_dim));
   std::int64_t num_bytes = 0;
-  dispatch_device(
+  on_device(
       op, device, Stream::legacy_default(), [] {},
       [&](auto) { num_bytes = cuda::attention_workspace_size(num_tokens, num_seqs, num_heads, head_dim, device.index); });
   return num_bytes;
 }
 
 }  // namespace
+
+const char* name(AttentionVariant variant) {
+  switch (variant) {
+    case AttentionVariant::kMmaSplitKeys8: return "mma_split_keys_8";
+    case AttentionVariant::kMmaSplitKeys16: return "mma_split_keys_16";
+    case AttentionVariant::kMmaSplitRows: return "mma_split_rows";
+    case AttentionVariant::kWgmma: return "wgmma";
+    case AttentionVariant::kMmaSplitKeys8Small: return "mma_split_keys_8_small";
+    case AttentionVariant::kSimt: return "simt";
+  }
+  return "unknown";
+}
 
 void paged_attention(const TensorView& out, const TensorView* lse, const TensorView& q, const TensorView& k_cache,
                      const TensorView& v_cache, const TensorView& block_tables, const TensorView& seq_lens,
@@ -260,6 +279,7 @@ void paged_attention(const TensorView& out, const TensorView* lse, const TensorV
     check.fail_value("q", "one token for each of " + std::to_string(num_seqs) + " sequences (or query_start_loc)", describe(q));
   }
   check_mask(check, options, q, num_seqs, params);
+  check_variant(check, options, q, params);
   params.k = k_cache.data;
   params.v = v_cache.data;
   params.kv_dtype = k_cache.dtype;
@@ -295,7 +315,8 @@ void paged_attention(const TensorView& out, const TensorView* lse, const TensorV
   check_workspace(check, workspace,
                   paged_attention_workspace_size(params.num_tokens, num_seqs, params.num_heads, params.head_dim, q.device), q, out, params);
   if (options.validate == Validate::kFull) check_paged_contents(check, params, q.device, stream);
-  dispatch_device("paged_attention", q.device, stream, [&] { cpu::attention(params); }, [&](auto s) { cuda::attention(params, s); });
+  dispatch_device(
+      "paged_attention", q.device, stream, [&] { cpu::attention(params); }, [&](auto s) { cuda::attention(params, s); }, Explains::kBoth);
 }
 
 std::int64_t paged_attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads, std::int64_t head_dim,
@@ -322,6 +343,7 @@ void attention(const TensorView& out, const TensorView* lse, const TensorView& q
     params.kv_start_loc = check_start_loc(check, kv_loc, "kv_start_loc", num_seqs, q.device);
   }
   check_mask(check, options, q, num_seqs, params);
+  check_variant(check, options, q, params);
   params.k = k.data;
   params.v = v.data;
   params.kv_dtype = k.dtype;
@@ -353,7 +375,8 @@ void attention(const TensorView& out, const TensorView* lse, const TensorView& q
       reader.read_start_loc(params.kv_start_loc, "kv_start_loc", num_seqs, params.num_kv_tokens);
     }
   }
-  dispatch_device("attention", q.device, stream, [&] { cpu::attention(params); }, [&](auto s) { cuda::attention(params, s); });
+  dispatch_device(
+      "attention", q.device, stream, [&] { cpu::attention(params); }, [&](auto s) { cuda::attention(params, s); }, Explains::kBoth);
 }
 
 std::int64_t attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads, std::int64_t head_dim,

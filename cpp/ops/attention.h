@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
+#include "quire/attention.h"
 #include "quire/dtype.h"
 #include "quire/stream.h"
 
@@ -47,6 +49,7 @@ struct AttentionParams {
   bool causal = true;
   std::int64_t window_left = -1;  // negative: no limit
   std::int64_t window_right = -1;
+  std::optional<AttentionVariant> variant;  // asked for
   void* workspace = nullptr;  // at least *_attention_workspace_size(...) bytes, 16-byte aligned
 };
 

@@ -144,7 +144,8 @@ void write_kv(const TensorView& k_cache, const TensorView& v_cache, const Tensor
   const KvParams params = check_kv(check, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
   check_kv_writes(check, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
   if (empty(params)) return;
-  dispatch_device("write_kv", k.device, stream, [&] { cpu::write_kv(params); }, [&](auto s) { cuda::write_kv(params, s); });
+  dispatch_device(
+      "write_kv", k.device, stream, [&] { cpu::write_kv(params); }, [&](auto s) { cuda::write_kv(params, s); }, Explains::kCuda);
 }
 
 void gather_kv(const TensorView& k, const TensorView& v, const TensorView& k_cache, const TensorView& v_cache,
@@ -165,7 +166,8 @@ void gather_kv(const TensorView& k, const TensorView& v, const TensorView& k_cac
     if (v_scale != nullptr) check.disjoint(*out, "out", *v_scale, "v_scale", false);
   }
   if (empty(params)) return;
-  dispatch_device("gather_kv", k.device, stream, [&] { cpu::gather_kv(params); }, [&](auto s) { cuda::gather_kv(params, s); });
+  dispatch_device(
+      "gather_kv", k.device, stream, [&] { cpu::gather_kv(params); }, [&](auto s) { cuda::gather_kv(params, s); }, Explains::kCuda);
 }
 
 void copy_blocks(const TensorView& cache, const TensorView& pairs, Stream stream) {
@@ -191,7 +193,9 @@ void copy_blocks(const TensorView& cache, const TensorView& pairs, Stream stream
   params.num_segments = shape.num_segments;
   params.segment_bytes = shape.segment_bytes;
   params.segment_stride_bytes = shape.segment_stride_bytes;
-  dispatch_device("copy_blocks", cache.device, stream, [&] { cpu::copy_blocks(params); }, [&](auto s) { cuda::copy_blocks(params, s); });
+  dispatch_device(
+      "copy_blocks", cache.device, stream, [&] { cpu::copy_blocks(params); }, [&](auto s) { cuda::copy_blocks(params, s); },
+      Explains::kCuda);
 }
 
 void swap_blocks(const TensorView& dst, const TensorView& src, const TensorView& pairs, Stream stream) {

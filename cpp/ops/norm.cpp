@@ -81,18 +81,20 @@ void check_bias(const Check& check, const TensorView* bias, const TensorView& x,
 
 void run_rms_norm(const Check& check, const NormParams& params, Device device, Stream stream) {
   if (params.num_rows == 0) return;
-  dispatch_device(check.op(), device, stream, [&] { cpu::rms_norm(params); }, [&](auto s) { cuda::rms_norm(params, s); });
+  dispatch_device(check.op(), device, stream, [&] { cpu::rms_norm(params); }, [&](auto s) { cuda::rms_norm(params, s); }, Explains::kCuda);
 }
 
 void run_fused_add_rms_norm(const Check& check, const NormParams& params, Device device, Stream stream) {
   if (params.num_rows == 0) return;
   dispatch_device(
-      check.op(), device, stream, [&] { cpu::fused_add_rms_norm(params); }, [&](auto s) { cuda::fused_add_rms_norm(params, s); });
+      check.op(), device, stream, [&] { cpu::fused_add_rms_norm(params); }, [&](auto s) { cuda::fused_add_rms_norm(params, s); },
+      Explains::kCuda);
 }
 
 void run_layer_norm(const Check& check, const NormParams& params, Device device, Stream stream) {
   if (params.num_rows == 0) return;
-  dispatch_device(check.op(), device, stream, [&] { cpu::layer_norm(params); }, [&](auto s) { cuda::layer_norm(params, s); });
+  dispatch_device(
+      check.op(), device, stream, [&] { cpu::layer_norm(params); }, [&](auto s) { cuda::layer_norm(params, s); }, Explains::kCuda);
 }
 
 }  // namespace

@@ -109,7 +109,8 @@ void rotary_embedding(const TensorView& positions, const TensorView& q, const Te
   if (k != nullptr) check_rotated_k(check, *k, "k", positions, q, cos_sin_cache, params);
   if (params.num_tokens == 0 || params.rotary_dim == 0 || params.num_heads + params.num_kv_heads == 0) return;
   dispatch_device(
-      "rotary_embedding", q.device, stream, [&] { cpu::rotary_embedding(params); }, [&](auto s) { cuda::rotary_embedding(params, s); });
+      "rotary_embedding", q.device, stream, [&] { cpu::rotary_embedding(params); }, [&](auto s) { cuda::rotary_embedding(params, s); },
+      Explains::kCuda);
 }
 
 void qk_norm_rope(const TensorView& positions, const TensorView& q, const TensorView* k, const TensorView& q_weight,

@@ -29,6 +29,19 @@ enum class Validate {
   kFull,   ///< Also every index content: raises IndexError. On CUDA this copies the index tensors and waits; not in a capture.
 };
 
+/// The CUDA kernels.
+enum class AttentionVariant : std::uint8_t {
+  kMmaSplitKeys8,       ///< 8 rows; the four warps of a CTA take turns at the keys: decode.
+  kMmaSplitKeys16,      ///< The same with 16 rows.
+  kMmaSplitRows,        ///< 64 rows; 16 to each of four warps, which share the keys: prefill.
+  kWgmma,               ///< 128 rows, 192 at head_dim 64; 64 to each warpgroup: prefill on Hopper.
+  kMmaSplitKeys8Small,  ///< kMmaSplitKeys8 for a head_dim over 128 where a CTA has little shared memory.
+  kSimt,                ///< 8 rows, float32 throughout: float32 queries.
+};
+
+/// "mma_split_keys_8" and so on.
+QUIRE_API const char* name(AttentionVariant variant);
+
 struct AttentionOptions {
   std::optional<double> scale;     ///< Default 1 / sqrt(head_dim).
   bool causal = true;              ///< Keys after the query's position are not seen.
@@ -45,6 +58,8 @@ struct AttentionOptions {
   /// int32 [num_seqs], or null for kv_len - q_len: bit b is then the key of the sequence's query b, and all keys before its queries may
   /// be seen, as in the verification of a draft or a tree. 0 for a row of all keys. Any value is fine.
   const TensorView* mask_start = nullptr;
+  /// The kernel to run, for measurements and to work around trouble; none: the fastest, as far as known. UnsupportedError where it cannot run.
+  std::optional<AttentionVariant> variant;
   Validate validate = Validate::kShape;
 };
 

@@ -7,6 +7,7 @@
 #include "quire/block_allocator.h"
 #include "quire/dtype.h"
 #include "quire/error.h"
+#include "quire/explain.h"
 #include "quire/export.h"
 #include "quire/kv_cache.h"
 #include "quire/norm.h"

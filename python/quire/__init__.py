@@ -65,6 +65,7 @@ else:
         paged_attention_workspace_size,
     )
     from quire.block_allocator import BlockAllocator, OutOfBlocksError
+    from quire.explain import Explanation, explain
     from quire.kv_cache import KVCache, copy_blocks, gather_kv, swap_blocks, write_kv
     from quire.norm import fused_add_rms_norm, layer_norm, rms_norm
     from quire.position_encoding import qk_norm_rope, rope_and_write_kv, rope_cache, rotary_embedding
@@ -74,6 +75,7 @@ else:
 __all__ = [
     "BlockAllocator",
     "CudaError",
+    "Explanation",
     "KVCache",
     "OutOfBlocksError",
     "Tensor",
@@ -86,6 +88,7 @@ __all__ = [
     "cpu_isa",
     "cuda_architectures",
     "empty",
+    "explain",
     "fused_add_rms_norm",
     "gather_kv",
     "gelu_and_mul",

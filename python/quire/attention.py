@@ -19,6 +19,14 @@ __all__ = [
 ]
 
 Window = int | tuple[int, int] | None
+Variant = Literal[
+    "mma_split_keys_8",
+    "mma_split_keys_16",
+    "mma_split_rows",
+    "wgmma",
+    "mma_split_keys_8_small",
+    "simt",
+]
 
 
 @overload
@@ -43,6 +51,7 @@ def paged_attention(
     out: Array | None = ...,
     return_lse: Literal[False] = ...,
     workspace: Array | None = ...,
+    variant: Variant | None = ...,
     validate: Literal["shape", "full"] = ...,
     stream: object = ...,
 ) -> Array: ...
@@ -68,6 +77,7 @@ def paged_attention(
     out: Array | None = ...,
     return_lse: Literal[True],
     workspace: Array | None = ...,
+    variant: Variant | None = ...,
     validate: Literal["shape", "full"] = ...,
     stream: object = ...,
 ) -> tuple[Array, Array]: ...
@@ -92,6 +102,7 @@ def paged_attention(
     out: Array | None = None,
     return_lse: bool = False,
     workspace: Array | None = None,
+    variant: Variant | None = None,
     validate: Literal["shape", "full"] = "shape",
     stream: object = None,
 ) -> Array | tuple[Array, Array]:
@@ -135,6 +146,8 @@ def paged_attention(
         return_lse: Also return the log-sum-exp.
         workspace: uint8 ``[n]`` with n of at least :func:`paged_attention_workspace_size`; None uses a shared one per device
             and stream.
+        variant: The CUDA kernel to run, for measurements and to work around trouble; None: the fastest, as far as known.
+            :func:`quire.explain` says which and why.
         validate: "shape" checks shapes and skips bad index contents on the device, recording them for
             :func:`quire.check_errors`; "full" checks index contents first, which waits for the device.
         stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
@@ -147,7 +160,7 @@ def paged_attention(
         ValueError: Shapes, strides, devices or scalars do not fit.
         TypeError: A dtype does not fit, or an argument is no tensor.
         IndexError: ``validate="full"`` found an index out of range.
-        quire.UnsupportedError: head_dim, or a size over 32 bits.
+        quire.UnsupportedError: head_dim, a size over 32 bits, or a ``variant`` that cannot run the call.
 
     Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention, 2023; Dao, FlashAttention-2, 2023;
     Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023.
@@ -184,6 +197,7 @@ def paged_attention(
         v_scale,
         mask,
         mask_start,
+        variant,
         validate,
         stream,
     )
@@ -211,6 +225,7 @@ def attention(
     out: Array | None = None,
     return_lse: bool = False,
     workspace: Array | None = None,
+    variant: Variant | None = None,
     validate: Literal["shape", "full"] = "shape",
     stream: object = None,
 ) -> Array | tuple[Array, Array]:
@@ -235,6 +250,7 @@ def attention(
         out: As ``q``, or None to allocate it in q's framework.
         return_lse: Also return the log-sum-exp, float32 ``[num_tokens, num_heads]``, natural log.
         workspace: uint8 ``[n]`` with n of at least :func:`attention_workspace_size`, or None.
+        variant: The CUDA kernel to run, or None.
         validate: "shape" or "full".
         stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
@@ -275,6 +291,7 @@ def attention(
         v_scale,
         mask,
         mask_start,
+        variant,
         validate,
         stream,
     )

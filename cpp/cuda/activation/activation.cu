@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "core/dispatch.h"
+#include "core/explain.h"
 #include "cuda/activation/functions.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
@@ -78,7 +79,11 @@ void launch_dtype(const ActivationParams& p, Stream stream) {
   dispatch_float(p.dtype, "activation", [&](auto dtype) {
     using T = Element<decltype(dtype)::value>;
     // For a gated x this also puts the second half on a vector boundary.
-    if (rows_are_vectors<T>(p.x, p.x_rows, p.width) && rows_are_vectors<T>(p.out, p.out_rows, p.width)) {
+    const char* const obstacle = !rows_are_vectors<T>(p.x, p.x_rows, p.width)       ? "x"
+                                 : !rows_are_vectors<T>(p.out, p.out_rows, p.width) ? "out"
+                                                                                    : nullptr;
+    if (explain_vectors(obstacle)) return;
+    if (obstacle == nullptr) {
       launch_activation<kActivation, T, kElementsPer16Bytes<T>>(p, stream);
     } else {
       launch_activation<kActivation, T, 1>(p, stream);

@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "core/dispatch.h"
+#include "core/explain.h"
 #include "cuda/activation/functions.cuh"
 #include "cuda/device/quantize.cuh"
 #include "cuda/device/reduce.cuh"
@@ -168,17 +169,23 @@ void launch_quantized(const ActivationParams& p, Stream stream) {
   constexpr int kVec = kElementsPer16Bytes<T>;
   const auto num_row_ctas = static_cast<unsigned>(std::min<std::int64_t>(p.num_rows, 0x7fffffff));
   // kVec bytes of the result at a time.
-  const bool vectors = rows_are_vectors<T>(p.x, p.x_rows, p.width) && is_aligned(p.out, kVec) && p.out_rows.strides[0] % kVec == 0 &&
-                       p.out_rows.strides[1] % kVec == 0 && p.out_rows.strides[2] % kVec == 0;
+  const bool out_is_vectors = is_aligned(p.out, kVec) && p.out_rows.strides[0] % kVec == 0 && p.out_rows.strides[1] % kVec == 0 &&
+                              p.out_rows.strides[2] % kVec == 0;
   const std::int64_t num_vectors = p.width / kVec;
   const bool per_token = p.quant.granularity == ScaleGranularity::kToken;
   const std::int64_t group_lanes = p.quant.granularity == ScaleGranularity::kTensor ? 1 : p.quant.group_size / kVec;
   const bool lanes_fit = p.quant.granularity == ScaleGranularity::kTensor || (p.quant.group_size % kVec == 0 && group_lanes <= kWarpSize &&
                                                                               std::has_single_bit(static_cast<std::uint64_t>(group_lanes)));
-  if (vectors && per_token && num_vectors <= kMaxRowThreads * kUnroll) {
+  const char* const obstacle = !rows_are_vectors<T>(p.x, p.x_rows, p.width)          ? "x"
+                               : !out_is_vectors                                     ? "out"
+                               : per_token && num_vectors > kMaxRowThreads * kUnroll ? "a row of this length"
+                               : !per_token && !lanes_fit                            ? "group_size"
+                                                                                     : nullptr;
+  if (explain_vectors(obstacle)) return;
+  if (obstacle == nullptr && per_token) {
     const std::int64_t num_threads = whole_warps(ceil_div(num_vectors, kUnroll));
     activation_token_kernel<kActivation, T, kVec><<<num_row_ctas, static_cast<unsigned>(num_threads), 0, cuda_stream(stream)>>>(p);
-  } else if (vectors && !per_token && lanes_fit) {
+  } else if (obstacle == nullptr) {
     const std::int64_t wanted = std::clamp<std::int64_t>(ceil_div(num_vectors, kUnroll), group_lanes, kThreads);
     const dim3 block(std::bit_ceil(static_cast<unsigned>(wanted)), kThreads / std::bit_ceil(static_cast<unsigned>(wanted)));
     const std::int64_t num_chunks = ceil_div(num_vectors, std::int64_t{block.x} * kUnroll);

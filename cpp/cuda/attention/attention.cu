@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "core/dispatch.h"
+#include "core/explain.h"
 #include "cuda/attention/combine.cuh"
 #include "cuda/attention/config.h"
 #include "cuda/attention/launch.h"
@@ -146,6 +147,12 @@ void launch(const AttentionParams& params, const Config& config, Stream stream) 
 
 namespace {
 
+std::string tiles_text(const Config& config, std::int64_t num_kv_heads) {
+  return std::to_string(config.num_tiles * num_kv_heads) + " tiles of " +
+         std::to_string(tile_rows(config.variant, config.head_dim_bucket)) + " rows by one kv head at most" +
+         (config.num_splits > 1 ? ", the keys of each split over up to " + std::to_string(config.num_splits) + " CTAs" : "");
+}
+
 template <typename T>
 __device__ __forceinline__ float widen(T value) {
   return static_cast<float>(value);
@@ -185,7 +192,14 @@ __global__ void __launch_bounds__(kThreads) merge_attention_kernel(const __grid_
 
 void attention(const AttentionParams& params, Stream stream) {
   const DeviceProperties& device = current_device_properties();
-  attn::launch(params, attn::choose_config(params, device, attn::has_wgmma(device)), stream);
+  const bool has_wgmma = attn::has_wgmma(device);
+  if (Explanation* const explanation = explaining()) {
+    const attn::Config config = attn::choose_config(params, device, has_wgmma, &explanation->reasons);
+    explanation->variant = name(config.variant);
+    explanation->reasons.push_back(attn::tiles_text(config, params.num_kv_heads));
+    return;
+  }
+  attn::launch(params, attn::choose_config(params, device, has_wgmma), stream);
 }
 
 void merge_attention(const MergeParams& params, Stream stream) {

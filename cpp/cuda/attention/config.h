@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <string>
+#include <vector>
 
 #include "core/layout.h"
 #include "cuda/launch.h"
@@ -16,14 +18,7 @@
 
 namespace quire::cuda::attn {
 
-enum class Variant : std::uint8_t {
-  kMmaSplitKeys8,       // 8 rows; the four warps of a CTA take turns at the keys: decode
-  kMmaSplitKeys16,      // the same with 16 rows
-  kMmaSplitRows,        // 64 rows; 16 to each of four warps, which share the keys: prefill
-  kWgmma,               // 128 rows, 192 at head_dim 64; 64 to each warpgroup: prefill on Hopper
-  kMmaSplitKeys8Small,  // kMmaSplitKeys8 for head_dim 256 where a CTA may have less than kLargeSharedBytes
-  kSimt,                // 8 rows, float32 throughout: float32 queries
-};
+using Variant = AttentionVariant;
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
@@ -93,46 +88,102 @@ inline std::int64_t key_capacity(const AttentionParams& params) {
   return params.max_blocks_per_seq * params.block_size;
 }
 
-/// Whether Hopper's kernel, which copies K and V by boxes and q and out by 16 bytes, can address them, and there is no mask, which it does not know.
-inline bool wgmma_layout(const AttentionParams& p) {
-  if (p.kv_dtype != p.dtype || itemsize(p.dtype) != 2 || p.mask != nullptr) return false;
+/// What keeps Hopper's kernel from a call on a Hopper; null: nothing. It copies K and V by boxes and
+/// q and out by 16 bytes.
+inline const char* wgmma_obstacle(const AttentionParams& p) {
+  if (itemsize(p.dtype) != 2) return "q is not a 16-bit dtype";
+  if (p.kv_dtype != p.dtype) return "keys and values are not of q's dtype";
+  if (p.mask != nullptr) return "there is a mask";
   const bool paged = p.block_tables != nullptr;
-  if (paged ? p.block_size % 8 != 0 || p.num_blocks == 0 : p.num_kv_tokens == 0) return false;
-  if (p.num_blocks > std::numeric_limits<std::int32_t>::max() || p.block_size > std::numeric_limits<std::int32_t>::max()) return false;
+  if (paged ? p.num_blocks == 0 : p.num_kv_tokens == 0) return "there are no keys";
+  if (paged && p.block_size % 8 != 0) return "block_size is not a multiple of 8";
+  if (p.num_blocks > std::numeric_limits<std::int32_t>::max() || p.block_size > std::numeric_limits<std::int32_t>::max())
+    return "the cache has more than 2^31 blocks or slots in a block";
   const auto aligned = [](const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; };
   const auto stride_fits = [](std::int64_t size, std::int64_t stride) {
     return size <= 1 || (stride > 0 && stride % 8 == 0 && stride < std::int64_t{1} << 38);
   };
+  if (!aligned(p.q) || !aligned(p.out) || !aligned(p.k) || !aligned(p.v))
+    return "q, out, keys or values do not start at a multiple of 16 bytes";
+  if (p.q_token_stride % 8 != 0 || p.q_head_stride % 8 != 0 || p.out_token_stride % 8 != 0 || p.out_head_stride % 8 != 0)
+    return "a stride of q or out is not a multiple of 8 elements";
   const std::int64_t slots = paged ? p.block_size : p.num_kv_tokens, blocks = paged ? p.num_blocks : 1;
-  return aligned(p.q) && aligned(p.k) && aligned(p.v) && aligned(p.out) && p.q_token_stride % 8 == 0 && p.q_head_stride % 8 == 0 &&
-         p.out_token_stride % 8 == 0 && p.out_head_stride % 8 == 0 && stride_fits(p.num_kv_heads, p.k_head_stride) &&
-         stride_fits(p.num_kv_heads, p.v_head_stride) && stride_fits(slots, p.k_token_stride) && stride_fits(slots, p.v_token_stride) &&
-         stride_fits(blocks, p.k_block_stride) && stride_fits(blocks, p.v_block_stride);
+  if (!stride_fits(p.num_kv_heads, p.k_head_stride) || !stride_fits(p.num_kv_heads, p.v_head_stride) ||
+      !stride_fits(slots, p.k_token_stride) || !stride_fits(slots, p.v_token_stride) || !stride_fits(blocks, p.k_block_stride) ||
+      !stride_fits(blocks, p.v_block_stride))
+    return "a stride of keys or values is not a positive multiple of 8 elements below 2^38, which the copy engine needs";
+  return nullptr;
 }
 
-inline Config choose_config(const AttentionParams& params, const DeviceProperties& device, bool has_wgmma) {
+/// What keeps a variant from a call; null: nothing.
+inline const char* obstacle(Variant variant, const AttentionParams& params, const DeviceProperties& device, bool has_wgmma) {
+  if ((variant == Variant::kSimt) != (params.dtype == DType::kFloat32))
+    return variant == Variant::kSimt ? "q is not float32" : "q is float32";
+  const bool small_shared = device.max_shared_bytes_per_cta < kLargeSharedBytes;
+  const int bucket = head_dim_bucket(variant, params.head_dim);
+  constexpr const char* kTooLarge = "the device has too little shared memory for it at this head_dim";
+  switch (variant) {
+    case Variant::kWgmma: return has_wgmma ? wgmma_obstacle(params) : "the device is no Hopper, or this build has no code for it";
+    case Variant::kMmaSplitKeys8: return small_shared && bucket == 256 ? kTooLarge : nullptr;
+    case Variant::kMmaSplitKeys16: return small_shared ? kTooLarge : nullptr;
+    case Variant::kMmaSplitRows: return small_shared && bucket == 256 && itemsize(params.kv_dtype) == 2 ? kTooLarge : nullptr;
+    case Variant::kMmaSplitKeys8Small: return bucket == 256 ? nullptr : "head_dim is at most 128";
+    case Variant::kSimt: return nullptr;
+  }
+  return "it is not known";
+}
+
+/// The variant for a call, and in `why`, unless null, the reasons. `rows` is the number of packed rows of a sequence.
+inline Variant choose_variant(const AttentionParams& params, const DeviceProperties& device, bool has_wgmma, std::int64_t rows,
+                              std::vector<std::string>* why) {
+  const auto because = [&](const std::string& reason) {
+    if (why != nullptr) why->push_back(reason);
+  };
+  const auto prevents = [&](Variant variant) { return obstacle(variant, params, device, has_wgmma); };
+  if (params.variant) {
+    if (const char* reason = prevents(*params.variant))
+      throw UnsupportedError(std::string("[") + (params.block_tables != nullptr ? "paged_attention" : "attention") +
+                             "] variant: expected one that can run, got " + name(*params.variant) + ": " + reason);
+    because("it was asked for by variant=");
+    return *params.variant;
+  }
+  if (params.dtype == DType::kFloat32) {
+    because("q is float32, which tensor cores would round");
+    return Variant::kSimt;
+  }
+  because(std::to_string(rows) + " rows of each sequence and kv head (queries times heads of the group)");
+  Variant variant = rows <= 8 ? Variant::kMmaSplitKeys8 : rows <= 32 ? Variant::kMmaSplitKeys16 : Variant::kMmaSplitRows;
+  if (rows <= 32)
+    because("up to 32 rows the warps take turns at the keys: the larger tiles of mma_split_rows and wgmma would be mostly empty");
+  if (const char* reason = prevents(variant)) {
+    because(std::string("not ") + name(variant) + ": " + reason);
+    variant = variant == Variant::kMmaSplitKeys16 && prevents(Variant::kMmaSplitKeys8) == nullptr ? Variant::kMmaSplitKeys8
+                                                                                                  : Variant::kMmaSplitKeys8Small;
+  }
+  if (variant != Variant::kMmaSplitRows) return variant;
+  if (const char* reason = prevents(Variant::kWgmma)) {
+    because(std::string("not wgmma: ") + reason);
+    return variant;
+  }
+  // With few tiles, kMmaSplitRows shares each one's keys between CTAs.
+  const int bucket = head_dim_bucket(Variant::kWgmma, params.head_dim);
+  if (params.num_tokens * params.num_heads * 3 < std::int64_t{tile_rows(Variant::kWgmma, bucket)} * device.num_sms) {
+    because("not wgmma: its tiles would be fewer than a third of the SMs, and it does not split the keys of a tile");
+    return variant;
+  }
+  return Variant::kWgmma;
+}
+
+/// `why`, unless null, gets the reasons for the variant.
+inline Config choose_config(const AttentionParams& params, const DeviceProperties& device, bool has_wgmma,
+                            std::vector<std::string>* why = nullptr) {
   const std::int64_t group = params.num_heads / params.num_kv_heads;
   const bool ragged = params.query_start_loc != nullptr;
   const std::int64_t query_len = ragged || params.block_tables == nullptr ? ceil_div(params.num_tokens, params.num_seqs) : 1;
 
   Config config{};
-  config.variant = params.dtype == DType::kFloat32 ? Variant::kSimt
-                   : query_len * group <= 8        ? Variant::kMmaSplitKeys8
-                   : query_len * group <= 32       ? Variant::kMmaSplitKeys16
-                                                   : Variant::kMmaSplitRows;
+  config.variant = choose_variant(params, device, has_wgmma, query_len * group, why);
   config.head_dim_bucket = head_dim_bucket(config.variant, params.head_dim);
-  if (config.variant != Variant::kSimt && device.max_shared_bytes_per_cta < kLargeSharedBytes) {
-    const bool wide = config.head_dim_bucket == 256 && (config.variant != Variant::kMmaSplitRows || itemsize(params.kv_dtype) == 2);
-    if (wide) {
-      config.variant = Variant::kMmaSplitKeys8Small;
-    } else if (config.variant == Variant::kMmaSplitKeys16) {
-      config.variant = Variant::kMmaSplitKeys8;
-    }
-  }
-  // With few tiles, kMmaSplitRows shares each one's keys between CTAs.
-  if (config.variant == Variant::kMmaSplitRows && has_wgmma && wgmma_layout(params) &&
-      params.num_tokens * params.num_heads * 3 >= std::int64_t{tile_rows(Variant::kWgmma, config.head_dim_bucket)} * device.num_sms)
-    config.variant = Variant::kWgmma;
   const int rows = tile_rows(config.variant, config.head_dim_bucket);
 
   // Sequence s owns the tiles from floor(query_start_loc[s] * group / rows) + s on: never too few, and found by one search.

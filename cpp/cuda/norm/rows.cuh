@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "core/dispatch.h"
+#include "core/explain.h"
 #include "cuda/device/quantize.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
@@ -451,11 +452,14 @@ void launch_norm(const NormParams& p, const char* name, Stream stream) {
         return rows_are_vectors<T>(p.out, p.out_rows, p.hidden);
       }
     };
-    const bool vectors = rows_are_vectors<T>(p.x, p.x_rows, p.hidden) && outputs_are_vectors() &&
-                         (kKind != NormKind::kAddRms || rows_are_vectors<T>(p.residual, p.residual_rows, p.hidden)) &&
-                         parameter_is_vectors(p.weight, p.weight_dtype, kVec) &&
-                         (kKind != NormKind::kLayer || parameter_is_vectors(p.bias, p.bias_dtype, kVec));
-    if (vectors) {
+    const char* const obstacle = !rows_are_vectors<T>(p.x, p.x_rows, p.hidden)                                               ? "x"
+                                 : !outputs_are_vectors()                                                                    ? "out"
+                                 : kKind == NormKind::kAddRms && !rows_are_vectors<T>(p.residual, p.residual_rows, p.hidden) ? "residual"
+                                 : !parameter_is_vectors(p.weight, p.weight_dtype, kVec)                                     ? "weight"
+                                 : kKind == NormKind::kLayer && !parameter_is_vectors(p.bias, p.bias_dtype, kVec)            ? "bias"
+                                                                                                                             : nullptr;
+    if (explain_vectors(obstacle)) return;
+    if (obstacle == nullptr) {
       launch_rows<kKind, kQuantizes, T, kVec>(p, name, stream);
     } else if constexpr (kQuantizes) {
       launch_long_rows<kKind, true, T, 1>(p, name, stream);

@@ -1,0 +1,27 @@
+// How backends answer quire::explain.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <string>
+
+#include "quire/explain.h"
+
+namespace quire {
+
+/// What this thread's quire::explain collects; null where ops are to run.
+Explanation* explaining();
+
+/// Which backends of an op choose between kernels, and answer for themselves.
+enum class Explains { kNeither, kCuda, kBoth };
+
+/// The answer of a backend that reads and writes 16 bytes at once where it can. `obstacle` is null, or the argument that keeps it from that.
+/// True if it was asked: then nothing is to be run.
+bool explain_vectors(const char* obstacle);
+
+/// The answer of an op with one CUDA kernel.
+void explain_only_kernel(Explanation& explanation);
+
+/// The answer of a CPU kernel; `kernel` names it, or is empty where there is one. `has_amx`: it has a form of its own for that.
+void explain_cpu(Explanation& explanation, const std::string& kernel, bool has_amx);
+
+}  // namespace quire

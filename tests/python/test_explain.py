@@ -1,0 +1,219 @@
+"""quire.explain: every op says what it would run, runs nothing, and says what really is chosen; every variant can be asked for.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+import numpy as np
+import pytest
+from frameworks import as_float64
+from test_attention import Batch
+from test_streams import OPS
+from tolerances import assert_close
+
+import quire
+
+ISAS = ("scalar", "avx2", "avx512", "avx512_amx")
+VARIANTS = (
+    "mma_split_keys_8",
+    "mma_split_keys_16",
+    "mma_split_rows",
+    "wgmma",
+    "mma_split_keys_8_small",
+    "simt",
+)
+
+
+@pytest.mark.parametrize("op", list(OPS.values()), ids=list(OPS))
+def test_every_op_says_what_and_runs_nothing(backend, rng, op):
+    """The op is in the answer, its tensors keep every bit, and the call works as ever afterwards."""
+    arrays = op.make(rng, "bfloat16")
+    tensors = {name: x if name.startswith("host") else backend.array(x) for name, x in arrays.items()}
+    explanation = quire.explain(lambda: op.call(tensors))
+    assert explanation.op in quire.__all__
+    assert explanation.device == backend.device
+    assert explanation.variant
+    assert explanation.reasons
+    backend.synchronize()
+    for name, x in arrays.items():
+        got = tensors[name] if name.startswith("host") else backend.numpy(tensors[name])
+        np.testing.assert_array_equal(got.view(np.uint8), x.view(np.uint8))
+    op.call(tensors)
+    if backend.device == "cpu":
+        assert explanation.variant.endswith(ISAS)
+    quire.check_errors(backend.device)
+
+
+def test_the_answer_can_be_read(rng):
+    x = np.ones((3, 16), np.float32)
+    explanation = quire.explain(quire.rms_norm, x, np.ones(16, np.float32))
+    assert explanation == quire.explain("rms_norm", x, np.ones(16, np.float32))
+    lines = str(explanation).splitlines()
+    assert lines[0] == f"rms_norm on cpu: {explanation.variant}"
+    assert lines[1:] == [f"  - {reason}" for reason in explanation.reasons]
+
+
+def test_nothing_to_run():
+    empty = np.ones((0, 16), np.float32)
+    explanation = quire.explain("rms_norm", empty, np.ones(16, np.float32))
+    assert (explanation.op, explanation.variant, explanation.reasons) == ("rms_norm", "", ())
+    assert str(explanation) == "rms_norm: nothing to run"
+
+
+def test_refusals():
+    x = np.ones((3, 16), np.float32)
+    with pytest.raises(ValueError, match=r"\[rms_norm\] weight: expected"):
+        quire.explain("rms_norm", x, np.ones(8, np.float32))
+    # The state of the failed call is gone: ops run again.
+    assert (quire.rms_norm(x, np.ones(16, np.float32)) > 0.9).all()
+    for bad in ("no_such_op", "__version__", 3):
+        with pytest.raises(ValueError, match=r"\[explain\] op: expected a function of quire or its name"):
+            quire.explain(bad, x)
+
+
+def test_cpu_attention(rng):
+    """Decode and prefill kernels by the shape of the batch."""
+    for q_lens, kernel in (([1, 1], "decode"), ([40, 60], "prefill"), ([1, 300], "decode_and_prefill")):
+        batch = Batch.make(
+            rng, q_lens=q_lens, kv_lens=[70, 400], heads=4, kv_heads=2, dim=64, block_size=8, dtype="float32"
+        )
+        explanation = quire.explain(
+            quire.paged_attention,
+            batch.q,
+            batch.k_cache,
+            batch.v_cache,
+            batch.block_tables,
+            batch.seq_lens,
+            query_start_loc=batch.query_start_loc,
+        )
+        assert explanation.variant == f"{kernel}_{quire.cpu_isa()}" or quire.cpu_isa() == "avx512_amx"
+        assert explanation.variant.startswith(kernel)
+
+
+def test_cpu_knows_no_variants(rng):
+    x = np.ones((3, 2, 16), np.float32)
+    for call in (quire.attention, lambda *args, **kw: quire.explain(quire.attention, *args, **kw)):
+        with pytest.raises(quire.UnsupportedError, match=r"variant: expected none for CPU tensors, got simt"):
+            call(x, x, x, variant="simt")
+    with pytest.raises(
+        ValueError, match=r'variant: expected None or one of "mma_split_keys_8", .*, got "fast"'
+    ):
+        quire.attention(x, x, x, variant="fast")
+
+
+def shape(q_lens, **changes):
+    return {
+        "q_lens": q_lens,
+        "kv_lens": [n + 200 for n in q_lens],
+        "heads": 8,
+        "kv_heads": 2,
+        "dim": 64,
+        "block_size": 16,
+        "dtype": "bfloat16",
+    } | changes
+
+
+def cuda_variants(rng):
+    """(batch, options, the variant on a Hopper, a reason)."""
+    no_tma = "block_size is not a multiple of 8"
+    return [
+        (shape([1, 1], decode=True), {}, "mma_split_keys_8", "8 rows|4 rows"),
+        (shape([2, 2]), {}, "mma_split_keys_8", "8 rows"),
+        (shape([8, 8]), {}, "mma_split_keys_16", "32 rows"),
+        (shape([20, 20]), {}, "mma_split_rows", "fewer than a third of the SMs"),
+        (shape([3000, 200]), {}, "wgmma", ""),
+        (shape([3000, 200], block_size=12), {}, "mma_split_rows", no_tma),
+        (shape([3000, 200], kv_dtype="int8", scales=2), {}, "mma_split_rows", "not of q's dtype"),
+        (shape([3000, 200]), {"mask": np.zeros((3200, 1), np.uint8)}, "mma_split_rows", "there is a mask"),
+        (shape([3, 2], dtype="float32"), {}, "simt", "float32"),
+    ]
+
+
+def explained(batch, backend, **options):
+    positional, keywords = batch.arguments(backend)
+    converted = {n: backend.array(x) if isinstance(x, np.ndarray) else x for n, x in options.items()}
+    return (
+        quire.explain(quire.paged_attention, *positional, **keywords, **converted),
+        lambda **more: quire.paged_attention(*positional, **keywords, **converted, **more),
+    )
+
+
+def cuda_backend(backend):
+    if backend.device == "cpu":
+        pytest.skip("the variants are CUDA kernels")
+    return backend
+
+
+def test_cuda_attention(backend, rng, torch):
+    """What is said is what the profiler sees."""
+    cuda_backend(backend)
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("written for a Hopper")
+    for made, options, variant, reason in cuda_variants(rng):
+        explanation, call = explained(Batch.make(rng, **made), backend, **options)
+        assert explanation.variant == variant, explanation
+        assert any(text in str(explanation) for text in reason.split("|")), explanation
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        names = [event.name for event in profile.events() if "attention" in event.name]
+        kernel = "attention_" + variant.replace("_8", "").replace("_16", "") + "_kernel"
+        assert sum(kernel in name for name in names) == 1, names
+        if "keys" in variant:
+            index = VARIANTS.index(variant)
+            assert any(f"AttentionVariant){index}" in name for name in names if kernel in name), names
+
+
+@pytest.mark.parametrize("dim", [64, 128, 200])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_variant_can_be_asked_for(backend, rng, dtype, dim):
+    """Each gives the right answer or says why it cannot."""
+    cuda_backend(backend)
+    ran = set()
+    for q_lens in ([1, 1, 1], [5, 1, 70]):
+        batch = Batch.make(
+            rng,
+            q_lens=q_lens,
+            kv_lens=[20, 300, 90],
+            heads=8,
+            kv_heads=2,
+            dim=dim,
+            block_size=16,
+            dtype=dtype,
+        )
+        want, _ = batch.reference()
+        positional, keywords = batch.arguments(backend)
+        for variant in VARIANTS:
+            try:
+                explanation = quire.explain(quire.paged_attention, *positional, **keywords, variant=variant)
+            except quire.UnsupportedError:
+                with pytest.raises(
+                    quire.UnsupportedError, match=f"variant: expected one that can run, got {variant}: "
+                ):
+                    quire.paged_attention(*positional, **keywords, variant=variant)
+                continue
+            assert explanation.variant == variant
+            assert "variant=" in explanation.reasons[0]
+            out = quire.paged_attention(*positional, **keywords, variant=variant)
+            assert_close("attention", backend.numpy(out), want)
+            ran.add(variant)
+    if dtype == "float32":
+        assert ran == {"simt"}
+    else:
+        assert "simt" not in ran
+        assert ran >= {"mma_split_keys_8" if dim <= 128 else "mma_split_keys_8_small"}
+
+
+def test_cuda_layouts(backend, rng):
+    """Rows that do not divide into 16-byte pieces, and which tensor's they are."""
+    cuda_backend(backend)
+    x = backend.array(rng.standard_normal((4, 64)).astype(np.float32))
+    weight = backend.array(np.ones(63, np.float32))
+    assert quire.explain("relu_squared", x).variant == "vector"
+    explanation = quire.explain("relu_squared", x[:, 1:])
+    assert explanation.variant == "element"
+    assert explanation.reasons == ("not vector: x does not divide into aligned 16-byte pieces",)
+    explanation = quire.explain("rms_norm", x[:, 1:], weight)
+    assert "not vector: x" in explanation.reasons[0]
+    want = as_float64(backend.numpy(x))[:, 1:]
+    want = want / np.sqrt((want**2).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(backend.numpy(quire.rms_norm(x[:, 1:], weight)), want, rtol=1e-4)
