@@ -112,6 +112,51 @@ void bind_attention(nb::module_& m) {
       nb::arg("mask_start").none(), nb::arg("variant").none(), nb::arg("validate").none(), nb::arg("stream").none());
 
   m.def(
+      "shared_prefix_attention",
+      [](nb::handle out, nb::handle lse, nb::handle q, nb::handle k_cache, nb::handle v_cache, nb::handle prefix_blocks,
+         nb::handle block_tables, nb::handle seq_lens, nb::handle query_start_loc, nb::handle workspace, nb::handle scale,
+         nb::handle causal, nb::handle window, nb::handle softcap, nb::handle alibi_slopes, nb::handle sinks, nb::handle k_scale,
+         nb::handle v_scale, nb::handle mask, nb::handle mask_start, nb::handle validate, nb::handle stream) {
+        AttentionOptions options = parse_options("shared_prefix_attention", scale, causal, window, softcap, nb::none(), validate);
+        Args args("shared_prefix_attention", stream,
+                  {{out, "out", Access::kWrite},
+                   {lse, "lse", Access::kWrite, true},
+                   {q, "q"},
+                   {k_cache, "k_cache"},
+                   {v_cache, "v_cache"},
+                   {prefix_blocks, "prefix_blocks"},
+                   {block_tables, "block_tables"},
+                   {seq_lens, "seq_lens"},
+                   {query_start_loc, "query_start_loc", Access::kRead, true},
+                   {workspace, "workspace", Access::kWrite, true},
+                   {alibi_slopes, "alibi_slopes", Access::kRead, true},
+                   {sinks, "sinks", Access::kRead, true},
+                   {k_scale, "k_scale", Access::kRead, true},
+                   {v_scale, "v_scale", Access::kRead, true},
+                   {mask, "mask", Access::kRead, true},
+                   {mask_start, "mask_start", Access::kRead, true}});
+        options.alibi_slopes = args.optional(10);
+        options.sinks = args.optional(11);
+        options.k_scale = args.optional(12);
+        options.v_scale = args.optional(13);
+        options.mask = args.optional(14);
+        options.mask_start = args.optional(15);
+        const std::int64_t num_bytes =
+            workspace_bytes(&shared_prefix_attention_workspace_size, args[2], args[7].ndim == 1 ? args[7].size(0) : 0);
+        args.run([&](Stream s) {
+          WorkspaceLease lease;
+          const TensorView* const space = choose_workspace(args.optional(9), num_bytes, args[2], s, lease);
+          shared_prefix_attention(args[0], args.optional(1), args[2], args[3], args[4], args[5], args[6], args[7], args.optional(8), space,
+                                  options, s);
+        });
+      },
+      nb::arg("out").none(), nb::arg("lse").none(), nb::arg("q").none(), nb::arg("k_cache").none(), nb::arg("v_cache").none(),
+      nb::arg("prefix_blocks").none(), nb::arg("block_tables").none(), nb::arg("seq_lens").none(), nb::arg("query_start_loc").none(),
+      nb::arg("workspace").none(), nb::arg("scale").none(), nb::arg("causal").none(), nb::arg("window").none(), nb::arg("softcap").none(),
+      nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("k_scale").none(), nb::arg("v_scale").none(), nb::arg("mask").none(),
+      nb::arg("mask_start").none(), nb::arg("validate").none(), nb::arg("stream").none());
+
+  m.def(
       "attention",
       [](nb::handle out, nb::handle lse, nb::handle q, nb::handle k, nb::handle v, nb::handle query_start_loc, nb::handle kv_start_loc,
          nb::handle workspace, nb::handle scale, nb::handle causal, nb::handle window, nb::handle softcap, nb::handle alibi_slopes,
@@ -183,6 +228,7 @@ void bind_attention(nb::module_& m) {
   };
   bind_size("paged_attention_workspace_size", &paged_attention_workspace_size);
   bind_size("attention_workspace_size", &attention_workspace_size);
+  bind_size("shared_prefix_attention_workspace_size", &shared_prefix_attention_workspace_size);
 }
 
 }  // namespace quire::bindings

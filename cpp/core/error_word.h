@@ -18,10 +18,21 @@ enum class OpId : std::uint32_t {
   kCopyBlocks,
   kRotaryEmbedding,
   kQkNormRope,
-  kRopeAndWriteKv
+  kRopeAndWriteKv,
+  kSharedPrefixAttention
 };
 /// Their index arguments.
-enum class ArgId : std::uint32_t { kNone, kBlockTables, kSeqLens, kQueryStartLoc, kKvStartLoc, kSlotMapping, kPairs, kPositions };
+enum class ArgId : std::uint32_t {
+  kNone,
+  kBlockTables,
+  kSeqLens,
+  kQueryStartLoc,
+  kKvStartLoc,
+  kSlotMapping,
+  kPairs,
+  kPositions,
+  kPrefixBlocks
+};
 
 /// One per device. Only the first error since the last check is kept.
 struct ErrorWord {

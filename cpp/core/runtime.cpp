@@ -90,6 +90,7 @@ const char* name(OpId op) {
     case OpId::kRotaryEmbedding: return "rotary_embedding";
     case OpId::kQkNormRope: return "qk_norm_rope";
     case OpId::kRopeAndWriteKv: return "rope_and_write_kv";
+    case OpId::kSharedPrefixAttention: return "shared_prefix_attention";
   }
   return "unknown";
 }
@@ -104,6 +105,7 @@ const char* name(ArgId arg) {
     case ArgId::kSlotMapping: return "slot_mapping";
     case ArgId::kPairs: return "pairs";
     case ArgId::kPositions: return "positions";
+    case ArgId::kPrefixBlocks: return "prefix_blocks";
   }
   return "unknown";
 }

@@ -61,19 +61,22 @@ std::int64_t clamp_index(std::int64_t value, std::int64_t low, std::int64_t high
 
 std::vector<AttentionSequence> resolve_sequences(const AttentionParams& p) {
   const bool paged = p.block_tables != nullptr;
-  const OpId op = paged ? OpId::kPagedAttention : OpId::kAttention;
+  const OpId op = p.op;
   std::vector<AttentionSequence> sequences(static_cast<std::size_t>(p.num_seqs));
   std::int64_t query = 0, kv = 0;
   if (p.query_start_loc) query = clamp_index(p.query_start_loc[0], 0, p.num_tokens, op, ArgId::kQueryStartLoc, 0);
   if (p.kv_start_loc) kv = clamp_index(p.kv_start_loc[0], 0, p.num_kv_tokens, op, ArgId::kKvStartLoc, 0);
   for (std::int64_t s = 0; s < p.num_seqs; ++s) {
     AttentionSequence& sequence = sequences[static_cast<std::size_t>(s)];
-    std::int64_t query_end = paged ? std::min(s + 1, p.num_tokens) : p.num_tokens;
+    std::int64_t query_end = paged && p.shared_queries == 0 ? std::min(s + 1, p.num_tokens) : p.num_tokens;
     if (p.query_start_loc) query_end = clamp_index(p.query_start_loc[s + 1], query, p.num_tokens, op, ArgId::kQueryStartLoc, s + 1);
     sequence.query_begin = query;
     sequence.num_queries = query_end - query;
     query = query_end;
-    if (paged) {
+    if (p.shared_queries > 0) {
+      sequence.kv_begin = 0;
+      sequence.kv_len = p.total_keys;
+    } else if (paged) {
       sequence.kv_begin = 0;
       sequence.kv_len = clamp_index(p.seq_lens[s], 0, p.max_blocks_per_seq * p.block_size, op, ArgId::kSeqLens, s);
     } else {
@@ -268,7 +271,9 @@ void locate_keys(const AttentionTask& task, std::int64_t key, int num_keys, int 
       if (block >= 0 && block < p.num_blocks) {
         add_run(block * p.k_block_stride * item + offset * k_step, block * p.v_block_stride * item + offset * v_step, end);
       } else {
-        if (block != -1) record_cpu_error(OpId::kPagedAttention, ArgId::kBlockTables, task.seq_idx * p.max_blocks_per_seq + entry, block);
+        if (block != -1)
+          record_cpu_error(p.op, p.shared_queries > 0 ? ArgId::kPrefixBlocks : ArgId::kBlockTables,
+                           task.seq_idx * p.max_blocks_per_seq + entry, block);
         if (!tile.any_hidden) std::fill(std::begin(tile.hidden), std::end(tile.hidden), 0u);
         tile.any_hidden = true;
         for (int j = i; j < end; ++j) tile.hidden[j / 32] |= 1u << (j % 32);
@@ -326,6 +331,52 @@ void attention(const AttentionParams& params) {
       attention_kernels.active().merge(task, partials + split.partial_offset, static_cast<std::int64_t>(split.num_works));
     }
   });
+}
+
+void shared_prefix_attention(const SharedPrefixParams& params) {
+  AttentionParams own = params.own;
+  const std::int64_t num_rows = own.num_tokens * own.num_heads;
+  std::vector<float> lse(static_cast<std::size_t>(2 * num_rows));
+  std::vector<std::byte> out(static_cast<std::size_t>(num_rows * own.head_dim * itemsize(own.dtype)));
+  const AttentionParams prefix = prefix_pass(params, out.data(), lse.data());
+  own.lse = lse.data() + num_rows;
+  attention(prefix);
+  if (Explanation* const explanation = explaining()) {
+    const std::string of_prefix = explanation->variant;
+    explanation->reasons.clear();
+    attention(own);
+    explanation->variant = of_prefix + "+" + explanation->variant;
+    return;
+  }
+  attention(own);
+
+  // Rows of no sequence keep what they hold.
+  std::int64_t begin = 0, end = own.num_tokens;
+  if (own.query_start_loc != nullptr) {
+    const auto clamped = [&](std::int64_t i) { return std::clamp<std::int64_t>(own.query_start_loc[i], 0, own.num_tokens); };
+    begin = end = clamped(0);
+    for (std::int64_t s = 1; s <= own.num_seqs; ++s) end = std::max(end, clamped(s));
+  }
+  if (begin == end) return;
+  const auto row = [&](void* data, std::int64_t token_stride) {
+    return static_cast<std::byte*>(data) + begin * token_stride * itemsize(own.dtype);
+  };
+  MergeParams merge;
+  merge.out = row(own.out, own.out_token_stride);
+  merge.out_lse = params.own.lse == nullptr ? nullptr : params.own.lse + begin * own.num_heads;
+  merge.out_a = row(prefix.out, prefix.out_token_stride);
+  merge.lse_a = prefix.lse + begin * own.num_heads;
+  merge.out_b = merge.out;
+  merge.lse_b = own.lse + begin * own.num_heads;
+  merge.dtype = own.dtype;
+  merge.num_tokens = end - begin;
+  merge.num_heads = own.num_heads;
+  merge.head_dim = own.head_dim;
+  merge.out_token_stride = merge.b_token_stride = own.out_token_stride;
+  merge.out_head_stride = merge.b_head_stride = own.out_head_stride;
+  merge.a_token_stride = prefix.out_token_stride;
+  merge.a_head_stride = prefix.out_head_stride;
+  merge_attention(merge);
 }
 
 void merge_attention(const MergeParams& params) {

@@ -199,6 +199,15 @@ class IndexReader {
     return loc;
   }
 
+  /// Block ids; `row` is text before the index in a message.
+  void check_blocks(const std::int32_t* data, std::int64_t count, const char* arg, const std::string& row, std::int64_t num_blocks) const {
+    const std::vector<std::int32_t> blocks = read(data, count);
+    for (std::size_t i = 0; i < blocks.size(); ++i)
+      if (blocks[i] < -1 || blocks[i] >= num_blocks)
+        check_.fail_index(arg, "-1 or a block id in [0, " + std::to_string(num_blocks) + ")",
+                          std::to_string(blocks[i]) + " at [" + row + std::to_string(i) + "]");
+  }
+
  private:
   const Check& check_;
   Device device_;
@@ -215,16 +224,12 @@ void check_paged_contents(const Check& check, const AttentionParams& p, Device d
       check.fail_index("seq_lens", "a value in [0, " + std::to_string(capacity) + "]",
                        std::to_string(lens[s]) + " at [" + std::to_string(s) + "]");
     const std::int64_t row = static_cast<std::int64_t>(s) * p.block_tables_stride;
-    const std::vector<std::int32_t> table = reader.read(p.block_tables + row, ceil_div(lens[s], p.block_size));
-    for (std::size_t i = 0; i < table.size(); ++i)
-      if (table[i] < -1 || table[i] >= p.num_blocks)
-        check.fail_index("block_tables", "-1 or a block id in [0, " + std::to_string(p.num_blocks) + ")",
-                         std::to_string(table[i]) + " at [" + std::to_string(s) + ", " + std::to_string(i) + "]");
+    reader.check_blocks(p.block_tables + row, ceil_div(lens[s], p.block_size), "block_tables", std::to_string(s) + ", ", p.num_blocks);
   }
 }
 
 std::int64_t workspace_size(const char* op, std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads, std::int64_t head_dim,
-                            Device device) {
+                            Device device, bool shared_prefix = false) {
   const Check check(op);
   const auto count = [&](std::int64_t value, const char* arg) {
     if (value < 0) check.fail_value(arg, "0 or more", std::to_string(value));
@@ -237,28 +242,18 @@ std::int64_t workspace_size(const char* op, std::int64_t num_tokens, std::int64_
   std::int64_t num_bytes = 0;
   on_device(
       op, device, Stream::legacy_default(), [] {},
-      [&](auto) { num_bytes = cuda::attention_workspace_size(num_tokens, num_seqs, num_heads, head_dim, device.index); });
+      [&](auto) {
+        num_bytes = shared_prefix ? cuda::shared_prefix_attention_workspace_size(num_tokens, num_heads, head_dim, device.index)
+                                  : cuda::attention_workspace_size(num_tokens, num_seqs, num_heads, head_dim, device.index);
+      });
   return num_bytes;
 }
 
-}  // namespace
-
-const char* name(AttentionVariant variant) {
-  switch (variant) {
-    case AttentionVariant::kMmaSplitKeys8: return "mma_split_keys_8";
-    case AttentionVariant::kMmaSplitKeys16: return "mma_split_keys_16";
-    case AttentionVariant::kMmaSplitRows: return "mma_split_rows";
-    case AttentionVariant::kWgmma: return "wgmma";
-    case AttentionVariant::kMmaSplitKeys8Small: return "mma_split_keys_8_small";
-    case AttentionVariant::kSimt: return "simt";
-  }
-  return "unknown";
-}
-
-void paged_attention(const TensorView& out, const TensorView* lse, const TensorView& q, const TensorView& k_cache,
-                     const TensorView& v_cache, const TensorView& block_tables, const TensorView& seq_lens,
-                     const TensorView* query_start_loc, const TensorView* workspace, const AttentionOptions& options, Stream stream) {
-  const Check check("paged_attention");
+// Everything that paged ops check, but for the workspace.
+AttentionParams check_paged(const Check& check, const TensorView& out, const TensorView* lse, const TensorView& q,
+                            const TensorView& k_cache, const TensorView& v_cache, const TensorView& block_tables,
+                            const TensorView& seq_lens, const TensorView* query_start_loc, const TensorView* workspace,
+                            const AttentionOptions& options) {
   check.shape(k_cache, "k_cache", {kAny, kAny, kAny, kAny});
   AttentionParams params = check_query(check, out, lse, q, k_cache.size(2), k_cache.size(3), options);
   check_kv(check, k_cache, "k_cache", v_cache, "v_cache", q, options, params);
@@ -311,9 +306,33 @@ void paged_attention(const TensorView& out, const TensorView* lse, const TensorV
                        {options.v_scale, "v_scale"},
                        {options.mask, "mask"},
                        {options.mask_start, "mask_start"}});
-  if (params.num_tokens == 0 || num_seqs == 0) return;
+  return params;
+}
+
+}  // namespace
+
+const char* name(AttentionVariant variant) {
+  switch (variant) {
+    case AttentionVariant::kMmaSplitKeys8: return "mma_split_keys_8";
+    case AttentionVariant::kMmaSplitKeys16: return "mma_split_keys_16";
+    case AttentionVariant::kMmaSplitRows: return "mma_split_rows";
+    case AttentionVariant::kWgmma: return "wgmma";
+    case AttentionVariant::kMmaSplitKeys8Small: return "mma_split_keys_8_small";
+    case AttentionVariant::kSimt: return "simt";
+  }
+  return "unknown";
+}
+
+void paged_attention(const TensorView& out, const TensorView* lse, const TensorView& q, const TensorView& k_cache,
+                     const TensorView& v_cache, const TensorView& block_tables, const TensorView& seq_lens,
+                     const TensorView* query_start_loc, const TensorView* workspace, const AttentionOptions& options, Stream stream) {
+  const Check check("paged_attention");
+  AttentionParams params = check_paged(check, out, lse, q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, workspace, options);
+  params.op = OpId::kPagedAttention;
+  if (params.num_tokens == 0 || params.num_seqs == 0) return;
   check_workspace(check, workspace,
-                  paged_attention_workspace_size(params.num_tokens, num_seqs, params.num_heads, params.head_dim, q.device), q, out, params);
+                  paged_attention_workspace_size(params.num_tokens, params.num_seqs, params.num_heads, params.head_dim, q.device), q, out,
+                  params);
   if (options.validate == Validate::kFull) check_paged_contents(check, params, q.device, stream);
   dispatch_device(
       "paged_attention", q.device, stream, [&] { cpu::attention(params); }, [&](auto s) { cuda::attention(params, s); }, Explains::kBoth);
@@ -322,6 +341,67 @@ void paged_attention(const TensorView& out, const TensorView* lse, const TensorV
 std::int64_t paged_attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads, std::int64_t head_dim,
                                             Device device) {
   return workspace_size("paged_attention_workspace_size", num_tokens, num_seqs, num_heads, head_dim, device);
+}
+
+AttentionParams prefix_pass(const SharedPrefixParams& params, void* out, float* lse) {
+  AttentionParams pass = params.own;
+  pass.out = out;
+  pass.lse = lse;
+  pass.out_head_stride = pass.head_dim;
+  pass.out_token_stride = pass.num_heads * pass.head_dim;
+  pass.block_tables = params.prefix_blocks;
+  pass.seq_lens = pass.query_start_loc = nullptr;
+  pass.num_seqs = 1;
+  pass.shared_queries = pass.num_tokens;
+  pass.total_keys = params.num_prefix_blocks * pass.block_size;
+  pass.max_blocks_per_seq = pass.block_tables_stride = params.num_prefix_blocks;
+  pass.causal = false;
+  pass.sinks = nullptr;  // they count once, with the sequences' own keys
+  pass.mask = nullptr;
+  return pass;
+}
+
+void shared_prefix_attention(const TensorView& out, const TensorView* lse, const TensorView& q, const TensorView& k_cache,
+                             const TensorView& v_cache, const TensorView& prefix_blocks, const TensorView& block_tables,
+                             const TensorView& seq_lens, const TensorView* query_start_loc, const TensorView* workspace,
+                             const AttentionOptions& options, Stream stream) {
+  const Check check("shared_prefix_attention");
+  if (options.window_left >= 0 || options.window_right >= 0)
+    check.fail_unsupported("window", "none, since the prefix is read once for all queries (paged_attention takes windows)",
+                           "(" + std::to_string(options.window_left) + ", " + std::to_string(options.window_right) + ")");
+  if (options.alibi_slopes != nullptr)
+    check.fail_unsupported("alibi_slopes", "none, since the prefix is read once for all queries (paged_attention takes slopes)",
+                           describe(*options.alibi_slopes));
+  if (options.variant) check.fail_unsupported("variant", "none, since two kernels run", name(*options.variant));
+  SharedPrefixParams params;
+  params.own = check_paged(check, out, lse, q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, workspace, options);
+  params.own.op = OpId::kSharedPrefixAttention;
+  check.dtype(prefix_blocks, "prefix_blocks", {DType::kInt32});
+  check.rank(prefix_blocks, "prefix_blocks", 1, 1);
+  params.num_prefix_blocks = prefix_blocks.size(0);
+  check.vector(prefix_blocks, "prefix_blocks", DType::kInt32, params.num_prefix_blocks, q.device, "q");
+  check_below(check, "prefix_blocks", "num_prefix_blocks * block_size",
+              checked_mul(params.num_prefix_blocks, params.own.block_size, check.op(), "prefix_blocks"));
+  check_outputs_apart(check, out, lse, workspace, {{&prefix_blocks, "prefix_blocks"}});
+  params.prefix_blocks = prefix_blocks.as<const std::int32_t>();
+  AttentionParams& own = params.own;
+  if (own.num_tokens == 0 || own.num_seqs == 0) return;
+  check_workspace(check, workspace,
+                  shared_prefix_attention_workspace_size(own.num_tokens, own.num_seqs, own.num_heads, own.head_dim, q.device), q, out, own);
+  if (options.validate == Validate::kFull) {
+    check_paged_contents(check, own, q.device, stream);
+    const IndexReader reader(check, q.device, stream);
+    reader.check_blocks(params.prefix_blocks, params.num_prefix_blocks, "prefix_blocks", "", own.num_blocks);
+  }
+  dispatch_device(
+      "shared_prefix_attention", q.device, stream,
+      [&] { params.num_prefix_blocks == 0 ? cpu::attention(own) : cpu::shared_prefix_attention(params); },
+      [&](auto s) { params.num_prefix_blocks == 0 ? cuda::attention(own, s) : cuda::shared_prefix_attention(params, s); }, Explains::kBoth);
+}
+
+std::int64_t shared_prefix_attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads,
+                                                    std::int64_t head_dim, Device device) {
+  return workspace_size("shared_prefix_attention_workspace_size", num_tokens, num_seqs, num_heads, head_dim, device, true);
 }
 
 void attention(const TensorView& out, const TensorView* lse, const TensorView& q, const TensorView& k, const TensorView& v,
@@ -375,6 +455,7 @@ void attention(const TensorView& out, const TensorView* lse, const TensorView& q
       reader.read_start_loc(params.kv_start_loc, "kv_start_loc", num_seqs, params.num_kv_tokens);
     }
   }
+  params.op = OpId::kAttention;
   dispatch_device(
       "attention", q.device, stream, [&] { cpu::attention(params); }, [&](auto s) { cuda::attention(params, s); }, Explains::kBoth);
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "core/error_word.h"
 #include "quire/attention.h"
 #include "quire/dtype.h"
 #include "quire/stream.h"
@@ -21,7 +22,7 @@ struct AttentionParams {
   const void* k = nullptr;  // paged: [num_blocks, block_size, num_kv_heads, head_dim]; else [num_kv_tokens, num_kv_heads, head_dim]
   const void* v = nullptr;  // likewise
   const std::int32_t* block_tables = nullptr;     // paged: [num_seqs, max_blocks_per_seq]
-  const std::int32_t* seq_lens = nullptr;         // paged: [num_seqs]
+  const std::int32_t* seq_lens = nullptr;         // paged: [num_seqs], or null: see shared_queries
   const std::int32_t* query_start_loc = nullptr;  // [num_seqs + 1], or null: paged: one query per sequence; else one sequence
   const std::int32_t* kv_start_loc = nullptr;     // not paged: [num_seqs + 1], or null: one sequence of num_kv_tokens
   const float* alibi_slopes = nullptr;            // [num_heads] or null
@@ -50,8 +51,23 @@ struct AttentionParams {
   std::int64_t window_left = -1;  // negative: no limit
   std::int64_t window_right = -1;
   std::optional<AttentionVariant> variant;  // asked for
+  OpId op = OpId::kNone;
+  // > 0, paged and without query_start_loc and seq_lens: all sequences have the first shared_queries rows of q, and sequence s has rows
+  // [s * shared_queries, (s + 1) * shared_queries) of out and lse, num_tokens in all. Their keys are consecutive parts of total_keys,
+  // max_blocks_per_seq blocks to each but the last. More than one sequence: kWgmma alone.
+  std::int64_t shared_queries = 0, total_keys = 0;
   void* workspace = nullptr;  // at least *_attention_workspace_size(...) bytes, 16-byte aligned
 };
+
+/// The sequences' own keys, and the prefix that they share.
+struct SharedPrefixParams {
+  AttentionParams own;                          // workspace: at least shared_prefix_attention_workspace_size(...) bytes
+  const std::int32_t* prefix_blocks = nullptr;  // [num_prefix_blocks]
+  std::int64_t num_prefix_blocks = 0;           // > 0
+};
+
+/// The pass over (a part of) the prefix that writes to out and lse.
+AttentionParams prefix_pass(const SharedPrefixParams& params, void* out, float* lse);
 
 struct MergeParams {
   void* out = nullptr;         // [num_tokens, num_heads, head_dim]
@@ -67,15 +83,19 @@ struct MergeParams {
 
 namespace cpu {
 void attention(const AttentionParams& params);
+void shared_prefix_attention(const SharedPrefixParams& params);
 void merge_attention(const MergeParams& params);
 }  // namespace cpu
 
 namespace cuda {
 void attention(const AttentionParams& params, Stream stream);
+void shared_prefix_attention(const SharedPrefixParams& params, Stream stream);
 void merge_attention(const MergeParams& params, Stream stream);
 /// Bytes for any batch of at most this size; the same for paged and ragged.
 std::int64_t attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads, std::int64_t head_dim,
                                       int device_index);
+std::int64_t shared_prefix_attention_workspace_size(std::int64_t num_tokens, std::int64_t num_heads, std::int64_t head_dim,
+                                                    int device_index);
 }  // namespace cuda
 
 }  // namespace quire

@@ -91,6 +91,25 @@ QUIRE_API void paged_attention(const TensorView& out, const TensorView* lse, con
 QUIRE_API std::int64_t paged_attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads,
                                                       std::int64_t head_dim, Device device);
 
+/// Attention of a batch whose sequences all begin with the same keys: those are read once for all queries, not once for each sequence.
+/// The result is that of paged_attention on tables that begin with prefix_blocks, with lengths that count the prefix.
+///
+///   prefix_blocks    int32 [num_prefix_blocks], contiguous: the blocks of the common prefix, all of them full. Out-of-range entries as in
+///                    block_tables.
+///   block_tables, seq_lens   as in paged_attention, of what follows the prefix
+/// Queries belong to what follows the prefix: every one sees the whole prefix. options.window_left, window_right and alibi_slopes must
+/// be unset, since they tell the prefix's keys apart by query (UnsupportedError), and so must options.variant. options.mask is over the keys
+/// that follow. The rest is as in paged_attention; the workspace size is shared_prefix_attention_workspace_size(...).
+/// The result is put together from rounded parts: its error is up to twice paged_attention's.
+QUIRE_API void shared_prefix_attention(const TensorView& out, const TensorView* lse, const TensorView& q, const TensorView& k_cache,
+                                       const TensorView& v_cache, const TensorView& prefix_blocks, const TensorView& block_tables,
+                                       const TensorView& seq_lens, const TensorView* query_start_loc, const TensorView* workspace,
+                                       const AttentionOptions& options, Stream stream);
+
+/// As paged_attention_workspace_size.
+QUIRE_API std::int64_t shared_prefix_attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads,
+                                                              std::int64_t head_dim, Device device);
+
 /// Attention over ragged (unpaged) keys and values.
 ///
 ///   k, v             q's dtype, float8_e4m3fn, float8_e5m2 or int8: [num_kv_tokens, num_kv_heads, head_dim], unit inner stride

@@ -63,6 +63,8 @@ else:
         merge_attention,
         paged_attention,
         paged_attention_workspace_size,
+        shared_prefix_attention,
+        shared_prefix_attention_workspace_size,
     )
     from quire.block_allocator import BlockAllocator, OutOfBlocksError
     from quire.explain import Explanation, explain
@@ -110,6 +112,8 @@ __all__ = [
     "rope_cache",
     "rotary_embedding",
     "set_num_threads",
+    "shared_prefix_attention",
+    "shared_prefix_attention_workspace_size",
     "silu_and_mul",
     "swap_blocks",
     "write_kv",

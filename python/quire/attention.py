@@ -16,6 +16,8 @@ __all__ = [
     "merge_attention",
     "paged_attention",
     "paged_attention_workspace_size",
+    "shared_prefix_attention",
+    "shared_prefix_attention_workspace_size",
 ]
 
 Window = int | tuple[int, int] | None
@@ -205,6 +207,115 @@ def paged_attention(
     return (result, finish(lse, q)) if return_lse else result
 
 
+def shared_prefix_attention(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    prefix_blocks: Array,
+    block_tables: Array,
+    seq_lens: Array,
+    *,
+    query_start_loc: Array | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
+    mask: Array | None = None,
+    mask_start: Array | None = None,
+    out: Array | None = None,
+    return_lse: bool = False,
+    workspace: Array | None = None,
+    validate: Literal["shape", "full"] = "shape",
+    stream: object = None,
+) -> Array | tuple[Array, Array]:
+    """Attention of a batch whose sequences all begin with the same keys, which are read once for all queries.
+
+    A system prompt, few-shot examples or a document that many requests ask about. The result is that of :func:`paged_attention` on tables
+    that begin with ``prefix_blocks`` and lengths that count the prefix, from two passes and a merge: all queries as rows of one set of
+    tiles over the prefix, then each sequence over its own keys.
+
+    Args:
+        q: ``[num_tokens, num_heads, head_dim]`` float32, float16 or bfloat16, unit inner stride.
+        k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]``, unit inner stride, of q's dtype, float8_e4m3fn,
+            float8_e5m2 or int8.
+        v_cache: As ``k_cache``.
+        prefix_blocks: int32 ``[num_prefix_blocks]``: the blocks of the common prefix, all of them full.
+        block_tables: int32 ``[num_seqs, max_blocks_per_seq]``: the blocks of what follows.
+        seq_lens: int32 ``[num_seqs]``: keys of each sequence behind the prefix, those of its queries included.
+        query_start_loc: int32 ``[num_seqs + 1]``, or None for decode, as in :func:`paged_attention`.
+        scale: Default ``1 / sqrt(head_dim)``.
+        causal: Whether keys after a query's position are hidden. Every query sees the whole prefix.
+        window: None; see Raises.
+        softcap: None or 0 for none.
+        alibi_slopes: None; see Raises.
+        sinks: float32 ``[num_heads]``, counted once.
+        k_scale: float32 ``[1]`` or ``[num_kv_heads]``.
+        v_scale: Likewise.
+        mask: uint8 ``[num_tokens, mask_bytes]``, over the keys behind the prefix, as in :func:`paged_attention`.
+        mask_start: int32 ``[num_seqs]``, counted from behind the prefix.
+        out: As ``q``, or None to allocate it in q's framework.
+        return_lse: Also return the log-sum-exp, float32 ``[num_tokens, num_heads]``, natural log.
+        workspace: uint8 ``[n]`` with n of at least :func:`shared_prefix_attention_workspace_size`, or None.
+        validate: "shape" or "full".
+        stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
+
+    Returns:
+        ``out``, or ``(out, lse)``. The parts are rounded to q's dtype before they are merged, so that the error is up to twice that of
+        :func:`paged_attention`.
+
+    Raises:
+        ValueError: Shapes, strides, devices or scalars do not fit.
+        TypeError: A dtype does not fit, or an argument is no tensor.
+        IndexError: ``validate="full"`` found an index out of range.
+        quire.UnsupportedError: head_dim, a size over 32 bits, or a window or ALiBi slopes, which tell the prefix's keys apart by
+            query.
+
+    Source: Juravsky et al., Hydragen: High-Throughput LLM Inference with Shared Prefixes, 2024.
+
+    Example:
+        >>> import numpy as np, quire
+        >>> cache = np.ones((4, 16, 1, 8), np.float32)
+        >>> q = np.ones((2, 2, 8), np.float32)
+        >>> prefix, tables, lens = np.array([0, 3], np.int32), np.array([[1], [2]], np.int32), np.array([5, 9], np.int32)
+        >>> _, lse = quire.shared_prefix_attention(q, cache, cache, prefix, tables, lens, return_lse=True)
+        >>> np.exp(lse[:, 0] - 8**0.5).round()
+        array([37., 41.], dtype=float32)
+    """
+    shape = shape_of("shared_prefix_attention", "q", q) if out is None or return_lse else ()
+    result = empty(q, shape) if out is None else out
+    lse = empty(q, shape[:2], "float32") if return_lse else None
+    _core.shared_prefix_attention(
+        result,
+        lse,
+        q,
+        k_cache,
+        v_cache,
+        prefix_blocks,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        workspace,
+        scale,
+        causal,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        k_scale,
+        v_scale,
+        mask,
+        mask_start,
+        validate,
+        stream,
+    )
+    result = finish(result, q) if out is None else out
+    return (result, finish(lse, q)) if return_lse else result
+
+
 def attention(
     q: Array,
     k: Array,
@@ -363,3 +474,10 @@ def attention_workspace_size(
 ) -> int:
     """As :func:`paged_attention_workspace_size`, for :func:`attention`."""
     return _core.attention_workspace_size(num_tokens, num_seqs, num_heads, head_dim, device)
+
+
+def shared_prefix_attention_workspace_size(
+    num_tokens: int, num_seqs: int, num_heads: int, head_dim: int, device: object = "cuda"
+) -> int:
+    """As :func:`paged_attention_workspace_size`, for :func:`shared_prefix_attention`."""
+    return _core.shared_prefix_attention_workspace_size(num_tokens, num_seqs, num_heads, head_dim, device)

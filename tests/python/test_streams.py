@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from frameworks import as_float64, np_dtype
 from reference import norm as reference
-from test_attention import Batch
+from test_attention import Batch, prefixed
 from tolerances import assert_close
 
 import quire
@@ -206,6 +206,31 @@ def make_attention(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray
     }
 
 
+def make_prefixed(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
+    prefix, own, _ = prefixed(
+        rng,
+        num_prefix_blocks=90,
+        q_lens=[2] * 20,
+        kv_lens=[3, 40] * 10,
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        dim=DIM,
+        block_size=BLOCK_SIZE,
+        dtype=dtype,
+    )
+    return {
+        "q": own.q,
+        "k_cache": own.k_cache,
+        "v_cache": own.v_cache,
+        "prefix": prefix,
+        "tables": own.block_tables,
+        "lens": own.seq_lens,
+        "starts": own.query_start_loc,
+        "mask": rng.integers(0, 256, (40, 1), dtype=np.uint8),
+        "out": np.zeros_like(own.q),
+    }
+
+
 def make_merge(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
     return {
         "out_a": draw(rng, (TOKENS, HEADS, DIM), dtype),
@@ -296,6 +321,22 @@ OPS = {
                 t["v"],
                 query_start_loc=t["query_start_loc"],
                 kv_start_loc=t["kv_start_loc"],
+                out=t["out"],
+                **kw,
+            ),
+        ),
+        Op(
+            "shared_prefix_attention",
+            make_prefixed,
+            lambda t, **kw: quire.shared_prefix_attention(
+                t["q"],
+                t["k_cache"],
+                t["v_cache"],
+                t["prefix"],
+                t["tables"],
+                t["lens"],
+                query_start_loc=t["starts"],
+                mask=t["mask"],
                 out=t["out"],
                 **kw,
             ),

@@ -61,7 +61,7 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
                              chunk_strides(params.v_block_stride, params.v_token_stride, plan.v_chunk_strides);
   plan.q_alignment = common_alignment({address(params.q), params.q_token_stride * q_bytes, params.q_head_stride * q_bytes});
   plan.out_aligned = common_alignment({address(params.out), params.out_token_stride * q_bytes, params.out_head_stride * q_bytes}) == 16;
-  plan.op = params.block_tables != nullptr ? OpId::kPagedAttention : OpId::kAttention;
+  plan.op = params.op;
   return plan;
 }
 
@@ -187,8 +187,175 @@ __global__ void __launch_bounds__(kThreads) merge_attention_kernel(const __grid_
   if (lane == 0 && p.out_lse != nullptr) p.out_lse[row] = has_a || has_b ? top + logf(total) : -INFINITY;
 }
 
+struct PrefixMergeParams {
+  void* out;                            // [num_tokens, num_heads, head_dim]: the own keys' result, and the merged one
+  float* lse;                           // [num_tokens, num_heads] or null: the merged one
+  const float* own_lse;                 // [num_tokens, num_heads]
+  const void* prefix_out;               // [num_ranges, num_tokens, num_heads, head_dim]
+  const float* prefix_lse;              // [num_ranges, num_tokens, num_heads]
+  const std::int32_t* query_start_loc;  // [num_seqs + 1] or null: rows outside are not touched
+  std::int64_t num_tokens, num_seqs, num_heads, head_dim, out_token_stride, out_head_stride;
+  int num_ranges;
+  bool aligned;  // rows of out: four elements at once
+};
+
+/// Grid: a warp per (token, head). As merge_attention_kernel, for the own keys and num_ranges parts of the prefix.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) merge_prefix_kernel(const __grid_constant__ PrefixMergeParams p) {
+  struct alignas(4 * sizeof(T)) Four {
+    T values[4];
+  };
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const std::int64_t row = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  const std::int64_t num_rows = p.num_tokens * p.num_heads;
+  if (row >= num_rows) return;
+  const std::int64_t token = row / p.num_heads;
+  if (p.query_start_loc != nullptr) {
+    const int limit = static_cast<int>(p.num_tokens);
+    if (token < p.query_start_loc[0] || token >= monotonic_entry(p.query_start_loc, p.num_seqs, limit)) return;
+  }
+  // Lane s has range s, the last one the own keys.
+  static_assert(kMaxPrefixRanges < 32);
+  float lse = -INFINITY;
+  if (lane < p.num_ranges) lse = p.prefix_lse[lane * num_rows + row];
+  if (lane == 31) lse = p.own_lse[row];
+  float top = lse;
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, offset));
+  const bool has_keys = lse != -INFINITY;  // NaN has
+  float weight = has_keys ? expf(lse - top) : 0.0f;
+  float total = weight;
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(kAllLanes, total, offset);
+  const unsigned with_keys = __ballot_sync(kAllLanes, has_keys);
+  weight = has_keys ? weight / total : 0.0f;
+
+  T* const out = static_cast<T*>(p.out) + token * p.out_token_stride + (row - token * p.num_heads) * p.out_head_stride;
+  for (std::int64_t first = 0; first < p.head_dim; first += 128) {
+    const std::int64_t column = first + lane * 4;
+    const bool exists = column < p.head_dim;
+    float sum[4] = {};
+    // A part without keys is selected away: what it holds need not be finite.
+    const auto add = [&](const Four& part, float factor) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] = fmaf(widen(part.values[i]), factor, sum[i]);
+    };
+#pragma unroll 4
+    for (int s = 0; s < p.num_ranges; ++s) {
+      const float factor = __shfl_sync(kAllLanes, weight, s);
+      if (exists && (with_keys >> s & 1u) != 0)
+        add(*reinterpret_cast<const Four*>(static_cast<const T*>(p.prefix_out) + (s * num_rows + row) * p.head_dim + column), factor);
+    }
+    const float factor = __shfl_sync(kAllLanes, weight, 31);
+    if (!exists) continue;
+    Four own;
+    if (p.aligned) {
+      own = *reinterpret_cast<const Four*>(out + column);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) own.values[i] = out[column + i];
+    }
+    if (with_keys >> 31 != 0) add(own, factor);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) own.values[i] = static_cast<T>(sum[i]);
+    if (p.aligned) {
+      *reinterpret_cast<Four*>(out + column) = own;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[column + i] = own.values[i];
+    }
+  }
+  if (lane == 0 && p.lse != nullptr) p.lse[row] = with_keys != 0 ? top + logf(total) : -INFINITY;
+}
+
+/// Where the parts of a shared-prefix call lie in its workspace.
+struct PrefixWorkspace {
+  std::int64_t out, prefix_lse, own_lse, num_bytes;  // in bytes; the two passes' own workspace is at 0
+
+  static PrefixWorkspace make(std::int64_t num_tokens, std::int64_t num_heads, std::int64_t head_dim, int num_sms) {
+    const auto align = [](std::int64_t bytes) { return ceil_div(bytes, 256) * 256; };
+    const std::int64_t rows = prefix_rows(num_tokens, num_heads, num_sms);
+    PrefixWorkspace space{};
+    // The passes of the ranges have no partial results; the undivided one has no more rows than the batch.
+    space.out = align(std::max<std::int64_t>(workspace_bytes(num_tokens, num_heads, head_dim, num_sms), 16));
+    space.prefix_lse = space.out + align(rows * head_dim * std::int64_t{sizeof(float)});
+    space.own_lse = space.prefix_lse + align(rows * std::int64_t{sizeof(float)});
+    space.num_bytes = space.own_lse + align(num_tokens * num_heads * std::int64_t{sizeof(float)});
+    return space;
+  }
+};
+
 }  // namespace
 }  // namespace attn
+
+void shared_prefix_attention(const SharedPrefixParams& params, Stream stream) {
+  const DeviceProperties& device = current_device_properties();
+  AttentionParams own = params.own;
+  const attn::PrefixWorkspace space = attn::PrefixWorkspace::make(own.num_tokens, own.num_heads, own.head_dim, device.num_sms);
+  char* const memory = static_cast<char*>(own.workspace);
+  float* const own_lse = reinterpret_cast<float*>(memory + space.own_lse);
+
+  AttentionParams prefix = prefix_pass(params, memory + space.out, reinterpret_cast<float*>(memory + space.prefix_lse));
+  int num_ranges = attn::choose_prefix_ranges(prefix, device, attn::has_wgmma(device));
+  if (num_ranges > 0) {
+    prefix.variant = AttentionVariant::kWgmma;
+    prefix.max_blocks_per_seq = prefix.block_tables_stride = ceil_div(params.num_prefix_blocks, num_ranges);
+    num_ranges = static_cast<int>(ceil_div(params.num_prefix_blocks, prefix.max_blocks_per_seq));
+    prefix.num_seqs = num_ranges;
+    prefix.num_tokens = num_ranges * prefix.shared_queries;
+  }
+  num_ranges = std::max(num_ranges, 1);
+  own.lse = own_lse;
+  if (Explanation* const explanation = explaining()) {
+    attention(prefix, stream);
+    Explanation of_prefix = *explanation;
+    explanation->reasons.clear();
+    if (prefix.variant) of_prefix.reasons.front() = "all queries are rows of one set of tiles";
+    attention(own, stream);
+    explanation->variant = of_prefix.variant + "+" + explanation->variant;
+    for (std::string& reason : explanation->reasons) reason = "own keys: " + reason;
+    for (std::string& reason : of_prefix.reasons) reason = "prefix: " + reason;
+    of_prefix.reasons.push_back("prefix: " + std::to_string(num_ranges) + " ranges of keys");
+    explanation->reasons.insert(explanation->reasons.begin(), of_prefix.reasons.begin(), of_prefix.reasons.end());
+    return;
+  }
+  attention(prefix, stream);
+  attention(own, stream);
+
+  const std::int64_t item = itemsize(own.dtype);
+  const auto divides = [&](std::int64_t value) { return value % (4 * item) == 0; };
+  const attn::PrefixMergeParams merge{own.out,
+                                      params.own.lse,
+                                      own_lse,
+                                      prefix.out,
+                                      prefix.lse,
+                                      own.query_start_loc,
+                                      own.num_tokens,
+                                      own.num_seqs,
+                                      own.num_heads,
+                                      own.head_dim,
+                                      own.out_token_stride,
+                                      own.out_head_stride,
+                                      num_ranges,
+                                      divides(static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(own.out))) &&
+                                          divides(own.out_token_stride * item) && divides(own.out_head_stride * item)};
+  const auto num_ctas = static_cast<unsigned>(ceil_div(own.num_tokens * own.num_heads, attn::kWarps));
+  const auto launch = [&](auto kernel) {
+    kernel<<<num_ctas, attn::kThreads, 0, cuda_stream(stream)>>>(merge);
+    QUIRE_CHECK_LAUNCH("merge_prefix_kernel", stream);
+  };
+  switch (own.dtype) {
+    case DType::kFloat32: return launch(attn::merge_prefix_kernel<float>);
+    case DType::kFloat16: return launch(attn::merge_prefix_kernel<__half>);
+    case DType::kBFloat16: return launch(attn::merge_prefix_kernel<__nv_bfloat16>);
+    default: throw_unsupported_dtype("shared_prefix_attention", own.dtype, "float32, float16 or bfloat16");
+  }
+}
+
+std::int64_t shared_prefix_attention_workspace_size(std::int64_t num_tokens, std::int64_t num_heads, std::int64_t head_dim,
+                                                    int device_index) {
+  return attn::PrefixWorkspace::make(num_tokens, num_heads, head_dim, device_properties(device_index).num_sms).num_bytes;
+}
 
 void attention(const AttentionParams& params, Stream stream) {
   const DeviceProperties& device = current_device_properties();

@@ -53,6 +53,7 @@ struct Config {
 /// Partial results never take more rows than this, whatever the batch.
 constexpr int kPartialRowsPerSm = 256;
 constexpr int kMaxSplits = 256;
+constexpr int kMaxPrefixRanges = 16;
 
 /// Bytes of partial results (output rows and their two softmax terms) of any call of at most this size.
 constexpr std::int64_t workspace_bytes(std::int64_t num_tokens, std::int64_t num_heads, std::int64_t head_dim, int num_sms) {
@@ -179,7 +180,8 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
                             std::vector<std::string>* why = nullptr) {
   const std::int64_t group = params.num_heads / params.num_kv_heads;
   const bool ragged = params.query_start_loc != nullptr;
-  const std::int64_t query_len = ragged || params.block_tables == nullptr ? ceil_div(params.num_tokens, params.num_seqs) : 1;
+  const std::int64_t query_len =
+      params.shared_queries > 0 || ragged || params.block_tables == nullptr ? ceil_div(params.num_tokens, params.num_seqs) : 1;
 
   Config config{};
   config.variant = choose_variant(params, device, has_wgmma, query_len * group, why);
@@ -210,6 +212,30 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
                 std::int64_t{kPartialRowsPerSm} * device.num_sms / (num_ctas * rows)});
   config.num_splits = choose_num_splits(num_ctas, device.num_sms, ctas_per_sm(config.variant, config.head_dim_bucket), max_splits);
   return config;
+}
+
+/// Into how many ranges of keys, each with its own result, the pass over a shared prefix is divided, so that Hopper's kernel, which does
+/// not split the keys of a tile, has tiles for all SMs; 0 if another kernel takes it. `pass` is the undivided one.
+inline int choose_prefix_ranges(const AttentionParams& pass, const DeviceProperties& device, bool has_wgmma) {
+  constexpr std::int64_t kMinKeys = 512;
+  const std::int64_t rows = pass.shared_queries * (pass.num_heads / pass.num_kv_heads);
+  if (rows <= 32 || obstacle(Variant::kWgmma, pass, device, has_wgmma) != nullptr) return 0;
+  const std::int64_t tiles =
+      ceil_div(rows, tile_rows(Variant::kWgmma, head_dim_bucket(Variant::kWgmma, pass.head_dim))) * pass.num_kv_heads;
+  const auto cost = [&](std::int64_t ranges) {  // rounds of the device, as parts of the whole; and each range has a price
+    return static_cast<double>(ceil_div(tiles * ranges, device.num_sms)) / static_cast<double>(ranges) *
+           (1.0 + 0.02 * static_cast<double>(ranges));
+  };
+  int best = 1;
+  for (int ranges = 2; ranges <= kMaxPrefixRanges && tiles * ranges <= 2 * device.num_sms && pass.total_keys >= ranges * kMinKeys; ++ranges)
+    if (cost(ranges) < cost(best)) best = ranges;
+  return best;
+}
+
+/// Rows of out and lse of the pass over a shared prefix for a batch of at most this size.
+constexpr std::int64_t prefix_rows(std::int64_t num_tokens, std::int64_t num_heads, int num_sms) {
+  // More than one range: at most two tiles for each SM.
+  return std::max(num_tokens * num_heads, std::min(num_tokens * num_heads * kMaxPrefixRanges, std::int64_t{2 * 192} * num_sms));
 }
 
 }  // namespace quire::cuda::attn

@@ -173,7 +173,7 @@ __device__ inline bool locate_tile(const Plan& plan, int tile_idx, Tile& tile) {
   const AttentionParams& p = plan.params;
   if (plan.tiles_per_seq > 0) {
     tile.seq = tile_idx / plan.tiles_per_seq;
-    tile.query_len = p.block_tables != nullptr ? 1 : static_cast<int>(p.num_tokens);
+    tile.query_len = static_cast<int>(p.shared_queries > 0 ? p.shared_queries : p.block_tables != nullptr ? 1 : p.num_tokens);
     tile.first_token = tile.seq * tile.query_len;
     tile.row_begin = (tile_idx - tile.seq * plan.tiles_per_seq) * plan.tile_rows;
   } else if (!find_sequence(plan, tile_idx, tile)) {
@@ -185,7 +185,10 @@ __device__ inline bool locate_tile(const Plan& plan, int tile_idx, Tile& tile) {
 
   const bool leader = threadIdx.x == 0;
   tile.kv_first_token = 0;
-  if (p.block_tables != nullptr) {
+  if (p.shared_queries > 0) {
+    const std::int64_t before = static_cast<std::int64_t>(tile.seq) * plan.key_capacity;
+    tile.kv_len = static_cast<int>(min(max(p.total_keys - before, std::int64_t{0}), std::int64_t{plan.key_capacity}));
+  } else if (p.block_tables != nullptr) {
     const std::int32_t seq_len = p.seq_lens[tile.seq];
     tile.kv_len = min(max(seq_len, 0), plan.key_capacity);
     if (leader && seq_len != tile.kv_len) record_error(plan.error_word, plan.op, ArgId::kSeqLens, tile.seq, seq_len);
@@ -311,7 +314,9 @@ __device__ __forceinline__ KeyLocation locate_key(const Plan& plan, const Tile& 
   if (p.block_tables == nullptr) return KeyLocation{0, tile.kv_first_token + key, true};
   const int block = plan.block_size.quotient(key);
   const bool valid = entry >= 0 && entry < p.num_blocks;
-  if (!valid && entry != -1) record_error(plan.error_word, plan.op, ArgId::kBlockTables, tile.seq * p.max_blocks_per_seq + block, entry);
+  if (!valid && entry != -1)
+    record_error(plan.error_word, plan.op, p.shared_queries > 0 ? ArgId::kPrefixBlocks : ArgId::kBlockTables,
+                 tile.seq * p.max_blocks_per_seq + block, entry);
   return KeyLocation{entry, plan.block_size.remainder(key, block), valid};
 }
 

@@ -177,9 +177,10 @@ __device__ void gather_queries(const Plan& plan, char* shared, WgmmaControl<kHea
     const bool has_columns = chunk * 8 < p.head_dim;
     int token = plan.group.quotient(slot.tile.row_begin + lane / kChunks);
     int head = plan.group.remainder(slot.tile.row_begin + lane / kChunks, token);
-    const char* source = static_cast<const char*>(p.q) + ((static_cast<std::int64_t>(slot.tile.first_token) + token) * p.q_token_stride +
-                                                          (slot.kv_head * group + head) * p.q_head_stride + chunk * 8) *
-                                                             2;
+    const char* source = static_cast<const char*>(p.q) +
+                         ((static_cast<std::int64_t>(p.shared_queries > 0 ? 0 : slot.tile.first_token) + token) * p.q_token_stride +
+                          (slot.kv_head * group + head) * p.q_head_stride + chunk * 8) *
+                             2;
 #pragma unroll 8
     for (int row = lane / kChunks; row < Shape::kRows; row += kRowsAtOnce) {
       const bool present = has_columns && row < slot.tile.num_rows;
