@@ -73,6 +73,13 @@ def attention_portable(kv: torch.dtype) -> None:
         paged(None, [1, 700, 0, 33], (8, 2), head_dim, dtype, kv)  # decode
         paged([2, 5, 1], [40, 300, 1], (8, 2), head_dim, dtype, kv, window=50, softcap=20.0)  # 16 rows
         paged([70, 1, 30], [170, 64, 30], (4, 2), head_dim, dtype, kv, block_size=7)  # 64 rows
+        mask = put(torch.randint(0, 256, (8, 3), dtype=torch.uint8))
+        paged([2, 5, 1], [40, 300, 1], (8, 2), head_dim, dtype, kv, mask=mask)
+        mask = put(torch.randint(0, 256, (101, 30), dtype=torch.uint8))
+        zeros = put(torch.zeros(3, dtype=torch.int32))
+        paged(
+            [70, 1, 30], [170, 64, 30], (4, 2), head_dim, dtype, kv, mask=mask, mask_start=zeros, hostile=True
+        )
     paged(None, [100, 900], (8, 2), 128, dtype, kv, hostile=True)
     paged([3, 40], [70, 40], (4, 2), 128, dtype, kv, hostile=True)
 
@@ -103,6 +110,21 @@ def attention_float32() -> None:
     q, k, v = (normal(n, heads, 40, dtype=torch.float32) for n, heads in ((50, 4), (90, 2), (90, 2)))
     quire.attention(q, k, v)
     paged([3, 20], [70, 20], (4, 2), 64, torch.float32, torch.float32, hostile=True)
+
+
+def shared_prefix() -> None:
+    for num_seqs, num_prefix_blocks in ((3, 5), (60, 150)):
+        for dtype in (torch.bfloat16, torch.float32):
+            num_blocks = num_prefix_blocks + num_seqs
+            k, v = (normal(num_blocks, 16, 2, 128, dtype=dtype) for _ in "kv")
+            blocks = torch.randperm(num_blocks).to(torch.int32)
+            tables = put(blocks[num_prefix_blocks:].view(num_seqs, 1))
+            blocks[1] = num_blocks
+            lens = put(torch.randint(0, 17, (num_seqs,)).to(torch.int32))
+            q = normal(num_seqs, 8, 128, dtype=dtype)
+            quire.shared_prefix_attention(
+                q, k, v, put(blocks[:num_prefix_blocks]), tables, lens, return_lse=True
+            )
 
 
 def merge_attention() -> None:
@@ -171,7 +193,15 @@ FAMILIES: dict[str, Callable[[], None]] = {
     **{f"attention_hopper_{str(t)[6:]}": functools.partial(attention_hopper, t) for t in KV_DTYPES[:2]},
     **{
         f.__name__: f
-        for f in (attention_float32, merge_attention, kv_cache, norm, activation, position_encoding)
+        for f in (
+            attention_float32,
+            shared_prefix,
+            merge_attention,
+            kv_cache,
+            norm,
+            activation,
+            position_encoding,
+        )
     },
 }
 

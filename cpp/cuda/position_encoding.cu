@@ -511,17 +511,23 @@ void rope(const RopeParams& params, Stream stream) {
                                   keeps_alignment(kv.block_size, slot_stride, item_bytes, bytes) &&
                                   keeps_alignment(kv.num_kv_heads, head_stride, item_bytes, bytes));
     };
-    const bool vectors = r.head_dim % kVec == 0 && r.rotary_dim / 2 % kVec == 0 && ceil_div(r.head_dim / kVec, 2) <= kWarpSize &&
-                         parameter_is_vectors(r.cos_sin_cache, r.cache_dtype, kVec) &&
-                         parameter_is_vectors(params.norm.q_weight, params.norm.q_weight_dtype, kVec) &&
-                         parameter_is_vectors(params.norm.k_weight, params.norm.k_weight_dtype, kVec) &&
-                         heads_are_vectors(r.q, r.num_heads, r.q_token_stride, r.q_head_stride) &&
-                         heads_are_vectors(r.k, kv.num_kv_heads, r.k_token_stride, r.k_head_stride) &&
-                         heads_are_vectors(kv.k, kv.num_kv_heads, kv.k_token_stride, kv.k_head_stride) &&
-                         heads_are_vectors(kv.v, kv.num_kv_heads, kv.v_token_stride, kv.v_head_stride) &&
-                         slots_are_vectors(kv.k_cache, kv.k_cache_block_stride, kv.k_cache_slot_stride, kv.k_cache_head_stride) &&
-                         slots_are_vectors(kv.v_cache, kv.v_cache_block_stride, kv.v_cache_slot_stride, kv.v_cache_head_stride);
-    if (!vectors) return launch_rope_elements<T>(params, name, stream);
+    const bool norm_is_vectors = parameter_is_vectors(params.norm.q_weight, params.norm.q_weight_dtype, kVec) &&
+                                 parameter_is_vectors(params.norm.k_weight, params.norm.k_weight_dtype, kVec);
+    const char* const obstacle =
+        r.head_dim % kVec != 0 || ceil_div(r.head_dim / kVec, 2) > kWarpSize      ? "head_dim"
+        : r.rotary_dim / 2 % kVec != 0                                            ? "rotary_dim"
+        : !parameter_is_vectors(r.cos_sin_cache, r.cache_dtype, kVec)             ? "cos_sin_cache"
+        : !norm_is_vectors                                                        ? "a norm's weight"
+        : !heads_are_vectors(r.q, r.num_heads, r.q_token_stride, r.q_head_stride) ? "q"
+        : !heads_are_vectors(r.k, kv.num_kv_heads, r.k_token_stride, r.k_head_stride) ||
+                !heads_are_vectors(kv.k, kv.num_kv_heads, kv.k_token_stride, kv.k_head_stride)
+            ? "k"
+        : !heads_are_vectors(kv.v, kv.num_kv_heads, kv.v_token_stride, kv.v_head_stride)                          ? "v"
+        : !slots_are_vectors(kv.k_cache, kv.k_cache_block_stride, kv.k_cache_slot_stride, kv.k_cache_head_stride) ? "k_cache"
+        : !slots_are_vectors(kv.v_cache, kv.v_cache_block_stride, kv.v_cache_slot_stride, kv.v_cache_head_stride) ? "v_cache"
+                                                                                                                  : nullptr;
+    if (explain_vectors(obstacle)) return;
+    if (obstacle != nullptr) return launch_rope_elements<T>(params, name, stream);
     dispatch_bool(params.norm.q_weight != nullptr, [&](auto norms) {
       constexpr bool kNorms = decltype(norms)::value;
       if (kv.k_cache == nullptr) {

@@ -97,7 +97,7 @@ HeadNormParams check_head_norm(const Check& check, const TensorView& q, const Te
 
 void run_rope(const Check& check, const RopeParams& params, const TensorView& q, Stream stream) {
   if (params.rotary.num_tokens == 0 || params.rotary.head_dim == 0 || params.rotary.num_heads + params.kv.num_kv_heads == 0) return;
-  dispatch_device(check.op(), q.device, stream, [&] { cpu::rope(params); }, [&](auto s) { cuda::rope(params, s); });
+  dispatch_device(check.op(), q.device, stream, [&] { cpu::rope(params); }, [&](auto s) { cuda::rope(params, s); }, Explains::kCuda);
 }
 
 }  // namespace

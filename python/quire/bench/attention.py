@@ -68,10 +68,14 @@ _PREFILL_CUDA = [
     (2, 8192, 16, 8, 256),
 ]
 _PREFILL_FP8_CUDA = [(2, 8192, 32, 8, 128)]
+# (sequences, tokens of each, draft tokens of each), with a tree's mask and without
+_VERIFY_CUDA = [(1, 8192, 8), (32, 8192, 8), (32, 8192, 32)]
+# (sequences, tokens of the prefix that they share, own tokens of each)
+_PREFIX_CUDA = [(256, 32768, 128), (64, 8192, 128)]
 
 
 def cases(context: Context) -> Iterator[Case]:
-    """Decode over caches of three dtypes, of equal lengths and ragged; a mixed batch; prefill."""
+    """Decode over caches of three dtypes, of equal lengths and ragged; a mixed batch; drafts to verify; a shared prefix; prefill."""
     masks: tuple[bool, ...] = (True,)
     prefill_fp8: list[Shape] = []
     ragged_batch, longest = 64, 32768
@@ -122,6 +126,11 @@ def cases(context: Context) -> Iterator[Case]:
             group="mixed",
             unranked=("quire, two calls",),
         )
+    verify, prefix = [(1, 4096, 8)], [(8, 4096, 128)]
+    if context.is_cuda and not context.quick:
+        verify, prefix = _VERIFY_CUDA, _PREFIX_CUDA
+    yield from _verify_cases(context, [(2, 100, 5)] if context.quick else verify, heads)
+    yield from _prefix_cases(context, [(3, 96, 16)] if context.quick else prefix, heads)
     for kv_dtype, shapes in (("bfloat16", prefill), ("float8_e4m3fn", prefill_fp8)):
         for shape in shapes:
             batch, length, num_heads, num_kv_heads, head_dim = shape
@@ -140,6 +149,40 @@ def cases(context: Context) -> Iterator[Case]:
                     op="attention_prefill",
                     group=f"prefill, keys {kv_dtype}",
                 )
+
+
+def _verify_cases(
+    context: Context, sizes: list[tuple[int, int, int]], heads: tuple[int, int, int]
+) -> Iterator[Case]:
+    num_heads, num_kv_heads, head_dim = heads
+    for batch, length, draft in sizes:
+        for tree in (False, True):
+            yield Case(
+                name=f"verify B{batch} L{length} T{draft} {num_heads}/{num_kv_heads} D{head_dim} bfloat16"
+                + (", tree" if tree else ""),
+                prepare=partial(_verify, context, (batch, length, draft), heads, tree),
+                num_bytes=4 * batch * (length * num_kv_heads + draft * num_heads) * head_dim,
+                num_flops=4.0 * batch * length * draft * num_heads * head_dim,
+                bound="read",
+                op="paged_attention_verify",
+                group="verify",
+            )
+
+
+def _prefix_cases(
+    context: Context, sizes: list[tuple[int, int, int]], heads: tuple[int, int, int]
+) -> Iterator[Case]:
+    num_heads, num_kv_heads, head_dim = heads
+    for batch, length, own in sizes:
+        yield Case(
+            name=f"prefix B{batch} L{length}+{own} {num_heads}/{num_kv_heads} D{head_dim} bfloat16",
+            prepare=partial(_prefix, context, (batch, length, own), heads),
+            num_flops=4.0 * batch * (length + own) * num_heads * head_dim,
+            bound="matmul",
+            op="shared_prefix_attention",
+            group="shared prefix",
+            unranked=("quire, paged_attention",),
+        )
 
 
 def _decode_case(
@@ -208,6 +251,49 @@ def _decode(context: Context, lengths: Lengths, heads: tuple[int, int, int], cac
     scales = _scales(context, cache_dtype)
     return Work(
         lambda: quire.paged_attention(q, k_cache, v_cache, block_tables, seq_lens, out=out, **scales), peers
+    )
+
+
+def _verify(context: Context, sizes: tuple[int, int, int], heads: tuple[int, int, int], tree: bool) -> Work:
+    batch, length, draft = sizes
+    num_heads, num_kv_heads, head_dim = heads
+    arrays = context.arrays
+    q = arrays.random((batch * draft, num_heads, head_dim), "bfloat16")
+    out = arrays.empty((batch * draft, num_heads, head_dim), "bfloat16")
+    caches = _cache(context, np.full(batch, length), num_kv_heads, head_dim, "bfloat16")
+    starts = arrays.put(np.arange(batch + 1, dtype=np.int32) * np.int32(draft))
+    mask = None
+    if tree:
+        # Binary: node i is below node (i - 1) // 2.
+        seen = np.eye(draft, dtype=bool)
+        for i in range(1, draft):
+            seen[i] |= seen[(i - 1) // 2]
+        mask = arrays.put(np.tile(np.packbits(seen, axis=-1, bitorder="little"), (batch, 1)))
+    return Work(lambda: quire.paged_attention(q, *caches, query_start_loc=starts, mask=mask, out=out))
+
+
+def _prefix(context: Context, sizes: tuple[int, int, int], heads: tuple[int, int, int]) -> Work:
+    """The prefix read once, and beside it read for each sequence."""
+    batch, length, own = sizes
+    num_heads, num_kv_heads, head_dim = heads
+    arrays = context.arrays
+    columns, own_columns = length // _BLOCK_SIZE, own // _BLOCK_SIZE
+    q = arrays.random((batch, num_heads, head_dim), "bfloat16")
+    out = arrays.empty((batch, num_heads, head_dim), "bfloat16")
+    cache_shape = (columns + batch * own_columns, _BLOCK_SIZE, num_kv_heads, head_dim)
+    k_cache, v_cache = (arrays.random(cache_shape, "bfloat16") for _ in "kv")
+    order = np.random.default_rng(5).permutation(cache_shape[0]).astype(np.int32)
+    prefix, tables = order[:columns], order[columns:].reshape(batch, own_columns)
+    whole = arrays.put(np.concatenate([np.tile(prefix, (batch, 1)), tables], axis=1))
+    whole_lens = arrays.put(np.full(batch, length + own, np.int32))
+    blocks, own_tables, own_lens = (arrays.put(x) for x in (prefix, tables, np.full(batch, own, np.int32)))
+    return Work(
+        lambda: quire.shared_prefix_attention(q, k_cache, v_cache, blocks, own_tables, own_lens, out=out),
+        {
+            "quire, paged_attention": lambda: quire.paged_attention(
+                q, k_cache, v_cache, whole, whole_lens, out=out
+            )
+        },
     )
 
 
