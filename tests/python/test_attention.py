@@ -934,7 +934,7 @@ def test_shared_prefix_with_many_queries(backend, rng, block_size, dim):
     """Enough rows for the largest tiles, and prefixes that the ranges do not divide."""
     made = prefixed(
         rng,
-        num_prefix_blocks=7 * 128 // block_size + 3,
+        num_prefix_blocks=20 * 128 // block_size + 3,
         q_lens=[3, 0, 130, 1, 90, 33],
         kv_lens=[3, 7, 200, 44, 90, 60],
         heads=4,
@@ -1020,7 +1020,7 @@ def test_shared_prefix_guards(backend, rng):
     """Bad blocks of the prefix hide their keys and are named; validate="full" refuses them first."""
     prefix, own, _ = prefixed(
         rng,
-        num_prefix_blocks=60,
+        num_prefix_blocks=300,
         q_lens=[1] * 40,
         kv_lens=[9] * 40,
         heads=4,
@@ -1032,10 +1032,10 @@ def test_shared_prefix_guards(backend, rng):
     positional, keywords = own.arguments(backend)
     for bad in (-1, -2, own.k_cache.shape[0], 2**31 - 1):
         hostile = prefix.copy()
-        hostile[37] = bad
+        hostile[237] = bad
         call = [*positional[:3], backend.array(hostile), *positional[3:]]
         got = backend.numpy(quire.shared_prefix_attention(*call, **keywords))
-        slots = np.setdiff1d(np.arange(480), np.arange(37 * 8, 38 * 8))
+        slots = np.setdiff1d(np.arange(2400), np.arange(237 * 8, 238 * 8))
         k = [as_float64(c)[prefix[slots // 8], slots % 8] for c in (own.k_cache, own.v_cache)]
         for t in (0, 39):
             table = own.block_tables[t]
@@ -1052,11 +1052,11 @@ def test_shared_prefix_guards(backend, rng):
         if bad == -1:
             continue
         with pytest.raises(
-            IndexError, match=rf"\[shared_prefix_attention\] prefix_blocks: .* got {bad} at index 37"
+            IndexError, match=rf"\[shared_prefix_attention\] prefix_blocks: .* got {bad} at index 237"
         ):
             quire.check_errors(backend.device)
         with pytest.raises(
-            IndexError, match=rf"prefix_blocks: expected -1 or a block id .* got {bad} at \[37\]"
+            IndexError, match=rf"prefix_blocks: expected -1 or a block id .* got {bad} at \[237\]"
         ):
             quire.shared_prefix_attention(*call, **keywords, validate="full")
 
