@@ -11,9 +11,10 @@
 namespace quire::bindings {
 namespace {
 
-constexpr AttentionVariant kVariants[] = {AttentionVariant::kMmaSplitKeys8,      AttentionVariant::kMmaSplitKeys16,
-                                          AttentionVariant::kMmaSplitRows,       AttentionVariant::kWgmma,
-                                          AttentionVariant::kMmaSplitKeys8Small, AttentionVariant::kSimt};
+constexpr AttentionVariant kVariants[] = {AttentionVariant::kMmaSplitKeys8, AttentionVariant::kMmaSplitKeys16,
+                                          AttentionVariant::kMmaSplitRows,  AttentionVariant::kMmaSplitRows128,
+                                          AttentionVariant::kWgmma,         AttentionVariant::kMmaSplitKeys8Small,
+                                          AttentionVariant::kSimt};
 
 // The scalar options; the tensor options are set once they are imported.
 AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle causal, nb::handle window, nb::handle softcap,

@@ -34,6 +34,7 @@ enum class AttentionVariant : std::uint8_t {
   kMmaSplitKeys8,       ///< 8 rows; the four warps of a CTA take turns at the keys: decode.
   kMmaSplitKeys16,      ///< The same with 16 rows.
   kMmaSplitRows,        ///< 64 rows; 16 to each of four warps, which share the keys: prefill.
+  kMmaSplitRows128,     ///< The same with 128 rows, 32 to each warp: prefill of enough rows, head_dim up to 128.
   kWgmma,               ///< 128 rows, 192 at head_dim 64; 64 to each warpgroup: prefill on Hopper.
   kMmaSplitKeys8Small,  ///< kMmaSplitKeys8 for a head_dim over 128 where a CTA has little shared memory.
   kSimt,                ///< 8 rows, float32 throughout: float32 queries.

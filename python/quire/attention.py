@@ -25,6 +25,7 @@ Variant = Literal[
     "mma_split_keys_8",
     "mma_split_keys_16",
     "mma_split_rows",
+    "mma_split_rows_128",
     "wgmma",
     "mma_split_keys_8_small",
     "simt",

@@ -17,6 +17,7 @@ VARIANTS = (
     "mma_split_keys_8",
     "mma_split_keys_16",
     "mma_split_rows",
+    "mma_split_rows_128",
     "wgmma",
     "mma_split_keys_8_small",
     "simt",

@@ -28,6 +28,7 @@ constexpr int tile_rows(Variant variant, int head_dim_bucket = 128) {
     case Variant::kWgmma: return head_dim_bucket == 64 ? 192 : 128;
     case Variant::kMmaSplitKeys16: return 16;
     case Variant::kMmaSplitRows: return 64;
+    case Variant::kMmaSplitRows128: return 128;
     default: return 8;
   }
 }
@@ -40,6 +41,17 @@ constexpr int head_dim_bucket(Variant variant, std::int64_t head_dim) {
 
 /// What the largest variants need; devices of compute capability 8.0 and 9.0 have it, 8.6, 8.9 and 12.0 have 99 KiB.
 constexpr int kLargeSharedBytes = 108 * 1024;
+
+/// Whether a variant's shared memory is more than the smaller devices have.
+constexpr bool needs_large_shared(Variant variant, int bucket, std::int64_t kv_itemsize) {
+  switch (variant) {
+    case Variant::kMmaSplitKeys8: return bucket == 256;
+    case Variant::kMmaSplitKeys16: return true;
+    case Variant::kMmaSplitRows: return bucket == 256 && kv_itemsize == 2;
+    case Variant::kMmaSplitRows128: return bucket == 128 && kv_itemsize == 2;
+    default: return false;
+  }
+}
 
 struct Config {
   Variant variant;
@@ -122,16 +134,14 @@ inline const char* obstacle(Variant variant, const AttentionParams& params, cons
     return variant == Variant::kSimt ? "q is not float32" : "q is float32";
   const bool small_shared = device.max_shared_bytes_per_cta < kLargeSharedBytes;
   const int bucket = head_dim_bucket(variant, params.head_dim);
-  constexpr const char* kTooLarge = "the device has too little shared memory for it at this head_dim";
+  if (small_shared && needs_large_shared(variant, bucket, itemsize(params.kv_dtype)))
+    return "the device has too little shared memory for it at this head_dim";
   switch (variant) {
     case Variant::kWgmma: return has_wgmma ? wgmma_obstacle(params) : "the device is no Hopper, or this build has no code for it";
-    case Variant::kMmaSplitKeys8: return small_shared && bucket == 256 ? kTooLarge : nullptr;
-    case Variant::kMmaSplitKeys16: return small_shared ? kTooLarge : nullptr;
-    case Variant::kMmaSplitRows: return small_shared && bucket == 256 && itemsize(params.kv_dtype) == 2 ? kTooLarge : nullptr;
+    case Variant::kMmaSplitRows128: return bucket == 256 ? "head_dim is over 128" : nullptr;
     case Variant::kMmaSplitKeys8Small: return bucket == 256 ? nullptr : "head_dim is at most 128";
-    case Variant::kSimt: return nullptr;
+    default: return nullptr;
   }
-  return "it is not known";
 }
 
 /// The variant for a call, and in `why`, unless null, the reasons. `rows` is the number of packed rows of a sequence.
@@ -162,17 +172,23 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
                                                                                                   : Variant::kMmaSplitKeys8Small;
   }
   if (variant != Variant::kMmaSplitRows) return variant;
+  const std::int64_t all_rows = params.num_tokens * params.num_heads;
   if (const char* reason = prevents(Variant::kWgmma)) {
     because(std::string("not wgmma: ") + reason);
-    return variant;
-  }
-  // With few tiles, kMmaSplitRows shares each one's keys between CTAs.
-  const int bucket = head_dim_bucket(Variant::kWgmma, params.head_dim);
-  if (params.num_tokens * params.num_heads * 3 < std::int64_t{tile_rows(Variant::kWgmma, bucket)} * device.num_sms) {
+  } else if (all_rows * 3 < std::int64_t{tile_rows(Variant::kWgmma, head_dim_bucket(Variant::kWgmma, params.head_dim))} * device.num_sms) {
+    // With few tiles, kMmaSplitRows shares each one's keys between CTAs.
     because("not wgmma: its tiles would be fewer than a third of the SMs, and it does not split the keys of a tile");
-    return variant;
+  } else {
+    return Variant::kWgmma;
   }
-  return Variant::kWgmma;
+  if (const char* reason = prevents(Variant::kMmaSplitRows128)) {
+    because(std::string("not mma_split_rows_128: ") + reason);
+  } else if (rows <= 64 || all_rows < std::int64_t{2 * 128} * device.num_sms) {
+    because("not mma_split_rows_128: its tiles would be fewer than two for each SM, or half empty");
+  } else {
+    return Variant::kMmaSplitRows128;
+  }
+  return variant;
 }
 
 /// `why`, unless null, gets the reasons for the variant.
@@ -199,7 +215,8 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
 
   // At least one step of 16 or 32 keys for each of the four warps that take turns, or a few steps that they share.
   const bool narrow = head_dim_bucket(config.variant, params.head_dim) * itemsize(params.kv_dtype) <= 128;
-  const bool shared_steps = config.variant == Variant::kMmaSplitRows || config.variant == Variant::kSimt;
+  const bool shared_steps =
+      config.variant == Variant::kMmaSplitRows || config.variant == Variant::kMmaSplitRows128 || config.variant == Variant::kSimt;
   if (config.variant == Variant::kWgmma) {
     config.num_splits = 1;
     config.keys_per_split_min = 1;

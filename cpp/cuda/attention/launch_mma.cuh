@@ -19,13 +19,19 @@ void launch_mma(const Plan& plan, const Config& config, Stream stream) {
   const auto launch_split_keys = [&]<Variant kVariant>() {
     launch(attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant>, SplitKeysShape<kKvDType, kHeadDim, kVariant>::kSharedBytes);
   };
+  const auto launch_split_rows = [&]<Variant kVariant>() {
+    launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim, kVariant>, SplitRowsShape<kKvDType, kHeadDim, kVariant>::kSharedBytes);
+  };
   switch (config.variant) {
     case Variant::kMmaSplitKeys8: return launch_split_keys.template operator()<Variant::kMmaSplitKeys8>();
     case Variant::kMmaSplitKeys16: return launch_split_keys.template operator()<Variant::kMmaSplitKeys16>();
     case Variant::kMmaSplitKeys8Small:
       if constexpr (kHeadDim == 256) return launch_split_keys.template operator()<Variant::kMmaSplitKeys8Small>();
       [[fallthrough]];
-    default: return launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim>, SplitRowsShape<kKvDType, kHeadDim>::kSharedBytes);
+    case Variant::kMmaSplitRows128:
+      if constexpr (kHeadDim <= 128) return launch_split_rows.template operator()<Variant::kMmaSplitRows128>();
+      [[fallthrough]];
+    default: return launch_split_rows.template operator()<Variant::kMmaSplitRows>();
   }
 }
 

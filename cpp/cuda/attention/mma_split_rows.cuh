@@ -1,4 +1,4 @@
-// Attention for many query rows per kv head (prefill): each warp of a CTA has 16 rows, and they share the keys.
+// Attention for many query rows per kv head (prefill): each warp of a CTA has 16 or 32 rows, and they share the keys.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -7,28 +7,30 @@
 
 namespace quire::cuda::attn {
 
-template <DType kKvDType, int kHeadDim>
+template <DType kKvDType, int kHeadDim, Variant kVariant>
 struct SplitRowsShape {
+  static constexpr int kTileRows = tile_rows(kVariant);
+  static constexpr int kWarpRows = kTileRows / kWarps;
   using Types = MmaTypes<kKvDType, kHeadDim>;
-  static constexpr int kKeys = kHeadDim == 256 ? 32 : 64;        // per step of the CTA
+  static constexpr int kKeys = kHeadDim * kWarpRows > 128 * 16 ? 32 : 64;  // per step of the CTA
   static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;  // one step's K or V
   static constexpr int kSlots = 4;
-  static constexpr int kQBytes = kWarps * kWarpRows * Types::kQRowBytes;
+  static constexpr int kQBytes = kTileRows * Types::kQRowBytes;
   static constexpr int kRowParamsOffset = kSlots * kSlotBytes + kQBytes;
-  static constexpr int kNotesOffset = kRowParamsOffset + kWarps * kWarpRows * static_cast<int>(sizeof(RowParams));
-  static constexpr int kSharedBytes = kNotesOffset + kWarps * kWarpRows * kNoteWords<kHeadDim> * 4;
-  static constexpr int kCtasPerSm = ctas_per_sm(Variant::kMmaSplitRows, kHeadDim);
-  static_assert(kSharedBytes <= (kHeadDim == 256 && !Types::kQuantized ? kLargeSharedBytes : 99 * 1024));
+  static constexpr int kNotesOffset = kRowParamsOffset + kTileRows * static_cast<int>(sizeof(RowParams));
+  static constexpr int kSharedBytes = kNotesOffset + kTileRows * kNoteWords<kHeadDim> * 4;
+  static constexpr int kCtasPerSm = ctas_per_sm(kVariant, kHeadDim);
+  static_assert(kSharedBytes <= (needs_large_shared(kVariant, kHeadDim, Types::kElementBytes) ? kLargeSharedBytes : 99 * 1024));
 };
 
 /// Grid: x = (num_tiles - 1 - tile) * num_kv_heads + kv_head, so that under a causal mask long tiles come first; y = split. A CTA
-/// computes 64 packed rows against its split's keys and writes them to out and lse, or to the workspace if other splits have keys.
-template <DType kKvDType, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim>::kCtasPerSm)
+/// computes its packed rows against its split's keys and writes them to out and lse, or to the workspace if other splits have keys.
+template <DType kKvDType, int kHeadDim, Variant kVariant>
+__global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim, kVariant>::kCtasPerSm)
     attention_mma_split_rows_kernel(const __grid_constant__ Plan plan) {
   using Types = MmaTypes<kKvDType, kHeadDim>;
-  using Shape = SplitRowsShape<kKvDType, kHeadDim>;
-  constexpr int kKeys = Shape::kKeys;
+  using Shape = SplitRowsShape<kKvDType, kHeadDim, kVariant>;
+  constexpr int kKeys = Shape::kKeys, kWarpRows = Shape::kWarpRows, kTileRows = Shape::kTileRows;
   constexpr int kMasks = kKeys / 32;
   extern __shared__ __align__(1024) char shared[];
   const AttentionParams& p = plan.params;
@@ -54,9 +56,10 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim>::
 
   const FullRange full = full_range(plan, tile);
   const int warp_row = warp * kWarpRows;
-  using MmaState = MmaRows<kKvDType, kHeadDim>;
+  using MmaState = MmaRows<kKvDType, kHeadDim, kWarpRows / 16>;
+  constexpr int kRows = MmaState::kRows;
   MmaState rows;
-  ScoreScale<2> score;
+  ScoreScale<kRows> score;
   const std::uint32_t k_thread_offset = MmaState::k_thread_offset();
   const std::uint32_t v_thread_offset = Shape::kSlotBytes + MmaState::v_thread_offset();
 
@@ -120,34 +123,43 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim>::
         convert_q<Types, kHeadDim, kWarpRows>(plan, warp_row, q_shared, row_params);
         __syncwarp();
       }
-      score = make_score_scale<2>(p, row_params, [&](int i) { return warp_row + lane / 4 + 8 * i; });
+      score = make_score_scale<kRows>(p, row_params, [&](int i) { return warp_row + MmaState::row(i); });
       rows.attach_q(device::shared_address(q_shared), warp_row);
     }
-    rows.reset();
+    rows.reset([&](int i) {
+      const RowParams& row = row_params[warp_row + MmaState::row(i)];
+      return max(row.begin, key_begin) < min(row.end, key_end);
+    });
     if (selecting) {
-      for (int i = static_cast<int>(threadIdx.x); i < kWarps * kWarpRows * kNoteWords<kHeadDim>; i += kThreads) notes[i] = 0;
+      for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kNoteWords<kHeadDim>; i += kThreads) notes[i] = 0;
     }
 
     // Steps.
     std::uint32_t pair = slots;  // of the step in use
     for (int key = key_begin; key < key_end; key += kKeys) {
       const std::uint32_t other = pair == slots ? slots + 2 * Shape::kSlotBytes : slots;
-      float scores[kKeys / 8][4];
+      typename MmaState::template Scores<kKeys> scores;
       device::copy_async_wait<2>();
       __syncthreads();
       if (key + kKeys < key_end) copy_v(other + Shape::kSlotBytes);
       device::copy_async_commit();
-      rows.template multiply_qk<kKeys>(scores, pair + k_thread_offset);
-
-      if (score.transform) rows.template transform_scores<kKeys>(scores, row_params + warp_row, p.softcap, key);
-      bool all_valid = true;
+      float added[kRows];
+      // Scores are computed twice where the first weights were large, which is rare after a tile's first step.
+      for (bool large = false;; large = true) {
+        rows.template multiply_qk<kKeys>(scores, pair + k_thread_offset);
+        if (score.transform) rows.template transform_scores<kKeys>(scores, row_params + warp_row, p.softcap, key);
+        bool all_valid = true;
 #pragma unroll
-      for (int m = 0; m < kMasks; ++m) all_valid &= valid[0][m] == kAllLanes;
-      if (!all_valid || key < full.begin || key > full.end - kKeys) {
-        rows.template mask_scores<kKeys>(scores, row_params + warp_row, key, valid[0]);
-        if (p.mask != nullptr) rows.template apply_mask<kKeys>(scores, p, row_params + warp_row, key);
+        for (int m = 0; m < kMasks; ++m) all_valid &= valid[0][m] == kAllLanes;
+        if (!all_valid || key < full.begin || key > full.end - kKeys) {
+          rows.template mask_scores<kKeys>(scores, row_params + warp_row, key, valid[0]);
+          if (p.mask != nullptr) rows.template apply_mask<kKeys>(scores, p, row_params + warp_row, key);
+        }
+        if (large) rows.template raise_base<kKeys>(scores, score, added);
+        if (!rows.template weigh<kKeys>(scores, score, large, added) || large) break;
       }
-      rows.template softmax<kKeys>(scores, score);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) rows.sum[i] += added[i];
 
       device::copy_async_wait<2>();
       __syncthreads();
@@ -175,11 +187,11 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim>::
   const int head_dim = static_cast<int>(p.head_dim);
   const float v_scale = p.v_scale != nullptr ? p.v_scale[kv_head * p.v_scale_stride] : 1.0f;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = warp_row + lane / 4 + 8 * r;
+  for (int r = 0; r < kRows; ++r) {
+    const int row = warp_row + MmaState::row(r);
     const bool exists = row < tile.num_rows;
     const RowIndex index = row_index(plan, tile, kv_head, exists ? row : 0);
-    const float top = rows.largest[r] * score.log2_scale[r];
+    const float top = rows.final_base(r);
     const std::int64_t target = split * plan.num_rows + stats_index(plan, index);
     float factor = 1.0f;
     if (splits.num_active > 1) {

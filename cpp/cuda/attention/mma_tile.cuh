@@ -15,8 +15,6 @@
 
 namespace quire::cuda::attn {
 
-constexpr int kWarpRows = 16;
-
 /// Shared memory rows of kRowBytes as 16-byte chunks, exchanged within the row so that 8 consecutive rows at one chunk, what an
 /// ldmatrix phase reads, lie in 8 different bank groups. Addresses of chunks whose index differs by a constant, added without a
 /// carry, differ by an exclusive or: a thread needs one base for all of its accesses. `base` is a multiple of kRowBytes.
