@@ -41,7 +41,7 @@ TEST(CudaAttentionConfig, variant_follows_packed_rows_per_sequence) {
   EXPECT_EQ(choose_config(paged(4, 1024, 72, 8, 128), kDevice).variant, Variant::kMmaSplitKeys16);
   EXPECT_EQ(choose_config(paged(4, 1024, 71, 1, 128), kDevice).variant, Variant::kMmaSplitRows);
   EXPECT_EQ(choose_config(ragged_queries(paged(4, 1024, 32, 8, 128), 4), kDevice).variant, Variant::kMmaSplitKeys8);
-  EXPECT_EQ(choose_config(ragged_queries(paged(4, 1024, 32, 8, 128), 4096), kDevice).variant, Variant::kMmaSplitRows);
+  EXPECT_EQ(choose_config(ragged_queries(paged(4, 1024, 32, 8, 128), 4096), kDevice).variant, Variant::kMmaSplitRows128);
   AttentionParams float32 = paged(4, 1024, 32, 8, 128);
   float32.dtype = float32.kv_dtype = DType::kFloat32;
   EXPECT_EQ(choose_config(float32, kDevice).variant, Variant::kSimt);

@@ -3,6 +3,8 @@
 SPDX-License-Identifier: Apache-2.0
 """
 
+import re
+
 import numpy as np
 import pytest
 from frameworks import as_float64
@@ -123,6 +125,7 @@ def cuda_variants(rng):
         (shape([20, 20]), {}, "mma_split_rows", "fewer than a third of the SMs"),
         (shape([3000, 200]), {}, "wgmma", ""),
         (shape([3000, 200], block_size=12), {}, "mma_split_rows", no_tma),
+        (shape([6000, 200], block_size=12), {}, "mma_split_rows_128", no_tma),
         (shape([3000, 200], kv_dtype="int8", scales=2), {}, "mma_split_rows", "not of q's dtype"),
         (shape([3000, 200]), {"mask": np.zeros((3200, 1), np.uint8)}, "mma_split_rows", "there is a mask"),
         (shape([3, 2], dtype="float32"), {}, "simt", "float32"),
@@ -157,9 +160,9 @@ def test_cuda_attention(backend, rng, torch):
             call()
             torch.cuda.synchronize()
         names = [event.name for event in profile.events() if "attention" in event.name]
-        kernel = "attention_" + variant.replace("_8", "").replace("_16", "") + "_kernel"
+        kernel = "attention_" + re.sub(r"(_\d+)?(_small)?$", "", variant) + "_kernel"
         assert sum(kernel in name for name in names) == 1, names
-        if "keys" in variant:
+        if "split" in variant:
             index = VARIANTS.index(variant)
             assert any(f"AttentionVariant){index}" in name for name in names if kernel in name), names
 
