@@ -18,7 +18,7 @@
 namespace quire::bindings {
 namespace {
 
-enum class Kind { kQuire, kExchange, kNumPy, kCuPy, kJax, kProtocol, kNotATensor };
+enum class Kind { kQuire, kExchange, kNumPy, kCuPy, kJax, kProtocol, kMasked, kNotATensor };
 
 // Interned names and call tuples, made once and kept: they outlive the interpreter's need of them.
 struct Names {
@@ -104,6 +104,7 @@ TypeInfo classify(PyTypeObject* type) {
   if (const DLPackExchangeAPI* api = exchange_api_of(type)) return {type, Kind::kExchange, api, autograd_flags(handle)};
   const std::string module = type_text(handle, "__module__"), name = type_text(handle, "__name__");
   if (module == "numpy" && name == "ndarray") return {type, Kind::kNumPy};
+  if (nb::hasattr(handle, "mask") && nb::hasattr(handle, "filled")) return {type, Kind::kMasked};  // numpy.ma's, and what derives from it
   if (starts_with(module, "cupy")) return {type, Kind::kCuPy};
   if (starts_with(module, "jax")) return {type, Kind::kJax};
   const bool tensor = PyObject_HasAttr(handle.ptr(), names().dlpack) != 0 && PyObject_HasAttr(handle.ptr(), names().dlpack_device) != 0;
@@ -333,6 +334,8 @@ class Importer {
         pending_[i] = true;
         return true;
       }
+      case Kind::kMasked:
+        throw TypeError(message(args_.op_, tensor.name, "a tensor without a mask", object_type(tensor.object) + "; call .filled() first"));
       case Kind::kNotATensor:
         throw TypeError(message(args_.op_, tensor.name, "a tensor (any object with __dlpack__)", object_type(tensor.object)));
     }

@@ -327,8 +327,12 @@ def test_subclasses_of_ndarray(tmp_path):
         out = quire.rms_norm(given, weight)
         assert type(out) is np.ndarray
         np.testing.assert_allclose(out, 1.0, rtol=1e-5)
-    with pytest.raises(TypeError, match=r"\[rms_norm\] x: expected a tensor without a mask, got MaskedArray"):
-        quire.rms_norm(np.ma.masked_array(np.ones((2, 8), np.float32), mask=True), weight)
+    masked = np.ma.masked_array(np.ones((2, 8), np.float32), mask=True)
+    for out in (None, np.empty((2, 8), np.float32)):
+        with pytest.raises(
+            TypeError, match=r"\[rms_norm\] x: expected a tensor without a mask, got (numpy.ma.)?MaskedArray"
+        ):
+            quire.rms_norm(masked, weight, out=out)
 
 
 def test_jax_refusals():
