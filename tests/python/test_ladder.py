@@ -9,12 +9,14 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import sys
 
 import numpy as np
 import pytest
 
 import quire
 from quire.__main__ import main
+from quire.bench import ladder
 from quire.bench.harness import Result
 from quire.bench.ladder import summary
 from quire.bench.ladder.kv_waste import BuddyPool, PagedPool, Pool, Request, draw_requests, simulate
@@ -154,6 +156,14 @@ def test_summary() -> None:
     assert "standard attention, PyTorch / quire 3x" in text
     assert "NumPy / quire not measured" in text
     assert "paged 2.5 %" in text
+
+
+def test_a_broken_cupy_is_an_absence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    problem = Problem(16, 2, 1, 16, 1)
+    work = ladder._on_gpu(ladder._OnFirstUse(problem, "cuda:0"), next(iter(GPU_STEPS.values())))
+    assert work.run is None
+    assert str(work.facts["note"]).startswith("absent: CuPy: ")
 
 
 def test_without_a_gpu_its_steps_are_named(capsys: pytest.CaptureFixture[str]) -> None:

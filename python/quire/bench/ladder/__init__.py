@@ -74,7 +74,11 @@ class _OnFirstUse:
 
 
 def _on_gpu(gpu: _OnFirstUse, step: Callable[[Gpu], Work]) -> Work:
-    return step(gpu.get())
+    try:
+        ready = gpu.get()
+    except Exception as error:  # a CuPy that does not fit the driver or finds no compiler
+        return _absent(f"CuPy: {' '.join(str(error).split())[:200]}")
+    return step(ready)
 
 
 def _absent(why: str) -> Work:
