@@ -3,8 +3,11 @@
 #ifdef QUIRE_HAS_CUDA
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "cuda/attention/config.h"
@@ -35,21 +38,101 @@ AttentionParams ragged_queries(AttentionParams params, std::int64_t num_tokens) 
   return params;
 }
 
+Config configure(const AttentionParams& params, const DeviceProperties& device, bool has_wgmma = false) {
+  return choose_config(params, device, has_wgmma);
+}
+
+/// The same with a cache that Hopper's kernel can address.
+AttentionParams dense(AttentionParams params) {
+  alignas(16) static std::byte memory[16];
+  params.q = params.k = params.v = params.out = memory;
+  params.num_blocks = 100;
+  params.q_head_stride = params.out_head_stride = params.k_head_stride = params.v_head_stride = params.head_dim;
+  params.q_token_stride = params.out_token_stride = params.num_heads * params.head_dim;
+  params.k_token_stride = params.v_token_stride = params.num_kv_heads * params.head_dim;
+  params.k_block_stride = params.v_block_stride = params.block_size * params.k_token_stride;
+  return params;
+}
+
 TEST(CudaAttentionConfig, variant_follows_packed_rows_per_sequence) {
-  EXPECT_EQ(choose_config(paged(4, 1024, 32, 8, 128), kDevice).variant, Variant::kMmaSplitKeys8);
-  EXPECT_EQ(choose_config(paged(4, 1024, 64, 8, 128), kDevice).variant, Variant::kMmaSplitKeys8);
-  EXPECT_EQ(choose_config(paged(4, 1024, 72, 8, 128), kDevice).variant, Variant::kMmaSplitKeys16);
-  EXPECT_EQ(choose_config(paged(4, 1024, 71, 1, 128), kDevice).variant, Variant::kMmaSplitRows);
-  EXPECT_EQ(choose_config(ragged_queries(paged(4, 1024, 32, 8, 128), 4), kDevice).variant, Variant::kMmaSplitKeys8);
-  EXPECT_EQ(choose_config(ragged_queries(paged(4, 1024, 32, 8, 128), 4096), kDevice).variant, Variant::kMmaSplitRows128);
+  EXPECT_EQ(configure(paged(4, 1024, 32, 8, 128), kDevice).variant, Variant::kMmaSplitKeys8);
+  EXPECT_EQ(configure(paged(4, 1024, 64, 8, 128), kDevice).variant, Variant::kMmaSplitKeys8);
+  EXPECT_EQ(configure(paged(4, 1024, 72, 8, 128), kDevice).variant, Variant::kMmaSplitKeys16);
+  EXPECT_EQ(configure(paged(4, 1024, 71, 1, 128), kDevice).variant, Variant::kMmaSplitRows);
+  EXPECT_EQ(configure(ragged_queries(paged(4, 1024, 32, 8, 128), 4), kDevice).variant, Variant::kMmaSplitKeys8);
+  EXPECT_EQ(configure(ragged_queries(paged(4, 1024, 32, 8, 128), 4096), kDevice).variant, Variant::kMmaSplitRows128);
   AttentionParams float32 = paged(4, 1024, 32, 8, 128);
   float32.dtype = float32.kv_dtype = DType::kFloat32;
-  EXPECT_EQ(choose_config(float32, kDevice).variant, Variant::kSimt);
+  EXPECT_EQ(configure(float32, kDevice).variant, Variant::kSimt);
+}
+
+TEST(CudaAttentionConfig, hopper_takes_many_rows_unless_something_prevents_it) {
+  const AttentionParams good = dense(ragged_queries(paged(4, 1024, 32, 8, 128), 4096));
+  const auto variant = [](const AttentionParams& params) { return configure(params, kDevice, true).variant; };
+  EXPECT_EQ(variant(good), Variant::kWgmma);
+  EXPECT_EQ(variant(dense(ragged_queries(paged(4, 1024, 32, 8, 128), 64))), Variant::kMmaSplitRows);
+  const auto changed = [&](auto&& change) {
+    AttentionParams params = good;
+    change(params);
+    std::vector<std::string> why;
+    EXPECT_NE(choose_config(params, kDevice, true, &why).variant, Variant::kWgmma);
+    EXPECT_NE(std::find(why.begin(), why.end(), std::string("not wgmma: ") + obstacle(Variant::kWgmma, params, kDevice, true)), why.end());
+  };
+  const std::uint8_t mask = 0;
+  changed([&](AttentionParams& p) { p.mask = &mask; });
+  changed([](AttentionParams& p) { p.kv_dtype = DType::kInt8; });
+  changed([](AttentionParams& p) { p.block_size = 12; });
+  changed([](AttentionParams& p) { p.num_blocks = 0; });
+  changed([](AttentionParams& p) { p.k_head_stride = 132; });
+  changed([](AttentionParams& p) { p.v_block_stride = -p.v_block_stride; });
+  changed([](AttentionParams& p) { p.q_token_stride += 4; });
+  changed([](AttentionParams& p) { p.out = static_cast<std::byte*>(p.out) + 2; });
+}
+
+TEST(CudaAttentionConfig, a_variant_that_is_asked_for_runs_or_is_refused) {
+  AttentionParams params = dense(paged(4, 1024, 32, 8, 128));
+  for (const Variant variant : {Variant::kMmaSplitKeys8, Variant::kMmaSplitKeys16, Variant::kMmaSplitRows, Variant::kMmaSplitRows128,
+                                Variant::kWgmma, Variant::kMmaSplitKeys8Small, Variant::kSimt}) {
+    params.variant = variant;
+    if (obstacle(variant, params, kDevice, true) == nullptr) {
+      EXPECT_EQ(configure(params, kDevice, true).variant, variant);
+    } else {
+      EXPECT_THROW(configure(params, kDevice, true), UnsupportedError);
+    }
+  }
+  EXPECT_THROW(configure(params, kDevice), UnsupportedError);  // kSimt takes float32
+}
+
+TEST(CudaAttentionConfig, prefixes_are_divided_to_fill_the_device) {
+  const auto pass = [](std::int64_t num_queries, std::int64_t num_keys, std::int64_t head_dim) {
+    AttentionParams params = dense(paged(1, num_keys, 32, 8, head_dim));
+    params.seq_lens = nullptr;
+    params.num_tokens = params.shared_queries = num_queries;
+    params.total_keys = num_keys;
+    params.causal = false;
+    return params;
+  };
+  EXPECT_EQ(choose_prefix_ranges(pass(256, 32768, 128), kDevice, true), 2);  // 64 tiles
+  EXPECT_EQ(choose_prefix_ranges(pass(256, 1008, 128), kDevice, true), 1);
+  EXPECT_EQ(choose_prefix_ranges(pass(4096, 32768, 128), kDevice, true), 1);
+  EXPECT_EQ(choose_prefix_ranges(pass(8, 32768, 128), kDevice, true), 0);  // 32 rows
+  EXPECT_EQ(choose_prefix_ranges(pass(256, 32768, 128), kDevice, false), 0);
+  for (std::int64_t num_queries : {9, 40, 100, 256, 300, 1000, 5000})
+    for (std::int64_t head_dim : {64, 128, 256})
+      for (std::int64_t num_keys : {16, 5000, 1000000}) {
+        const AttentionParams params = pass(num_queries, num_keys, head_dim);
+        const int ranges = choose_prefix_ranges(params, kDevice, true);
+        ASSERT_GE(ranges, 1);
+        ASSERT_LE(ranges, kMaxPrefixRanges);
+        ASSERT_LE(ranges * num_queries * params.num_heads, prefix_rows(num_queries, params.num_heads, kDevice.num_sms));
+        ASSERT_LE(prefix_rows(num_queries, params.num_heads, kDevice.num_sms),
+                  prefix_rows(num_queries + 1, params.num_heads, kDevice.num_sms));
+      }
 }
 
 TEST(CudaAttentionConfig, head_dim_is_padded_to_a_compiled_one) {
   for (std::int64_t head_dim = 8; head_dim <= 256; head_dim += 8) {
-    const int bucket = choose_config(paged(1, 64, 8, 8, head_dim), kDevice).head_dim_bucket;
+    const int bucket = configure(paged(1, 64, 8, 8, head_dim), kDevice).head_dim_bucket;
     EXPECT_GE(bucket, head_dim);
     EXPECT_TRUE(bucket == 64 || bucket == 128 || bucket == 256);
   }
@@ -57,19 +140,19 @@ TEST(CudaAttentionConfig, head_dim_is_padded_to_a_compiled_one) {
 
 TEST(CudaAttentionConfig, small_shared_memory_gets_variants_that_fit) {
   constexpr DeviceProperties kSmall{128, 89, 101376, 75497472};
-  EXPECT_EQ(choose_config(paged(4, 1024, 32, 8, 128), kSmall).variant, Variant::kMmaSplitKeys8);
-  EXPECT_EQ(choose_config(paged(4, 1024, 16, 1, 128), kSmall).variant, Variant::kMmaSplitKeys8);
-  EXPECT_EQ(choose_config(paged(4, 1024, 16, 2, 256), kSmall).variant, Variant::kMmaSplitKeys8Small);
-  EXPECT_EQ(choose_config(ragged_queries(paged(4, 1024, 16, 2, 256), 4096), kSmall).variant, Variant::kMmaSplitKeys8Small);
-  EXPECT_EQ(choose_config(ragged_queries(paged(4, 1024, 32, 8, 128), 4096), kSmall).variant, Variant::kMmaSplitRows);
+  EXPECT_EQ(configure(paged(4, 1024, 32, 8, 128), kSmall).variant, Variant::kMmaSplitKeys8);
+  EXPECT_EQ(configure(paged(4, 1024, 16, 1, 128), kSmall).variant, Variant::kMmaSplitKeys8);
+  EXPECT_EQ(configure(paged(4, 1024, 16, 2, 256), kSmall).variant, Variant::kMmaSplitKeys8Small);
+  EXPECT_EQ(configure(ragged_queries(paged(4, 1024, 16, 2, 256), 4096), kSmall).variant, Variant::kMmaSplitKeys8Small);
+  EXPECT_EQ(configure(ragged_queries(paged(4, 1024, 32, 8, 128), 4096), kSmall).variant, Variant::kMmaSplitRows);
 }
 
 TEST(CudaAttentionConfig, few_tiles_are_split_and_many_are_not) {
-  EXPECT_GE(choose_config(paged(1, 65536, 32, 8, 128), kDevice).num_splits, 16);
-  EXPECT_GT(choose_config(paged(8, 4096, 32, 8, 128), kDevice).num_splits, 1);
-  EXPECT_EQ(choose_config(paged(32, 8192, 32, 8, 128), kDevice).num_splits, 1);
-  EXPECT_EQ(choose_config(paged(4096, 8192, 32, 8, 128), kDevice).num_splits, 1);
-  EXPECT_EQ(choose_config(paged(1, 16, 32, 8, 128), kDevice).num_splits, 1);
+  EXPECT_GE(configure(paged(1, 65536, 32, 8, 128), kDevice).num_splits, 16);
+  EXPECT_GT(configure(paged(8, 4096, 32, 8, 128), kDevice).num_splits, 1);
+  EXPECT_EQ(configure(paged(32, 8192, 32, 8, 128), kDevice).num_splits, 1);
+  EXPECT_EQ(configure(paged(4096, 8192, 32, 8, 128), kDevice).num_splits, 1);
+  EXPECT_EQ(configure(paged(1, 16, 32, 8, 128), kDevice).num_splits, 1);
 }
 
 TEST(CudaAttentionConfig, tiles_cover_every_row) {
@@ -82,7 +165,7 @@ TEST(CudaAttentionConfig, tiles_cover_every_row) {
     for (std::int64_t seq = 0; seq < num_seqs; ++seq) start.push_back(start.back() + pick(0, 40));
     if (start.back() == 0) continue;
     params = ragged_queries(params, start.back() + pick(0, 3));
-    const Config config = choose_config(params, kDevice);
+    const Config config = configure(params, kDevice);
     const std::int64_t group = params.num_heads / params.num_kv_heads, rows = tile_rows(config.variant);
     for (std::size_t seq = 0; seq < start.size() - 1; ++seq) {
       // What kernels search for: where each sequence's tiles begin.
@@ -104,7 +187,7 @@ TEST(CudaAttentionConfig, partial_results_fit_the_workspace_of_any_larger_batch)
     AttentionParams params = paged(pick(5000.0), pick(2e6), num_kv_heads * pick(64.0), num_kv_heads, 8 * pick(32.9));
     if (repeat % 3 == 0) params.dtype = params.kv_dtype = DType::kFloat32;
     if (repeat % 2 == 0) params = ragged_queries(params, pick(20000.0));
-    const Config config = choose_config(params, kDevice);
+    const Config config = configure(params, kDevice);
     const std::int64_t bytes = config.num_splits * params.num_tokens * params.num_heads * (params.head_dim + 2) * 4;
     const std::int64_t limit = workspace_bytes(params.num_tokens, params.num_heads, params.head_dim, kDevice.num_sms);
     ASSERT_GE(config.num_splits, 1);
@@ -120,7 +203,7 @@ TEST(CudaAttentionConfig, what_32_bit_indices_cannot_hold_is_refused_or_clamped)
   AttentionParams params = paged(1, 16, 8, 1, 64);
   params.max_blocks_per_seq = std::int64_t{1} << 40;
   EXPECT_LT(key_capacity(params), std::numeric_limits<std::int32_t>::max());
-  EXPECT_THROW(choose_config(paged(std::int64_t{1} << 31, 16, 8, 1, 64), kDevice), UnsupportedError);
+  EXPECT_THROW(configure(paged(std::int64_t{1} << 31, 16, 8, 1, 64), kDevice), UnsupportedError);
 }
 
 }  // namespace

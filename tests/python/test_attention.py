@@ -777,6 +777,45 @@ def test_masks_with_options(backend, rng, option, q_lens, dtype):
         batch.check(backend, mask=random_mask(rng, sum(q_lens), 3), mask_start=start, **options)
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "mma_split_keys_8",
+        "mma_split_keys_16",
+        "mma_split_rows",
+        "mma_split_rows_128",
+        "mma_split_keys_8_small",
+    ],
+)
+def test_masks_in_every_kernel(backend, rng, variant, dim):
+    if backend.device == "cpu":
+        pytest.skip("the variants are CUDA kernels")
+    q_lens = [3, 0, 70, 9]
+    for kv_dtype in ("bfloat16", "float8_e4m3fn"):
+        batch = Batch.make(
+            rng,
+            q_lens=q_lens,
+            kv_lens=[200, 5, 90, 9],
+            heads=8,
+            kv_heads=2,
+            dim=dim,
+            block_size=16,
+            dtype="bfloat16",
+            kv_dtype=kv_dtype,
+        )
+        mask, start = random_mask(rng, sum(q_lens), 9), np.array([100, 0, 3, 0], np.int32)
+        want, want_lse = batch.reference(mask=mask, mask_start=start)
+        positional, keywords = batch.arguments(backend)
+        keywords |= {"mask": backend.array(mask), "mask_start": backend.array(start)}
+        try:
+            out, lse = quire.paged_attention(*positional, **keywords, variant=variant, return_lse=True)
+        except quire.UnsupportedError as error:
+            pytest.skip(str(error))
+        assert_close("attention", backend.numpy(out), want)
+        assert_lse_close(backend.numpy(lse), want_lse, "bfloat16")
+
+
 @pytest.mark.parametrize("q_len", [1, 6, 70])
 def test_a_mask_can_be_the_causal_one(backend, rng, q_len):
     """The same bits as with causal, where the same kernel runs."""
