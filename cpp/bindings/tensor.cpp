@@ -147,6 +147,23 @@ Tensor select(const Tensor& self, nb::handle key) {
   return result;
 }
 
+// A view with two dimensions exchanged.
+Tensor transpose(const Tensor& self, nb::handle dim0, nb::handle dim1) {
+  Tensor result = self;
+  TensorView& view = result.view;
+  const auto to_dim = [&](const char* arg, nb::handle value) {
+    const std::int64_t dim = to_int("Tensor.transpose", arg, value);
+    if (dim < 0 || dim >= view.ndim)
+      throw IndexError(std::string("[Tensor.transpose] ") + arg + ": expected 0 or more and less than " + std::to_string(view.ndim) +
+                       ", got " + std::to_string(dim));
+    return static_cast<std::size_t>(dim);
+  };
+  const std::size_t first = to_dim("dim0", dim0), second = to_dim("dim1", dim1);
+  std::swap(view.shape[first], view.shape[second]);
+  std::swap(view.strides[first], view.strides[second]);
+  return result;
+}
+
 // A NumPy view. Dtypes that NumPy lacks come through an integer view and ml_dtypes.
 nb::object numpy(const Tensor& self) {
   if (self.view.device.type != DeviceType::kCPU)
@@ -230,6 +247,7 @@ void bind_tensor(nb::module_& m) {
              return t.view.size(0);
            })
       .def("__getitem__", &select, nb::arg("index"), "Integer indices: a view of lower rank.")
+      .def("transpose", &transpose, nb::arg("dim0"), nb::arg("dim1"), "A view with two dimensions exchanged.")
       .def("numpy", &numpy, "A NumPy view of a tensor on the CPU (bfloat16 and float8 need ml_dtypes).")
       .def("__repr__", [](const Tensor& t) { return "quire.Tensor(" + describe(t.view) + " on " + describe(t.view.device) + ")"; })
       .def(

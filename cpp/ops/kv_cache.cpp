@@ -259,6 +259,11 @@ void swap_blocks(const TensorView& dst, const TensorView& src, const TensorView&
       copy(to_data, dst_stride, from_data, src_stride, block_bytes, num_blocks);
       return;
     }
+    // Blocks that lie end to end in both caches, as in a pool of layers: their segments join, and the run has the rows of one block.
+    if (to.num_segments > 1 && to.segment_bytes == from.segment_bytes && dst_stride == segment_bytes && src_stride == segment_bytes) {
+      copy(to_data, to.segment_stride_bytes, from_data, from.segment_stride_bytes, num_blocks * segment_bytes, to.num_segments);
+      return;
+    }
     // A dense side is read as rows of the other side's segments.
     const std::int64_t to_pitch = to.num_segments > 1 ? to.segment_stride_bytes : segment_bytes;
     const std::int64_t from_pitch = from.num_segments > 1 ? from.segment_stride_bytes : segment_bytes;

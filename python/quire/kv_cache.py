@@ -314,13 +314,11 @@ class KVCache:
         return self._num_bytes
 
     def copy_blocks(self, pairs: Array, *, stream: object = None) -> None:
-        """Copies blocks of every layer's K and V, as :func:`copy_blocks`."""
-        for layer in range(self.num_layers):
-            copy_blocks(self.k(layer), pairs, stream=stream)
-            copy_blocks(self.v(layer), pairs, stream=stream)
+        """Copies blocks of every layer's K and V, as :func:`copy_blocks`, in one launch."""
+        copy_blocks(self._blocks(), pairs, stream=stream)
 
     def swap_blocks_from(self, src: KVCache, pairs: Array, *, stream: object = None) -> None:
-        """Copies blocks of every layer's K and V from another cache, as :func:`swap_blocks`.
+        """Copies blocks of every layer's K and V from another cache, as :func:`swap_blocks`; a run of adjacent pairs is one transfer.
 
         Raises:
             ValueError: The caches differ in layers or block shape.
@@ -330,9 +328,11 @@ class KVCache:
             raise TypeError(f"[KVCache] src: expected a quire.KVCache, got {type(src).__qualname__}")
         if src.num_layers != self.num_layers:
             raise ValueError(f"[KVCache] src: expected {self.num_layers} layers, got {src.num_layers}")
-        for layer in range(self.num_layers):
-            swap_blocks(self.k(layer), src.k(layer), pairs, stream=stream)
-            swap_blocks(self.v(layer), src.v(layer), pairs, stream=stream)
+        swap_blocks(self._blocks(), src._blocks(), pairs, stream=stream)
+
+    def _blocks(self) -> _core.Tensor:
+        """The pool by blocks, ``[num_blocks, 2, num_layers, block_size, num_kv_heads, head_dim]``."""
+        return self._pool.transpose(0, 2)
 
     def __repr__(self) -> str:
         return (

@@ -106,6 +106,36 @@ def test_rounding_and_saturation(backend, cache_dtype):
     np.testing.assert_array_equal(bits(backend.numpy(bv)), bits(backend.numpy(bk)))
 
 
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("heads_dim", [(8, 128), (3, 24), (1, 4096), (2, 17)])
+@pytest.mark.parametrize("pad", [0, 8])
+def test_many_tokens(backend, rng, heads_dim, cache_dtype, pad):
+    """More tokens than fill a device: rows that are dense on both sides, and rows that are not; some skipped, one out of range."""
+    heads, dim = heads_dim
+    num_tokens, blocks, block_size = 1300, 90, 16
+    k, v = (draw(rng, (num_tokens, heads, dim), "bfloat16") for _ in range(2))
+    slots = rng.permutation(blocks * block_size)[:num_tokens]
+    slots[rng.integers(0, num_tokens, 40)] = -1
+    slots[77] = blocks * block_size
+    scale = None if cache_dtype in DTYPES else np.array([0.5 if pad else 0.0371], np.float32)
+    scales = {} if scale is None else {"k_scale": backend.array(scale), "v_scale": backend.array(scale)}
+    caches = [backend.array(poisoned((blocks, block_size, heads, dim), cache_dtype)) for _ in range(2)]
+    quire.write_kv(backend.strided(k, pad), backend.strided(v, pad), *caches, backend.array(slots), **scales)
+    kept = (slots >= 0) & (slots < blocks * block_size)
+    for x, got in zip((k, v), caches):
+        want = poisoned((blocks * block_size, heads, dim), cache_dtype)
+        want[slots[kept]] = reference.store(x.astype(np.float32), scale, cache_dtype)[kept]
+        np.testing.assert_array_equal(bits(backend.numpy(got)), bits(want.reshape(backend.numpy(got).shape)))
+    out = tuple(backend.strided(poisoned(k.shape, "float32"), pad) for _ in range(2))
+    quire.gather_kv(*caches, backend.array(slots), out=out, **scales)
+    for cache, got in zip(caches, out):
+        rows = backend.numpy(cache).reshape(blocks * block_size, heads, dim)[np.where(kept, slots, 0)]
+        want = np.where(kept[:, None, None], reference.load(rows, scale), 0.0)
+        np.testing.assert_array_equal(backend.numpy(got), want.astype(np.float32))
+    with pytest.raises(IndexError, match=r"slot_mapping: expected a value in range"):
+        quire.check_errors(backend.device)
+
+
 @pytest.mark.parametrize("dim", [1, 3, 8, 64, 96, 128, 200])
 @pytest.mark.parametrize("heads", [1, 8, 40])
 def test_sizes(backend, rng, heads, dim):
@@ -467,6 +497,34 @@ def test_kv_cache_beyond_available_memory():
     blocks = quire.KVCache.num_blocks_for(int(0.999 * total), 1, 16, 8, 128, "float32")
     with pytest.raises(MemoryError, match=r"expected memory on cpu, could not get \d+ bytes"):
         quire.KVCache(1, blocks, 16, 8, 128, "float32")
+
+
+def test_kv_cache_moves_all_layers(backend, rng):
+    """Runs of adjacent pairs, single ones, and other numbers of blocks on the two sides."""
+    device = quire.KVCache(3, 9, 2, 1, 8, "float16", backend.device)
+    host = quire.KVCache(3, 6, 2, 1, 8, "float16", "cpu", pinned=backend.device != "cpu")
+    back = quire.KVCache(3, 9, 2, 1, 8, "float16", "cpu")
+    values = host.pool.numpy()
+    values[...] = rng.standard_normal(values.shape)
+    pairs = np.array([[0, 4], [1, 5], [2, 6], [5, 0], [4, 1]])
+    device.swap_blocks_from(host, pairs)
+    device.copy_blocks(backend.array(np.array([[5, 8], [0, 2]])))
+    every = np.array([[i, i] for i in range(9)])
+    back.swap_blocks_from(device, every)
+    backend.synchronize()
+    got = back.pool.numpy()
+    np.testing.assert_array_equal(got[:, :, pairs[:, 1]], values[:, :, pairs[:, 0]])
+    np.testing.assert_array_equal(got[:, :, [8, 2]], values[:, :, [1, 5]])
+
+
+def test_tensor_transpose():
+    x = quire.empty((2, 3, 4), "float32", "cpu")
+    x.numpy()[...] = np.arange(24).reshape(2, 3, 4)
+    np.testing.assert_array_equal(x.transpose(0, 2).numpy(), x.numpy().transpose(2, 1, 0))
+    with pytest.raises(
+        IndexError, match=r"\[Tensor.transpose\] dim1: expected 0 or more and less than 3, got 3"
+    ):
+        x.transpose(0, 3)
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)

@@ -328,7 +328,9 @@ def check_quantized(
     if granularity != "tensor":
         assert got[1] is out[1]
     # layer_norm's difference from the mean cancels; what is left is near in absolute terms.
-    slack = 2e-6 if op != "layer_norm" else 1e-5
+    slack = (
+        1e-5 if op == "layer_norm" else 2e-6 if shape[-1] <= 20000 else 5e-6
+    )  # a long row's sum is less exact
     if op == "layer_norm":
         near = np.abs(want) < 2e-2
         host, exact = backend.numpy(got[0]), want.copy()

@@ -9,9 +9,7 @@
 #include "core/explain.h"
 #include "cuda/device/divisor.cuh"
 #include "cuda/device/reduce.cuh"
-#include "cuda/element.h"
-#include "cuda/launch.h"
-#include "ops/position_encoding.h"
+#include "cuda/position_encoding/shared.cuh"
 
 namespace quire::cuda {
 namespace {
@@ -23,13 +21,6 @@ constexpr int kHeadsPerThread = 2;
 constexpr int kResidentThreads = 1024;
 // Tokens per SM below which heads are spread over as many threads as there are.
 constexpr int kManyTokensPerSm = 8;
-
-// One pair. Which product is fused is fixed, so that every kernel and the CPU give the same bits.
-__device__ __forceinline__ void rotate(float& a, float& b, float cos, float sin) {
-  const float rotated_a = fmaf(a, cos, -__fmul_rn(b, sin));
-  b = fmaf(b, cos, __fmul_rn(a, sin));
-  a = rotated_a;
-}
 
 // Grid: work item = blockDim.z tokens x one chunk of heads x one chunk of angles; gridDim.x CTAs walk all items. Thread (x, y, z)
 // rotates kVec pairs of up to kHeadsPerThread heads of a token; the heads of q and k are numbered as one list. The position of
@@ -120,7 +111,7 @@ void launch_rotary(const RotaryParams& p, Stream stream) {
   QUIRE_CHECK_LAUNCH("rotary_embedding", stream);
 }
 
-// ---- rope: a norm of each head, rotation, and the write to the cache, in one pass ----
+// ---- A norm of each head, rotation, and the write to the cache, in one pass ----
 
 // Registers of a thread of this kernel: more than rotary_embedding's, or it spills.
 constexpr int kRopeResidentThreads = 768;
@@ -131,9 +122,6 @@ enum class CacheForm {
   kRaw,        // it has the dtype of k and v
   kConverted,  // another one
 };
-
-// Heads of q, then of k, then of v, numbered as one list.
-enum class HeadKind { kQuery, kKey, kValue };
 
 // One head of a call: where it is read and written at token 0 and slot 0.
 template <typename T>
@@ -194,38 +182,6 @@ __device__ __forceinline__ float cache_scale(const RopeParams& p, HeadKind kind,
   return kind == HeadKind::kQuery || scale == nullptr ? 1.0f : scale[index * (is_key ? p.kv.k_scale_stride : p.kv.v_scale_stride)];
 }
 
-// x at `element` of a cache whose dtype is a run-time value: its branch is uniform, and keys and values are the smaller part of what
-// moves.
-template <typename T, int kVec>
-__device__ __forceinline__ void store_converted(void* cache, DType dtype, std::int64_t element, const Packed<T, kVec>& x,
-                                                const Divisor& divisor) {
-  float v[kVec];
-  unpack<T, kVec>(v, x);
-  switch (dtype) {
-    case DType::kFloat32: return store_floats(static_cast<float*>(cache) + element, v);
-    case DType::kFloat16: return store_floats(static_cast<__half*>(cache) + element, v);
-    case DType::kBFloat16: return store_floats(static_cast<__nv_bfloat16*>(cache) + element, v);
-    case DType::kFloat8E4M3FN: return store_raw(static_cast<__nv_fp8_e4m3*>(cache) + element, divisor.divide_and_pack<__nv_fp8_e4m3>(v));
-    case DType::kFloat8E5M2: return store_raw(static_cast<__nv_fp8_e5m2*>(cache) + element, divisor.divide_and_pack<__nv_fp8_e5m2>(v));
-    default: return store_raw(static_cast<std::int8_t*>(cache) + element, divisor.divide_and_pack<std::int8_t>(v));
-  }
-}
-
-__device__ __forceinline__ std::int64_t read_index(const void* indices, DType dtype, std::int64_t at) {
-  return dtype == DType::kInt64 ? static_cast<const std::int64_t*>(indices)[at] : static_cast<const std::int32_t*>(indices)[at];
-}
-
-__device__ __forceinline__ bool is_known(const RopeParams& p, std::int64_t position) {
-  return position >= 0 && position < p.rotary.max_position;
-}
-
-// By one thread of a token.
-__device__ __forceinline__ void record_bad_indices(const RopeParams& p, ErrorWord* error_word, std::int64_t token, std::int64_t position,
-                                                   std::int64_t slot) {
-  if (!is_known(p, position) && position != -1) record_error(error_word, p.op, ArgId::kPositions, token, position);
-  if (slot < -1 || slot >= p.kv.num_blocks * p.kv.block_size) record_error(error_word, p.op, ArgId::kSlotMapping, token, slot);
-}
-
 // One weight of a norm, its offset added.
 __device__ __forceinline__ float head_weight(const RopeParams& p, bool is_query, std::int64_t at) {
   float weight[1][1];
@@ -237,10 +193,10 @@ __device__ __forceinline__ float head_weight(const RopeParams& p, bool is_query,
 // Grid: gridDim.x is a multiple of the chunks of heads, so that a thread keeps its heads; the CTAs of a chunk walk the tokens,
 // blockDim.z at a time. Thread (x, y, z) has two vectors of kVec elements of up to kHeadsPerThread heads: those that rotate with
 // each other, and past rotary_dim those that follow each other. blockDim.x, a power of two up to 32, covers a head. Position and
-// slot of the next token are read ahead. Norms: weights lie in shared memory, head_dim floats for q and as many for k.
-template <bool kNorms, CacheForm kForm, typename T, int kVec>
+// slot of the next token are read ahead. The weights lie in shared memory, head_dim floats for q and as many for k.
+template <CacheForm kForm, typename T, int kVec>
 __global__ void __launch_bounds__(kThreads, kRopeResidentThreads / kThreads)
-    rope_kernel(const __grid_constant__ RopeParams p, ErrorWord* const error_word, const int num_head_chunks) {
+    head_norm_rope_kernel(const __grid_constant__ RopeParams p, ErrorWord* const error_word, const int num_head_chunks) {
   constexpr bool kWrites = kForm != CacheForm::kNone;
   extern __shared__ float4 shared[];
   float* const weights = reinterpret_cast<float*>(shared);
@@ -291,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, kRopeResidentThreads / kThreads)
       if (has_first) firsts[i] = load_packed<T, kVec>(source + first_at);
       if (has_second) seconds[i] = load_packed<T, kVec>(source + second_at);
     }
-    if (kNorms && !has_weights) {
+    if (!has_weights) {
       // After the first loads, so that both are under way together.
       const int num_threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
       const int thread = static_cast<int>((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x);
@@ -320,20 +276,18 @@ __global__ void __launch_bounds__(kThreads, kRopeResidentThreads / kThreads)
         float x[2 * kVec];
         unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[0]), firsts[i]);
         unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[kVec]), seconds[i]);
-        if constexpr (kNorms) {
-          float sum = 0.0f;
+        float sum = 0.0f;
 #pragma unroll
-          for (int e = 0; e < 2 * kVec; ++e) sum = fmaf(x[e], x[e], sum);
-          for (unsigned distance = blockDim.x / 2; distance > 0; distance /= 2)
-            sum += __shfl_xor_sync(lane_mask, sum, static_cast<int>(distance));
-          const float inverse = __frsqrt_rn(fmaf(sum, inverse_head_dim, p.norm.eps));
-          const float* const weight = weights + (heads[i].kind == HeadKind::kQuery ? 0 : head_dim);
-          float factors[2 * kVec] = {};
-          if (has_first) load_floats(reinterpret_cast<float (&)[kVec]>(factors[0]), weight + first_at);
-          if (has_second) load_floats(reinterpret_cast<float (&)[kVec]>(factors[kVec]), weight + second_at);
+        for (int e = 0; e < 2 * kVec; ++e) sum = fmaf(x[e], x[e], sum);
+        for (unsigned distance = blockDim.x / 2; distance > 0; distance /= 2)
+          sum += __shfl_xor_sync(lane_mask, sum, static_cast<int>(distance));
+        const float inverse = __frsqrt_rn(fmaf(sum, inverse_head_dim, p.norm.eps));
+        const float* const weight = weights + (heads[i].kind == HeadKind::kQuery ? 0 : head_dim);
+        float factors[2 * kVec] = {};
+        if (has_first) load_floats(reinterpret_cast<float (&)[kVec]>(factors[0]), weight + first_at);
+        if (has_second) load_floats(reinterpret_cast<float (&)[kVec]>(factors[kVec]), weight + second_at);
 #pragma unroll
-          for (int e = 0; e < 2 * kVec; ++e) x[e] = x[e] * inverse * factors[e];
-        }
+        for (int e = 0; e < 2 * kVec; ++e) x[e] = x[e] * inverse * factors[e];
         if (rotates) {
 #pragma unroll
           for (int e = 0; e < kVec; ++e) {
@@ -431,8 +385,8 @@ __global__ void __launch_bounds__(kThreads) rope_element_kernel(const __grid_con
   }
 }
 
-template <bool kNorms, CacheForm kForm, typename T, int kVec>
-void launch_rope(const RopeParams& p, const char* name, Stream stream) {
+template <CacheForm kForm, typename T, int kVec>
+void launch_head_norm_rope(const RopeParams& p, const char* name, Stream stream) {
   const RotaryParams& r = p.rotary;
   const std::int64_t lanes = std::bit_ceil(static_cast<std::uint64_t>(ceil_div(r.head_dim / kVec, 2)));
   const std::int64_t num_all_heads = r.num_heads + (kForm == CacheForm::kNone ? 1 : 2) * p.kv.num_kv_heads;
@@ -447,8 +401,8 @@ void launch_rope(const RopeParams& p, const char* name, Stream stream) {
   const std::int64_t resident_ctas = device.num_sms * (kRopeResidentThreads / (lanes * head_lanes * tokens_per_cta));
   const std::int64_t ctas_per_chunk = std::min(ceil_div(r.num_tokens, tokens_per_cta),
                                                many_tokens ? ceil_div(resident_ctas, num_head_chunks) : 0x7fffffff / num_head_chunks);
-  const std::size_t shared_bytes = kNorms ? 2 * static_cast<std::size_t>(r.head_dim) * sizeof(float) : 0;
-  rope_kernel<kNorms, kForm, T, kVec>
+  const std::size_t shared_bytes = 2 * static_cast<std::size_t>(r.head_dim) * sizeof(float);
+  head_norm_rope_kernel<kForm, T, kVec>
       <<<static_cast<unsigned>(ctas_per_chunk * num_head_chunks), block, shared_bytes, cuda_stream(stream)>>>(
           p, error_word(), static_cast<int>(num_head_chunks));
   QUIRE_CHECK_LAUNCH(name, stream);
@@ -528,16 +482,15 @@ void rope(const RopeParams& params, Stream stream) {
                                                                                                                   : nullptr;
     if (explain_vectors(obstacle)) return;
     if (obstacle != nullptr) return launch_rope_elements<T>(params, name, stream);
-    dispatch_bool(params.norm.q_weight != nullptr, [&](auto norms) {
-      constexpr bool kNorms = decltype(norms)::value;
-      if (kv.k_cache == nullptr) {
-        launch_rope<kNorms, CacheForm::kNone, T, kVec>(params, name, stream);
-      } else if (kv.cache_dtype == r.dtype) {
-        launch_rope<kNorms, CacheForm::kRaw, T, kVec>(params, name, stream);
-      } else {
-        launch_rope<kNorms, CacheForm::kConverted, T, kVec>(params, name, stream);
-      }
-    });
+    // Without norms there is always a cache.
+    if (params.norm.q_weight == nullptr) return rope_and_write_vectors(params, name, stream);
+    if (kv.k_cache == nullptr) {
+      launch_head_norm_rope<CacheForm::kNone, T, kVec>(params, name, stream);
+    } else if (kv.cache_dtype == r.dtype) {
+      launch_head_norm_rope<CacheForm::kRaw, T, kVec>(params, name, stream);
+    } else {
+      launch_head_norm_rope<CacheForm::kConverted, T, kVec>(params, name, stream);
+    }
   });
 }
 

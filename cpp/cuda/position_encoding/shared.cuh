@@ -1,0 +1,57 @@
+// What the rotary kernels share.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "cuda/device/divisor.cuh"
+#include "cuda/element.h"
+#include "cuda/launch.h"
+#include "ops/position_encoding.h"
+
+namespace quire::cuda {
+
+/// rope_write.cu: rotates q in place and writes k and v to the cache, without norms. For layouts that have vectors.
+void rope_and_write_vectors(const RopeParams& params, const char* name, Stream stream);
+
+/// Heads of q, then of k, then of v, numbered as one list.
+enum class HeadKind { kQuery, kKey, kValue };
+
+/// One pair. Which product is fused is fixed, so that every kernel and the CPU give the same bits.
+__device__ __forceinline__ void rotate(float& a, float& b, float cos, float sin) {
+  const float rotated_a = fmaf(a, cos, -__fmul_rn(b, sin));
+  b = fmaf(b, cos, __fmul_rn(a, sin));
+  a = rotated_a;
+}
+
+__device__ __forceinline__ std::int64_t read_index(const void* indices, DType dtype, std::int64_t at) {
+  return dtype == DType::kInt64 ? static_cast<const std::int64_t*>(indices)[at] : static_cast<const std::int32_t*>(indices)[at];
+}
+
+__device__ __forceinline__ bool is_known(const RopeParams& p, std::int64_t position) {
+  return position >= 0 && position < p.rotary.max_position;
+}
+
+/// By one thread of a token.
+__device__ __forceinline__ void record_bad_indices(const RopeParams& p, ErrorWord* error_word, std::int64_t token, std::int64_t position,
+                                                   std::int64_t slot) {
+  if (!is_known(p, position) && position != -1) record_error(error_word, p.op, ArgId::kPositions, token, position);
+  if (slot < -1 || slot >= p.kv.num_blocks * p.kv.block_size) record_error(error_word, p.op, ArgId::kSlotMapping, token, slot);
+}
+
+/// x at `element` of a cache whose dtype is a run-time value: its branch is uniform, and keys and values are the smaller part of what
+/// moves.
+template <typename T, int kVec>
+__device__ __forceinline__ void store_converted(void* cache, DType dtype, std::int64_t element, const Packed<T, kVec>& x,
+                                                const Divisor& divisor) {
+  float v[kVec];
+  unpack<T, kVec>(v, x);
+  switch (dtype) {
+    case DType::kFloat32: return store_floats(static_cast<float*>(cache) + element, v);
+    case DType::kFloat16: return store_floats(static_cast<__half*>(cache) + element, v);
+    case DType::kBFloat16: return store_floats(static_cast<__nv_bfloat16*>(cache) + element, v);
+    case DType::kFloat8E4M3FN: return store_raw(static_cast<__nv_fp8_e4m3*>(cache) + element, divisor.divide_and_pack<__nv_fp8_e4m3>(v));
+    case DType::kFloat8E5M2: return store_raw(static_cast<__nv_fp8_e5m2*>(cache) + element, divisor.divide_and_pack<__nv_fp8_e5m2>(v));
+    default: return store_raw(static_cast<std::int8_t*>(cache) + element, divisor.divide_and_pack<std::int8_t>(v));
+  }
+}
+
+}  // namespace quire::cuda
