@@ -139,8 +139,9 @@ void launch(const AttentionParams& params, const Config& config, Stream stream) 
   });
   if (config.num_splits > 1) {
     const std::int64_t group = params.num_heads / params.num_kv_heads;
-    const std::int64_t rows =
-        config.tiles_per_seq == 1 && params.block_tables != nullptr ? group : tile_rows(config.variant, config.head_dim_bucket);
+    // Paged and without query_start_loc there is one query per sequence, but in the pass over a shared prefix.
+    const bool one_query = config.tiles_per_seq == 1 && params.block_tables != nullptr && params.shared_queries == 0;
+    const std::int64_t rows = one_query ? group : tile_rows(config.variant, config.head_dim_bucket);
     launch_combine(plan, dim3(static_cast<unsigned>(config.num_tiles * params.num_kv_heads), static_cast<unsigned>(rows)), stream);
   }
 }

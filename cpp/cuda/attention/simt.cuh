@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(kThreads) attention_simt_kernel(const __grid_c
       float value = score[r] * scale;
       if (p.softcap > 0.0f) value = p.softcap * tanhf(value / p.softcap);
       if (p.alibi_slopes != nullptr) value -= slope[r] * static_cast<float>(position[r] - key);
-      const bool seen =
-          location.valid && key >= range[r].begin && key < range[r].end && (__shfl_sync(kAllLanes, row_mask, r) >> lane & 1u) != 0;
+      const bool allowed = (__shfl_sync(kAllLanes, row_mask, r) >> lane & 1u) != 0;
+      const bool seen = allowed && location.valid && key >= range[r].begin && key < range[r].end;
       if (!seen) value = -INFINITY;
       float top = value;
 #pragma unroll

@@ -230,7 +230,8 @@ struct WgmmaConsumer {
       wait_full(control().tile_full, tile_uses);
       work.slot = &control().tiles[tile_uses % kTileSlots];
       const TileKind kind = work.slot->kind;
-      if (kind == TileKind::kEnd || (kind == TileKind::kNone && unfinished)) return false;
+      // What has no keys waits as well: the ring is not to fill up behind the tile that is unfinished.
+      if (kind == TileKind::kEnd || (unfinished && (kind == TileKind::kNone || work.slot->tile.key_end == 0))) return false;
       ++tile_uses;
       if (kind != TileKind::kNone) {
         if (work.slot->tile.key_end > 0) break;
