@@ -99,6 +99,8 @@ def attention_hopper(dtype: torch.dtype) -> None:
             sinks=sinks,
         )
         paged([1300, 300], [1300, 555], (4, 2), head_dim, dtype, dtype, hostile=True, window=(100, 20))
+    # More tiles than SMs, of sequences with and without keys.
+    paged([64] * 300, [128 if i % 3 == 0 else 0 for i in range(300)], (1, 1), 128, dtype, dtype)
     n = 2048  # more tiles than SMs
     q, k, v = normal(n, 12, 128, dtype=dtype), normal(n, 4, 128, dtype=dtype), normal(n, 4, 128, dtype=dtype)
     quire.attention(

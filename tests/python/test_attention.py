@@ -358,6 +358,23 @@ def test_empty_rows(backend, rng, decode):
     batch.check(backend, window=(0, -1))
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_many_sequences_with_and_without_keys(backend, rng, dim):
+    """More tiles than a device has SMs, and runs of them that have nothing to do, before and after ones that have."""
+    count = 300
+    batch = Batch.make(
+        rng,
+        q_lens=[64] * count,
+        kv_lens=[(70 if i % 7 == 3 or i > 250 else 0) for i in range(count)],
+        heads=1,
+        kv_heads=1,
+        dim=dim,
+        block_size=16,
+        dtype="bfloat16",
+    )
+    batch.check(backend)
+
+
 def test_window_that_sees_nothing(backend, rng):
     batch = Batch.make(
         rng, q_lens=[3], kv_lens=[40], heads=1, kv_heads=1, dim=16, block_size=8, dtype="float32"

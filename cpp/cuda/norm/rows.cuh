@@ -457,7 +457,9 @@ void launch_norm(const NormParams& p, const char* name, Stream stream) {
                                  : kKind == NormKind::kAddRms && !rows_are_vectors<T>(p.residual, p.residual_rows, p.hidden) ? "residual"
                                  : !parameter_is_vectors(p.weight, p.weight_dtype, kVec)                                     ? "weight"
                                  : kKind == NormKind::kLayer && !parameter_is_vectors(p.bias, p.bias_dtype, kVec)            ? "bias"
-                                                                                                                             : nullptr;
+                                 : kQuantizes && p.quant.granularity == ScaleGranularity::kGroup && lanes_of_group<kVec>(p.quant) == 0
+                                     ? "group_size"
+                                     : nullptr;
     if (explain_vectors(obstacle)) return;
     if (obstacle == nullptr) {
       launch_rows<kKind, kQuantizes, T, kVec>(p, name, stream);
