@@ -37,7 +37,7 @@ def rows(x_operands: Sequence[int]) -> Rule:
     """The rule of an op over rows ``[..., hidden]``: ``x_operands`` have rows, the others are shared."""
 
     def rule(
-        op: Op, size: int, batched: list[bool], operands: list[Array | None], attributes: dict[str, Value]
+        op: Op, size: int, batched: list[bool], operands: list[Array], attributes: dict[str, Value]
     ) -> list[Array]:
         refuse_batched(op, batched, [i for i in range(len(operands)) if i not in x_operands])
         shape: tuple[int, ...] = ()
@@ -46,9 +46,7 @@ def rows(x_operands: Sequence[int]) -> Rule:
             x = x if batched[i] else jnp.broadcast_to(x[None], (size, *x.shape))
             shape = x.shape
             operands[i] = x.reshape((-1, x.shape[-1])) if x.size else x.reshape((0, x.shape[-1]))
-        return [
-            result.reshape((*shape[:-1], result.shape[-1])) for result in call(op, operands, attributes)
-        ]
+        return [result.reshape((*shape[:-1], result.shape[-1])) for result in call(op, operands, attributes)]
 
     return rule
 
@@ -57,7 +55,7 @@ def tokens(token_operands: Sequence[int]) -> Rule:
     """The rule of an op over independent tokens: ``token_operands`` begin with them, the others are shared."""
 
     def rule(
-        op: Op, size: int, batched: list[bool], operands: list[Array | None], attributes: dict[str, Value]
+        op: Op, size: int, batched: list[bool], operands: list[Array], attributes: dict[str, Value]
     ) -> list[Array]:
         refuse_batched(op, batched, [i for i in range(len(operands)) if i not in token_operands])
         for i in token_operands:
@@ -85,7 +83,7 @@ def caches(
     """
 
     def rule(
-        op: Op, size: int, batched: list[bool], operands: list[Array | None], attributes: dict[str, Value]
+        op: Op, size: int, batched: list[bool], operands: list[Array], attributes: dict[str, Value]
     ) -> list[Array]:
         any_cache = any(batched[i] for i in cache_operands)
         others = (*cache_operands, index_operand, *token_operands)
@@ -133,7 +131,7 @@ def paged(first: int) -> Rule:
     """The rule of attention over paged caches; ``first`` is the operand block_tables."""
 
     def rule(
-        op: Op, size: int, batched: list[bool], operands: list[Array | None], attributes: dict[str, Value]
+        op: Op, size: int, batched: list[bool], operands: list[Array], attributes: dict[str, Value]
     ) -> list[Array]:
         q, tables, lens, loc, mask, mask_start = 0, first, first + 1, first + 2, first + 7, first + 8
         folded = (q, 1, 2, tables, lens, loc, mask, mask_start)
@@ -167,7 +165,7 @@ def ragged() -> Rule:
     """The rule of attention over ragged keys."""
 
     def rule(
-        op: Op, size: int, batched: list[bool], operands: list[Array | None], attributes: dict[str, Value]
+        op: Op, size: int, batched: list[bool], operands: list[Array], attributes: dict[str, Value]
     ) -> list[Array]:
         q, k, v, loc, kv_loc, mask, mask_start = 0, 1, 2, 3, 4, 9, 10
         refuse_batched(op, batched, [i for i in range(len(operands)) if 5 <= i <= 8])

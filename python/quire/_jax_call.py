@@ -21,7 +21,7 @@ Value = str | int | float
 #: The shape and dtype name of a result.
 Result = tuple[tuple[int, ...], str]
 #: A batching rule: (op, axis_size, which operands are batched, operands, attributes) to the batched results.
-Rule = Callable[["Op", int, list[bool], list[Array | None], dict[str, Value]], Sequence[Array]]
+Rule = Callable[["Op", int, list[bool], list[Array], dict[str, Value]], Sequence[Array]]
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Op:
 
     name: str
     operands: tuple[str, ...]
-    results: Callable[[list[Array | None], dict[str, Value]], list[Result | None]]
+    results: Callable[[list[Array], dict[str, Value]], list[Result | None]]
     rule: Rule
     aliases: tuple[tuple[int, int], ...] = ()
     donated: tuple[int, ...] = ()
-    scratch_bytes: Callable[[list[Array | None]], int] | None = None
+    scratch_bytes: Callable[[list[Array]], int] | None = None
 
 
-def call(op: Op, operands: Sequence[Array | None], attributes: dict[str, Value]) -> tuple[Array, ...]:
+def call(op: Op, operands: Sequence[Array], attributes: dict[str, Value]) -> tuple[Array, ...]:
     """Calls a target: compiled on its own outside jit, a part of what is traced inside."""
     present = tuple(operand is not None for operand in operands)
     function = _compiled(op, present, tuple(sorted(attributes.items())))
@@ -72,7 +72,7 @@ def _bits(present: Sequence[bool]) -> int:
     return sum(1 << i for i, here in enumerate(present) if here)
 
 
-def _spread(present: tuple[bool, ...], arrays: Sequence[Array]) -> list[Array | None]:
+def _spread(present: tuple[bool, ...], arrays: Sequence[Array]) -> list[Array]:
     rest = iter(arrays)
     return [next(rest) if here else None for here in present]
 
@@ -110,8 +110,9 @@ def _compiled(
         )
         if scratch > 0:
             bits["results"] = int(bits["results"]) | 1 << len(wanted)
-        outputs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in results]
-        outputs += [jax.ShapeDtypeStruct((scratch,), jnp.uint8)] * (scratch > 0)
+        described: Any = jax.ShapeDtypeStruct
+        outputs = [described(shape, jnp.dtype(dtype)) for shape, dtype in results]
+        outputs += [described((scratch,), jnp.uint8)] * (scratch > 0)
         invoke = jax.ffi.ffi_call(
             f"quire.{op.name}",
             outputs,

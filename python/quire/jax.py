@@ -1,11 +1,11 @@
-"""quire inside JAX: every op as an XLA FFI call, usable under ``jax.jit``, ``lax.scan``, ``lax.while_loop``, ``jax.vmap`` and ``shard_map``.
+"""quire inside JAX: every op as an XLA FFI call, under ``jax.jit``, ``scan``, ``while_loop``, ``vmap`` and ``shard_map``.
 
 SPDX-License-Identifier: Apache-2.0
 
-The functions have the names and arguments of quire's own, less ``out``, ``workspace``, ``validate`` and ``stream``, which XLA sees to. They
-return what quire's own write: a KV cache goes in and comes out. Inside ``jax.jit`` a cache that the caller donates is written in place; outside
-it, the ops that write caches donate them themselves, so that the arrays that were passed are gone. Shapes and dtypes are checked while tracing, by
-the library's own validation. Scalars and options are static.
+The functions have the names and arguments of quire's own, less ``out``, ``workspace``, ``validate`` and ``stream``, which XLA sees
+to. They return what quire's own write: a KV cache goes in and comes out. Inside ``jax.jit`` a cache that the caller donates is
+written in place; outside it, the ops that write caches donate them themselves, so that the arrays that were passed are gone.
+Shapes and dtypes are checked while tracing, by the library's own validation. Scalars and options are static.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 Style = Literal["neox", "gptj"]
-_Operands = list[Array | None]
+_Operands = list[Array]
 _Attributes = dict[str, Value]
 
 
@@ -72,9 +72,7 @@ def _quantization(
     if name not in ("float8_e4m3fn", "int8"):
         raise TypeError(f"[{op}] out_dtype: expected float8_e4m3fn or int8, got {name}")
     if granularity not in ("tensor", "token", "group"):
-        raise ValueError(
-            f'[{op}] granularity: expected "tensor", "token" or "group", got "{granularity}"'
-        )
+        raise ValueError(f'[{op}] granularity: expected "tensor", "token" or "group", got "{granularity}"')
     if (scale is None) == (granularity == "tensor"):
         expected, got = ("one", "none") if scale is None else ("none", "one")
         raise ValueError(f'[{op}] scale: expected {expected} for granularity "{granularity}", got {got}')
@@ -139,7 +137,7 @@ def rms_norm(
         return call(_RMS_NORM, [x, weight], attributes)[0]
     attributes |= _quantization("rms_norm", out_dtype, scale, granularity, group_size)
     out, *scales = call(_RMS_NORM_QUANTIZED, [x, weight, scale], attributes)
-    return out, *(scales or [scale])  # type: ignore[return-value]
+    return out, *(scales or [scale])
 
 
 def fused_add_rms_norm(
@@ -169,9 +167,7 @@ def fused_add_rms_norm(
     if out_dtype is None:
         return call(_FUSED_ADD_RMS_NORM, [x, residual, weight], attributes)
     attributes |= _quantization("fused_add_rms_norm", out_dtype, scale, granularity, group_size)
-    out, *scales, residual = call(
-        _FUSED_ADD_RMS_NORM_QUANTIZED, [x, residual, weight, scale], attributes
-    )
+    out, *scales, residual = call(_FUSED_ADD_RMS_NORM_QUANTIZED, [x, residual, weight, scale], attributes)
     return out, *(scales or [scale]), residual
 
 
@@ -201,7 +197,7 @@ def layer_norm(
         return call(_LAYER_NORM, [x, weight, bias], attributes)[0]
     attributes |= _quantization("layer_norm", out_dtype, scale, granularity, group_size)
     out, *scales = call(_LAYER_NORM_QUANTIZED, [x, weight, bias, scale], attributes)
-    return out, *(scales or [scale])  # type: ignore[return-value]
+    return out, *(scales or [scale])
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------------
@@ -558,7 +554,8 @@ def _attention_results(operands: _Operands, attributes: _Attributes) -> list[Res
 def _scratch_bytes(size_name: str, seq_lens: int | None, start_loc: int | None) -> object:
     """Of the workspace that the op asks for on CUDA.
 
-    Which platform is compiled for is not known while tracing: where there is a GPU, it is declared for the CPU too, which leaves it untouched.
+    Which platform is compiled for is not known while tracing: where there is a GPU, it is declared for the CPU too, which leaves it
+    untouched.
     """
     size = getattr(_core, size_name)
 
@@ -748,9 +745,7 @@ def attention(
     operands = [
         q, k, v, query_start_loc, kv_start_loc, alibi_slopes, sinks, k_scale, v_scale, mask, mask_start
     ]  # fmt: skip
-    results = call(
-        _ATTENTION, operands, _options("attention", scale, causal, window, softcap, return_lse)
-    )
+    results = call(_ATTENTION, operands, _options("attention", scale, causal, window, softcap, return_lse))
     return (results[0], results[1]) if return_lse else results[0]
 
 

@@ -101,10 +101,21 @@ def test_every_page_is_found():
     assert [page for page in PAGES if not sections(page)] == []
 
 
-@pytest.mark.parametrize("name", [name for name in quire.__all__ if not name.startswith("__")])
+NAMES = [f"quire.{name}" for name in quire.__all__ if not name.startswith("__")]
+
+
+def names_of(module):
+    """The public names of a module whose framework is here."""
+    if not frameworks.has_module(module.rpartition(".")[2]):
+        return []
+    return [f"{module}.{name}" for name in importlib.import_module(module).__all__]
+
+
+@pytest.mark.parametrize("name", NAMES + names_of("quire.jax"))
 def test_docstring_examples(name):
-    item = getattr(quire, name)
-    assert item.__doc__, f"quire.{name} has no docstring"
+    module, _, attribute = name.rpartition(".")
+    item = getattr(importlib.import_module(module), attribute)
+    assert item.__doc__, f"{name} has no docstring"
     examples = doctest.DocTestParser().get_doctest(item.__doc__, {}, name, None, 0)
     printed = io.StringIO()
     with np.printoptions(legacy=False):

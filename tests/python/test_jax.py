@@ -263,19 +263,26 @@ def batch_of(op, arrays, options, batch_caches):
             return np.maximum(a - 1, 0).astype(a.dtype)  # the last token belongs to no sequence
         return (a[::-1] if a.ndim == 1 else a).copy()
 
-    second = [other(i, a) for i, a in enumerate(arrays)], {name: other(name, a) for name, a in operands.items()}
+    second = (
+        [other(i, a) for i, a in enumerate(arrays)],
+        {name: other(name, a) for name, a in operands.items()},
+    )
 
     def axis(key, a):
         return None if a is None or key in shared else 0
 
     axes = [axis(i, a) for i, a in enumerate(arrays)], {name: axis(name, a) for name, a in operands.items()}
-    stack = [a if a is None or ax is None else np.stack([a, b]) for a, b, ax in zip(arrays, second[0], axes[0])]
+    stack = [
+        a if a is None or ax is None else np.stack([a, b]) for a, b, ax in zip(arrays, second[0], axes[0])
+    ]
     named = {n: a if axes[1][n] is None else np.stack([a, second[1][n]]) for n, a in operands.items()}
     return (stack, named), axes, [(arrays, operands), second], static
 
 
 #: Ops that only read caches take shared ones and a batch of them.
-VMAP_CASES = [(*case, False) for case in CASES] + [(*case, True) for case in CASES if case[0] in ("paged_attention", "gather_kv")]
+VMAP_CASES = [(*case, False) for case in CASES] + [
+    (*case, True) for case in CASES if case[0] in ("paged_attention", "gather_kv")
+]
 
 
 @pytest.mark.parametrize(("op", "arrays", "options", "batch_caches"), VMAP_CASES)
@@ -289,7 +296,11 @@ def test_vmap(device, op, arrays, options, batch_caches):
         loc = operands.get("query_start_loc")
         if loc is not None:  # rows of no sequence are undefined
             mine, expected = ([r[: loc[-1]] for r in rows] for rows in (mine, expected))
-        compare("cuda" if static.get("out_dtype") is None and device == "cpu" and "attention" in op else device, mine, expected)
+        compare(
+            "cuda" if static.get("out_dtype") is None and device == "cpu" and "attention" in op else device,
+            mine,
+            expected,
+        )
 
 
 def test_vmap_in_vmap(device):
@@ -400,7 +411,9 @@ def float_operand(arrays):
     return next((i for i, a in enumerate(arrays) if a is not None and a.dtype in kinds), None)
 
 
-@pytest.mark.parametrize(("op", "arrays", "options"), [case for case in CASES if float_operand(case[1]) is not None])
+@pytest.mark.parametrize(
+    ("op", "arrays", "options"), [case for case in CASES if float_operand(case[1]) is not None]
+)
 def test_no_gradient(op, arrays, options):
     operands, static = split_options(options)
     place = float_operand(arrays)
@@ -419,14 +432,20 @@ def test_no_gradient(op, arrays, options):
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_refusals_are_the_librarys(jit):
     ones = jnp.ones
-    with pytest.raises(ValueError, match=r"^\[rms_norm\] weight: expected float32 \[64\], got float32 \[63\]"):
+    with pytest.raises(
+        ValueError, match=r"^\[rms_norm\] weight: expected float32 \[64\], got float32 \[63\]"
+    ):
         jit(quire.jax.rms_norm)(ones((2, 64)), ones(63))
-    with pytest.raises(TypeError, match=r"^\[rms_norm\] x: expected float32, float16 or bfloat16, got int32 \[2, 64\]"):
+    with pytest.raises(
+        TypeError, match=r"^\[rms_norm\] x: expected float32, float16 or bfloat16, got int32 \[2, 64\]"
+    ):
         jit(quire.jax.rms_norm)(ones((2, 64), jnp.int32), ones(64))
     with pytest.raises(quire.UnsupportedError, match="head_dim that is a multiple of 8"):
         jit(quire.jax.attention)(*[ones((2, 1, 9))] * 3)
     with pytest.raises(ValueError, match=r"\[write_kv\] v: expected float32 \[2, 1, 8\]"):
-        jit(quire.jax.write_kv)(ones((2, 1, 8)), ones((3, 1, 8)), *[ones((2, 4, 1, 8))] * 2, ones(2, jnp.int32))
+        jit(quire.jax.write_kv)(
+            ones((2, 1, 8)), ones((3, 1, 8)), *[ones((2, 4, 1, 8))] * 2, ones(2, jnp.int32)
+        )
     with pytest.raises(TypeError, match=r"\[gelu_new\] array|dtype"):
         jit(quire.jax.gelu_new)(ones((2, 64), jnp.complex64))
     with pytest.raises(ValueError, match="style"):
@@ -520,7 +539,9 @@ def test_shard_map_on_two_gpus():
 def test_scratch_is_declared(device):
     if device == "cpu":
         pytest.skip("attention needs scratch memory on CUDA only")
-    args = [jnp.asarray(a) for a in (q[:3].astype(BF16), k_cache.astype(BF16), v_cache.astype(BF16), TABLES, LENS)]
+    args = [
+        jnp.asarray(a) for a in (q[:3].astype(BF16), k_cache.astype(BF16), v_cache.astype(BF16), TABLES, LENS)
+    ]
     text = jax.jit(quire.jax.paged_attention).lower(*args).compile().as_text()
     size = quire.paged_attention_workspace_size(3, 3, 4, 32, "cuda")
     assert size > 0
@@ -547,7 +568,10 @@ for i in range(5):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
 print("equal")
 """
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"
+    flags = (
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"
+    )
     environment = {**os.environ, "XLA_FLAGS": flags.strip(), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert result.stdout.strip() == "equal", result.stderr
@@ -580,9 +604,13 @@ def test_every_handler_says_its_version_and_traits():
     for name, *capsules in _core.jax_targets():
         for capsule in capsules:
             metadata = Metadata(traits=0)
-            extension = MetadataExtension(Extension(ctypes.sizeof(Extension), 1, None), ctypes.pointer(metadata))
+            extension = MetadataExtension(
+                Extension(ctypes.sizeof(Extension), 1, None), ctypes.pointer(metadata)
+            )
             frame = (ctypes.c_void_p * 32)(256, ctypes.addressof(extension))
-            handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(get(capsule, b"xla._CUSTOM_CALL_TARGET"))
+            handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(
+                get(capsule, b"xla._CUSTOM_CALL_TARGET")
+            )
             assert handler(ctypes.addressof(frame)) is None
             found = metadata.version.major, metadata.version.minor, metadata.traits
             assert found == (0, 1, 1), name
@@ -612,7 +640,17 @@ STRUCTS = [
     ("MetadataExtension", "XLA_FFI_Metadata_Extension", "extension_base metadata"),
 ]
 #: Structs of which arrays or values are embedded must also have the size that XLA's have.
-SAME_SIZE = {"Extension", "ApiVersion", "Buffer", "ByteSpan", "Scalar", "Buffers", "Attributes", "ErrorCreateArgs", "StreamGetArgs"}
+SAME_SIZE = {
+    "Extension",
+    "ApiVersion",
+    "Buffer",
+    "ByteSpan",
+    "Scalar",
+    "Buffers",
+    "Attributes",
+    "ErrorCreateArgs",
+    "StreamGetArgs",
+}
 CONSTANTS = {
     "kExtensionMetadata": "XLA_FFI_Extension_Metadata",
     "kStageExecute": "XLA_FFI_ExecutionStage_EXECUTE",
@@ -624,7 +662,10 @@ CONSTANTS = {
     "kResourceExhausted": "XLA_FFI_Error_Code_RESOURCE_EXHAUSTED",
     "kUnimplemented": "XLA_FFI_Error_Code_UNIMPLEMENTED",
     "kInternal": "XLA_FFI_Error_Code_INTERNAL",
-    **{f"k{name}": f"XLA_FFI_DataType_{name.upper()}" for name in "Pred S8 S32 S64 U8 F16 F32 F64 BF16 F8E5M2 F8E4M3FN".split()},
+    **{
+        f"k{name}": f"XLA_FFI_DataType_{name.upper()}"
+        for name in ["Pred", "S8", "S32", "S64", "U8", "F16", "F32", "F64", "BF16", "F8E5M2", "F8E4M3FN"]
+    },
 }
 
 
@@ -639,25 +680,37 @@ def test_abi_is_that_of_the_installed_header(tmp_path):
     assert {name for name, _, _ in STRUCTS} == declared - {
         "ExtensionType", "Stage", "ArgType", "AttrType", "HandlerTraits", "ErrorCode", "DataType"
     }  # fmt: skip
-    assert set(re.findall(r"\bk[A-Z]\w*(?= = )", ours.read_text())) - {"kApiMajor", "kApiMinor"} == set(CONSTANTS)
+    assert set(re.findall(r"\bk[A-Z]\w*(?= = )", ours.read_text())) - {"kApiMajor", "kApiMinor"} == set(
+        CONSTANTS
+    )
     lines = [f'#include "{theirs}"', "#include <cstddef>", f'#include "{ours}"', "namespace x = quire::xla;"]
     for mine, other, fields in STRUCTS:
         # ours is never longer than what any runtime passes, and those it reads from us are as long as it expects
-        lines.append(f'static_assert(sizeof(x::{mine}) {"==" if mine in SAME_SIZE else "<="} sizeof({other}), "{mine}");')
+        lines.append(
+            f'static_assert(sizeof(x::{mine}) {"==" if mine in SAME_SIZE else "<="} sizeof({other}), "{mine}");'
+        )
         for field in fields.split():
             name, _, their_name = field.partition("=")
             their_name = their_name or name
-            lines.append(f'static_assert(offsetof(x::{mine}, {name}) == offsetof({other}, {their_name}), "{mine}::{name}");')
+            lines.append(
+                f'static_assert(offsetof(x::{mine}, {name}) == offsetof({other}, {their_name}), "{mine}::{name}");'
+            )
             lines.append(
                 f"static_assert(sizeof(x::{mine}::{name}) == sizeof({other}::{their_name}) || "
                 f'sizeof(x::{mine}::{name}) > 8, "{mine}::{name}");'
             )
-    lines += [f'static_assert(int(x::{mine}) == int({other}), "{mine}");' for mine, other in CONSTANTS.items()]
-    lines.append('static_assert(x::kApiMajor == XLA_FFI_API_MAJOR && x::kApiMinor <= XLA_FFI_API_MINOR, "version");')
+    lines += [
+        f'static_assert(int(x::{mine}) == int({other}), "{mine}");' for mine, other in CONSTANTS.items()
+    ]
+    lines.append(
+        'static_assert(x::kApiMajor == XLA_FFI_API_MAJOR && x::kApiMinor <= XLA_FFI_API_MINOR, "version");'
+    )
     source = tmp_path / "abi.cpp"
     source.write_text("\n".join(lines) + "\n")
     result = subprocess.run(
-        [compiler, "-std=c++20", "-fsyntax-only", "-Wno-invalid-offsetof", str(source)], capture_output=True, text=True
+        [compiler, "-std=c++20", "-fsyntax-only", "-Wno-invalid-offsetof", str(source)],
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
 

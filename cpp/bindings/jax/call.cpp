@@ -28,10 +28,11 @@ DType dtype_of(const char* op, xla::DataType type) {
     case xla::kF8E5M2: return DType::kFloat8E5M2;
     case xla::kF8E4M3FN: return DType::kFloat8E4M3FN;
     default:
-      throw TypeError(std::string("[") + op +
-                      "] array: expected float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int8, uint8, int32, int64 or bool, got XLA "
-                      "type " +
-                      std::to_string(type));
+      throw TypeError(
+          std::string("[") + op +
+          "] array: expected float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int8, uint8, int32, int64 or bool, got XLA "
+          "type " +
+          std::to_string(type));
   }
 }
 

@@ -47,7 +47,8 @@ TensorView view_without_memory(const char* op, nb::handle array, std::uintptr_t&
   return view;
 }
 
-void validate(const std::string& name, const nb::list& operands, const nb::list& results, const nb::dict& aliases, const nb::dict& attributes) {
+void validate(const std::string& name, const nb::list& operands, const nb::list& results, const nb::dict& aliases,
+              const nb::dict& attributes) {
   for (const jax::Target& target : all_targets()) {
     if (name != target.name) continue;
     jax::Call call(target.name);
@@ -93,7 +94,10 @@ void bind_jax(nb::module_& m) {
       },
       nb::sig("def jax_targets() -> list[tuple[str, object, object]]"),
       "XLA FFI handlers: (name, capsule for the CPU, capsule for CUDA) of every op that quire.jax has.");
-  m.def("jax_validate", &validate, nb::arg("name"), nb::arg("operands"), nb::arg("results"), nb::arg("aliases"), nb::arg("attributes"),
+  m.def("jax_validate", &validate,
+        nb::sig("def jax_validate(name: str, operands: list[tuple[str, tuple[int, ...]]], results: list[tuple[str, tuple[int, ...]]], "
+                "aliases: dict[int, int], attributes: dict[str, str | int | float]) -> None"),
+        nb::arg("name"), nb::arg("operands"), nb::arg("results"), nb::arg("aliases"), nb::arg("attributes"),
         "Validates a call of a target for arrays of (dtype, shape) without memory; aliases: result to the operand whose memory it takes.");
 }
 
