@@ -25,6 +25,7 @@ PAGES = [
     "docs/concepts/index.md",
     "docs/building.md",
     "docs/debugging.md",
+    "docs/c.md",
     "docs/frameworks/jax.md",
 ]
 FRAMEWORKS = ["torch", "cupy", "jax", "ml_dtypes"]
