@@ -17,7 +17,7 @@ from quire import _jax_batch as _batch
 from quire._allocate import Array, dtype_name
 from quire._jax_call import Op, Result, Value, call
 from quire._quantized import Granularity
-from quire.attention import Window
+from quire.attention import Window, split_window
 
 __all__ = [
     "attention",
@@ -609,17 +609,11 @@ _MERGE_ATTENTION = Op(
 def _options(
     op: str, scale: float | None, causal: bool, window: Window, softcap: float | None, return_lse: bool
 ) -> _Attributes:
-    left, right = (-1, -1)
-    if isinstance(window, (tuple, list)):
-        if len(window) != 2:
-            raise ValueError(f"[{op}] window: expected an int or (left, right), got {window}")
-        left, right = window
-    elif window is not None:
-        left = window
+    left, right = split_window(op, window)
     attributes: _Attributes = {
         "causal": int(causal),
-        "window_left": int(left),
-        "window_right": int(right),
+        "window_left": left,
+        "window_right": right,
         "softcap": float(softcap or 0.0),
         "return_lse": int(return_lse),
     }

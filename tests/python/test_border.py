@@ -132,6 +132,8 @@ def test_torch_inference_mode_and_parameters(torch):
     with torch.inference_mode():
         x = torch.randn(2, 8)
         assert quire.rms_norm(x, torch.ones(8)).shape == (2, 8)
+    with torch.no_grad():
+        assert quire.rms_norm(torch.randn(2, 8), torch.nn.Parameter(torch.ones(8))).shape == (2, 8)
     parameter = torch.nn.Parameter(torch.ones(8), requires_grad=False)
     assert quire.rms_norm(torch.randn(2, 8), parameter).shape == (2, 8)
 
