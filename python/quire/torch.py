@@ -8,6 +8,8 @@ an operator that declares what it writes, so that compilers keep, order and capt
 their dtypes anyway.
 """
 
+# The traced forms have the arguments of the documented functions.
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import functools
@@ -54,6 +56,7 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 Tensor = torch.Tensor
 _is_compiling = torch.compiler.is_compiling
+_raw: Any = _core
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _QUANTIZED_DTYPES: dict[object, torch.dtype] = {
     name: dtype
@@ -64,7 +67,8 @@ _QUANTIZED_DTYPES: dict[object, torch.dtype] = {
 
 # ---- operators -------------------------------------------------------------------------------------------------------------
 
-_library = torch.library.Library("quire", "DEF")
+_torch_library: Any = torch.library
+_library = _torch_library.Library("quire", "DEF")
 _ops = torch.ops.quire
 
 
@@ -73,7 +77,7 @@ def _define(name: str, arguments: str, call: Callable[..., None]) -> None:
     _library.define(f"{name}({arguments}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _library.impl(name, call, key)
-    torch.library.register_fake(f"quire::{name}", lambda *args: None, lib=_library)
+    _torch_library.register_fake(f"quire::{name}", lambda *args: None, lib=_library)
 
 
 def _core_call(op: Callable[..., None]) -> Callable[..., None]:
@@ -181,19 +185,19 @@ _define(
     "paged_attention",
     "Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor seq_lens, "
     f"Tensor? query_start_loc, Tensor(c!)? workspace, {_OPTIONS}, str? variant",
-    lambda *a: _core.paged_attention(*a[:11], (a[11], a[12]), *a[13:], "shape", None),
+    lambda *a: _raw.paged_attention(*a[:11], (a[11], a[12]), *a[13:], "shape", None),
 )
 _define(
     "shared_prefix_attention",
     "Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k_cache, Tensor v_cache, Tensor prefix_blocks, Tensor block_tables, "
     f"Tensor seq_lens, Tensor? query_start_loc, Tensor(c!)? workspace, {_OPTIONS}",
-    lambda *a: _core.shared_prefix_attention(*a[:12], (a[12], a[13]), *a[14:], "shape", None),
+    lambda *a: _raw.shared_prefix_attention(*a[:12], (a[12], a[13]), *a[14:], "shape", None),
 )
 _define(
     "attention",
     "Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, Tensor? query_start_loc, Tensor? kv_start_loc, "
     f"Tensor(c!)? workspace, {_OPTIONS}, str? variant",
-    lambda *a: _core.attention(*a[:10], (a[10], a[11]), *a[12:], "shape", None),
+    lambda *a: _raw.attention(*a[:10], (a[10], a[11]), *a[12:], "shape", None),
 )
 _define(
     "merge_attention",
@@ -269,7 +273,7 @@ def rms_norm(
     scale=None,
     granularity="tensor",
     group_size=128,
-):  # type: ignore[no-untyped-def]
+):
     """Traced."""
     if out_dtype is not None:
         q, scale_out, scales = _quantized(
@@ -283,7 +287,7 @@ def rms_norm(
 
 
 @_function(_norm.fused_add_rms_norm)
-def fused_add_rms_norm(  # type: ignore[no-untyped-def]
+def fused_add_rms_norm(
     x,
     residual,
     weight,
@@ -310,7 +314,7 @@ def fused_add_rms_norm(  # type: ignore[no-untyped-def]
 
 
 @_function(_norm.layer_norm)
-def layer_norm(  # type: ignore[no-untyped-def]
+def layer_norm(
     x,
     weight,
     bias=None,
@@ -335,7 +339,7 @@ def layer_norm(  # type: ignore[no-untyped-def]
 
 
 def _gated(name: str) -> Callable[..., Any]:
-    def traced(x, *, out=None, out_dtype=None, scale=None, granularity="tensor", group_size=128):  # type: ignore[no-untyped-def]
+    def traced(x, *, out=None, out_dtype=None, scale=None, granularity="tensor", group_size=128):
         shape = (*x.shape[:-1], x.shape[-1] // 2)
         if out_dtype is not None:
             q, scale_out, scales = _quantized(name, x, shape, out_dtype, scale, granularity, group_size, out)
@@ -349,7 +353,7 @@ def _gated(name: str) -> Callable[..., Any]:
 
 
 def _plain(name: str) -> Callable[..., Any]:
-    def traced(x, *, out=None):  # type: ignore[no-untyped-def]
+    def traced(x, *, out=None):
         result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         getattr(_ops, name)(result, x)
         return result
@@ -367,14 +371,14 @@ relu_squared = _function(_activation.relu_squared)(_plain("relu_squared"))
 
 
 @_function(_position_encoding.rotary_embedding)
-def rotary_embedding(positions, q, k, cos_sin_cache, *, style="neox"):  # type: ignore[no-untyped-def]
+def rotary_embedding(positions, q, k, cos_sin_cache, *, style="neox"):
     """Traced."""
     _ops.rotary_embedding(positions, q, k, cos_sin_cache, style)
     return q, k
 
 
 @_function(_position_encoding.qk_norm_rope)
-def qk_norm_rope(  # type: ignore[no-untyped-def]
+def qk_norm_rope(
     positions, q, k, q_weight, k_weight, cos_sin_cache, eps=1e-6, *, weight_offset=0.0, style="neox"
 ):
     """Traced."""
@@ -383,7 +387,7 @@ def qk_norm_rope(  # type: ignore[no-untyped-def]
 
 
 @_function(_position_encoding.rope_and_write_kv)
-def rope_and_write_kv(  # type: ignore[no-untyped-def]
+def rope_and_write_kv(
     positions, q, k, v, cos_sin_cache, k_cache, v_cache, slot_mapping, *, style="neox", k_scale=None, v_scale=None, k_out=None,
     q_weight=None, k_weight=None, eps=1e-6, weight_offset=0.0,
 ):  # fmt: skip
@@ -396,13 +400,13 @@ def rope_and_write_kv(  # type: ignore[no-untyped-def]
 
 
 @_function(_kv_cache.write_kv)
-def write_kv(k, v, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scale=None):  # type: ignore[no-untyped-def]
+def write_kv(k, v, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scale=None):
     """Traced."""
     _ops.write_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
 
 
 @_function(_kv_cache.gather_kv)
-def gather_kv(k_cache, v_cache, slot_mapping, *, k_scale=None, v_scale=None, out=None):  # type: ignore[no-untyped-def]
+def gather_kv(k_cache, v_cache, slot_mapping, *, k_scale=None, v_scale=None, out=None):
     """Traced."""
     if out is None:
         dtype = torch.float32 if k_cache.itemsize == 1 else k_cache.dtype
@@ -414,13 +418,13 @@ def gather_kv(k_cache, v_cache, slot_mapping, *, k_scale=None, v_scale=None, out
 
 
 @_function(_kv_cache.copy_blocks)
-def copy_blocks(cache, pairs):  # type: ignore[no-untyped-def]
+def copy_blocks(cache, pairs):
     """Traced."""
     _ops.copy_blocks(cache, pairs)
 
 
 @_function(_kv_cache.swap_blocks)
-def swap_blocks(dst, src, pairs):  # type: ignore[no-untyped-def]
+def swap_blocks(dst, src, pairs):
     """Traced."""
     _ops.swap_blocks(dst, src, pairs)
 
@@ -464,12 +468,12 @@ def _outputs(q: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, T
     return result, q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None
 
 
-def _options(op: str, scale, causal, window, softcap, *tensors):  # type: ignore[no-untyped-def]
+def _options(op: str, scale, causal, window, softcap, *tensors):
     return (scale, bool(causal), *split_window(op, window), float(softcap or 0.0), *tensors)
 
 
 @_attention_function(_paged_attention, True)
-def paged_attention(  # type: ignore[no-untyped-def]
+def paged_attention(
     q, k_cache, v_cache, block_tables, seq_lens, *, query_start_loc=None, scale=None, causal=True, window=None, softcap=None,
     alibi_slopes=None, sinks=None, k_scale=None, v_scale=None, mask=None, mask_start=None, out=None, return_lse=False, workspace=None,
     variant=None,
@@ -506,7 +510,7 @@ def paged_attention(  # type: ignore[no-untyped-def]
 
 
 @_attention_function(_shared_prefix_attention, True)
-def shared_prefix_attention(  # type: ignore[no-untyped-def]
+def shared_prefix_attention(
     q, k_cache, v_cache, prefix_blocks, block_tables, seq_lens, *, query_start_loc=None, scale=None, causal=True, window=None,
     softcap=None, alibi_slopes=None, sinks=None, k_scale=None, v_scale=None, mask=None, mask_start=None, out=None, return_lse=False,
     workspace=None,
@@ -543,7 +547,7 @@ def shared_prefix_attention(  # type: ignore[no-untyped-def]
 
 
 @_attention_function(_attention, False)
-def attention(  # type: ignore[no-untyped-def]
+def attention(
     q, k, v, *, query_start_loc=None, kv_start_loc=None, scale=None, causal=True, window=None, softcap=None, alibi_slopes=None,
     sinks=None, k_scale=None, v_scale=None, mask=None, mask_start=None, out=None, return_lse=False, workspace=None, variant=None,
 ):  # fmt: skip
@@ -557,7 +561,7 @@ def attention(  # type: ignore[no-untyped-def]
 
 
 @_function(_merge_attention)
-def merge_attention(out_a, lse_a, out_b, lse_b, *, out=None, out_lse=None):  # type: ignore[no-untyped-def]
+def merge_attention(out_a, lse_a, out_b, lse_b, *, out=None, out_lse=None):
     """Traced."""
     result = torch.empty_like(out_a, memory_format=torch.contiguous_format) if out is None else out
     lse = torch.empty_like(lse_a) if out_lse is None else out_lse

@@ -27,8 +27,9 @@ PAGES = [
     "docs/debugging.md",
     "docs/c.md",
     "docs/frameworks/jax.md",
+    "docs/frameworks/pytorch.md",
 ]
-FRAMEWORKS = ["torch", "cupy", "jax", "ml_dtypes"]
+FRAMEWORKS = ["torch", "cupy", "jax", "ml_dtypes", "transformers"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
