@@ -23,6 +23,7 @@ PAGES = [
     "README.md",
     "docs/quickstart.md",
     "docs/concepts/index.md",
+    "docs/concepts/kv_transfer.md",
     "docs/building.md",
     "docs/debugging.md",
     "docs/c.md",
@@ -79,7 +80,9 @@ def cases():
 
 def skip_what_is_absent(code):
     for name in FRAMEWORKS:
-        if re.search(rf"^\s*import {name}\b", code, re.MULTILINE) and not frameworks.has_module(name):
+        if re.search(
+            rf"^\s*(?:import|from) (?:quire\.)?{name}\b", code, re.MULTILINE
+        ) and not frameworks.has_module(name):
             pytest.skip(f"{name} is not installed")
     if "import cupy" in code and not frameworks.has_gpu():
         pytest.skip("cupy: no CUDA device, or a CPU-only build")
