@@ -8,6 +8,7 @@ The blocks below one second-level heading share a namespace. A ```text block rig
 import contextlib
 import doctest
 import importlib
+import importlib.util
 import io
 import re
 from pathlib import Path
@@ -27,7 +28,9 @@ PAGES = [
     "docs/building.md",
     "docs/debugging.md",
     "docs/c.md",
+    "docs/frameworks/cupy.md",
     "docs/frameworks/jax.md",
+    "docs/frameworks/numpy.md",
     "docs/frameworks/pytorch.md",
 ]
 FRAMEWORKS = ["torch", "cupy", "jax", "ml_dtypes", "transformers"]
@@ -126,6 +129,25 @@ def test_docstring_examples(name):
     with np.printoptions(legacy=False):
         doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(examples, out=printed.write)
     assert printed.getvalue() == ""
+
+
+def test_support_matrix():
+    """The CPU table of the page is what running it gives, for the frameworks that are here."""
+    page = ROOT / "docs" / "frameworks" / "index.md"
+    if not page.exists():
+        pytest.skip("the source tree is not there")
+    spec = importlib.util.spec_from_file_location(
+        "support_matrix", ROOT / "docs" / "_build" / "support_matrix.py"
+    )
+    matrix = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(matrix)
+    made = [
+        line for line in matrix.table("CPU").splitlines() if line.startswith("| ") and "not run" not in line
+    ]
+    shown = page.read_text(encoding="utf-8").splitlines()
+    assert len(made) > 1
+    assert [line for line in made if line not in shown] == []
+    assert "wrong" not in "".join(made)
 
 
 def test_api_pages_are_complete():

@@ -448,7 +448,7 @@ print("equal")
 """
     flags = (
         os.environ.get("XLA_FLAGS", "")
-        + " --xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"
+        + " --xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"
     )
     environment = {**os.environ, "XLA_FLAGS": flags.strip(), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
