@@ -36,6 +36,11 @@ __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, std::uint32_
       : "memory");
 }
 
+/// Arrives once this thread's copies by cp.async so far are done.
+__device__ __forceinline__ void barrier_arrive_after_copies(std::uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\n" ::"r"(barrier) : "memory");
+}
+
 /// Copies a box of a tensor to shared memory, zero where the tensor has nothing; its bytes are counted at the barrier in any case.
 __device__ __forceinline__ void copy_box(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1, int c2, int c3) {
   asm volatile(
@@ -43,6 +48,30 @@ __device__ __forceinline__ void copy_box(std::uint32_t dst, const void* tensor_m
       "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
+/// The same of a matrix: c0 counts along its rows, c1 counts rows.
+__device__ __forceinline__ void copy_box(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n" ::"r"(dst),
+               "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1)
+               : "memory");
+}
+/// The same to every CTA of the cluster whose rank's bit is set in `ctas`: to the same place, counted at its own barrier in the same place.
+__device__ __forceinline__ void copy_box_to_ctas(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1,
+                                                 std::uint32_t ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], "
+      "%5;\n" ::"r"(dst),
+      "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1), "h"(static_cast<std::uint16_t>(ctas))
+      : "memory");
+}
+/// Copies a box from shared memory to a matrix; what lies outside of it is left out.
+__device__ __forceinline__ void store_box(const void* tensor_map, std::uint32_t src, int c0, int c1) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];\n" ::"l"(tensor_map), "r"(src), "r"(c0),
+               "r"(c1)
+               : "memory");
+}
+__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
+/// Waits until this thread's stores have read their shared memory.
+__device__ __forceinline__ void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
 __device__ __forceinline__ void prefetch_tensor_map(const void* tensor_map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(tensor_map) : "memory");
 }

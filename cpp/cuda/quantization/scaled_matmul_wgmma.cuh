@@ -1,0 +1,643 @@
+// Products of 8-bit matrices on Hopper: TMA, wgmma, clusters that share operands and that split the inner dimension.
+// SPDX-License-Identifier: Apache-2.0
+//
+// A tile has kRows rows of one operand and kColumns rows of the other ("columns"). The weight lies along the rows, so that few tokens need
+// few columns; with block scales and many tokens, tokens do (kTokenRows), so that a thread has few scales.
+#pragma once
+
+#include <cuda.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/device/async_copy.cuh"
+#include "cuda/device/cluster.cuh"
+#include "cuda/device/dependent_launch.cuh"
+#include "cuda/device/mma.cuh"
+#include "cuda/device/tma.cuh"
+#include "cuda/device/wgmma_8bit.cuh"
+#include "cuda/quantization/scaled_matmul_epilogue.cuh"
+
+namespace quire::cuda::scaled {
+
+constexpr int kStepBytes = 128;  // of a row, in one step
+constexpr int kConsumers = 2;    // warpgroups
+constexpr int kWgmmaThreads = 128 * (kConsumers + 1);
+
+struct WgmmaPlan {
+  CUtensorMap rows, columns;  // {k, row}; boxes of kRows and of kColumns / shared_columns rows
+  ScaledMatmulParams params;
+  int num_steps;         // of one split
+  int shared_columns;    // neighbours in a cluster with the same columns and other rows
+  int splits;            // of the inner dimension: a cluster is shared_columns * splits CTAs
+  int num_row_groups;    // of shared_columns row tiles
+  int num_column_tiles;
+  int column_group;      // column tiles that are gone through before the next row group
+  int num_items;         // pairs of a row group and a column tile
+  int num_halved_tiles;  // single tiles after the items, whose inner dimension the two CTAs of a cluster halve
+  int head_start;        // steps that the second consumer starts late; 0: none
+  bool vector_out;       // 16-byte stores
+};
+
+template <int kColumnCount, int kBlocks, bool kTokensAreRows, bool kHasBlockScales>
+struct WgmmaShape {
+  static constexpr int kColumns = kColumnCount;
+  static constexpr int kRowBlocks = kBlocks;  // of 64 rows, per consumer
+  static constexpr bool kTokenRows = kTokensAreRows;
+  static constexpr bool kBlockScales = kHasBlockScales;
+  static constexpr int kRows = 64 * kConsumers * kRowBlocks;
+  static constexpr int kTokens = kTokenRows ? kRows : kColumns;
+  static constexpr int kRowsBytes = kRows * kStepBytes, kColumnsBytes = kColumns * kStepBytes;
+  static constexpr int kStageBytes = kRowsBytes + kColumnsBytes;
+  static constexpr int kScaleBytes = kBlockScales ? kTokens * 4 + 16 : 0;
+  static constexpr int kChunkColumns = kColumns < 128 ? kColumns : 128;  // of results that are staged at once
+  static constexpr int kStagingBytes = kChunkColumns * 128;              // per consumer: 64 rows
+  static constexpr int kColumnValueBytes = kColumns * 4;                 // per consumer
+  static constexpr int kFixedBytes = kConsumers * (kStagingBytes + kColumnValueBytes) + 256;
+  static constexpr int kStages = std::min(12, (227 * 1024 - kFixedBytes) / (kStageBytes + kScaleBytes));
+  static constexpr int kStagingOffset = kStages * kStageBytes;
+  static constexpr int kColumnValueOffset = kStagingOffset + kConsumers * kStagingBytes;
+  static constexpr int kScaleOffset = kColumnValueOffset + kConsumers * kColumnValueBytes;
+  static constexpr int kBarrierOffset = kScaleOffset + kStages * kScaleBytes;
+  static constexpr int kSharedBytes = kBarrierOffset + (2 * kStages + 2) * 8;
+  static_assert(kSharedBytes <= 227 * 1024 && kStages >= 3);
+  static_assert(kRows * std::max(kColumns, 64) * 4 <= kStages * kStageBytes, "partial sums take the stages' place");
+  static_assert(!kTokenRows || (kBlockScales && kColumns == 128), "a tile has one column of scale_b");
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+template <int kStages>
+struct StageRing {
+  int stage = 0;
+  std::uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+/// What a CTA does next: a tile, and which of its steps.
+struct Work {
+  int row_tile, column_tile, first_step, num_steps;
+  int splits, split;  // of the tile, and this CTA's
+  bool shares;        // columns, with its neighbours
+};
+
+/// A CTA's `iteration`-th work.
+__device__ __forceinline__ bool locate_work(const WgmmaPlan& plan, int rank, int iteration, Work& work) {
+  const int size = plan.shared_columns * plan.splits;
+  const int cluster = static_cast<int>(blockIdx.x) / size, num_clusters = static_cast<int>(gridDim.x) / size;
+  int item = cluster + iteration * num_clusters;
+  const bool halved = item >= plan.num_items;
+  int row_in_group = rank % plan.shared_columns;
+  work.shares = !halved;
+  work.splits = plan.splits;
+  work.num_steps = plan.num_steps;
+  work.split = rank / plan.shared_columns;
+  if (halved) {
+    item -= plan.num_items;
+    if (item >= plan.num_halved_tiles) return false;
+    row_in_group = item % 2;
+    item = plan.num_items + item / 2;
+    work.splits = 2;
+    work.split = rank;
+    work.num_steps = (plan.num_steps + 1) / 2;
+  }
+  const int per_group = plan.column_group * plan.num_row_groups;
+  const int group = item / per_group, in_group = item - group * per_group;
+  const int width = min(plan.column_group, plan.num_column_tiles - group * plan.column_group);
+  const int row_group = in_group / width;
+  work.column_tile = group * plan.column_group + in_group - row_group * width;
+  work.row_tile = row_group * plan.shared_columns + row_in_group;
+  work.first_step = work.split * work.num_steps;
+  return true;
+}
+
+__device__ __forceinline__ void store_shared(std::uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;\n" ::"r"(address), "f"(value) : "memory");
+}
+// Not as words: sums that products write must not change their type, or the products wait for each other.
+__device__ __forceinline__ void store_shared_4(std::uint32_t address, float a, float b, float c, float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+__device__ __forceinline__ void store_shared_4(std::uint32_t address, int a, int b, int c, int d) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+__device__ __forceinline__ float load_shared(std::uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ void load_shared_2(float& first, float& second, std::uint32_t address) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(first), "=f"(second) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void load_shared_4(std::uint32_t (&words)[4], std::uint32_t address) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
+template <typename T>
+__device__ __forceinline__ T from_word(std::uint32_t word) {
+  if constexpr (std::is_same_v<T, float>) {
+    return __uint_as_float(word);
+  } else {
+    return static_cast<T>(word);
+  }
+}
+
+/// Addresses of everything in shared memory.
+template <typename Shape>
+struct WgmmaShared {
+  std::uint32_t base;
+  __device__ __forceinline__ std::uint32_t rows(int stage) const { return base + stage * Shape::kStageBytes; }
+  __device__ __forceinline__ std::uint32_t columns(int stage) const { return rows(stage) + Shape::kRowsBytes; }
+  __device__ __forceinline__ std::uint32_t scales(int stage) const { return base + Shape::kScaleOffset + stage * Shape::kScaleBytes; }
+  __device__ __forceinline__ std::uint32_t full(int stage) const { return base + Shape::kBarrierOffset + stage * 8; }
+  __device__ __forceinline__ std::uint32_t empty(int stage) const { return full(stage) + Shape::kStages * 8; }
+  /// All splits' warps have finished their products, and their sums are here.
+  __device__ __forceinline__ std::uint32_t finished() const { return base + Shape::kBarrierOffset + 2 * Shape::kStages * 8; }
+  __device__ __forceinline__ std::uint32_t received() const { return finished() + 8; }
+};
+
+/// How the CTAs of a tile's splits divide its columns between them once they exchange sums: blocks of 8 columns.
+template <typename Shape>
+struct SplitColumns {
+  int first_rank, distance;  // ranks of the splits
+  int each, first, count;
+  __device__ __forceinline__ SplitColumns(const WgmmaPlan& plan, int rank) {
+    // Either every shared_columns-th CTA, or both that halve a tile.
+    const bool halved = plan.splits == 1;
+    const int splits = halved ? 2 : plan.splits, split = halved ? rank : rank / plan.shared_columns;
+    first_rank = halved ? 0 : rank % plan.shared_columns;
+    distance = halved ? 1 : plan.shared_columns;
+    each = (Shape::kColumns / 8 + splits - 1) / splits;
+    first = split * each;
+    count = min(each, Shape::kColumns / 8 - first);
+  }
+};
+
+/// One thread: copies the operands of every step. Past the end of a matrix it copies zeros.
+template <typename Shape>
+__device__ void copy_operands(const WgmmaPlan& plan, const WgmmaShared<Shape>& shared, int rank) {
+  StageRing<Shape::kStages> ring;
+  Work work;
+  const int sharing = plan.shared_columns, box_columns = Shape::kColumns / sharing;
+  const int member = rank % sharing;
+  const std::uint32_t neighbours = ((1u << sharing) - 1u) << (rank - member);
+  for (int iteration = 0; locate_work(plan, rank, iteration, work); ++iteration) {
+    const int row = work.row_tile * Shape::kRows, column = work.column_tile * Shape::kColumns;
+    for (int step = 0; step < work.num_steps; ++step) {
+      const int k = (work.first_step + step) * kStepBytes;
+      const std::uint32_t full = shared.full(ring.stage);
+      device::barrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
+      device::barrier_arrive_expect(full, Shape::kStageBytes);
+      device::copy_box(shared.rows(ring.stage), &plan.rows, full, k, row);
+      if (sharing == 1) {
+        device::copy_box(shared.columns(ring.stage), &plan.columns, full, k, column);
+      } else if (work.shares) {
+        device::copy_box_to_ctas(shared.columns(ring.stage) + static_cast<std::uint32_t>(member * box_columns * kStepBytes), &plan.columns,
+                                 full, k, column + member * box_columns, neighbours);
+      } else {
+        for (int part = 0; part < sharing; ++part)
+          device::copy_box(shared.columns(ring.stage) + static_cast<std::uint32_t>(part * box_columns * kStepBytes), &plan.columns, full, k,
+                           column + part * box_columns);
+      }
+      ring.advance();
+    }
+  }
+}
+
+/// One warp: puts scales beside the operands of every step, one for each token, and the block's after them.
+template <typename Shape>
+__device__ void copy_scales(const WgmmaPlan& plan, const WgmmaShared<Shape>& shared, int rank) {
+  const ScaledMatmulParams& p = plan.params;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  StageRing<Shape::kStages> ring;
+  Work work;
+  for (int iteration = 0; locate_work(plan, rank, iteration, work); ++iteration) {
+    const std::int64_t token = std::int64_t{Shape::kTokenRows ? work.row_tile : work.column_tile} * Shape::kTokens + lane;
+    const std::int64_t block = Shape::kTokenRows ? work.column_tile : work.row_tile;
+    for (int step = 0; step < work.num_steps; ++step) {
+      const std::int64_t group = work.first_step + step;
+      const bool valid = group * kStepBytes < p.k && block * 128 < p.n;
+      const float* a = p.scale_a + token * p.scale_a_row_stride + group * p.scale_a_group_stride;
+      const float* b = p.scale_b + block * p.scale_b_row_stride + group * p.scale_b_group_stride;
+      device::barrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
+      const std::uint32_t to = shared.scales(ring.stage);
+#pragma unroll
+      for (int i = 0; i < (Shape::kTokens + 31) / 32; ++i) {
+        const bool there = valid && token + 32 * i < p.m;
+        if (lane + 32 * i < Shape::kTokens)
+          device::copy_async_4(to + static_cast<std::uint32_t>(lane + 32 * i) * 4, there ? a + 32 * i * p.scale_a_row_stride : p.scale_a,
+                               there ? 4 : 0);
+      }
+      if (lane == 0) device::copy_async_4(to + Shape::kTokens * 4, valid ? b : p.scale_b, valid ? 4 : 0);
+      device::barrier_arrive_after_copies(shared.full(ring.stage));
+      ring.advance();
+    }
+  }
+}
+
+/// A warpgroup: 64 * kRowBlocks rows of every tile.
+template <typename Sum, typename Shape>
+struct WgmmaConsumer {
+  static constexpr int kColumnBlocks = Shape::kColumns / 8;
+  static constexpr int kAllBarrier = 1, kGroupBarrier = 2, kHeadStartBarrier = 4;
+  static constexpr bool kHasColumnValues = Shape::kTokenRows || !Shape::kBlockScales;
+  static constexpr int kValuesPerThread = (Shape::kColumns + 127) / 128;
+
+  const WgmmaPlan& plan;
+  const WgmmaShared<Shape>& shared;
+  int rank, group;
+  std::uint32_t empty;  // the first barrier that this lane releases stages by, in whichever CTA; 0: none
+  StageRing<Shape::kStages> ring;
+  Sum sum[Shape::kRowBlocks][Shape::kColumns / 2];
+  // Of the thread's rows, where they are output features.
+  float feature_scale[Shape::kRowBlocks][2], bias[Shape::kRowBlocks][2];
+  int column_sum[Shape::kRowBlocks][2];
+  float column_value[kValuesPerThread];
+
+  __device__ __forceinline__ int thread() const { return static_cast<int>(threadIdx.x) % 128; }
+  __device__ __forceinline__ int warp() const { return thread() / 32; }
+  __device__ __forceinline__ int lane() const { return thread() % 32; }
+  __device__ __forceinline__ void sync_group() const { device::named_barrier_sync(kGroupBarrier + group, 128); }
+  __device__ __forceinline__ std::uint32_t column_values() const {
+    return shared.base + Shape::kColumnValueOffset + group * Shape::kColumnValueBytes;
+  }
+  __device__ __forceinline__ std::uint32_t staging() const { return shared.base + Shape::kStagingOffset + group * Shape::kStagingBytes; }
+  /// First row of a block, within the matrix.
+  __device__ __forceinline__ std::int64_t first_row(const Work& work, int block) const {
+    return std::int64_t{work.row_tile} * Shape::kRows + (group * Shape::kRowBlocks + block) * 64;
+  }
+
+  /// Tells every CTA that copies to this one's stage that this warp has read it: lane i tells the i-th.
+  __device__ __forceinline__ void release(int stage) const {
+    __syncwarp();
+    if (empty == 0) return;
+    if (plan.shared_columns == 1) {
+      device::barrier_arrive(empty + stage * 8);
+    } else {
+      device::cluster_barrier_arrive(empty + stage * 8);
+    }
+  }
+
+  __device__ __forceinline__ void load_values(const Work& work) {
+    const ScaledMatmulParams& p = plan.params;
+    if constexpr (!Shape::kTokenRows) {
+#pragma unroll
+      for (int block = 0; block < Shape::kRowBlocks; ++block) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const std::int64_t n = first_row(work, block) + warp() * 16 + lane() / 4 + 8 * r;
+          bias[block][r] = load_bias(p, n);
+          if constexpr (!Shape::kBlockScales) {
+            feature_scale[block][r] = load_feature_scale(p, n);
+            column_sum[block][r] = load_column_sum(p, n);
+          }
+        }
+      }
+    }
+    if constexpr (kHasColumnValues) {
+#pragma unroll
+      for (int i = 0; i < kValuesPerThread; ++i) {
+        const int column = thread() + 128 * i;
+        const std::int64_t at = std::int64_t{work.column_tile} * Shape::kColumns + column;
+        if (column < Shape::kColumns) column_value[i] = Shape::kTokenRows ? load_bias(p, at) : load_token_scale(p, at);
+      }
+    }
+  }
+  /// Shows the group the values of columns. Not before the products: that would be a wait for memory.
+  __device__ __forceinline__ void share_values() const {
+    if constexpr (kHasColumnValues) {
+#pragma unroll
+      for (int i = 0; i < kValuesPerThread; ++i) {
+        const int column = thread() + 128 * i;
+        if (column < Shape::kColumns) store_shared(column_values() + static_cast<std::uint32_t>(column) * 4, column_value[i]);
+      }
+    }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void multiply_stage(T (&d)[Shape::kColumns / 2], int block, bool accumulate) const {
+    const std::uint32_t rows = device::matrix_descriptor(
+        shared.rows(ring.stage) + static_cast<std::uint32_t>((group * Shape::kRowBlocks + block) * 64 * kStepBytes), 0);
+    const std::uint32_t columns = device::matrix_descriptor(shared.columns(ring.stage), 0);
+#pragma unroll
+    for (int part = 0; part < kStepBytes / 32; ++part)
+      device::Wgmma8Bit<Shape::kColumns, T>::product(d, rows + part * 2, columns + part * 2, accumulate || part > 0 ? 1 : 0);
+  }
+
+  /// The second consumer starts some steps late, and stays behind: so one of them multiplies while the other stores.
+  __device__ __forceinline__ void await_head_start(int head_start) const {
+    if (head_start > 0 && group == 1) device::named_barrier_sync(kHeadStartBarrier, kConsumers * 128);
+  }
+  __device__ __forceinline__ void give_head_start(int head_start, const Work& work, int step) const {
+    if (head_start > 0 && group == 0 && step == min(head_start, work.num_steps) - 1)
+      device::named_barrier_arrive(kHeadStartBarrier, kConsumers * 128);
+  }
+
+  /// sum = the tile's products.
+  __device__ __forceinline__ void multiply(const Work& work, int head_start) {
+    int previous = 0;
+    await_head_start(head_start);
+#pragma unroll 1
+    for (int step = 0; step < work.num_steps; ++step) {
+      device::barrier_wait(shared.full(ring.stage), ring.parity);
+      device::wgmma_fence();
+#pragma unroll
+      for (int block = 0; block < Shape::kRowBlocks; ++block) multiply_stage(sum[block], block, step > 0);
+      device::wgmma_commit();
+      give_head_start(head_start, work, step);
+      if (step > 0) {
+        device::wgmma_wait<1>();
+        release(previous);
+      }
+      previous = ring.stage;
+      ring.advance();
+    }
+    device::wgmma_wait<0>();
+#pragma unroll
+    for (int block = 0; block < Shape::kRowBlocks; ++block) device::pin_registers(sum[block]);
+    release(previous);
+  }
+
+  /// The same with a scale for each token and step: a step's products are summed by themselves.
+  __device__ __forceinline__ void multiply_blocks(const Work& work) {
+    float part[Shape::kColumns / 2];
+#pragma unroll
+    for (int block = 0; block < Shape::kRowBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < Shape::kColumns / 2; ++i) sum[block][i] = 0;
+    }
+#pragma unroll 1
+    for (int step = 0; step < work.num_steps; ++step) {
+      device::barrier_wait(shared.full(ring.stage), ring.parity);
+      const std::uint32_t scales = shared.scales(ring.stage);
+#pragma unroll
+      for (int block = 0; block < Shape::kRowBlocks; ++block) {
+        device::pin_registers(part);
+        device::wgmma_fence();
+        multiply_stage(part, block, false);
+        device::wgmma_commit();
+        float scale[Shape::kTokenRows ? 2 : Shape::kColumns / 4];
+        if constexpr (Shape::kTokenRows) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r)
+            scale[r] = load_shared(
+                scales + static_cast<std::uint32_t>((group * Shape::kRowBlocks + block) * 64 + warp() * 16 + lane() / 4 + 8 * r) * 4);
+        } else {
+#pragma unroll
+          for (int j = 0; j < kColumnBlocks; ++j)
+            load_shared_2(scale[2 * j], scale[2 * j + 1], scales + static_cast<std::uint32_t>(8 * j + lane() % 4 * 2) * 4);
+        }
+        const float block_scale = load_shared(scales + Shape::kTokens * 4);
+#pragma unroll
+        for (float& value : scale) value *= block_scale;
+        device::wgmma_wait<0>();
+        device::pin_registers(part);
+        if (block == Shape::kRowBlocks - 1) release(ring.stage);
+#pragma unroll
+        for (int j = 0; j < kColumnBlocks; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[block][4 * j + e] += part[4 * j + e] * (Shape::kTokenRows ? scale[e / 2] : scale[2 * j + e % 2]);
+        }
+      }
+      ring.advance();
+    }
+  }
+
+  /// Results from four sums: rows lane / 4 and + 8 of a block, columns 8 j + 2 (lane % 4) and the next.
+  __device__ __forceinline__ void finish(float (&result)[4], const Sum (&sums)[4], const Work& work, int block, int j) const {
+    const std::uint32_t values = column_values() + static_cast<std::uint32_t>(8 * j + lane() % 4 * 2) * 4;
+    if constexpr (Shape::kTokenRows) {
+      float column_bias[2];
+      load_shared_2(column_bias[0], column_bias[1], values);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) result[e] = sums[e] + column_bias[e % 2];
+    } else if constexpr (Shape::kBlockScales) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) result[e] = sums[e] + bias[block][e / 2];
+    } else {
+      int zero_point[2] = {0, 0};
+      if (std::is_same_v<Sum, int> && plan.params.zero_point != nullptr) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          zero_point[e] = load_zero_point(plan.params, std::int64_t{work.column_tile} * Shape::kColumns + 8 * j + lane() % 4 * 2 + e);
+      }
+      float token_scale[2];
+      load_shared_2(token_scale[0], token_scale[1], values);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        result[e] = static_cast<float>(subtract_zero_point(sums[e], zero_point[e % 2], column_sum[block][e / 2])) * token_scale[e % 2] *
+                        feature_scale[block][e / 2] +
+                    bias[block][e / 2];
+    }
+  }
+
+  /// Puts results of column block j, the `place`-th of what is staged, where copy_out wants them; float32 directly in the output.
+  __device__ __forceinline__ void stage(const float (&result)[4], const Work& work, int block, int j, int place) const {
+    const ScaledMatmulParams& p = plan.params;
+    if (p.out_dtype == DType::kFloat32) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const std::int64_t row = first_row(work, block) + warp() * 16 + lane() / 4 + e / 2 * 8;
+        const std::int64_t column = std::int64_t{work.column_tile} * Shape::kColumns + 8 * j + lane() % 4 * 2 + e % 2;
+        const std::int64_t m = Shape::kTokenRows ? row : column, n = Shape::kTokenRows ? column : row;
+        if (m < p.m && n < p.n) static_cast<float*>(p.out)[m * p.out_stride + n] = result[e];
+      }
+      return;
+    }
+    std::uint32_t words[2];
+    if (p.out_dtype == DType::kBFloat16) {
+      words[0] = device::pack_16<true>(result[0], result[1]), words[1] = device::pack_16<true>(result[2], result[3]);
+    } else {
+      words[0] = device::pack_16<false>(result[0], result[1]), words[1] = device::pack_16<false>(result[2], result[3]);
+    }
+    // Lanes 0 to 15 say where rows of the two 8 x 8 matrices go. Tokens lie in rows of 128 bytes with swizzled 16-byte pieces.
+    const int matrix = lane() / 8 % 2, in_matrix = lane() % 8;
+    if constexpr (Shape::kTokenRows) {
+      const int token = warp() * 16 + matrix * 8 + in_matrix;
+      device::store_matrix_x2(staging() + static_cast<std::uint32_t>(place / 8 * 64 * 128 + token * 128 + ((place % 8 ^ in_matrix) * 16)),
+                              words);
+    } else {
+      const int token = place * 8 + in_matrix, piece = warp() * 2 + matrix;
+      device::store_matrix_x2_transposed(staging() + static_cast<std::uint32_t>(token * 128 + ((piece ^ in_matrix) * 16)), words);
+    }
+  }
+
+  /// Copies staged results of column blocks [first, first + count) to the output.
+  __device__ __forceinline__ void copy_out(const Work& work, int block, int first, int count) const {
+    const ScaledMatmulParams& p = plan.params;
+    if (p.out_dtype == DType::kFloat32) return;
+    const std::int64_t column = std::int64_t{work.column_tile} * Shape::kColumns + 8 * first;
+    const int pieces = Shape::kTokenRows ? count : 8, tokens = Shape::kTokenRows ? 64 : 8 * count;
+    const std::int64_t first_token = Shape::kTokenRows ? first_row(work, block) : column;
+    const std::int64_t first_feature = Shape::kTokenRows ? column : first_row(work, block);
+    auto* out = static_cast<std::uint16_t*>(p.out);
+#pragma unroll 4
+    for (int i = thread(); i < tokens * pieces; i += 128) {
+      const int token = i / pieces, piece = i - token * pieces;
+      const std::int64_t m = first_token + token, n = first_feature + piece * 8;
+      if (m >= p.m || n >= p.n) continue;
+      std::uint32_t words[4];
+      load_shared_4(words, staging() + static_cast<std::uint32_t>(piece / 8 * 64 * 128 + token * 128 + ((piece % 8 ^ token % 8) * 16)));
+      std::uint16_t* to = out + m * p.out_stride + n;
+      if (plan.vector_out && n + 8 <= p.n) {
+        *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+      } else {
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          if (n + e < p.n) to[e] = static_cast<std::uint16_t>(words[e / 2] >> (e % 2 * 16));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_tile(const Work& work) const {
+    constexpr int kChunkBlocks = Shape::kChunkColumns / 8;
+#pragma unroll
+    for (int block = 0; block < Shape::kRowBlocks; ++block) {
+#pragma unroll
+      for (int chunk = 0; chunk < Shape::kColumns / Shape::kChunkColumns; ++chunk) {
+        sync_group();
+#pragma unroll
+        for (int j = 0; j < kChunkBlocks; ++j) {
+          const int at = chunk * kChunkBlocks + j;
+          const Sum sums[4] = {sum[block][4 * at], sum[block][4 * at + 1], sum[block][4 * at + 2], sum[block][4 * at + 3]};
+          float result[4];
+          finish(result, sums, work, block, at);
+          stage(result, work, block, at, j);
+        }
+        sync_group();
+        copy_out(work, block, chunk * kChunkBlocks, kChunkBlocks);
+      }
+    }
+  }
+
+  /// Adds the splits' sums, in their order, and stores results: each CTA some of the columns, of which it gets the sums from all.
+  __device__ __forceinline__ void store_split_tile(const Work& work) const {
+    const SplitColumns<Shape> mine(plan, rank);
+    const int split_rank = mine.first_rank + lane() * mine.distance;
+    // Sums take the stages' place: none may be in use any more.
+    __syncwarp();
+    if (lane() < work.splits) device::cluster_barrier_arrive(device::address_in_cta(shared.finished(), split_rank));
+    device::barrier_wait(shared.finished(), 0);
+    const auto place = [&](int split, int block, int j) {
+      return shared.base + static_cast<std::uint32_t>(
+                               (((split * Shape::kRowBlocks + block) * mine.each + j) * kConsumers * 128 + group * 128 + thread()) * 16);
+    };
+    int owner_rank = mine.first_rank, in_owner = 0;
+#pragma unroll
+    for (int j = 0; j < kColumnBlocks; ++j) {
+#pragma unroll
+      for (int block = 0; block < Shape::kRowBlocks; ++block) {
+        const Sum(&from)[Shape::kColumns / 2] = sum[block];
+        device::cluster_store_16(device::address_in_cta(place(work.split, block, in_owner), owner_rank),
+                                 device::address_in_cta(shared.received(), owner_rank), from[4 * j], from[4 * j + 1], from[4 * j + 2],
+                                 from[4 * j + 3]);
+      }
+      if (++in_owner == mine.each) in_owner = 0, owner_rank += mine.distance;
+    }
+    if (mine.count <= 0) return;
+    share_values();
+    device::barrier_wait(shared.received(), 0);
+#pragma unroll
+    for (int block = 0; block < Shape::kRowBlocks; ++block) {
+      sync_group();
+#pragma unroll 2
+      for (int j = 0; j < mine.count; ++j) {
+        Sum sums[4] = {};
+        for (int split = 0; split < work.splits; ++split) {
+          std::uint32_t words[4];
+          load_shared_4(words, place(split, block, j));
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sums[e] += from_word<Sum>(words[e]);
+        }
+        float result[4];
+        finish(result, sums, work, block, mine.first + j);
+        stage(result, work, block, mine.first + j, j);
+      }
+      sync_group();
+      copy_out(work, block, mine.first, mine.count);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    Work work;
+    for (int iteration = 0; locate_work(plan, rank, iteration, work); ++iteration) {
+      load_values(work);
+      if constexpr (Shape::kBlockScales) {
+        multiply_blocks(work);
+      } else {
+        multiply(work, iteration == 0 ? plan.head_start : 0);
+      }
+      if (work.splits == 1) {
+        share_values();
+        store_tile(work);
+      } else {
+        store_split_tile(work);
+      }
+    }
+  }
+};
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+/// A cluster produces shared_columns tiles at a time, or, with splits, all CTAs of a split do; CTAs that halve a tile come last.
+template <typename Sum, typename Shape>
+__global__ void __launch_bounds__(kWgmmaThreads, 1) scaled_matmul_wgmma_kernel(const __grid_constant__ WgmmaPlan plan) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) char storage[];
+  const WgmmaShared<Shape> shared{device::shared_address(storage)};
+  const int rank = device::cluster_rank(), warp = static_cast<int>(threadIdx.x) / 32;
+  const int cluster_size = plan.shared_columns * plan.splits;
+  if (threadIdx.x == 0) {
+    device::prefetch_tensor_map(&plan.rows);
+    device::prefetch_tensor_map(&plan.columns);
+    for (int stage = 0; stage < Shape::kStages; ++stage) {
+      device::barrier_init(shared.full(stage), Shape::kBlockScales ? 1 + 32 : 1);
+      device::barrier_init(shared.empty(stage), kConsumers * 4 * plan.shared_columns);
+    }
+    if (cluster_size > 1) {
+      // Sums are exchanged once, by a CTA's last work.
+      const int splits = max(plan.splits, 2), count = SplitColumns<Shape>(plan, rank).count;
+      device::barrier_init(shared.finished(), kConsumers * 4 * splits);
+      device::barrier_init(shared.received(), 1);
+      if (count > 0) device::barrier_arrive_expect(shared.received(), splits * count * Shape::kRowBlocks * kConsumers * 128 * 16);
+    }
+    device::barrier_init_fence();
+  }
+  __syncthreads();
+  if (cluster_size > 1) {
+    device::cluster_arrive();
+    device::cluster_wait();
+  }
+  device::wait_for_predecessor();
+  if (warp < 4) {
+    device::give_registers<40>();
+    if (threadIdx.x == 0) copy_operands<Shape>(plan, shared, rank);
+    if constexpr (Shape::kBlockScales) {
+      if (warp == 1) copy_scales<Shape>(plan, shared, rank);
+    }
+    __syncwarp();
+    device::launch_dependents();
+  } else {
+    device::take_registers<232>();
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    std::uint32_t empty = lane == 0 ? shared.empty(0) : 0;
+    if (plan.shared_columns > 1)
+      empty = lane < plan.shared_columns ? device::address_in_cta(shared.empty(0), rank - rank % plan.shared_columns + lane) : 0;
+    WgmmaConsumer<Sum, Shape> consumer{plan, shared, rank, warp / 4 - 1, empty};
+    consumer.run();
+  }
+  // No CTA ends while others may copy to it, or arrive at its barriers.
+  __syncwarp();
+  if (cluster_size > 1) {
+    device::cluster_arrive();
+    device::cluster_wait();
+  }
+#endif
+}
+
+}  // namespace quire::cuda::scaled
