@@ -10,7 +10,6 @@ namespace quire::cuda::scaled {
 struct WgmmaChoice {
   int columns;         // of a tile: tokens, or output features where tokens are its rows
   bool token_rows;     // tokens are the tile's rows: only with block scales
-  int row_blocks;      // of 64 rows, for each warpgroup: 2 with token_rows only
   int shared_columns;  // CTAs of a cluster with the same columns: 1, 2, 4
   int splits;          // of the inner dimension, over CTAs of a cluster
   bool halves;         // tiles that would make up half a wave or less are halved along the inner dimension

@@ -50,6 +50,8 @@ void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream
   plan.num_items = plan.num_row_groups * plan.num_column_tiles;
   plan.num_halved_tiles = 0;
   plan.vector_out = reinterpret_cast<std::uintptr_t>(p.out) % 16 == 0 && (p.m == 1 || p.out_stride % 8 == 0);
+  plan.copies_out = plan.vector_out && p.out_dtype != DType::kFloat32;
+  if (plan.copies_out) plan.out = make_half_matrix_map(p.out, p.m, p.n, p.out_stride, Shape::kChunkTokens);
 
   const int cluster_size = choice.shared_columns * choice.splits;
   set_max_shared_bytes(reinterpret_cast<const void*>(kernel), Shape::kSharedBytes);
@@ -90,11 +92,11 @@ void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream
 template <typename Sum>
 void launch_wgmma_plain(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream stream) {
   switch (choice.columns) {
-    case 16: return launch_wgmma<Sum, WgmmaShape<16, 1, false, false>>(p, choice, stream);
-    case 32: return launch_wgmma<Sum, WgmmaShape<32, 1, false, false>>(p, choice, stream);
-    case 64: return launch_wgmma<Sum, WgmmaShape<64, 1, false, false>>(p, choice, stream);
-    case 128: return launch_wgmma<Sum, WgmmaShape<128, 1, false, false>>(p, choice, stream);
-    default: return launch_wgmma<Sum, WgmmaShape<256, 1, false, false>>(p, choice, stream);
+    case 16: return launch_wgmma<Sum, WgmmaShape<16, false, false>>(p, choice, stream);
+    case 32: return launch_wgmma<Sum, WgmmaShape<32, false, false>>(p, choice, stream);
+    case 64: return launch_wgmma<Sum, WgmmaShape<64, false, false>>(p, choice, stream);
+    case 128: return launch_wgmma<Sum, WgmmaShape<128, false, false>>(p, choice, stream);
+    default: return launch_wgmma<Sum, WgmmaShape<256, false, false>>(p, choice, stream);
   }
 }
 

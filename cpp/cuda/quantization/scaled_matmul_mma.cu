@@ -180,10 +180,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// The largest power of two up to 16 that divides every row's address.
-int row_alignment(const void* data, std::int64_t num_rows, std::int64_t stride) {
-  const auto bits = reinterpret_cast<std::uintptr_t>(data) | (num_rows > 1 ? static_cast<std::uintptr_t>(stride) : 0) | 16;
-  return static_cast<int>(bits & (~bits + 1));
+/// The largest power of two up to 16 that divides every row's address; below 8 bytes also the row's length, as copies are so wide then.
+int row_alignment(const void* data, std::int64_t num_rows, std::int64_t stride, std::int64_t length) {
+  const auto lowest = [](std::uint64_t bits) { return static_cast<int>(bits & (~bits + 1)); };
+  const auto bits = reinterpret_cast<std::uintptr_t>(data) | (num_rows > 1 ? static_cast<std::uint64_t>(stride) : 0) | 16;
+  return lowest(bits) >= 8 ? lowest(bits) : lowest(bits | static_cast<std::uint64_t>(length));
 }
 
 template <typename Sum, int kTokens, bool kBlockScales>
@@ -193,7 +194,7 @@ void launch(const ScaledMatmulParams& p, Stream stream) {
   set_max_shared_bytes(reinterpret_cast<const void*>(kernel), Shape::kSharedBytes);
   const std::int64_t num_feature_tiles = (p.n + Shape::kFeatures - 1) / Shape::kFeatures, num_token_tiles = (p.m + kTokens - 1) / kTokens;
   kernel<<<static_cast<unsigned>(num_feature_tiles * num_token_tiles), kThreads, Shape::kSharedBytes, cuda_stream(stream)>>>(
-      p, static_cast<int>(num_feature_tiles), row_alignment(p.a, p.m, p.a_stride), row_alignment(p.b, p.n, p.b_stride));
+      p, static_cast<int>(num_feature_tiles), row_alignment(p.a, p.m, p.a_stride, p.k), row_alignment(p.b, p.n, p.b_stride, p.k));
   QUIRE_CHECK_LAUNCH("scaled_matmul_mma_kernel", stream);
 }
 

@@ -26,6 +26,7 @@ constexpr int kWgmmaThreads = 128 * (kConsumers + 1);
 
 struct WgmmaPlan {
   CUtensorMap rows, columns;  // {k, row}; boxes of kRows and of kColumns / shared_columns rows
+  CUtensorMap out;            // {feature, token}; boxes of 64 features and kChunkTokens tokens; for copies_out
   ScaledMatmulParams params;
   int num_steps;         // of one split
   int shared_columns;    // neighbours in a cluster with the same columns and other rows
@@ -36,23 +37,26 @@ struct WgmmaPlan {
   int num_items;         // pairs of a row group and a column tile
   int num_halved_tiles;  // single tiles after the items, whose inner dimension the two CTAs of a cluster halve
   int head_start;        // steps that the second consumer starts late; 0: none
-  bool vector_out;       // 16-byte stores
+  bool copies_out;       // results are written by the copy engine
+  bool vector_out;       // or by 16-byte stores
 };
 
-template <int kColumnCount, int kBlocks, bool kTokensAreRows, bool kHasBlockScales>
+template <int kColumnCount, bool kTokensAreRows, bool kHasBlockScales>
 struct WgmmaShape {
   static constexpr int kColumns = kColumnCount;
-  static constexpr int kRowBlocks = kBlocks;  // of 64 rows, per consumer
   static constexpr bool kTokenRows = kTokensAreRows;
   static constexpr bool kBlockScales = kHasBlockScales;
-  static constexpr int kRows = 64 * kConsumers * kRowBlocks;
+  static constexpr int kRows = 64 * kConsumers;
   static constexpr int kTokens = kTokenRows ? kRows : kColumns;
   static constexpr int kRowsBytes = kRows * kStepBytes, kColumnsBytes = kColumns * kStepBytes;
   static constexpr int kStageBytes = kRowsBytes + kColumnsBytes;
   static constexpr int kScaleBytes = kBlockScales ? kTokens * 4 + 16 : 0;
-  static constexpr int kChunkColumns = kColumns < 128 ? kColumns : 128;  // of results that are staged at once
-  static constexpr int kStagingBytes = kChunkColumns * 128;              // per consumer: 64 rows
-  static constexpr int kColumnValueBytes = kColumns * 4;                 // per consumer
+  // Results are staged as 64 output features (128 bytes) of so many tokens: columns, or a consumer's rows.
+  static constexpr int kChunkColumns = kColumns < 64 ? kColumns : 64;
+  static constexpr int kChunkTokens = kTokenRows ? 64 : kChunkColumns;
+  static constexpr int kChunkBytes = kChunkTokens * 128;
+  static constexpr int kStagingBytes = 2 * kChunkBytes;   // per consumer
+  static constexpr int kColumnValueBytes = kColumns * 4;  // per consumer
   static constexpr int kFixedBytes = kConsumers * (kStagingBytes + kColumnValueBytes) + 256;
   static constexpr int kStages = std::min(12, (227 * 1024 - kFixedBytes) / (kStageBytes + kScaleBytes));
   static constexpr int kStagingOffset = kStages * kStageBytes;
@@ -240,7 +244,7 @@ __device__ void copy_scales(const WgmmaPlan& plan, const WgmmaShared<Shape>& sha
   }
 }
 
-/// A warpgroup: 64 * kRowBlocks rows of every tile.
+/// A warpgroup: 64 rows of every tile.
 template <typename Sum, typename Shape>
 struct WgmmaConsumer {
   static constexpr int kColumnBlocks = Shape::kColumns / 8;
@@ -253,11 +257,12 @@ struct WgmmaConsumer {
   int rank, group;
   std::uint32_t empty;  // the first barrier that this lane releases stages by, in whichever CTA; 0: none
   StageRing<Shape::kStages> ring;
-  Sum sum[Shape::kRowBlocks][Shape::kColumns / 2];
+  Sum sum[Shape::kColumns / 2];
   // Of the thread's rows, where they are output features.
-  float feature_scale[Shape::kRowBlocks][2], bias[Shape::kRowBlocks][2];
-  int column_sum[Shape::kRowBlocks][2];
+  float feature_scale[2], bias[2];
+  int column_sum[2];
   float column_value[kValuesPerThread];
+  int chunks_staged = 0;
 
   __device__ __forceinline__ int thread() const { return static_cast<int>(threadIdx.x) % 128; }
   __device__ __forceinline__ int warp() const { return thread() / 32; }
@@ -267,9 +272,9 @@ struct WgmmaConsumer {
     return shared.base + Shape::kColumnValueOffset + group * Shape::kColumnValueBytes;
   }
   __device__ __forceinline__ std::uint32_t staging() const { return shared.base + Shape::kStagingOffset + group * Shape::kStagingBytes; }
-  /// First row of a block, within the matrix.
-  __device__ __forceinline__ std::int64_t first_row(const Work& work, int block) const {
-    return std::int64_t{work.row_tile} * Shape::kRows + (group * Shape::kRowBlocks + block) * 64;
+  /// First row, within the matrix.
+  __device__ __forceinline__ std::int64_t first_row(const Work& work) const {
+    return std::int64_t{work.row_tile} * Shape::kRows + group * 64;
   }
 
   /// Tells every CTA that copies to this one's stage that this warp has read it: lane i tells the i-th.
@@ -287,15 +292,12 @@ struct WgmmaConsumer {
     const ScaledMatmulParams& p = plan.params;
     if constexpr (!Shape::kTokenRows) {
 #pragma unroll
-      for (int block = 0; block < Shape::kRowBlocks; ++block) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const std::int64_t n = first_row(work, block) + warp() * 16 + lane() / 4 + 8 * r;
-          bias[block][r] = load_bias(p, n);
-          if constexpr (!Shape::kBlockScales) {
-            feature_scale[block][r] = load_feature_scale(p, n);
-            column_sum[block][r] = load_column_sum(p, n);
-          }
+      for (int r = 0; r < 2; ++r) {
+        const std::int64_t n = first_row(work) + warp() * 16 + lane() / 4 + 8 * r;
+        bias[r] = load_bias(p, n);
+        if constexpr (!Shape::kBlockScales) {
+          feature_scale[r] = load_feature_scale(p, n);
+          column_sum[r] = load_column_sum(p, n);
         }
       }
     }
@@ -320,13 +322,14 @@ struct WgmmaConsumer {
   }
 
   template <typename T>
-  __device__ __forceinline__ void multiply_stage(T (&d)[Shape::kColumns / 2], int block, bool accumulate) const {
-    const std::uint32_t rows = device::matrix_descriptor(
-        shared.rows(ring.stage) + static_cast<std::uint32_t>((group * Shape::kRowBlocks + block) * 64 * kStepBytes), 0);
+  __device__ __forceinline__ void multiply_stage(T (&d)[Shape::kColumns / 2], bool accumulate) const {
+    const std::uint32_t rows = device::matrix_descriptor(shared.rows(ring.stage) + static_cast<std::uint32_t>(group * 64 * kStepBytes), 0);
     const std::uint32_t columns = device::matrix_descriptor(shared.columns(ring.stage), 0);
+    device::wgmma_fence();
 #pragma unroll
     for (int part = 0; part < kStepBytes / 32; ++part)
       device::Wgmma8Bit<Shape::kColumns, T>::product(d, rows + part * 2, columns + part * 2, accumulate || part > 0 ? 1 : 0);
+    device::wgmma_commit();
   }
 
   /// The second consumer starts some steps late, and stays behind: so one of them multiplies while the other stores.
@@ -345,10 +348,7 @@ struct WgmmaConsumer {
 #pragma unroll 1
     for (int step = 0; step < work.num_steps; ++step) {
       device::barrier_wait(shared.full(ring.stage), ring.parity);
-      device::wgmma_fence();
-#pragma unroll
-      for (int block = 0; block < Shape::kRowBlocks; ++block) multiply_stage(sum[block], block, step > 0);
-      device::wgmma_commit();
+      multiply_stage(sum, step > 0);
       give_head_start(head_start, work, step);
       if (step > 0) {
         device::wgmma_wait<1>();
@@ -358,131 +358,119 @@ struct WgmmaConsumer {
       ring.advance();
     }
     device::wgmma_wait<0>();
-#pragma unroll
-    for (int block = 0; block < Shape::kRowBlocks; ++block) device::pin_registers(sum[block]);
+    device::pin_registers(sum);
     release(previous);
   }
 
-  /// The same with a scale for each token and step: a step's products are summed by themselves.
+  /// sum += part, a stage's products, with the stage's scales; the products of the next stage, if any, are under way.
+  template <bool kIsLast>
+  __device__ __forceinline__ void add_scaled(float (&part)[Shape::kColumns / 2], int stage) {
+    const std::uint32_t scales = shared.scales(stage);
+    float scale[Shape::kTokenRows ? 2 : Shape::kColumns / 4];
+    if constexpr (Shape::kTokenRows) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        scale[r] = load_shared(scales + static_cast<std::uint32_t>(group * 64 + warp() * 16 + lane() / 4 + 8 * r) * 4);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kColumnBlocks; ++j)
+        load_shared_2(scale[2 * j], scale[2 * j + 1], scales + static_cast<std::uint32_t>(8 * j + lane() % 4 * 2) * 4);
+    }
+    const float block_scale = load_shared(scales + Shape::kTokens * 4);
+#pragma unroll
+    for (float& value : scale) value *= block_scale;
+    device::wgmma_wait<kIsLast ? 0 : 1>();
+    device::pin_registers(part);
+    release(stage);
+#pragma unroll
+    for (int j = 0; j < kColumnBlocks; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[4 * j + e] += part[4 * j + e] * (Shape::kTokenRows ? scale[e / 2] : scale[2 * j + e % 2]);
+    }
+  }
+  /// Starts the products of the ring's stage; returns the stage.
+  __device__ __forceinline__ int start_part(float (&part)[Shape::kColumns / 2]) {
+    device::barrier_wait(shared.full(ring.stage), ring.parity);
+    multiply_stage(part, false);
+    const int stage = ring.stage;
+    ring.advance();
+    return stage;
+  }
+
+  /// sum = the tile's products with a scale for each token and step: a step's products are summed by themselves, and added while the next
+  /// step's are computed.
   __device__ __forceinline__ void multiply_blocks(const Work& work) {
-    float part[Shape::kColumns / 2];
+    float even[Shape::kColumns / 2], odd[Shape::kColumns / 2];
 #pragma unroll
-    for (int block = 0; block < Shape::kRowBlocks; ++block) {
-#pragma unroll
-      for (int i = 0; i < Shape::kColumns / 2; ++i) sum[block][i] = 0;
-    }
+    for (int i = 0; i < Shape::kColumns / 2; ++i) sum[i] = 0;
+    int stage = start_part(even), next = 0;
+    int left = work.num_steps - 1;  // steps not started
 #pragma unroll 1
-    for (int step = 0; step < work.num_steps; ++step) {
-      device::barrier_wait(shared.full(ring.stage), ring.parity);
-      const std::uint32_t scales = shared.scales(ring.stage);
-#pragma unroll
-      for (int block = 0; block < Shape::kRowBlocks; ++block) {
-        device::pin_registers(part);
-        device::wgmma_fence();
-        multiply_stage(part, block, false);
-        device::wgmma_commit();
-        float scale[Shape::kTokenRows ? 2 : Shape::kColumns / 4];
-        if constexpr (Shape::kTokenRows) {
-#pragma unroll
-          for (int r = 0; r < 2; ++r)
-            scale[r] = load_shared(
-                scales + static_cast<std::uint32_t>((group * Shape::kRowBlocks + block) * 64 + warp() * 16 + lane() / 4 + 8 * r) * 4);
-        } else {
-#pragma unroll
-          for (int j = 0; j < kColumnBlocks; ++j)
-            load_shared_2(scale[2 * j], scale[2 * j + 1], scales + static_cast<std::uint32_t>(8 * j + lane() % 4 * 2) * 4);
-        }
-        const float block_scale = load_shared(scales + Shape::kTokens * 4);
-#pragma unroll
-        for (float& value : scale) value *= block_scale;
-        device::wgmma_wait<0>();
-        device::pin_registers(part);
-        if (block == Shape::kRowBlocks - 1) release(ring.stage);
-#pragma unroll
-        for (int j = 0; j < kColumnBlocks; ++j) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) sum[block][4 * j + e] += part[4 * j + e] * (Shape::kTokenRows ? scale[e / 2] : scale[2 * j + e % 2]);
-        }
-      }
-      ring.advance();
+    for (; left >= 2; left -= 2) {
+      next = start_part(odd);
+      add_scaled<false>(even, stage);
+      stage = start_part(even);
+      add_scaled<false>(odd, next);
+    }
+    if (left == 1) {
+      next = start_part(odd);
+      add_scaled<false>(even, stage);
+      add_scaled<true>(odd, next);
+    } else {
+      add_scaled<true>(even, stage);
     }
   }
 
-  /// Results from four sums: rows lane / 4 and + 8 of a block, columns 8 j + 2 (lane % 4) and the next.
-  __device__ __forceinline__ void finish(float (&result)[4], const Sum (&sums)[4], const Work& work, int block, int j) const {
-    const std::uint32_t values = column_values() + static_cast<std::uint32_t>(8 * j + lane() % 4 * 2) * 4;
-    if constexpr (Shape::kTokenRows) {
-      float column_bias[2];
-      load_shared_2(column_bias[0], column_bias[1], values);
+  /// Sums of products with a - zero_point.
+  __device__ __forceinline__ void subtract_zero_points(Sum (&sums)[4], const Work& work, int j) const {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) result[e] = sums[e] + column_bias[e % 2];
+    for (int e = 0; e < 2; ++e) {
+      const int zero_point = load_zero_point(plan.params, std::int64_t{work.column_tile} * Shape::kColumns + 8 * j + lane() % 4 * 2 + e);
+      sums[e] = subtract_zero_point(sums[e], zero_point, column_sum[0]);
+      sums[2 + e] = subtract_zero_point(sums[2 + e], zero_point, column_sum[1]);
+    }
+  }
+  __device__ __forceinline__ bool has_zero_points() const { return std::is_same_v<Sum, int> && plan.params.zero_point != nullptr; }
+
+  /// The values of two columns of column block j: scales of tokens or, where tokens are rows, biases.
+  __device__ __forceinline__ void load_column_values(float (&values)[2], int j) const {
+    if constexpr (kHasColumnValues)
+      load_shared_2(values[0], values[1], column_values() + static_cast<std::uint32_t>(8 * j + lane() % 4 * 2) * 4);
+  }
+  /// A result from a sum in row lane / 4 + 8 r.
+  __device__ __forceinline__ float finish(Sum value, int r, float column_value) const {
+    if constexpr (Shape::kTokenRows) {
+      return value + column_value;
     } else if constexpr (Shape::kBlockScales) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) result[e] = sums[e] + bias[block][e / 2];
+      return value + bias[r];
     } else {
-      int zero_point[2] = {0, 0};
-      if (std::is_same_v<Sum, int> && plan.params.zero_point != nullptr) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          zero_point[e] = load_zero_point(plan.params, std::int64_t{work.column_tile} * Shape::kColumns + 8 * j + lane() % 4 * 2 + e);
-      }
-      float token_scale[2];
-      load_shared_2(token_scale[0], token_scale[1], values);
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        result[e] = static_cast<float>(subtract_zero_point(sums[e], zero_point[e % 2], column_sum[block][e / 2])) * token_scale[e % 2] *
-                        feature_scale[block][e / 2] +
-                    bias[block][e / 2];
+      return fmaf(static_cast<float>(value) * column_value, feature_scale[r], bias[r]);
     }
   }
 
-  /// Puts results of column block j, the `place`-th of what is staged, where copy_out wants them; float32 directly in the output.
-  __device__ __forceinline__ void stage(const float (&result)[4], const Work& work, int block, int j, int place) const {
+  __device__ __forceinline__ void store_float32(float value, const Work& work, int j, int e) const {
     const ScaledMatmulParams& p = plan.params;
-    if (p.out_dtype == DType::kFloat32) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const std::int64_t row = first_row(work, block) + warp() * 16 + lane() / 4 + e / 2 * 8;
-        const std::int64_t column = std::int64_t{work.column_tile} * Shape::kColumns + 8 * j + lane() % 4 * 2 + e % 2;
-        const std::int64_t m = Shape::kTokenRows ? row : column, n = Shape::kTokenRows ? column : row;
-        if (m < p.m && n < p.n) static_cast<float*>(p.out)[m * p.out_stride + n] = result[e];
-      }
-      return;
-    }
-    std::uint32_t words[2];
-    if (p.out_dtype == DType::kBFloat16) {
-      words[0] = device::pack_16<true>(result[0], result[1]), words[1] = device::pack_16<true>(result[2], result[3]);
-    } else {
-      words[0] = device::pack_16<false>(result[0], result[1]), words[1] = device::pack_16<false>(result[2], result[3]);
-    }
-    // Lanes 0 to 15 say where rows of the two 8 x 8 matrices go. Tokens lie in rows of 128 bytes with swizzled 16-byte pieces.
-    const int matrix = lane() / 8 % 2, in_matrix = lane() % 8;
-    if constexpr (Shape::kTokenRows) {
-      const int token = warp() * 16 + matrix * 8 + in_matrix;
-      device::store_matrix_x2(staging() + static_cast<std::uint32_t>(place / 8 * 64 * 128 + token * 128 + ((place % 8 ^ in_matrix) * 16)),
-                              words);
-    } else {
-      const int token = place * 8 + in_matrix, piece = warp() * 2 + matrix;
-      device::store_matrix_x2_transposed(staging() + static_cast<std::uint32_t>(token * 128 + ((piece ^ in_matrix) * 16)), words);
-    }
+    const std::int64_t row = first_row(work) + warp() * 16 + lane() / 4 + e / 2 * 8;
+    const std::int64_t column = std::int64_t{work.column_tile} * Shape::kColumns + 8 * j + lane() % 4 * 2 + e % 2;
+    const std::int64_t m = Shape::kTokenRows ? row : column, n = Shape::kTokenRows ? column : row;
+    if (m < p.m && n < p.n) static_cast<float*>(p.out)[m * p.out_stride + n] = value;
   }
 
-  /// Copies staged results of column blocks [first, first + count) to the output.
-  __device__ __forceinline__ void copy_out(const Work& work, int block, int first, int count) const {
+  /// Copies results of column blocks [first, first + count), staged at an address, to the output.
+  __device__ __forceinline__ void copy_out(std::uint32_t from, const Work& work, int first, int count) const {
     const ScaledMatmulParams& p = plan.params;
-    if (p.out_dtype == DType::kFloat32) return;
     const std::int64_t column = std::int64_t{work.column_tile} * Shape::kColumns + 8 * first;
     const int pieces = Shape::kTokenRows ? count : 8, tokens = Shape::kTokenRows ? 64 : 8 * count;
-    const std::int64_t first_token = Shape::kTokenRows ? first_row(work, block) : column;
-    const std::int64_t first_feature = Shape::kTokenRows ? column : first_row(work, block);
+    const std::int64_t first_token = Shape::kTokenRows ? first_row(work) : column;
+    const std::int64_t first_feature = Shape::kTokenRows ? column : first_row(work);
     auto* out = static_cast<std::uint16_t*>(p.out);
-#pragma unroll 4
+#pragma unroll 1
     for (int i = thread(); i < tokens * pieces; i += 128) {
       const int token = i / pieces, piece = i - token * pieces;
       const std::int64_t m = first_token + token, n = first_feature + piece * 8;
       if (m >= p.m || n >= p.n) continue;
       std::uint32_t words[4];
-      load_shared_4(words, staging() + static_cast<std::uint32_t>(piece / 8 * 64 * 128 + token * 128 + ((piece % 8 ^ token % 8) * 16)));
+      load_shared_4(words, from + static_cast<std::uint32_t>(token * 128 + ((piece ^ token % 8) * 16)));
       std::uint16_t* to = out + m * p.out_stride + n;
       if (plan.vector_out && n + 8 <= p.n) {
         *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
@@ -494,24 +482,77 @@ struct WgmmaConsumer {
     }
   }
 
-  __device__ __forceinline__ void store_tile(const Work& work) const {
+  /// Stores the tile as 16-bit floats, by way of shared memory: 64 features of some tokens at a time, tokens in rows of 128 bytes with swizzled
+  /// 16-byte pieces.
+  template <bool kBf16>
+  __device__ __forceinline__ void store_tile_16(const Work& work) {
     constexpr int kChunkBlocks = Shape::kChunkColumns / 8;
 #pragma unroll
-    for (int block = 0; block < Shape::kRowBlocks; ++block) {
+    for (int chunk = 0; chunk < Shape::kColumns / Shape::kChunkColumns; ++chunk) {
+      std::uint32_t words[kChunkBlocks][2];
+      float values[kChunkBlocks][2];
 #pragma unroll
-      for (int chunk = 0; chunk < Shape::kColumns / Shape::kChunkColumns; ++chunk) {
-        sync_group();
+      for (int j = 0; j < kChunkBlocks; ++j) load_column_values(values[j], chunk * kChunkBlocks + j);
 #pragma unroll
-        for (int j = 0; j < kChunkBlocks; ++j) {
-          const int at = chunk * kChunkBlocks + j;
-          const Sum sums[4] = {sum[block][4 * at], sum[block][4 * at + 1], sum[block][4 * at + 2], sum[block][4 * at + 3]};
-          float result[4];
-          finish(result, sums, work, block, at);
-          stage(result, work, block, at, j);
-        }
-        sync_group();
-        copy_out(work, block, chunk * kChunkBlocks, kChunkBlocks);
+      for (int j = 0; j < kChunkBlocks; ++j) {
+        const int at = 4 * (chunk * kChunkBlocks + j);
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          words[j][r] = device::pack_16<kBf16>(finish(sum[at + 2 * r], r, values[j][0]), finish(sum[at + 2 * r + 1], r, values[j][1]));
       }
+      const std::uint32_t buffer = staging() + static_cast<std::uint32_t>(chunks_staged % 2 * Shape::kChunkBytes);
+      if (thread() == 0) device::store_wait_read<1>();
+      sync_group();
+      // Lane i says where row i % 8 of matrix i / 8 goes.
+      const int matrix = lane() / 8, in_matrix = lane() % 8;
+#pragma unroll
+      for (int j = 0; j < kChunkBlocks; j += 2) {
+        const std::uint32_t four[4] = {words[j][0], words[j][1], words[j + 1][0], words[j + 1][1]};
+        if constexpr (Shape::kTokenRows) {
+          const int token = warp() * 16 + matrix % 2 * 8 + in_matrix, piece = j + matrix / 2;
+          device::store_matrix_x4(buffer + static_cast<std::uint32_t>(token * 128 + ((piece ^ in_matrix) * 16)), four);
+        } else {
+          const int token = (j + matrix / 2) * 8 + in_matrix, piece = warp() * 2 + matrix % 2;
+          device::store_matrix_x4_transposed(buffer + static_cast<std::uint32_t>(token * 128 + ((piece ^ in_matrix) * 16)), four);
+        }
+      }
+      if (plan.copies_out) {
+        device::fence_async_proxy();
+        sync_group();
+        if (thread() == 0) {
+          const int row = work.row_tile * Shape::kRows + group * 64,
+                    column = work.column_tile * Shape::kColumns + chunk * Shape::kChunkColumns;
+          device::store_box(&plan.out, buffer, Shape::kTokenRows ? column : row, Shape::kTokenRows ? row : column);
+          device::store_commit();
+        }
+      } else {
+        sync_group();
+        copy_out(buffer, work, chunk * kChunkBlocks, kChunkBlocks);
+      }
+      ++chunks_staged;
+    }
+  }
+
+  __device__ __forceinline__ void store_tile(const Work& work) {
+    share_values();
+    if (has_zero_points()) {
+#pragma unroll
+      for (int j = 0; j < kColumnBlocks; ++j) subtract_zero_points(reinterpret_cast<Sum(&)[4]>(sum[4 * j]), work, j);
+    }
+    sync_group();
+    if (plan.params.out_dtype == DType::kBFloat16) {
+      store_tile_16<true>(work);
+    } else if (plan.params.out_dtype == DType::kFloat16) {
+      store_tile_16<false>(work);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kColumnBlocks; ++j) {
+        float values[2];
+        load_column_values(values, j);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) store_float32(finish(sum[4 * j + e], e / 2, values[e % 2]), work, j, e);
+      }
+      sync_group();
     }
   }
 
@@ -523,44 +564,56 @@ struct WgmmaConsumer {
     __syncwarp();
     if (lane() < work.splits) device::cluster_barrier_arrive(device::address_in_cta(shared.finished(), split_rank));
     device::barrier_wait(shared.finished(), 0);
-    const auto place = [&](int split, int block, int j) {
-      return shared.base + static_cast<std::uint32_t>(
-                               (((split * Shape::kRowBlocks + block) * mine.each + j) * kConsumers * 128 + group * 128 + thread()) * 16);
+    const auto place = [&](int split, int j) {
+      return shared.base + static_cast<std::uint32_t>(((split * mine.each + j) * kConsumers * 128 + group * 128 + thread()) * 16);
     };
     int owner_rank = mine.first_rank, in_owner = 0;
 #pragma unroll
     for (int j = 0; j < kColumnBlocks; ++j) {
-#pragma unroll
-      for (int block = 0; block < Shape::kRowBlocks; ++block) {
-        const Sum(&from)[Shape::kColumns / 2] = sum[block];
-        device::cluster_store_16(device::address_in_cta(place(work.split, block, in_owner), owner_rank),
-                                 device::address_in_cta(shared.received(), owner_rank), from[4 * j], from[4 * j + 1], from[4 * j + 2],
-                                 from[4 * j + 3]);
-      }
+      device::cluster_store_16(device::address_in_cta(place(work.split, in_owner), owner_rank),
+                               device::address_in_cta(shared.received(), owner_rank), sum[4 * j], sum[4 * j + 1], sum[4 * j + 2],
+                               sum[4 * j + 3]);
       if (++in_owner == mine.each) in_owner = 0, owner_rank += mine.distance;
     }
     if (mine.count <= 0) return;
     share_values();
+    sync_group();
     device::barrier_wait(shared.received(), 0);
-#pragma unroll
-    for (int block = 0; block < Shape::kRowBlocks; ++block) {
-      sync_group();
 #pragma unroll 2
-      for (int j = 0; j < mine.count; ++j) {
-        Sum sums[4] = {};
-        for (int split = 0; split < work.splits; ++split) {
-          std::uint32_t words[4];
-          load_shared_4(words, place(split, block, j));
+    for (int j = 0; j < mine.count; ++j) {
+      Sum sums[4] = {};
+      for (int split = 0; split < work.splits; ++split) {
+        std::uint32_t words[4];
+        load_shared_4(words, place(split, j));
 #pragma unroll
-          for (int e = 0; e < 4; ++e) sums[e] += from_word<Sum>(words[e]);
-        }
-        float result[4];
-        finish(result, sums, work, block, mine.first + j);
-        stage(result, work, block, mine.first + j, j);
+        for (int e = 0; e < 4; ++e) sums[e] += from_word<Sum>(words[e]);
       }
-      sync_group();
-      copy_out(work, block, mine.first, mine.count);
+      if (has_zero_points()) subtract_zero_points(sums, work, mine.first + j);
+      float values[2], result[4];
+      load_column_values(values, mine.first + j);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) result[e] = finish(sums[e], e / 2, values[e % 2]);
+      const DType dtype = plan.params.out_dtype;
+      if (dtype == DType::kFloat32) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) store_float32(result[e], work, mine.first + j, e);
+        continue;
+      }
+      const bool bf16 = dtype == DType::kBFloat16;
+      const std::uint32_t words[2] = {bf16 ? device::pack_16<true>(result[0], result[1]) : device::pack_16<false>(result[0], result[1]),
+                                      bf16 ? device::pack_16<true>(result[2], result[3]) : device::pack_16<false>(result[2], result[3])};
+      // Lanes 0 to 15 say where rows of the two 8 x 8 matrices go.
+      const int matrix = lane() / 8 % 2, in_matrix = lane() % 8;
+      if constexpr (Shape::kTokenRows) {
+        const int token = warp() * 16 + matrix * 8 + in_matrix;
+        device::store_matrix_x2(staging() + static_cast<std::uint32_t>(token * 128 + ((j ^ in_matrix) * 16)), words);
+      } else {
+        const int token = j * 8 + in_matrix, piece = warp() * 2 + matrix;
+        device::store_matrix_x2_transposed(staging() + static_cast<std::uint32_t>(token * 128 + ((piece ^ in_matrix) * 16)), words);
+      }
     }
+    sync_group();
+    if (plan.params.out_dtype != DType::kFloat32) copy_out(staging(), work, mine.first, mine.count);
   }
 
   __device__ __forceinline__ void run() {
@@ -573,12 +626,14 @@ struct WgmmaConsumer {
         multiply(work, iteration == 0 ? plan.head_start : 0);
       }
       if (work.splits == 1) {
-        share_values();
         store_tile(work);
       } else {
+        // The last work: what is staged now takes the place of what was before.
+        if (thread() == 0) device::store_wait_read<0>();
         store_split_tile(work);
       }
     }
+    if (thread() == 0) device::store_wait_read<0>();
   }
 };
 
@@ -604,7 +659,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) scaled_matmul_wgmma_kernel(c
       const int splits = max(plan.splits, 2), count = SplitColumns<Shape>(plan, rank).count;
       device::barrier_init(shared.finished(), kConsumers * 4 * splits);
       device::barrier_init(shared.received(), 1);
-      if (count > 0) device::barrier_arrive_expect(shared.received(), splits * count * Shape::kRowBlocks * kConsumers * 128 * 16);
+      if (count > 0) device::barrier_arrive_expect(shared.received(), splits * count * kConsumers * 128 * 16);
     }
     device::barrier_init_fence();
   }

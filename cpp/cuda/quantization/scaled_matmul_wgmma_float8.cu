@@ -6,10 +6,9 @@ namespace quire::cuda::scaled {
 
 void launch_wgmma_float8(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream stream) {
   if (p.granularity_a != ScaleGranularity::kGroup) return launch_wgmma_plain<float>(p, choice, stream);
-  if (choice.token_rows && choice.row_blocks == 1) return launch_wgmma<float, WgmmaShape<128, 1, true, true>>(p, choice, stream);
-  if (choice.token_rows) return launch_wgmma<float, WgmmaShape<128, 2, true, true>>(p, choice, stream);
-  if (choice.columns == 16) return launch_wgmma<float, WgmmaShape<16, 1, false, true>>(p, choice, stream);
-  launch_wgmma<float, WgmmaShape<64, 1, false, true>>(p, choice, stream);
+  if (choice.token_rows) return launch_wgmma<float, WgmmaShape<128, true, true>>(p, choice, stream);
+  if (choice.columns == 16) return launch_wgmma<float, WgmmaShape<16, false, true>>(p, choice, stream);
+  launch_wgmma<float, WgmmaShape<64, false, true>>(p, choice, stream);
 }
 
 }  // namespace quire::cuda::scaled
