@@ -18,9 +18,9 @@ bool can_use_wgmma(const ScaledMatmulParams& p, int compute_capability) {
 WgmmaChoice choose_wgmma(const ScaledMatmulParams& p, int num_sms) {
   static_cast<void>(num_sms);
   const bool blocks = p.granularity_a == ScaleGranularity::kGroup;
-  if (blocks && p.m > 64) return {128, true, 1, 1, false};
-  if (blocks) return {p.m > 16 ? 64 : 16, false, 1, 1, false};
-  return {p.m > 128 ? 256 : p.m > 64 ? 128 : p.m > 32 ? 64 : p.m > 16 ? 32 : 16, false, 1, 1, false};
+  if (blocks && p.m > 64) return {128, 128, true, 1, 1, false};
+  if (blocks) return {64, p.m > 16 ? 64 : 16, false, 1, 1, false};
+  return {p.m > 64 ? 128 : 64, p.m > 128 ? 256 : p.m > 64 ? 128 : p.m > 32 ? 64 : p.m > 16 ? 32 : 16, false, 1, 1, false};
 }
 
 }  // namespace scaled

@@ -8,6 +8,7 @@ namespace quire::cuda::scaled {
 
 /// Hopper's kernel: see scaled_matmul_wgmma.cuh.
 struct WgmmaChoice {
+  int rows;            // of a tile: 64 or 128
   int columns;         // of a tile: tokens, or output features where tokens are its rows
   bool token_rows;     // tokens are the tile's rows: only with block scales
   int shared_columns;  // CTAs of a cluster with the same columns: 1, 2, 4

@@ -62,7 +62,7 @@ void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = {static_cast<unsigned>(cluster_size), 1, 1};
-  config.blockDim = {kWgmmaThreads, 1, 1};
+  config.blockDim = {Shape::kThreads, 1, 1};
   config.dynamicSmemBytes = Shape::kSharedBytes;
   config.stream = cuda_stream(stream);
   config.attrs = attributes;
@@ -77,11 +77,7 @@ void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream
     }
     num_clusters = std::min(num_clusters, most);
   }
-  plan.head_start = plan.num_items > num_clusters ? 2 : 0;
-#ifdef W8_EXPERIMENT
-  if (const char* v = getenv("W8_GROUP")) plan.column_group = atoi(v);
-  if (const char* v = getenv("W8_HEAD")) plan.head_start = plan.num_items > num_clusters ? atoi(v) : 0;
-#endif
+  plan.rehearses = plan.num_items <= num_clusters * 2;
   config.gridDim.x = static_cast<unsigned>(num_clusters * cluster_size);
   config.numAttrs = 2;
   QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, plan));
@@ -91,12 +87,17 @@ void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream
 /// Without block scales the weight lies along the rows.
 template <typename Sum>
 void launch_wgmma_plain(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream stream) {
+  if (choice.rows == 64) {
+    switch (choice.columns) {
+      case 16: return launch_wgmma<Sum, WgmmaShape<1, 16, false, false>>(p, choice, stream);
+      case 32: return launch_wgmma<Sum, WgmmaShape<1, 32, false, false>>(p, choice, stream);
+      default: return launch_wgmma<Sum, WgmmaShape<1, 64, false, false>>(p, choice, stream);
+    }
+  }
   switch (choice.columns) {
-    case 16: return launch_wgmma<Sum, WgmmaShape<16, false, false>>(p, choice, stream);
-    case 32: return launch_wgmma<Sum, WgmmaShape<32, false, false>>(p, choice, stream);
-    case 64: return launch_wgmma<Sum, WgmmaShape<64, false, false>>(p, choice, stream);
-    case 128: return launch_wgmma<Sum, WgmmaShape<128, false, false>>(p, choice, stream);
-    default: return launch_wgmma<Sum, WgmmaShape<256, false, false>>(p, choice, stream);
+    case 64: return launch_wgmma<Sum, WgmmaShape<2, 64, false, false>>(p, choice, stream);
+    case 128: return launch_wgmma<Sum, WgmmaShape<2, 128, false, false>>(p, choice, stream);
+    default: return launch_wgmma<Sum, WgmmaShape<2, 256, false, false>>(p, choice, stream);
   }
 }
 

@@ -21,8 +21,6 @@
 namespace quire::cuda::scaled {
 
 constexpr int kStepBytes = 128;  // of a row, in one step
-constexpr int kConsumers = 2;    // warpgroups
-constexpr int kWgmmaThreads = 128 * (kConsumers + 1);
 
 struct WgmmaPlan {
   CUtensorMap rows, columns;  // {k, row}; boxes of kRows and of kColumns / shared_columns rows
@@ -36,13 +34,16 @@ struct WgmmaPlan {
   int column_group;      // column tiles that are gone through before the next row group
   int num_items;         // pairs of a row group and a column tile
   int num_halved_tiles;  // single tiles after the items, whose inner dimension the two CTAs of a cluster halve
-  int head_start;        // steps that the second consumer starts late; 0: none
+  bool late_turn = false;
+  bool rehearses;        // a CTA has one tile or few
   bool copies_out;       // results are written by the copy engine
   bool vector_out;       // or by 16-byte stores
 };
 
-template <int kColumnCount, bool kTokensAreRows, bool kHasBlockScales>
+template <int kConsumerCount, int kColumnCount, bool kTokensAreRows, bool kHasBlockScales>
 struct WgmmaShape {
+  static constexpr int kConsumers = kConsumerCount;  // warpgroups with 64 rows each
+  static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kColumns = kColumnCount;
   static constexpr bool kTokenRows = kTokensAreRows;
   static constexpr bool kBlockScales = kHasBlockScales;
@@ -50,6 +51,8 @@ struct WgmmaShape {
   static constexpr int kTokens = kTokenRows ? kRows : kColumns;
   static constexpr int kRowsBytes = kRows * kStepBytes, kColumnsBytes = kColumns * kStepBytes;
   static constexpr int kStageBytes = kRowsBytes + kColumnsBytes;
+  static constexpr int kPartColumns = kTokenRows ? 128 : kColumns;  // that share a scale_b, where it has blocks
+  static constexpr int kParts = kColumns / kPartColumns;
   static constexpr int kScaleBytes = kBlockScales ? kTokens * 4 + 16 : 0;
   // Results are staged as 64 output features (128 bytes) of so many tokens: columns, or a consumer's rows.
   static constexpr int kChunkColumns = kColumns < 64 ? kColumns : 64;
@@ -58,7 +61,7 @@ struct WgmmaShape {
   static constexpr int kStagingBytes = 2 * kChunkBytes;   // per consumer
   static constexpr int kColumnValueBytes = kColumns * 4;  // per consumer
   static constexpr int kFixedBytes = kConsumers * (kStagingBytes + kColumnValueBytes) + 256;
-  static constexpr int kStages = std::min(12, (227 * 1024 - kFixedBytes) / (kStageBytes + kScaleBytes));
+  static constexpr int kStages = std::min(16, (227 * 1024 - kFixedBytes) / (kStageBytes + kScaleBytes));
   static constexpr int kStagingOffset = kStages * kStageBytes;
   static constexpr int kColumnValueOffset = kStagingOffset + kConsumers * kStagingBytes;
   static constexpr int kScaleOffset = kColumnValueOffset + kConsumers * kColumnValueBytes;
@@ -66,7 +69,7 @@ struct WgmmaShape {
   static constexpr int kSharedBytes = kBarrierOffset + (2 * kStages + 2) * 8;
   static_assert(kSharedBytes <= 227 * 1024 && kStages >= 3);
   static_assert(kRows * std::max(kColumns, 64) * 4 <= kStages * kStageBytes, "partial sums take the stages' place");
-  static_assert(!kTokenRows || (kBlockScales && kColumns == 128), "a tile has one column of scale_b");
+  static_assert(!kTokenRows || (kBlockScales && kRows == 128), "tokens are rows for block scales only");
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -222,10 +225,11 @@ __device__ void copy_scales(const WgmmaPlan& plan, const WgmmaShared<Shape>& sha
   Work work;
   for (int iteration = 0; locate_work(plan, rank, iteration, work); ++iteration) {
     const std::int64_t token = std::int64_t{Shape::kTokenRows ? work.row_tile : work.column_tile} * Shape::kTokens + lane;
-    const std::int64_t block = Shape::kTokenRows ? work.column_tile : work.row_tile;
+    const std::int64_t block =
+        Shape::kTokenRows ? std::int64_t{work.column_tile} * Shape::kParts + lane : work.row_tile * Shape::kRows / 128;
     for (int step = 0; step < work.num_steps; ++step) {
       const std::int64_t group = work.first_step + step;
-      const bool valid = group * kStepBytes < p.k && block * 128 < p.n;
+      const bool valid = group * kStepBytes < p.k;
       const float* a = p.scale_a + token * p.scale_a_row_stride + group * p.scale_a_group_stride;
       const float* b = p.scale_b + block * p.scale_b_row_stride + group * p.scale_b_group_stride;
       device::barrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
@@ -237,7 +241,10 @@ __device__ void copy_scales(const WgmmaPlan& plan, const WgmmaShared<Shape>& sha
           device::copy_async_4(to + static_cast<std::uint32_t>(lane + 32 * i) * 4, there ? a + 32 * i * p.scale_a_row_stride : p.scale_a,
                                there ? 4 : 0);
       }
-      if (lane == 0) device::copy_async_4(to + Shape::kTokens * 4, valid ? b : p.scale_b, valid ? 4 : 0);
+      if (lane < Shape::kParts) {
+        const bool there = valid && block * 128 < p.n;
+        device::copy_async_4(to + static_cast<std::uint32_t>(Shape::kTokens + lane) * 4, there ? b : p.scale_b, there ? 4 : 0);
+      }
       device::barrier_arrive_after_copies(shared.full(ring.stage));
       ring.advance();
     }
@@ -247,8 +254,8 @@ __device__ void copy_scales(const WgmmaPlan& plan, const WgmmaShared<Shape>& sha
 /// A warpgroup: 64 rows of every tile.
 template <typename Sum, typename Shape>
 struct WgmmaConsumer {
-  static constexpr int kColumnBlocks = Shape::kColumns / 8;
-  static constexpr int kAllBarrier = 1, kGroupBarrier = 2, kHeadStartBarrier = 4;
+  static constexpr int kColumnBlocks = Shape::kColumns / 8, kChunkBlocks = Shape::kChunkColumns / 8;
+  static constexpr int kGroupBarrier = 1, kTurnBarrier = 3;  // and the next ones: one for each group
   static constexpr bool kHasColumnValues = Shape::kTokenRows || !Shape::kBlockScales;
   static constexpr int kValuesPerThread = (Shape::kColumns + 127) / 128;
 
@@ -259,9 +266,9 @@ struct WgmmaConsumer {
   StageRing<Shape::kStages> ring;
   Sum sum[Shape::kColumns / 2];
   // Of the thread's rows, where they are output features.
-  float feature_scale[2], bias[2];
-  int column_sum[2];
-  float column_value[kValuesPerThread];
+  float feature_scale[2] = {}, bias[2] = {};
+  int column_sum[2] = {};
+  float column_value[kValuesPerThread] = {};
   int chunks_staged = 0;
 
   __device__ __forceinline__ int thread() const { return static_cast<int>(threadIdx.x) % 128; }
@@ -321,35 +328,29 @@ struct WgmmaConsumer {
     }
   }
 
-  template <typename T>
-  __device__ __forceinline__ void multiply_stage(T (&d)[Shape::kColumns / 2], bool accumulate) const {
+  /// Starts the products of the ring's stage with some of its columns.
+  template <int kCount>
+  __device__ __forceinline__ void multiply_stage(Sum (&d)[kCount], int first_column, bool accumulate) const {
     const std::uint32_t rows = device::matrix_descriptor(shared.rows(ring.stage) + static_cast<std::uint32_t>(group * 64 * kStepBytes), 0);
-    const std::uint32_t columns = device::matrix_descriptor(shared.columns(ring.stage), 0);
+    const std::uint32_t columns =
+        device::matrix_descriptor(shared.columns(ring.stage) + static_cast<std::uint32_t>(first_column * kStepBytes), 0);
     device::wgmma_fence();
 #pragma unroll
-    for (int part = 0; part < kStepBytes / 32; ++part)
-      device::Wgmma8Bit<Shape::kColumns, T>::product(d, rows + part * 2, columns + part * 2, accumulate || part > 0 ? 1 : 0);
+    for (int part = 0; part < kStepBytes / 32; ++part) {
+      // Where groups take turns, the last products are a group by themselves.
+      if (Shape::kParts > 1 && part == kStepBytes / 32 - 1) device::wgmma_commit();
+      device::Wgmma8Bit<kCount * 2, Sum>::product(d, rows + part * 2, columns + part * 2, accumulate || part > 0 ? 1 : 0);
+    }
     device::wgmma_commit();
   }
 
-  /// The second consumer starts some steps late, and stays behind: so one of them multiplies while the other stores.
-  __device__ __forceinline__ void await_head_start(int head_start) const {
-    if (head_start > 0 && group == 1) device::named_barrier_sync(kHeadStartBarrier, kConsumers * 128);
-  }
-  __device__ __forceinline__ void give_head_start(int head_start, const Work& work, int step) const {
-    if (head_start > 0 && group == 0 && step == min(head_start, work.num_steps) - 1)
-      device::named_barrier_arrive(kHeadStartBarrier, kConsumers * 128);
-  }
-
   /// sum = the tile's products.
-  __device__ __forceinline__ void multiply(const Work& work, int head_start) {
+  __device__ __forceinline__ void multiply(const Work& work) {
     int previous = 0;
-    await_head_start(head_start);
 #pragma unroll 1
     for (int step = 0; step < work.num_steps; ++step) {
       device::barrier_wait(shared.full(ring.stage), ring.parity);
-      multiply_stage(sum, step > 0);
-      give_head_start(head_start, work, step);
+      multiply_stage(sum, 0, step > 0);
       if (step > 0) {
         device::wgmma_wait<1>();
         release(previous);
@@ -362,67 +363,116 @@ struct WgmmaConsumer {
     release(previous);
   }
 
-  /// sum += part, a stage's products, with the stage's scales; the products of the next stage, if any, are under way.
-  template <bool kIsLast>
-  __device__ __forceinline__ void add_scaled(float (&part)[Shape::kColumns / 2], int stage) {
+  using Part = float[Shape::kPartColumns / 2];
+
+  /// What a part's products are multiplied by: of rows lane / 4 and + 8, or of columns.
+  struct PartScales {
+    float value[Shape::kTokenRows ? 2 : Shape::kColumns / 4];
+  };
+  __device__ __forceinline__ PartScales load_scales(int stage, int part) const {
     const std::uint32_t scales = shared.scales(stage);
-    float scale[Shape::kTokenRows ? 2 : Shape::kColumns / 4];
+    PartScales result;
     if constexpr (Shape::kTokenRows) {
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        scale[r] = load_shared(scales + static_cast<std::uint32_t>(group * 64 + warp() * 16 + lane() / 4 + 8 * r) * 4);
+        result.value[r] = load_shared(scales + static_cast<std::uint32_t>(group * 64 + warp() * 16 + lane() / 4 + 8 * r) * 4);
     } else {
 #pragma unroll
       for (int j = 0; j < kColumnBlocks; ++j)
-        load_shared_2(scale[2 * j], scale[2 * j + 1], scales + static_cast<std::uint32_t>(8 * j + lane() % 4 * 2) * 4);
+        load_shared_2(result.value[2 * j], result.value[2 * j + 1], scales + static_cast<std::uint32_t>(8 * j + lane() % 4 * 2) * 4);
     }
-    const float block_scale = load_shared(scales + Shape::kTokens * 4);
+    const float block_scale = load_shared(scales + static_cast<std::uint32_t>(Shape::kTokens + part) * 4);
 #pragma unroll
-    for (float& value : scale) value *= block_scale;
-    device::wgmma_wait<kIsLast ? 0 : 1>();
-    device::pin_registers(part);
-    release(stage);
+    for (float& value : result.value) value *= block_scale;
+    return result;
+  }
+  __device__ __forceinline__ void add_scaled(const Part& products, const PartScales& scales, int part) {
 #pragma unroll
-    for (int j = 0; j < kColumnBlocks; ++j) {
+    for (int j = 0; j < Shape::kPartColumns / 8; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sum[4 * j + e] += part[4 * j + e] * (Shape::kTokenRows ? scale[e / 2] : scale[2 * j + e % 2]);
+      for (int e = 0; e < 4; ++e)
+        sum[part * Shape::kPartColumns / 2 + 4 * j + e] += products[4 * j + e] * scales.value[Shape::kTokenRows ? e / 2 : 2 * j + e % 2];
     }
   }
+  __device__ __forceinline__ void clear_sums() {
+#pragma unroll
+    for (int i = 0; i < Shape::kColumns / 2; ++i) sum[i] = 0;
+  }
+
   /// Starts the products of the ring's stage; returns the stage.
-  __device__ __forceinline__ int start_part(float (&part)[Shape::kColumns / 2]) {
+  __device__ __forceinline__ int start_step(Part& products) {
     device::barrier_wait(shared.full(ring.stage), ring.parity);
-    multiply_stage(part, false);
+    multiply_stage(products, 0, false);
     const int stage = ring.stage;
     ring.advance();
     return stage;
+  }
+  /// Adds a stage's products, while the next stage's, if there is one, are under way.
+  template <bool kIsLast>
+  __device__ __forceinline__ void finish_step(Part& products, int stage) {
+    const PartScales scales = load_scales(stage, 0);
+    device::wgmma_wait<kIsLast ? 0 : 1>();
+    device::pin_registers(products);
+    release(stage);
+    add_scaled(products, scales, 0);
   }
 
   /// sum = the tile's products with a scale for each token and step: a step's products are summed by themselves, and added while the next
   /// step's are computed.
   __device__ __forceinline__ void multiply_blocks(const Work& work) {
-    float even[Shape::kColumns / 2], odd[Shape::kColumns / 2];
-#pragma unroll
-    for (int i = 0; i < Shape::kColumns / 2; ++i) sum[i] = 0;
-    int stage = start_part(even), next = 0;
+    Part even, odd;
+    clear_sums();
+    int stage = start_step(even), next = 0;
     int left = work.num_steps - 1;  // steps not started
 #pragma unroll 1
     for (; left >= 2; left -= 2) {
-      next = start_part(odd);
-      add_scaled<false>(even, stage);
-      stage = start_part(even);
-      add_scaled<false>(odd, next);
+      next = start_step(odd);
+      finish_step<false>(even, stage);
+      stage = start_step(even);
+      finish_step<false>(odd, next);
     }
     if (left == 1) {
-      next = start_part(odd);
-      add_scaled<false>(even, stage);
-      add_scaled<true>(odd, next);
+      next = start_step(odd);
+      finish_step<false>(even, stage);
+      finish_step<true>(odd, next);
     } else {
-      add_scaled<true>(even, stage);
+      finish_step<true>(even, stage);
     }
   }
 
+  /// The same where there are no registers for two steps' products: the groups take turns, so that one adds while the other multiplies.
+  __device__ __forceinline__ void multiply_blocks_in_turn(const Work& work) {
+    Part products;
+    clear_sums();
+#pragma unroll 1
+    for (int step = 0; step < work.num_steps; ++step) {
+      device::barrier_wait(shared.full(ring.stage), ring.parity);
+#pragma unroll
+      for (int part = 0; part < Shape::kParts; ++part) {
+        device::named_barrier_sync(kTurnBarrier + group, 256);
+        device::pin_registers(products);
+        multiply_stage(products, part * Shape::kPartColumns, false);
+        if (plan.late_turn) device::wgmma_wait<1>();
+        device::named_barrier_arrive(kTurnBarrier + 1 - group, 256);
+        const PartScales scales = load_scales(ring.stage, part);
+        device::wgmma_wait<0>();
+        device::pin_registers(products);
+        if (part == Shape::kParts - 1) release(ring.stage);
+        add_scaled(products, scales, part);
+      }
+      ring.advance();
+    }
+  }
+  /// Group 0 has the first turn; in the end it takes the last.
+  __device__ __forceinline__ void begin_turns() const {
+    if (Shape::kParts > 1 && group == 1) device::named_barrier_arrive(kTurnBarrier, 256);
+  }
+  __device__ __forceinline__ void end_turns() const {
+    if (Shape::kParts > 1 && group == 0) device::named_barrier_sync(kTurnBarrier, 256);
+  }
+
   /// Sums of products with a - zero_point.
-  __device__ __forceinline__ void subtract_zero_points(Sum (&sums)[4], const Work& work, int j) const {
+  __device__ __forceinline__ void subtract_zero_points(Sum* sums, const Work& work, int j) const {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int zero_point = load_zero_point(plan.params, std::int64_t{work.column_tile} * Shape::kColumns + 8 * j + lane() % 4 * 2 + e);
@@ -482,157 +532,153 @@ struct WgmmaConsumer {
     }
   }
 
-  /// Stores the tile as 16-bit floats, by way of shared memory: 64 features of some tokens at a time, tokens in rows of 128 bytes with swizzled
-  /// 16-byte pieces.
+  /// Stores `count` column blocks from `first` on as 16-bit floats, by way of shared memory: 64 features of some tokens, in rows of 128 bytes with
+  /// swizzled 16-byte pieces.
   template <bool kBf16>
-  __device__ __forceinline__ void store_tile_16(const Work& work) {
-    constexpr int kChunkBlocks = Shape::kChunkColumns / 8;
+  __device__ __forceinline__ void store_chunk(const Sum* from, const Work& work, int first, int count, bool rehearses) {
+    std::uint32_t words[kChunkBlocks][2];
+    float values[kChunkBlocks][2];
+#pragma unroll
+    for (int j = 0; j < kChunkBlocks; ++j) load_column_values(values[j], first + j);
+#pragma unroll
+    for (int j = 0; j < kChunkBlocks; ++j) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        words[j][r] =
+            device::pack_16<kBf16>(finish(from[4 * j + 2 * r], r, values[j][0]), finish(from[4 * j + 2 * r + 1], r, values[j][1]));
+    }
+    const std::uint32_t buffer = staging() + static_cast<std::uint32_t>(chunks_staged % 2 * Shape::kChunkBytes);
+    ++chunks_staged;
+    if (thread() == 0) device::store_wait_read<1>();
+    sync_group();
+    // Lane i says where row i % 8 of matrix i / 8 goes.
+    const int matrix = lane() / 8, in_matrix = lane() % 8;
+#pragma unroll
+    for (int j = 0; j < kChunkBlocks; j += 2) {
+      const std::uint32_t four[4] = {words[j][0], words[j][1], words[j + 1][0], words[j + 1][1]};
+      if constexpr (Shape::kTokenRows) {
+        const int token = warp() * 16 + matrix % 2 * 8 + in_matrix, piece = j + matrix / 2;
+        device::store_matrix_x4(buffer + static_cast<std::uint32_t>(token * 128 + ((piece ^ in_matrix) * 16)), four);
+      } else {
+        const int token = (j + matrix / 2) * 8 + in_matrix, piece = warp() * 2 + matrix % 2;
+        device::store_matrix_x4_transposed(buffer + static_cast<std::uint32_t>(token * 128 + ((piece ^ in_matrix) * 16)), four);
+      }
+    }
+    if (plan.copies_out && count >= kChunkBlocks) {
+      device::fence_async_proxy();
+      sync_group();
+      if (thread() == 0 && !rehearses) {
+        const int row = work.row_tile * Shape::kRows + group * 64, column = work.column_tile * Shape::kColumns + 8 * first;
+        device::store_box(&plan.out, buffer, Shape::kTokenRows ? column : row, Shape::kTokenRows ? row : column);
+        device::store_commit();
+      }
+    } else {
+      sync_group();
+      if (!rehearses) copy_out(buffer, work, first, min(count, kChunkBlocks));
+    }
+  }
+
+  /// Stores results of sums, which are of `count` column blocks from `first` on. A rehearsal does all but store.
+  __device__ __forceinline__ void store(const Work& work, int first, int count, bool rehearses) {
+    share_values();
+    sync_group();
+    const DType dtype = plan.params.out_dtype;
 #pragma unroll
     for (int chunk = 0; chunk < Shape::kColumns / Shape::kChunkColumns; ++chunk) {
-      std::uint32_t words[kChunkBlocks][2];
-      float values[kChunkBlocks][2];
+      const int left = count - chunk * kChunkBlocks, at = first + chunk * kChunkBlocks;
+      if (left <= 0) break;
+      // A copy: only products may write sums, or they would wait for each other.
+      Sum from[4 * kChunkBlocks];
 #pragma unroll
-      for (int j = 0; j < kChunkBlocks; ++j) load_column_values(values[j], chunk * kChunkBlocks + j);
+      for (int i = 0; i < 4 * kChunkBlocks; ++i) from[i] = sum[4 * chunk * kChunkBlocks + i];
+      if (has_zero_points()) {
 #pragma unroll
-      for (int j = 0; j < kChunkBlocks; ++j) {
-        const int at = 4 * (chunk * kChunkBlocks + j);
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          words[j][r] = device::pack_16<kBf16>(finish(sum[at + 2 * r], r, values[j][0]), finish(sum[at + 2 * r + 1], r, values[j][1]));
+        for (int j = 0; j < kChunkBlocks; ++j) subtract_zero_points(from + 4 * j, work, at + j);
       }
-      const std::uint32_t buffer = staging() + static_cast<std::uint32_t>(chunks_staged % 2 * Shape::kChunkBytes);
-      if (thread() == 0) device::store_wait_read<1>();
-      sync_group();
-      // Lane i says where row i % 8 of matrix i / 8 goes.
-      const int matrix = lane() / 8, in_matrix = lane() % 8;
+      if (dtype == DType::kBFloat16) {
+        store_chunk<true>(from, work, at, left, rehearses);
+      } else if (dtype == DType::kFloat16) {
+        store_chunk<false>(from, work, at, left, rehearses);
+      } else if (!rehearses) {
 #pragma unroll
-      for (int j = 0; j < kChunkBlocks; j += 2) {
-        const std::uint32_t four[4] = {words[j][0], words[j][1], words[j + 1][0], words[j + 1][1]};
-        if constexpr (Shape::kTokenRows) {
-          const int token = warp() * 16 + matrix % 2 * 8 + in_matrix, piece = j + matrix / 2;
-          device::store_matrix_x4(buffer + static_cast<std::uint32_t>(token * 128 + ((piece ^ in_matrix) * 16)), four);
-        } else {
-          const int token = (j + matrix / 2) * 8 + in_matrix, piece = warp() * 2 + matrix % 2;
-          device::store_matrix_x4_transposed(buffer + static_cast<std::uint32_t>(token * 128 + ((piece ^ in_matrix) * 16)), four);
+        for (int j = 0; j < kChunkBlocks; ++j) {
+          if (j >= left) break;
+          float values[2];
+          load_column_values(values, at + j);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) store_float32(finish(from[4 * j + e], e / 2, values[e % 2]), work, at + j, e);
         }
       }
-      if (plan.copies_out) {
-        device::fence_async_proxy();
-        sync_group();
-        if (thread() == 0) {
-          const int row = work.row_tile * Shape::kRows + group * 64,
-                    column = work.column_tile * Shape::kColumns + chunk * Shape::kChunkColumns;
-          device::store_box(&plan.out, buffer, Shape::kTokenRows ? column : row, Shape::kTokenRows ? row : column);
-          device::store_commit();
-        }
-      } else {
-        sync_group();
-        copy_out(buffer, work, chunk * kChunkBlocks, kChunkBlocks);
-      }
-      ++chunks_staged;
     }
+    // Values of columns may change only now.
+    if (dtype == DType::kFloat32) sync_group();
   }
 
-  __device__ __forceinline__ void store_tile(const Work& work) {
-    share_values();
-    if (has_zero_points()) {
-#pragma unroll
-      for (int j = 0; j < kColumnBlocks; ++j) subtract_zero_points(reinterpret_cast<Sum(&)[4]>(sum[4 * j]), work, j);
-    }
-    sync_group();
-    if (plan.params.out_dtype == DType::kBFloat16) {
-      store_tile_16<true>(work);
-    } else if (plan.params.out_dtype == DType::kFloat16) {
-      store_tile_16<false>(work);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kColumnBlocks; ++j) {
-        float values[2];
-        load_column_values(values, j);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) store_float32(finish(sum[4 * j + e], e / 2, values[e % 2]), work, j, e);
-      }
-      sync_group();
-    }
-  }
-
-  /// Adds the splits' sums, in their order, and stores results: each CTA some of the columns, of which it gets the sums from all.
-  __device__ __forceinline__ void store_split_tile(const Work& work) const {
-    const SplitColumns<Shape> mine(plan, rank);
+  /// Makes sums the totals over all splits, added in their order, of this CTA's share of the columns.
+  __device__ __forceinline__ void exchange(const Work& work, const SplitColumns<Shape>& mine) {
     const int split_rank = mine.first_rank + lane() * mine.distance;
     // Sums take the stages' place: none may be in use any more.
     __syncwarp();
     if (lane() < work.splits) device::cluster_barrier_arrive(device::address_in_cta(shared.finished(), split_rank));
     device::barrier_wait(shared.finished(), 0);
     const auto place = [&](int split, int j) {
-      return shared.base + static_cast<std::uint32_t>(((split * mine.each + j) * kConsumers * 128 + group * 128 + thread()) * 16);
+      return shared.base + static_cast<std::uint32_t>(((split * mine.each + j) * Shape::kConsumers * 128 + group * 128 + thread()) * 16);
     };
-    int owner_rank = mine.first_rank, in_owner = 0;
+    int owner = 0, in_owner = 0;
 #pragma unroll
     for (int j = 0; j < kColumnBlocks; ++j) {
-      device::cluster_store_16(device::address_in_cta(place(work.split, in_owner), owner_rank),
-                               device::address_in_cta(shared.received(), owner_rank), sum[4 * j], sum[4 * j + 1], sum[4 * j + 2],
-                               sum[4 * j + 3]);
-      if (++in_owner == mine.each) in_owner = 0, owner_rank += mine.distance;
+      const std::uint32_t to = place(work.split, in_owner);
+      if (owner == work.split) {
+        store_shared_4(to, sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]);
+      } else {
+        const int owner_rank = mine.first_rank + owner * mine.distance;
+        device::cluster_store_16(device::address_in_cta(to, owner_rank), device::address_in_cta(shared.received(), owner_rank), sum[4 * j],
+                                 sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]);
+      }
+      if (++in_owner == mine.each) in_owner = 0, ++owner;
     }
     if (mine.count <= 0) return;
-    share_values();
-    sync_group();
     device::barrier_wait(shared.received(), 0);
-#pragma unroll 2
-    for (int j = 0; j < mine.count; ++j) {
-      Sum sums[4] = {};
-      for (int split = 0; split < work.splits; ++split) {
+    clear_sums();
+#pragma unroll 1
+    for (int split = 0; split < work.splits; ++split) {
+#pragma unroll
+      for (int j = 0; j < (kColumnBlocks + 1) / 2; ++j) {
+        if (j >= mine.count) break;
         std::uint32_t words[4];
         load_shared_4(words, place(split, j));
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sums[e] += from_word<Sum>(words[e]);
-      }
-      if (has_zero_points()) subtract_zero_points(sums, work, mine.first + j);
-      float values[2], result[4];
-      load_column_values(values, mine.first + j);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) result[e] = finish(sums[e], e / 2, values[e % 2]);
-      const DType dtype = plan.params.out_dtype;
-      if (dtype == DType::kFloat32) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) store_float32(result[e], work, mine.first + j, e);
-        continue;
-      }
-      const bool bf16 = dtype == DType::kBFloat16;
-      const std::uint32_t words[2] = {bf16 ? device::pack_16<true>(result[0], result[1]) : device::pack_16<false>(result[0], result[1]),
-                                      bf16 ? device::pack_16<true>(result[2], result[3]) : device::pack_16<false>(result[2], result[3])};
-      // Lanes 0 to 15 say where rows of the two 8 x 8 matrices go.
-      const int matrix = lane() / 8 % 2, in_matrix = lane() % 8;
-      if constexpr (Shape::kTokenRows) {
-        const int token = warp() * 16 + matrix * 8 + in_matrix;
-        device::store_matrix_x2(staging() + static_cast<std::uint32_t>(token * 128 + ((j ^ in_matrix) * 16)), words);
-      } else {
-        const int token = j * 8 + in_matrix, piece = warp() * 2 + matrix;
-        device::store_matrix_x2_transposed(staging() + static_cast<std::uint32_t>(token * 128 + ((piece ^ in_matrix) * 16)), words);
+        for (int e = 0; e < 4; ++e) sum[4 * j + e] += from_word<Sum>(words[e]);
       }
     }
-    sync_group();
-    if (plan.params.out_dtype != DType::kFloat32) copy_out(staging(), work, mine.first, mine.count);
   }
 
   __device__ __forceinline__ void run() {
-    Work work;
-    for (int iteration = 0; locate_work(plan, rank, iteration, work); ++iteration) {
-      load_values(work);
-      if constexpr (Shape::kBlockScales) {
-        multiply_blocks(work);
-      } else {
-        multiply(work, iteration == 0 ? plan.head_start : 0);
+    Work work{};
+    const SplitColumns<Shape> mine(plan, rank);
+    begin_turns();
+    // A tile's results are first stored in a rehearsal, while the first operands are on their way: instructions come from far, too.
+    int iteration = plan.rehearses ? -1 : 0;
+    if (plan.rehearses) clear_sums();
+    for (; iteration < 0 || locate_work(plan, rank, iteration, work); ++iteration) {
+      int first = 0, count = kColumnBlocks;
+      if (iteration >= 0) {
+        load_values(work);
+        if constexpr (Shape::kParts > 1) {
+          multiply_blocks_in_turn(work);
+        } else if constexpr (Shape::kBlockScales) {
+          multiply_blocks(work);
+        } else {
+          multiply(work);
+        }
+        if (work.splits > 1) {
+          exchange(work, mine);
+          first = mine.first, count = mine.count;
+        }
       }
-      if (work.splits == 1) {
-        store_tile(work);
-      } else {
-        // The last work: what is staged now takes the place of what was before.
-        if (thread() == 0) device::store_wait_read<0>();
-        store_split_tile(work);
-      }
+      store(work, first, count, iteration < 0);
     }
+    end_turns();
     if (thread() == 0) device::store_wait_read<0>();
   }
 };
@@ -641,7 +687,7 @@ struct WgmmaConsumer {
 
 /// A cluster produces shared_columns tiles at a time, or, with splits, all CTAs of a split do; CTAs that halve a tile come last.
 template <typename Sum, typename Shape>
-__global__ void __launch_bounds__(kWgmmaThreads, 1) scaled_matmul_wgmma_kernel(const __grid_constant__ WgmmaPlan plan) {
+__global__ void __launch_bounds__(Shape::kThreads, 1) scaled_matmul_wgmma_kernel(const __grid_constant__ WgmmaPlan plan) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char storage[];
   const WgmmaShared<Shape> shared{device::shared_address(storage)};
@@ -652,33 +698,35 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) scaled_matmul_wgmma_kernel(c
     device::prefetch_tensor_map(&plan.columns);
     for (int stage = 0; stage < Shape::kStages; ++stage) {
       device::barrier_init(shared.full(stage), Shape::kBlockScales ? 1 + 32 : 1);
-      device::barrier_init(shared.empty(stage), kConsumers * 4 * plan.shared_columns);
+      device::barrier_init(shared.empty(stage), Shape::kConsumers * 4 * plan.shared_columns);
     }
     if (cluster_size > 1) {
       // Sums are exchanged once, by a CTA's last work.
       const int splits = max(plan.splits, 2), count = SplitColumns<Shape>(plan, rank).count;
-      device::barrier_init(shared.finished(), kConsumers * 4 * splits);
+      device::barrier_init(shared.finished(), Shape::kConsumers * 4 * splits);
       device::barrier_init(shared.received(), 1);
-      if (count > 0) device::barrier_arrive_expect(shared.received(), splits * count * kConsumers * 128 * 16);
+      if (count > 0) device::barrier_arrive_expect(shared.received(), (splits - 1) * count * Shape::kConsumers * 128 * 16);
     }
     device::barrier_init_fence();
   }
   __syncthreads();
-  if (cluster_size > 1) {
-    device::cluster_arrive();
-    device::cluster_wait();
-  }
+  // Barriers of others are there after the wait; without shared columns they are needed late.
+  if (cluster_size > 1) device::cluster_arrive();
+  if (plan.shared_columns > 1) device::cluster_wait();
+  const bool waits_late = cluster_size > 1 && plan.shared_columns == 1;
   device::wait_for_predecessor();
   if (warp < 4) {
-    device::give_registers<40>();
+    if constexpr (Shape::kConsumers > 1) device::give_registers<40>();
     if (threadIdx.x == 0) copy_operands<Shape>(plan, shared, rank);
     if constexpr (Shape::kBlockScales) {
       if (warp == 1) copy_scales<Shape>(plan, shared, rank);
     }
     __syncwarp();
     device::launch_dependents();
+    if (waits_late) device::cluster_wait();
   } else {
-    device::take_registers<232>();
+    if constexpr (Shape::kConsumers > 1) device::take_registers<232>();
+    if (waits_late) device::cluster_wait();
     const int lane = static_cast<int>(threadIdx.x) % 32;
     std::uint32_t empty = lane == 0 ? shared.empty(0) : 0;
     if (plan.shared_columns > 1)
