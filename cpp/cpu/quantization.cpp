@@ -55,8 +55,8 @@ void compute_scale(const QuantizeParams& p, float low, float high, float* scale,
     return;
   }
   *scale = std::max((high - low) / 255.0f, kSmallestScale);
-  const float shift = std::nearbyint(low / *scale);
-  *zero_point = zero_point_in_range(-128 - static_cast<std::int32_t>(std::clamp(shift, -512.0f, 512.0f)));
+  const float shift = std::nearbyint(low / *scale);  // NaN where the range is infinite
+  *zero_point = zero_point_in_range(-128 - static_cast<std::int32_t>(std::fmax(std::fmin(shift, 512.0f), -512.0f)));
 }
 
 void store_row(const QuantizeParams& p, void* out, const float* x, std::int64_t n, const float* scale, const std::int32_t* zero_point) {
