@@ -125,23 +125,18 @@ class _Groups:
             raise _require(op, "scales", "one group, as group_size is -1", num_groups)
         if group_size is None:
             group_size = self._infer(op, in_features, num_groups, order)
+        regular = np.arange(in_features) // group_size
         if order is None:
             if -(-in_features // group_size) != num_groups:
                 raise _require(
                     op, "scales", f"{-(-in_features // group_size)} groups of {group_size}", num_groups
                 )
-            self._regular(op, group_size)
-            return
-        regular = np.arange(in_features) // group_size
-        if (order == regular).all():
-            self._regular(op, group_size)
-            return
+            order = regular
         rows = np.argsort(order, kind="stable").astype(np.int32)
-        if (order[rows] == regular).all():
-            self._regular(op, group_size)
+        if not self._regular(group_size) or (order[rows] != regular).any():
+            self._irregular(order, rows)
+        elif (order != regular).any():
             self.permutation = rows
-            return
-        self._irregular(order, rows)
 
     @staticmethod
     def _read_g_idx(op: str, g_idx: Array, in_features: int, num_groups: int) -> np.ndarray[Any, Any]:
@@ -168,7 +163,8 @@ class _Groups:
             )
         return in_features // num_groups
 
-    def _regular(self, op: str, group_size: int) -> None:
+    def _regular(self, group_size: int) -> bool:
+        """Groups of neighbours, cut into those of a size that kernels know; False where none divides them."""
         for size in _GROUP_SIZES:
             if group_size % size == 0:
                 self.group_size = size
@@ -176,10 +172,8 @@ class _Groups:
                     self.groups = (np.arange(-(-self.num_rows // size)) // (group_size // size)).astype(
                         np.int32
                     )
-                return
-        raise _UnsupportedError(
-            f"[{op}] group_size: expected a multiple of 32, or -1 for one group, got {group_size}"
-        )
+                return True
+        return False
 
     def _irregular(self, order: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> None:
         """Groups of any size: each begins at a multiple of 32 rows, and rows that it does not fill are empty."""
@@ -187,6 +181,8 @@ class _Groups:
         counts = np.bincount(order)
         blocks = -(-counts // size)
         self.group_size, self.num_rows = size, int(blocks.sum()) * size
+        if self.num_rows > MAX_EXTENT:
+            raise _require("PackedWeight", "g_idx", "groups that fill fewer than 2^31 rows", self.num_rows)
         self.groups = np.repeat(np.arange(len(counts)), blocks).astype(np.int32)
         self.permutation = np.full(self.num_rows, -1, np.int32)
         starts = np.cumsum(blocks * size) - blocks * size
@@ -312,13 +308,13 @@ class PackedWeight:
             qweight: int32 ``[in_features, out_features / 8]``; the nibbles of a word are columns 0 2 4 6 1 3 5 7.
             qzeros: int32 ``[num_groups, out_features / 8]``, likewise.
             scales: ``[num_groups, out_features]`` float16, bfloat16 or float32, finite and not negative.
-            group_size: Input features to a group; -1: all of them; None: as many as the groups make.
+            group_size: Input features to a group; -1: all of them; None: as many as the groups make. Multiples of 32
+                are fastest: others are filled up to the next.
             stream: As everywhere.
 
         Raises:
             ValueError: Shapes contradict each other, or a scale is negative or not finite.
             TypeError: A dtype does not fit.
-            UnsupportedError: The group size is no multiple of 32.
         """
         op = "from_awq"
         in_features, words = _shape(op, "qweight", qweight, 2)
@@ -369,7 +365,7 @@ class PackedWeight:
             ValueError: Shapes contradict each other, or a scale is not finite.
             TypeError: A dtype does not fit.
             IndexError: g_idx names a group that is not there.
-            UnsupportedError: Such bits, or a group size that is no multiple of 32.
+            UnsupportedError: Such bits.
         """
         op = "from_gptq"
         if checkpoint_format not in ("gptq", "gptq_v2"):
@@ -441,7 +437,7 @@ class PackedWeight:
             ValueError: Shapes contradict each other, or a scale is negative or not finite.
             TypeError: A dtype does not fit.
             IndexError: weight_g_idx names a group that is not there.
-            UnsupportedError: Such bits, a group size that is no multiple of 32, or int8 weights with zero points.
+            UnsupportedError: Such bits, or int8 weights with zero points.
         """
         op = "from_compressed_tensors"
         if (weight_packed is None) == (weight is None):
@@ -593,7 +589,7 @@ class PackedWeight:
         Args:
             weight: float32, float16 or bfloat16 ``[out_features, in_features]``.
             format: "w2a16" to "w8a16": integer codes, 16-bit activations; "fp8": float8_e4m3fn; "w8a8": int8.
-            group_size: For integer codes: a multiple of 32, or -1 for all of a row.
+            group_size: For integer codes; -1: all of a row.
             symmetric: For integer codes: no zero points.
             granularity: For "fp8" and "w8a8": what a scale belongs to; "block" is 128 x 128, for "fp8" only.
             stream: As everywhere.
@@ -601,7 +597,6 @@ class PackedWeight:
         Raises:
             ValueError: An argument does not fit.
             TypeError: The weight is of another dtype.
-            UnsupportedError: The group size is no multiple of 32.
 
         Example:
             >>> import numpy as np, quire
@@ -845,8 +840,15 @@ def _quantize_and_multiply(
         granularity = "group"
     zero = w.input_zero_point
     if w.format == "fp8":
+        pair: Array | tuple[Array, Array] | None = None
+        if framework_of(x) == "cupy":  # which has no float8
+            device = _device_of(x)
+            a = _core.empty(shape, "float8_e4m3fn", device)
+            wanted = _scale_shape(op, shape, granularity, BLOCK)
+            pair = a if w.input_scale is not None else (a, _core.empty(wanted, "float32", device))
+            out = empty(x, (*shape[:-1], w.out_features)) if out is None else out
         a, scale = quantize_fp8(
-            x, scale=w.input_scale, granularity=granularity, group_size=BLOCK, stream=stream
+            x, scale=w.input_scale, granularity=granularity, group_size=BLOCK, out=pair, stream=stream
         )
     else:
         a, scale = quantize_int8(

@@ -67,11 +67,9 @@ __device__ __forceinline__ void store(const QuantizeParams& p, std::int64_t at, 
     store_quantized(p.out, at, p.quant.dtype == DType::kInt8, v, Divisor(value.scale));
     return;
   }
+  Divisor(value.scale).divide_and_round(v);
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) {
-    const float quotient = __fdiv_rn(v[e], value.scale);
-    v[e] = (isnan(quotient) ? 0.0f : rintf(fmaxf(fminf(quotient, 512.0f), -512.0f))) + static_cast<float>(value.zero_point);
-  }
+  for (int e = 0; e < kCount; ++e) v[e] += static_cast<float>(value.zero_point);
   store_raw(static_cast<std::int8_t*>(p.out) + at, pack<std::int8_t, kCount>(v));
 }
 
@@ -206,21 +204,53 @@ __global__ void tensor_scale_kernel(const __grid_constant__ QuantizeParams p) {
   write_scale(p, 0, 0, computed(p, range));
 }
 
-// Grid: threads share the elements of the result, kCount at a time, in turns.
-template <typename Out, typename Narrow, int kCount>
+// Grid: threads share the elements of the result, in turns. For every layout, width and group.
+template <typename Out, typename Narrow>
 __global__ void __launch_bounds__(kMaxThreads) dequantize_kernel(const __grid_constant__ QuantizeParams p) {
-  const std::int64_t row_vectors = p.width / kCount, total = p.num_rows * row_vectors;
-  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  const std::int64_t total = p.num_rows * p.width, stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
   for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; item < total; item += stride) {
-    const std::int64_t row = divide(item, row_vectors), column = (item - row * row_vectors) * kCount;
-    float v[kCount];
-    load_floats(v, static_cast<const Narrow*>(p.x) + p.x_rows.offset(row) + column);
+    const std::int64_t row = divide(item, p.width), column = item - row * p.width;
     const std::int64_t scale_row = divide(row, p.block_rows), group = divide(column, p.quant.group_size);
-    const float scale = *p.quant.scale_at(scale_row, group);
     const float zero = p.zero_points == nullptr ? 0.0f : static_cast<float>(*p.zero_point_at(scale_row, group));
+    const float v = to_float<Narrow>(static_cast<const Narrow*>(p.x)[p.x_rows.offset(row) + column]);
+    static_cast<Out*>(p.out)[p.out_rows.offset(row) + column] = from_float<Out>((v - zero) * *p.quant.scale_at(scale_row, group));
+  }
+}
+
+// Grid: as quantize_rows_kernel, with kVectors vectors of a row at a time.
+template <typename Out, typename Narrow, int kVectors>
+__global__ void __launch_bounds__(kMaxThreads) dequantize_rows_kernel(const __grid_constant__ QuantizeParams p) {
+  const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
+  const int num_vectors = static_cast<int>(p.width) / kVec, group_vectors = static_cast<int>(p.quant.group_size) / kVec;
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= p.num_rows) return;
+  const Narrow* const x = static_cast<const Narrow*>(p.x) + p.x_rows.offset(row);
+  Out* const out = static_cast<Out*>(p.out) + p.out_rows.offset(row);
+  const std::int64_t scale_row = p.block_rows == 1 ? row : divide(row, p.block_rows);
+  const float* const scales = p.quant.scale_at(scale_row, 0);
+  const std::int32_t* const zero_points = p.zero_points == nullptr ? nullptr : p.zero_point_at(scale_row, 0);
+  for (int first = lane; first < num_vectors; first += kVectors * width) {
+    Packed<Narrow, kVec> packed[kVectors];
+    float scale[kVectors], zero[kVectors];
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) v[e] = (v[e] - zero) * scale;
-    store_floats(static_cast<Out*>(p.out) + p.out_rows.offset(row) + column, v);
+    for (int i = 0; i < kVectors; ++i) {
+      const int vector = first + i * width;
+      if (vector >= num_vectors) continue;
+      packed[i] = load_packed<Narrow, kVec>(x + vector * kVec);
+      const int group = vector / group_vectors;
+      scale[i] = scales[group * p.quant.group_stride];
+      zero[i] = zero_points == nullptr ? 0.0f : static_cast<float>(zero_points[group * p.zero_point_group_stride]);
+    }
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int vector = first + i * width;
+      if (vector >= num_vectors) continue;
+      float v[kVec];
+      unpack<Narrow, kVec>(v, packed[i]);
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) v[e] = (v[e] - zero[i]) * scale[i];
+      store_floats(out + vector * kVec, v);
+    }
   }
 }
 
@@ -298,16 +328,21 @@ bool is_vectors(const void* wide, const RowLayout& wide_rows, const void* narrow
          rows_keep_alignment(narrow_rows, 16);
 }
 
-template <typename T, int kVectors>
-void launch_rows(const QuantizeParams& p, Stream stream) {
-  const std::int64_t lanes = ceil_div(p.width / kVec, kVectors);
+// Threads for rows of `lanes` vectors: several narrow rows share a CTA.
+dim3 row_block(std::int64_t lanes, int max_threads) {
   dim3 block;
   if (lanes <= kWarpSize) {
     block.x = std::bit_ceil(static_cast<unsigned>(lanes));
     block.y = kNarrowThreads / block.x;
   } else {
-    block.x = static_cast<unsigned>(ceil_div(lanes, kWarpSize) * kWarpSize);
+    block.x = static_cast<unsigned>(std::min<std::int64_t>(ceil_div(lanes, kWarpSize) * kWarpSize, max_threads));
   }
+  return block;
+}
+
+template <typename T, int kVectors>
+void launch_rows(const QuantizeParams& p, Stream stream) {
+  const dim3 block = row_block(ceil_div(p.width / kVec, kVectors), kMaxThreads);
   const std::int64_t ctas = std::min<std::int64_t>(ceil_div(p.num_rows, block.y), 1 << 24);
   const auto launch = [&](auto kernel) {
     kernel<<<static_cast<unsigned>(ctas), block, 0, cuda_stream(stream)>>>(p);
@@ -357,13 +392,17 @@ void launch_tensor_range(const QuantizeParams& p, Stream stream) {
 
 template <typename Out, typename Narrow>
 void launch_dequantize(const QuantizeParams& p, Stream stream) {
-  const std::int64_t elements = p.num_rows * p.width;
-  if (is_vectors<Out>(p.out, p.out_rows, p.x, p.x_rows, p.width) &&
-      (p.quant.granularity != ScaleGranularity::kGroup || p.quant.group_size % kVec == 0)) {
-    dequantize_kernel<Out, Narrow, kVec><<<num_ctas(elements, kMaxThreads * kVec, 64), kMaxThreads, 0, cuda_stream(stream)>>>(p);
-  } else {
-    dequantize_kernel<Out, Narrow, 1><<<num_ctas(elements, kMaxThreads, 64), kMaxThreads, 0, cuda_stream(stream)>>>(p);
+  constexpr int kVectors = 2;
+  const bool by_group = p.quant.granularity == ScaleGranularity::kGroup;
+  if (is_vectors<Out>(p.out, p.out_rows, p.x, p.x_rows, p.width) && p.width <= INT32_MAX / 2 && p.num_rows <= INT32_MAX &&
+      (!by_group || p.quant.group_size % kVec == 0)) {
+    const dim3 block = row_block(ceil_div(p.width / kVec, kVectors), kNarrowThreads * 2);
+    dequantize_rows_kernel<Out, Narrow, kVectors>
+        <<<static_cast<unsigned>(ceil_div(p.num_rows, block.y)), block, 0, cuda_stream(stream)>>>(p);
+    QUIRE_CHECK_LAUNCH("dequantize_rows_kernel", stream);
+    return;
   }
+  dequantize_kernel<Out, Narrow><<<num_ctas(p.num_rows * p.width, kMaxThreads, 64), kMaxThreads, 0, cuda_stream(stream)>>>(p);
   QUIRE_CHECK_LAUNCH("dequantize_kernel", stream);
 }
 
