@@ -60,6 +60,19 @@ struct QuantizeParams {
   }
 };
 
+struct QuantizeWeightParams {
+  std::uint8_t* codes = nullptr;  // [n, k]
+  void* scales = nullptr;         // [n, groups], contiguous, of scale_dtype
+  std::uint8_t* zeros = nullptr;  // [n, groups] contiguous, or null
+  const void* w = nullptr;        // [n, k], of dtype
+  DType dtype = DType::kFloat32, scale_dtype = DType::kFloat16;
+  std::int64_t n = 0, k = 0, w_stride = 0, codes_stride = 0;
+  std::int64_t group_size = 0;  // > 0; the last group may be shorter
+  int bits = 4;
+
+  QUIRE_HOST_DEVICE std::int64_t num_groups() const { return ceil_div(k, group_size); }
+};
+
 // ---- Packed weights ------------------------------------------------------------------------------------------------------------------
 
 /// Reads a checkpoint's tensors, whatever their encoding, in the order that a packed weight stores.
@@ -189,6 +202,7 @@ struct ScaledMatmulParams {
 namespace cpu {
 void quantize(const QuantizeParams& params);
 void dequantize(const QuantizeParams& params);
+void quantize_weight(const QuantizeWeightParams& params);
 std::int64_t packed_weight_size(const WeightFormat& format);
 void pack_weight(void* data, const WeightFormat& format, const WeightSource& source);
 void dequantize_weight(void* out, DType dtype, std::int64_t out_stride, const PackedParams& weight);
@@ -205,6 +219,7 @@ namespace cuda {
 // cuda/quantization/quantize.cu
 void quantize(const QuantizeParams& params, Stream stream);
 void dequantize(const QuantizeParams& params, Stream stream);
+void quantize_weight(const QuantizeWeightParams& params, Stream stream);
 void column_sums(std::int32_t* sums, const std::int8_t* b, std::int64_t n, std::int64_t k, std::int64_t stride, Stream stream);
 
 // cuda/quantization/w4a16*: the layout of packed weights, and their product. The current device is the weight's.
