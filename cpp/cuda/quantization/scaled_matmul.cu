@@ -69,8 +69,8 @@ WgmmaChoice choose_wgmma(const ScaledMatmulParams& p, int num_sms) {
                          : num_column_tiles == 1                                          ? kReadOnce
                                                                                           : kReadAtOnce;
       const float memory = memory_time * once * (1.0f + kFewCtas * (1.0f - ctas));
-      // A step is faster while fewer CTAs load.
-      const float step = tile.step * (0.5f + 0.5f * ctas);
+      // A step is faster while fewer CTAs load; with blocks it waits for sums instead.
+      const float step = blocks ? tile.step : tile.step * (0.5f + 0.5f * ctas);
       const float exchange = splits > 1 ? (0.6f + 0.01f * static_cast<float>(tile.columns)) * static_cast<float>(splits) / 2.0f : 0.0f;
       // All but the last results are stored while memory may be busy.
       const float time = std::max(waves * static_cast<float>(ceil_div(num_steps, splits)) * step + (waves - 1.0f) * tile.store, memory) +
