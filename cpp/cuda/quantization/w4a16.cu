@@ -186,7 +186,7 @@ void run_mma(const QuantizedMatmulParams& params, const MmaChoice& choice, Strea
 WgmmaChoice make_wgmma_choice(std::int64_t num_tokens, const Layout& layout, int tokens, int whole_rounds, int num_chunks, int num_ctas) {
   WgmmaChoice choice;
   choice.tokens = tokens;
-  choice.num_row_tiles = static_cast<int>(ceil_div(layout.num_blocks, 2));
+  choice.num_row_tiles = static_cast<int>(ceil_div(layout.num_blocks, wgmma_warpgroups(tokens)));
   choice.num_token_tiles = static_cast<int>(ceil_div(num_tokens, tokens));
   const std::int64_t num_tiles = std::int64_t{choice.num_row_tiles} * choice.num_token_tiles;
   choice.whole_rounds = whole_rounds;
@@ -195,12 +195,12 @@ WgmmaChoice make_wgmma_choice(std::int64_t num_tokens, const Layout& layout, int
   choice.num_chunks = static_cast<int>(ceil_div(layout.num_steps, choice.chunk_steps));
   const std::int64_t num_chunks_in_all = choice.num_shared_tiles * choice.num_chunks;
   choice.num_ctas = static_cast<int>(whole_rounds > 0 ? num_ctas : std::min<std::int64_t>(num_ctas, num_chunks_in_all));
-  const double step_cycles = tokens == 256 ? 1100.0 : 580.0;
+  const double step_cycles = tokens == 256 ? 1100.0 : 580.0;  // of 64 columns
   choice.cycles = whole_rounds * (layout.num_steps * step_cycles + 4000.0);
   if (choice.num_shared_tiles > 0) {
     choice.cycles += static_cast<double>(ceil_div(num_chunks_in_all, choice.num_ctas)) * choice.chunk_steps * step_cycles + 4000.0;
     if (choice.num_chunks > 1) {
-      choice.partial_bytes = std::int64_t{choice.num_ctas} * 2 * 128 * tokens * 4;
+      choice.partial_bytes = std::int64_t{choice.num_ctas} * 2 * wgmma_rows(tokens) * tokens * 4;
       choice.arrival_bytes = choice.num_shared_tiles * 8;
       const double parts = static_cast<double>(choice.num_ctas) / static_cast<double>(choice.num_shared_tiles) + 1.0;
       choice.cycles += (3000.0 + parts * 1500.0) * tokens / 128.0;
@@ -214,8 +214,8 @@ WgmmaChoice choose_wgmma(std::int64_t num_tokens, const Layout& layout, int num_
   const auto consider = [&](const WgmmaChoice& choice) {
     if (best.num_ctas == 0 || choice.cycles < best.cycles) best = choice;
   };
-  for (const int tokens : {128, 256}) {
-    const std::int64_t num_tiles = ceil_div(layout.num_blocks, 2) * ceil_div(num_tokens, tokens);
+  for (const int tokens : {64, 128, 256}) {
+    const std::int64_t num_tiles = ceil_div(layout.num_blocks, wgmma_warpgroups(tokens)) * ceil_div(num_tokens, tokens);
     const int rounds = static_cast<int>(num_tiles / num_sms);
     if (num_tiles % num_sms == 0) {
       consider(make_wgmma_choice(num_tokens, layout, tokens, rounds, 1, num_sms));
@@ -242,7 +242,7 @@ void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, S
   plan.out_stride = params.out_stride;
   plan.num_tokens = params.num_tokens;
   plan.num_rows = format.out_features;
-  plan.num_shared_chunks = choice.num_shared_tiles * choice.num_chunks;
+  plan.num_shared_chunks = static_cast<int>(choice.num_shared_tiles * choice.num_chunks);
   plan.num_token_tiles = choice.num_token_tiles;
   plan.whole_rounds = choice.whole_rounds;
   plan.num_chunks = choice.num_chunks;

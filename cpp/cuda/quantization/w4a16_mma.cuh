@@ -115,20 +115,29 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
   const int x_pieces = plan.chunk_steps * (kUnitColumns / 8);  // of 16 bytes, in a row
   const int x_rows_at_once = max(Shape::kThreads / x_pieces, 1);
   const int x_row = x_rows_at_once == 1 ? 0 : thread / x_pieces, x_piece = x_rows_at_once == 1 ? thread : thread % x_pieces;
+  const bool x_is_simple = plan.x_alignment == 16 && plan.num_columns == layout.num_steps * kUnitColumns && plan.num_chunks * plan.chunk_steps == layout.num_steps;
   const auto copy_x = [&](int chunk, int buffer, int part, int parts) {
     if (x_row >= x_rows_at_once) return;
-    const int first_column = chunk * plan.chunk_steps * kUnitColumns;
-    for (int token = part * x_rows_at_once + x_row; token < num_tokens; token += parts * x_rows_at_once) {
-      const T* row = static_cast<const T*>(plan.x) + (first_token + token) * plan.x_stride;
-      const std::uint32_t dst = x_shared + static_cast<std::uint32_t>(buffer * x_bytes + token * x_row_bytes);
-      for (int piece = x_piece; piece < x_pieces; piece += Shape::kThreads) {
-        const int column = first_column + 8 * piece;
-        const int valid = min(max(plan.num_columns - column, 0), 8);
-        const T* from = valid > 0 ? row + column : row;
+    int token = part * x_rows_at_once + x_row;
+    const int first_column = (chunk * (plan.chunk_steps * (kUnitColumns / 8)) + x_piece) * 8;
+    const T* from = static_cast<const T*>(plan.x) + (first_token + token) * plan.x_stride + first_column;
+    std::uint32_t dst = x_shared + static_cast<std::uint32_t>(buffer * x_bytes + token * x_row_bytes + 16 * x_piece);
+    const std::int64_t from_step = std::int64_t{parts} * x_rows_at_once * plan.x_stride;
+    const auto dst_step = static_cast<std::uint32_t>(parts * x_rows_at_once * x_row_bytes);
+    if (x_is_simple && x_pieces <= Shape::kThreads) {
+#pragma unroll 4
+      for (; token < num_tokens; token += parts * x_rows_at_once, from += from_step, dst += dst_step)
+        if (x_piece < x_pieces) device::copy_async_16(dst, from, 16);
+      return;
+    }
+    for (; token < num_tokens; token += parts * x_rows_at_once, from += from_step, dst += dst_step) {
+      for (int piece = 0; x_piece + piece < x_pieces; piece += Shape::kThreads) {
+        const int valid = min(max(plan.num_columns - first_column - 8 * piece, 0), 8);
+        const T* at = valid > 0 ? from + 8 * piece : static_cast<const T*>(plan.x);
         if (plan.x_alignment == 16) {
-          device::copy_async_16(dst + static_cast<std::uint32_t>(16 * piece), from, 2 * valid);
+          device::copy_async_16(dst + static_cast<std::uint32_t>(16 * piece), at, 2 * valid);
         } else {
-          device::copy_narrow_16(dst + static_cast<std::uint32_t>(16 * piece), from, 2 * valid, plan.x_alignment);
+          device::copy_narrow_16(dst + static_cast<std::uint32_t>(16 * piece), at, 2 * valid, plan.x_alignment);
         }
       }
     }
@@ -319,34 +328,29 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
         }
     __syncthreads();
 
-    const int strip_rows = strip_units * kUnitRows, strip_rows_log2 = plan.row_warps_log2 + 5;
-    const int num_sums = strip_rows * num_tokens;
-    const std::int64_t first_row = std::int64_t{done} * strip_rows;
-    const auto store = [&](int i, float value) {
-      const std::int64_t n = first_row + (i & (strip_rows - 1));
-      if (n >= plan.num_rows) return;
-      if (plan.bias != nullptr) {
-        float bias[1][1];
-        load_parameter(bias, plan.bias, plan.bias_dtype, n, 0, plan.num_rows);
-        value += bias[0][0];
-      }
-      static_cast<T*>(plan.out)[(first_token + (i >> strip_rows_log2)) * plan.out_stride + n] = from_float<T>(value);
+    // A thread has one row, and some tokens.
+    const int strip_rows = strip_units * kUnitRows, row = thread & (strip_rows - 1);
+    const int first_of_tokens = thread >> (plan.row_warps_log2 + 5), tokens_at_once = Shape::kThreads >> (plan.row_warps_log2 + 5);
+    const std::int64_t n = std::int64_t{done} * strip_rows + row;
+    float bias[1][1] = {};
+    if (plan.bias != nullptr) load_parameter(bias, plan.bias, plan.bias_dtype, n, 0, plan.num_rows);
+    const auto store = [&](int token, float value) {
+      if (n < plan.num_rows) static_cast<T*>(plan.out)[(first_token + token) * plan.out_stride + n] = from_float<T>(value + bias[0][0]);
     };
     // A CTA's parts: of its first strip in slot 0, of its last in slot 1.
     const std::int64_t slot_floats = std::int64_t{strip_rows} * Shape::kTokens;
-    float* partials = plan.partials + std::int64_t{token_block} * plan.num_ctas * 2 * slot_floats;
+    float* partials = plan.partials + std::int64_t{token_block} * plan.num_ctas * 2 * slot_floats + row;
     float* mine = partials + (std::int64_t{cta} * 2 + (begin / plan.num_chunks == done ? 0 : 1)) * slot_floats;
-    for (int i = thread; i < num_sums; i += Shape::kThreads) {
-      const int row = i & (strip_rows - 1), token = i >> strip_rows_log2;
-      const int reg = row % 16 / 8 * 2 + token % 2, source = row % 8 * 4 + token % 8 / 2;
-      const float* from = buffer + row / (16 * kUnits) * Shape::kSumFloats + ((row / 16 % kUnits * kTiles + token / 8) * 4 + reg) * 32 + source;
+    const float* of_row = buffer + row / 32 * Shape::kSumFloats + row / 16 % 2 * (kTiles * 128) + row / 8 % 2 * 64 + row % 8 * 4;
+    for (int token = first_of_tokens; token < num_tokens; token += tokens_at_once) {
+      const float* from = of_row + token / 8 * 128 + token % 2 * 32 + token % 8 / 2;
       float value = 0.0f;
 #pragma unroll 4
       for (int w = 0; w < column_warps; ++w) value += from[w * row_warps * Shape::kSumFloats];
       if (whole) {
-        store(i, value);
+        store(token, value);
       } else {
-        __stcg(mine + i, value);
+        __stcg(mine + token * strip_rows, value);
       }
     }
     if (whole) continue;
@@ -364,12 +368,12 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
     // All but the first of a strip's CTAs begin in it.
     const float* of_first = partials + (std::int64_t{first} * 2 + (plan.first_task(first) / plan.num_chunks == done ? 0 : 1)) * slot_floats;
     const float* of_others = partials + std::int64_t{first + 1} * 2 * slot_floats;
-    for (int i = thread; i < num_sums; i += Shape::kThreads) {
-      float value = __ldcg(of_first + i);
-      const float* from = of_others + i;
+    for (int token = first_of_tokens; token < num_tokens; token += tokens_at_once) {
+      float value = __ldcg(of_first + token * strip_rows);
+      const float* from = of_others + token * strip_rows;
 #pragma unroll 4
       for (int other = first; other < last; ++other, from += 2 * slot_floats) value += __ldcg(from);
-      store(i, value);
+      store(token, value);
     }
   }
   device::copy_async_wait<0>();

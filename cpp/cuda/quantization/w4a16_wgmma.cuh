@@ -4,6 +4,8 @@
 
 #include <cuda.h>
 
+#include <algorithm>
+
 #include "cuda/device/tma.cuh"
 #include "cuda/device/wgmma.cuh"
 #include "cuda/element.h"
@@ -12,18 +14,18 @@
 
 namespace quire::cuda::w4a16 {
 
-/// One launch. A tile is 128 rows x kTokens tokens; tile = row_tile * num_token_tiles + token_tile. CTA c has the tiles c, c + num_ctas, ... of the
+/// One launch. A tile is 64 rows for each warpgroup that multiplies x kTokens tokens; tile = row_tile * num_token_tiles + token_tile. CTA c has the tiles c, c + num_ctas, ... of the
 /// first whole_rounds rounds. The others are cut along K into num_chunks chunks each, of which it has
 /// [c * num_shared_chunks / num_ctas, (c + 1) * num_shared_chunks / num_ctas).
 struct WgmmaPlan {
   Layout layout;
   void* out = nullptr;         // [num_tokens, num_rows]
   const void* bias = nullptr;  // [num_rows] or null
-  float* partials = nullptr;   // [num_ctas][2][128 * kTokens], in the order of fragments
+  float* partials = nullptr;   // [num_ctas][2][rows * tokens of a tile], in the order of fragments
   std::uint64_t* arrivals = nullptr;  // [shared tiles]
   std::uint64_t tag = 0;
   std::int64_t out_stride = 0, num_tokens = 0, num_rows = 0;
-  std::int64_t num_shared_chunks = 0;
+  int num_shared_chunks = 0;
   int num_token_tiles = 0;
   int whole_rounds = 0;
   int num_chunks = 1, chunk_steps = 0;
@@ -32,21 +34,28 @@ struct WgmmaPlan {
   bool stores_vectors = false;  // rows of out are 16-byte aligned
 };
 
+/// Warpgroups that multiply. Few tokens leave registers for more rows, which x is read for.
+QUIRE_HOST_DEVICE constexpr int wgmma_warpgroups(int tokens) { return tokens <= 64 ? 4 : 2; }
+QUIRE_HOST_DEVICE constexpr int wgmma_rows(int tokens) { return kBlockRows * wgmma_warpgroups(tokens); }
+
 template <int kBits, bool kSmallGroups, int kTokens>
 struct WgmmaShape {
-  static constexpr int kThreads = 384;
-  static constexpr int kWarpgroups = 2;  // that multiply, 64 rows each
-  static constexpr int kSums = kTokens / 2;
+  static constexpr int kWarpgroups = wgmma_warpgroups(kTokens);
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kProducerRegisters = kWarpgroups == 4 ? 24 : 40;
+  static constexpr int kConsumerRegisters = kWarpgroups == 4 ? 112 : 232;
+  static constexpr int kSums = kTokens / 2;  // of a thread
   static constexpr int kXBytes = kTokens * device::kPanelRowBytes;
-  static constexpr int kCodeBytes = kBlockUnits * unit_bytes(kBits);                                // of a warpgroup
+  static constexpr int kCodeBytes = kBlockUnits * unit_bytes(kBits);  // of a warpgroup
   static constexpr int kMaxEntryBytes = kBlockUnits * 8 * 16 * (kSmallGroups ? 2 : 1);
-  static constexpr int kStageBytes = (kXBytes + kWarpgroups * (kCodeBytes + kMaxEntryBytes) + 1023) / 1024 * 1024;
+  static constexpr int kBlockBytes = kCodeBytes + kMaxEntryBytes;
+  static constexpr int kStageBytes = (kXBytes + kWarpgroups * kBlockBytes + 1023) / 1024 * 1024;
   static constexpr int kStoreRowBytes = 48;  // 32 of a warp's 16 rows, and 16 that keep eight of them in different banks
   static constexpr int kStoreTokens = 32;
-  static constexpr int kStoreBytes = 8 * kStoreTokens * kStoreRowBytes;
-  static constexpr int kControlBytes = 1024;
-  static constexpr int kStages = (227 * 1024 - 1024 - kControlBytes - kStoreBytes) / kStageBytes > 8 ? 8 : (227 * 1024 - 1024 - kControlBytes - kStoreBytes) / kStageBytes;
-  static constexpr int kSharedBytes = 1024 + kControlBytes + kStoreBytes + kStages * kStageBytes;  // 1024 to align
+  static constexpr int kStoreBytes = 4 * kWarpgroups * kStoreTokens * kStoreRowBytes;
+  static constexpr int kFixedBytes = 1024 + kStoreBytes + 256;  // to align, to store, barriers
+  static constexpr int kStages = std::min(8, (227 * 1024 - kFixedBytes) / kStageBytes);
+  static constexpr int kSharedBytes = kFixedBytes + kStages * kStageBytes;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -67,6 +76,8 @@ struct WgmmaCodes;
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate), "n"(device::kDescriptorHigh));              \
     }                                                                                                                                 \
   };
+QUIRE_WGMMA_CODES(64, 32, true, "bf16", "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+QUIRE_WGMMA_CODES(64, 32, false, "f16", "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 QUIRE_WGMMA_CODES(128, 64, true, "bf16", "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 QUIRE_WGMMA_CODES(128, 64, false, "f16", "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 QUIRE_WGMMA_CODES(256, 128, true, "bf16", "%128", "%129", "%130", "%131", "%132", "%133", "%134")
@@ -75,26 +86,25 @@ QUIRE_WGMMA_CODES(256, 128, false, "f16", "%128", "%129", "%130", "%131", "%132"
 /// What a CTA works on, one after the other: a tile and steps [begin, end) of it.
 struct Work {
   const WgmmaPlan& plan;
-  std::int64_t tile = 0, next_chunk = 0, end_chunk = 0;
-  int round = -1, begin = 0, end = 0;
+  int tile = 0, next_chunk, end_chunk, round = -1, begin = 0, end = 0;
   bool whole = false;
 
-  __device__ explicit Work(const WgmmaPlan& p) : plan(p) {
-    next_chunk = blockIdx.x * p.num_shared_chunks / gridDim.x;
-    end_chunk = (blockIdx.x + 1) * p.num_shared_chunks / gridDim.x;
-  }
+  __device__ explicit Work(const WgmmaPlan& p)
+      : plan(p), next_chunk(first_chunk(p, static_cast<int>(blockIdx.x))), end_chunk(first_chunk(p, static_cast<int>(blockIdx.x) + 1)) {}
+  __device__ static int first_chunk(const WgmmaPlan& p, int cta) { return static_cast<int>(std::int64_t{cta} * p.num_shared_chunks / gridDim.x); }
+  __device__ int first_shared() const { return plan.whole_rounds * static_cast<int>(gridDim.x); }
+
   __device__ bool next() {
     if (++round < plan.whole_rounds) {
-      tile = blockIdx.x + std::int64_t{round} * gridDim.x;
+      tile = static_cast<int>(blockIdx.x) + round * static_cast<int>(gridDim.x);
       begin = 0;
       end = plan.layout.num_steps;
       whole = true;
       return true;
     }
     if (next_chunk >= end_chunk) return false;
-    const std::int64_t shared_tile = next_chunk / plan.num_chunks;
-    const int chunk = static_cast<int>(next_chunk - shared_tile * plan.num_chunks);
-    const int count = static_cast<int>(min(std::int64_t{plan.num_chunks - chunk}, end_chunk - next_chunk));
+    const int shared_tile = next_chunk / plan.num_chunks, chunk = next_chunk - shared_tile * plan.num_chunks;
+    const int count = min(plan.num_chunks - chunk, end_chunk - next_chunk);
     tile = first_shared() + shared_tile;
     begin = chunk * plan.chunk_steps;
     end = min((chunk + count) * plan.chunk_steps, plan.layout.num_steps);
@@ -102,7 +112,6 @@ struct Work {
     next_chunk += count;
     return true;
   }
-  __device__ std::int64_t first_shared() const { return std::int64_t{plan.whole_rounds} * gridDim.x; }
 };
 
 template <int kBits>
@@ -128,15 +137,15 @@ __device__ __forceinline__ void make_fragment(std::uint32_t (&a)[4], const std::
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 /// Grid: a CTA for each SM, or fewer; each adds up tiles, and parts of tiles that the last CTA of a tile puts together in the order of K. The first
-/// warpgroup brings x, codes and scales of 64 columns at a time; the two others turn their 64 rows' codes into fragments of A while the tensor cores
+/// warpgroup brings x, codes and scales of 64 columns at a time; the others turn their 64 rows' codes into fragments of A while the tensor cores
 /// work on those of the step before.
 template <bool kBf16, int kBits, bool kSmallGroups, int kTokens>
-__global__ __launch_bounds__(384, 1) void quantized_matmul_wgmma_kernel(const __grid_constant__ WgmmaPlan plan,
-                                                                        const __grid_constant__ CUtensorMap x_map) {
+__global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads, 1) void quantized_matmul_wgmma_kernel(
+    const __grid_constant__ WgmmaPlan plan, const __grid_constant__ CUtensorMap x_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shape = WgmmaShape<kBits, kSmallGroups, kTokens>;
   using T = std::conditional_t<kBf16, __nv_bfloat16, __half>;
-  constexpr int kStages = Shape::kStages;
+  constexpr int kStages = Shape::kStages, kWarpgroups = Shape::kWarpgroups, kRows = wgmma_rows(kTokens);
   constexpr int kGroups = kSmallGroups ? 2 : 1;
   extern __shared__ std::uint8_t shared_raw[];
   std::uint8_t* shared = shared_raw + (1024 - device::shared_address(shared_raw) % 1024) % 1024;
@@ -152,7 +161,7 @@ __global__ __launch_bounds__(384, 1) void quantized_matmul_wgmma_kernel(const __
   if (thread == 0) {
     for (int i = 0; i < kStages; ++i) {
       device::barrier_init(full + 8 * i, 1);
-      device::barrier_init(empty + 8 * i, 8);
+      device::barrier_init(empty + 8 * i, 4 * kWarpgroups);
     }
     device::barrier_init_fence();
     device::prefetch_tensor_map(&x_map);
@@ -165,24 +174,32 @@ __global__ __launch_bounds__(384, 1) void quantized_matmul_wgmma_kernel(const __
   std::uint32_t parity = 0;
   if (warpgroup == 0) {
     // ---- Copies ----
-    device::give_registers<40>();
-    if (thread != 0) return;
+    device::give_registers<Shape::kProducerRegisters>();
+    // Lane b brings block b, and lane 0 x as well.
+    if (thread >= 32) return;
     while (work.next()) {
-      const std::int64_t row_block = work.tile / plan.num_token_tiles * 2;
+      const std::int64_t row_block = std::int64_t{work.tile / plan.num_token_tiles} * kWarpgroups;
       const int token = static_cast<int>(work.tile % plan.num_token_tiles) * kTokens;
-      const int blocks = row_block + 1 < layout.num_blocks ? 2 : 1;
+      const int blocks = static_cast<int>(min(layout.num_blocks - row_block, std::int64_t{kWarpgroups}));
+      const int bytes = Shape::kXBytes + blocks * (Shape::kCodeBytes + kGroups * entry_bytes);
+      const std::uint8_t* codes = layout.codes + layout.unit_offset((row_block + thread) * kBlockUnits, work.begin);
+      const std::uint8_t* entries = layout.scales + layout.entry_offset((row_block + thread) * kBlockUnits, 0);
+#pragma unroll 1
       for (int k = work.begin; k < work.end; ++k) {
-        const std::uint32_t slot = device::shared_address(stages + stage * Shape::kStageBytes), ready = full + 8 * stage;
+        const std::uint32_t slot = device::shared_address(stages) + static_cast<std::uint32_t>(stage * Shape::kStageBytes), ready = full + 8 * stage;
         device::barrier_wait(empty + 8 * stage, parity ^ 1);
-        device::barrier_arrive_expect(ready, Shape::kXBytes + blocks * (Shape::kCodeBytes + kGroups * entry_bytes));
-        device::copy_box(slot, &x_map, ready, k * device::kPanelRowBytes, token);
-        const int group = kSmallGroups ? 2 * k : k >> plan.group_shift;
-        for (int b = 0; b < blocks; ++b) {
-          const std::uint32_t dst = slot + Shape::kXBytes + b * (Shape::kCodeBytes + Shape::kMaxEntryBytes);
-          device::copy_bytes(dst, layout.codes + layout.unit_offset((row_block + b) * kBlockUnits, k), ready, Shape::kCodeBytes);
-          device::copy_bytes(dst + Shape::kCodeBytes, layout.scales + layout.entry_offset((row_block + b) * kBlockUnits, group), ready,
+        if (thread == 0) {
+          device::barrier_arrive_expect(ready, bytes);
+          device::copy_box(slot, &x_map, ready, k * device::kPanelRowBytes, token);
+        }
+        __syncwarp();
+        if (thread < blocks) {
+          const std::uint32_t dst = slot + static_cast<std::uint32_t>(Shape::kXBytes + thread * Shape::kBlockBytes);
+          device::copy_bytes(dst, codes, ready, Shape::kCodeBytes);
+          device::copy_bytes(dst + Shape::kCodeBytes, entries + std::int64_t{kSmallGroups ? 2 * k : k >> plan.group_shift} * entry_bytes, ready,
                              kGroups * entry_bytes);
         }
+        codes += Shape::kCodeBytes;
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
     }
@@ -190,11 +207,11 @@ __global__ __launch_bounds__(384, 1) void quantized_matmul_wgmma_kernel(const __
   }
 
   // ---- Products ----
-  device::take_registers<232>();
-  const int lane = thread % 32, warp = thread / 32 - 4;  // of eight
+  device::take_registers<Shape::kConsumerRegisters>();
+  const int lane = thread % 32, warp = thread / 32 - 4;
   const int block = warpgroup - 1, unit = warp % 4;
-  const int code_offset = Shape::kXBytes + block * (Shape::kCodeBytes + Shape::kMaxEntryBytes) + unit * unit_bytes(kBits) + 16 * lane;
-  const int entry_offset = Shape::kXBytes + block * (Shape::kCodeBytes + Shape::kMaxEntryBytes) + Shape::kCodeBytes + (8 * unit + lane / 4) * layout.entry_bytes;
+  const int code_offset = Shape::kXBytes + block * Shape::kBlockBytes + unit * unit_bytes(kBits) + 16 * lane;
+  const int entry_offset = Shape::kXBytes + block * Shape::kBlockBytes + Shape::kCodeBytes + (8 * unit + lane / 4) * layout.entry_bytes;
   float acc[Shape::kSums];
   std::uint32_t fragments[2][4][4];
 
@@ -258,26 +275,25 @@ __global__ __launch_bounds__(384, 1) void quantized_matmul_wgmma_kernel(const __
     // ---- A part of a tile ----
     const int group_thread = thread % 128;
     if (!work.whole) {
-      const std::int64_t shared_tile = work.tile - work.first_shared(), first_chunk = shared_tile * plan.num_chunks;
-      const auto first_chunk_of = [&](std::int64_t cta) { return cta * plan.num_shared_chunks / gridDim.x; };
-      const auto owner = [&](std::int64_t chunk) { return ((chunk + 1) * gridDim.x - 1) / plan.num_shared_chunks; };
-      const auto partials_of = [&](std::int64_t cta) {
-        const std::int64_t slot = first_chunk_of(cta) / plan.num_chunks == shared_tile ? 0 : 1;
-        return reinterpret_cast<float4*>(plan.partials) + ((cta * 2 + slot) * 2 + block) * (Shape::kSums / 4 * 128) + group_thread;
+      const int shared_tile = work.tile - work.first_shared(), first_chunk = shared_tile * plan.num_chunks;
+      const auto owner = [&](int chunk) { return static_cast<int>(((std::int64_t{chunk} + 1) * gridDim.x - 1) / plan.num_shared_chunks); };
+      const auto partials_of = [&](int cta) {
+        const int slot = Work::first_chunk(plan, cta) / plan.num_chunks == shared_tile ? 0 : 1;
+        return reinterpret_cast<float4*>(plan.partials) + ((std::int64_t{cta} * 2 + slot) * kWarpgroups + block) * (Shape::kSums / 4 * 128) + group_thread;
       };
-      float4* mine = partials_of(blockIdx.x);
+      float4* mine = partials_of(static_cast<int>(blockIdx.x));
 #pragma unroll
       for (int i = 0; i < Shape::kSums / 4; ++i) __stcg(mine + 128 * i, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
       __threadfence();
-      device::named_barrier_sync(1, 256);
-      const std::int64_t first = owner(first_chunk), last = owner(first_chunk + plan.num_chunks - 1);
-      if (thread == 128) *is_last = arrive(plan.arrivals + shared_tile, plan.tag, static_cast<int>(last - first + 1));
-      device::named_barrier_sync(1, 256);
+      device::named_barrier_sync(1, 128 * kWarpgroups);
+      const int first = owner(first_chunk), last = owner(first_chunk + plan.num_chunks - 1);
+      if (thread == 128) *is_last = arrive(plan.arrivals + shared_tile, plan.tag, last - first + 1);
+      device::named_barrier_sync(1, 128 * kWarpgroups);
       if (*is_last == 0) continue;
       __threadfence();
 #pragma unroll
       for (int i = 0; i < Shape::kSums; ++i) acc[i] = 0.0f;
-      for (std::int64_t from = first; from <= last; ++from) {
+      for (int from = first; from <= last; ++from) {
         const float4* theirs = partials_of(from);
 #pragma unroll
         for (int i = 0; i < Shape::kSums / 4; ++i) {
@@ -291,8 +307,8 @@ __global__ __launch_bounds__(384, 1) void quantized_matmul_wgmma_kernel(const __
     }
 
     // ---- The result: sums 4 j + {0, 1} are of row lane / 4 and tokens 8 j + 2 (lane % 4) + {0, 1}, 4 j + {2, 3} of row + 8 ----
-    const std::int64_t first_row = work.tile / plan.num_token_tiles * 128 + block * kBlockRows + unit * kUnitRows;
-    const std::int64_t first_token = work.tile % plan.num_token_tiles * kTokens;
+    const std::int64_t first_row = std::int64_t{work.tile / plan.num_token_tiles} * kRows + block * kBlockRows + unit * kUnitRows;
+    const std::int64_t first_token = std::int64_t{work.tile % plan.num_token_tiles} * kTokens;
     if (first_row >= plan.num_rows) continue;
     float bias[2] = {0.0f, 0.0f};
     if (plan.bias != nullptr) {

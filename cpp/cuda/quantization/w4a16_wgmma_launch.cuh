@@ -20,9 +20,13 @@ void launch_wgmma(const WgmmaPlan& plan, const CUtensorMap& x_map, int tokens, i
   };
   dispatch_bool(plan.layout.bits == 4, [&](auto four) {
     dispatch_bool(plan.layout.group_size == 32, [&](auto small_groups) {
-      dispatch_bool(tokens == 128, [&](auto narrow) {
-        launch.template operator()<decltype(four)::value ? 4 : 8, decltype(small_groups)::value, decltype(narrow)::value ? 128 : 256>();
-      });
+      constexpr int kBits = decltype(four)::value ? 4 : 8;
+      constexpr bool kSmallGroups = decltype(small_groups)::value;
+      switch (tokens) {
+        case 64: return launch.template operator()<kBits, kSmallGroups, 64>();
+        case 128: return launch.template operator()<kBits, kSmallGroups, 128>();
+        default: return launch.template operator()<kBits, kSmallGroups, 256>();
+      }
     });
   });
 }
