@@ -71,6 +71,17 @@ else:
     from quire.kv_cache import KVCache, copy_blocks, gather_kv, swap_blocks, write_kv
     from quire.norm import fused_add_rms_norm, layer_norm, rms_norm
     from quire.position_encoding import qk_norm_rope, rope_and_write_kv, rope_cache, rotary_embedding
+    from quire.quantization import (
+        PackedWeight,
+        dequantize_fp8,
+        dequantize_int8,
+        quantize_fp8,
+        quantize_int8,
+        quantized_matmul,
+        quantized_matmul_workspace_size,
+        scaled_matmul,
+        scaled_matmul_workspace_size,
+    )
 
     __version__ = _version()
 
@@ -80,6 +91,7 @@ __all__ = [
     "Explanation",
     "KVCache",
     "OutOfBlocksError",
+    "PackedWeight",
     "Tensor",
     "UnsupportedError",
     "__version__",
@@ -89,6 +101,8 @@ __all__ = [
     "copy_blocks",
     "cpu_isa",
     "cuda_architectures",
+    "dequantize_fp8",
+    "dequantize_int8",
     "empty",
     "explain",
     "fused_add_rms_norm",
@@ -106,11 +120,17 @@ __all__ = [
     "paged_attention",
     "paged_attention_workspace_size",
     "qk_norm_rope",
+    "quantize_fp8",
+    "quantize_int8",
+    "quantized_matmul",
+    "quantized_matmul_workspace_size",
     "relu_squared",
     "rms_norm",
     "rope_and_write_kv",
     "rope_cache",
     "rotary_embedding",
+    "scaled_matmul",
+    "scaled_matmul_workspace_size",
     "set_num_threads",
     "shared_prefix_attention",
     "shared_prefix_attention_workspace_size",

@@ -56,6 +56,28 @@ class Divisor {
     return pack<CacheT, kVec>(v);
   }
 
+  /// v becomes the quotients rounded to nearest even, where those are below 2^20; NaN becomes 0, and what is larger is cut at 512.
+  template <int kVec>
+  __device__ __forceinline__ void divide_and_round(float (&v)[kVec]) const {
+    const auto round = [](float x) { return isnan(x) ? 0.0f : rintf(fmaxf(fminf(x, 512.0f), -512.0f)); };
+    if (in_range_) {
+      float rounded[kVec];
+      bool is_sure = true;
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) {
+        rounded[e] = round(v[e] * low_);
+        is_sure &= rounded[e] == round(v[e] * high_);
+      }
+      if (is_sure) {
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) v[e] = rounded[e];
+        return;
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) v[e] = round(divide_any(v[e], scale_));
+  }
+
  private:
   template <int kBytes>
   __device__ __forceinline__ static bool is_same(const RawVector<kBytes>& a, const RawVector<kBytes>& b) {
