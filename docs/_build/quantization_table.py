@@ -23,7 +23,7 @@ from quire.demo.model import Model
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = Path(quire.__file__).parent / "demo" / "model"
 HELD_OUT = REPOSITORY / "tests" / "python" / "data" / "demo_held_out.txt"
-NUM_WINDOWS, LENGTH = 32, 512  # the last tokens of the held-out text; calibration is on the first
+NUM_WINDOWS, LENGTH = 16, 512  # the last tokens of the held-out text; calibration is on the first
 
 
 def linear_bytes(model: Model) -> int:

@@ -3,7 +3,8 @@
 SPDX-License-Identifier: Apache-2.0
 
 Needs llmcompressor, torch and transformers. `python docs/_build/quantize_demo_model.py OUT` writes one checkpoint to a folder of OUT
-for each scheme; `--tiny` takes two layers of a random model instead, whose files are small.
+for each scheme; `--tiny` takes a layer of a random model instead, whose files are small (tests/python/data/quantized), and stores beside each
+checkpoint the logits of the tool's own model for TOKENS.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
@@ -23,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = REPOSITORY / "python" / "quire" / "demo" / "model"
 HELD_OUT = REPOSITORY / "tests" / "python" / "data" / "demo_held_out.txt"
+TINY_VOCAB, TOKENS = 256, [(7 * i * i + 3) % 256 for i in range(24)]
 NUM_CALIBRATION, LENGTH = 16, 512  # the first tokens of the held-out text; the table is made from the last
 
 
@@ -74,7 +77,7 @@ def recipes():
 def tiny_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=2048, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=TINY_VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
         pad_token_id=None, tie_word_embeddings=True,
     )  # fmt: skip
@@ -90,6 +93,8 @@ def main() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(MODEL / "tokenizer.json"))
     ids = tokenizer(HELD_OUT.read_text())["input_ids"][: NUM_CALIBRATION * LENGTH]
     rows = [ids[i : i + LENGTH] for i in range(0, len(ids), LENGTH)]
+    if args.tiny:
+        rows = [[token % TINY_VOCAB for token in row] for row in rows]
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * LENGTH for _ in rows]})
     if not torch.accelerator.is_available():  # AWQ pins memory, which needs one
         torch.Tensor.pin_memory = lambda self, *_, **__: self
@@ -109,7 +114,15 @@ def main() -> None:
             max_seq_length=LENGTH, processor=tokenizer, shuffle_calibration_samples=False,
         )  # fmt: skip
         model.save_pretrained(directory, save_compressed=True)
-        shutil.copy(MODEL / "tokenizer.json", directory)
+        if args.tiny:
+            own = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+            with torch.no_grad():
+                logits = own(torch.tensor([TOKENS])).logits[0].float().numpy()
+            np.save(directory / "logits.npy", logits)
+            for name_ in ("generation_config.json", "recipe.yaml"):
+                (directory / name_).unlink(missing_ok=True)
+        else:
+            shutil.copy(MODEL / "tokenizer.json", directory)
         print(name, sum(f.stat().st_size for f in directory.glob("*.safetensors")))
 
 
