@@ -508,6 +508,14 @@ void scaled_matmul_wide(const ScaledMatmulParams& p, const std::vector<float>& b
   }
 }
 
+// What is left of a sum in int32 when the zero point of its row of a is taken out. Modulo 2^32: the difference fits, its terms need not.
+float without_zero_point(const ScaledMatmulParams& p, std::int64_t row, std::int64_t column, std::int32_t sum) {
+  if (p.zero_point == nullptr) return static_cast<float>(sum);
+  const auto zero_point = static_cast<std::uint32_t>(p.zero_point[row * p.zero_point_stride]);
+  return static_cast<float>(
+      static_cast<std::int32_t>(static_cast<std::uint32_t>(sum) - zero_point * static_cast<std::uint32_t>(p.column_sums[column])));
+}
+
 // int8: pairs of int16, sums in int32.
 void scaled_matmul_int8(const ScaledMatmulParams& p, const std::vector<float>& bias) {
   const std::int64_t num_steps = ceil_div(p.k, 2);
@@ -533,23 +541,71 @@ void scaled_matmul_int8(const ScaledMatmulParams& p, const std::vector<float>& b
         },
         [&](std::int64_t row, std::int64_t column, std::int64_t columns, const std::uint32_t* words) {
           float sums[kBlockColumns];
-          const std::uint32_t zero_point =
-              p.zero_point == nullptr ? 0u : static_cast<std::uint32_t>(p.zero_point[(first + row) * p.zero_point_stride]);
-          for (std::int64_t i = 0; i < columns; ++i) {
-            // Modulo 2^32: the difference fits, its terms need not.
-            const std::uint32_t correction =
-                p.zero_point == nullptr ? 0u : zero_point * static_cast<std::uint32_t>(p.column_sums[column + i]);
-            sums[i] = static_cast<float>(static_cast<std::int32_t>(words[i] - correction));
-          }
+          for (std::int64_t i = 0; i < columns; ++i)
+            sums[i] = without_zero_point(p, first + row, column + i, static_cast<std::int32_t>(words[i]));
           finish_scaled(p, bias, first + row, column, columns, sums);
         });
   }
+}
+
+// Up to this many rows of a are multiplied by each row of b as it is, which costs no panel.
+constexpr std::int64_t kDotTokens = 8;
+
+void scaled_matmul_dots(const ScaledMatmulParams& p, const std::vector<float>& bias) {
+  const auto& kernels = quantized_matmul_kernels.active();
+  const bool by_block = p.granularity_a == ScaleGranularity::kGroup, in_int32 = p.dtype == DType::kInt8 && !by_block;
+  std::vector<float> wide(in_int32 ? 0 : count(p.m * p.k));
+  std::vector<std::int16_t> narrow(in_int32 ? count(p.m * p.k) : 0);
+  for (std::int64_t row = 0; row < p.m; ++row) {
+    const void* const a = advance(p.a, row * p.a_stride, p.dtype);
+    if (in_int32) {
+      const auto* const values = static_cast<const std::int8_t*>(a);
+      std::copy(values, values + p.k, narrow.begin() + row * p.k);
+      continue;
+    }
+    float* const line = wide.data() + row * p.k;
+    kernels.widen[index(p.dtype)](line, a, p.k);
+    if (!by_block) continue;
+    for (std::int64_t i = 0; i < p.k; ++i) line[i] *= p.scale_a[row * p.scale_a_row_stride + i / kScaleBlock * p.scale_a_group_stride];
+  }
+  // Results of some columns are gathered, so that rows of the result are written in pieces.
+  parallel_for(ceil_div(p.n, kBlockColumns), ceil_div(kGrainElements, p.k * kBlockColumns), [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t first = begin * kBlockColumns; first < std::min(end * kBlockColumns, p.n); first += kBlockColumns) {
+      const std::int64_t columns = std::min(kBlockColumns, p.n - first);
+      float sums[kDotTokens][kBlockColumns];
+      for (std::int64_t column = 0; column < columns; ++column) {
+        const std::int64_t n = first + column;
+        const void* const b = advance(p.b, n * p.b_stride, p.dtype);
+        for (std::int64_t row = 0; row < p.m; row += kDotRows) {
+          const int rows = static_cast<int>(std::min<std::int64_t>(kDotRows, p.m - row));
+          if (in_int32) {
+            std::int32_t exact[kDotRows];
+            kernels.dot_int8({exact, narrow.data() + row * p.k, b, p.k, p.k, rows});
+            for (int r = 0; r < rows; ++r) sums[row + r][column] = without_zero_point(p, row + r, n, exact[r]);
+            continue;
+          }
+          const auto dot = p.dtype == DType::kInt8 ? kernels.dot_int8_wide : kernels.dot_float8;
+          float total[kDotRows] = {};
+          for (std::int64_t k = 0; k < p.k; k += by_block ? kScaleBlock : p.k) {
+            float part[kDotRows];
+            dot({part, wide.data() + row * p.k + k, advance(b, k, p.dtype), p.k, by_block ? std::min(kScaleBlock, p.k - k) : p.k, rows});
+            const float scale =
+                by_block ? p.scale_b[n / kScaleBlock * p.scale_b_row_stride + k / kScaleBlock * p.scale_b_group_stride] : 1.0f;
+            for (int r = 0; r < rows; ++r) total[r] += part[r] * scale;
+          }
+          for (int r = 0; r < rows; ++r) sums[row + r][column] = total[r];
+        }
+      }
+      for (std::int64_t row = 0; row < p.m; ++row) finish_scaled(p, bias, row, first, columns, sums[row]);
+    }
+  });
 }
 
 }  // namespace
 
 void scaled_matmul(const ScaledMatmulParams& p) {
   const std::vector<float> bias = widened_bias(p.bias, p.bias_dtype, p.n);
+  if (p.m <= kDotTokens && !p.batch_invariant) return scaled_matmul_dots(p, bias);
   if (p.dtype == DType::kInt8 && p.granularity_a != ScaleGranularity::kGroup) {
     scaled_matmul_int8(p, bias);
   } else {

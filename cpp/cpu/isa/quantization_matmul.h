@@ -46,6 +46,16 @@ struct PackedRow {
   std::int64_t zero_stride;          // likewise
 };
 
+/// sums[row] = the product of a row of b with each of num_rows <= 4 rows of a.
+struct DotRows {
+  void* sums;     // int32 or float32
+  const void* a;  // int16 or float32, a_stride elements apart
+  const void* b;  // int8, or what float32 rows of a meet: int8, float8_e4m3fn
+  std::int64_t a_stride, k;
+  int num_rows;
+};
+inline constexpr int kDotRows = 4;
+
 struct QuantizedMatmulKernels {
   int rows, columns;
   void (*multiply)(const MatmulTile& tile);
@@ -53,6 +63,9 @@ struct QuantizedMatmulKernels {
   /// panel[step * codes + i][16] = (code - zero) * scale; by stored bits: 4, 8.
   void (*unpack[2])(float* panel, const PackedTile& tile);
   void (*row[2])(const PackedRow& row);
+  void (*dot_int8)(const DotRows& rows);        // int16 and int8, in int32
+  void (*dot_int8_wide)(const DotRows& rows);   // float32 and int8
+  void (*dot_float8)(const DotRows& rows);      // float32 and float8_e4m3fn
   /// out = x, as float32; float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int8 in DType's order.
   void (*widen[6])(float* out, const void* x, std::int64_t n);
   /// The reverse for the first three, with a bias or null: out = x + bias.
@@ -206,6 +219,58 @@ void multiply_row(const PackedRow& row) {
   for (int v = 0; v < kTileVecs; ++v) store(row.out + v * kLanes, out[v]);
 }
 
+inline void dot_int8(const DotRows& rows) {
+  std::int32_t* const sums = static_cast<std::int32_t*>(rows.sums);
+  const std::int16_t* const a = static_cast<const std::int16_t*>(rows.a);
+  const std::int8_t* const b = static_cast<const std::int8_t*>(rows.b);
+  std::int64_t i = 0;
+  for (int r = 0; r < rows.num_rows; ++r) sums[r] = 0;
+#if QUIRE_ISA_LEVEL >= 1
+  Bits vectors[kDotRows];
+  for (int r = 0; r < kDotRows; ++r) vectors[r] = {NativeU{}};
+  for (; i + 2 * kLanes <= rows.k; i += 2 * kLanes) {
+#if QUIRE_ISA_LEVEL >= 2
+    const Bits wide = {(NativeU)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + i)))};
+#else
+    const Bits wide = {(NativeU)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b + i)))};
+#endif
+#pragma GCC unroll 4
+    for (int r = 0; r < kDotRows; ++r)
+      if (r < rows.num_rows) vectors[r] = add_pairs(vectors[r], wide, detail::load32(a + r * rows.a_stride + i));
+  }
+  for (int r = 0; r < rows.num_rows; ++r)
+    for (int lane = 0; lane < kLanes; ++lane) sums[r] += static_cast<std::int32_t>(vectors[r].v[lane]);
+#endif
+  for (; i < rows.k; ++i)
+    for (int r = 0; r < rows.num_rows; ++r) sums[r] += a[r * rows.a_stride + i] * b[i];
+}
+
+template <typename B>
+void dot_wide(const DotRows& rows) {
+  float* const sums = static_cast<float*>(rows.sums);
+  const float* const a = static_cast<const float*>(rows.a);
+  const B* const b = static_cast<const B*>(rows.b);
+  // Two chains for each row: one alone waits for its own additions.
+  Vec vectors[kDotRows][2];
+  for (int r = 0; r < kDotRows; ++r) vectors[r][0] = vectors[r][1] = zero();
+  std::int64_t i = 0;
+  for (; i + 2 * kLanes <= rows.k; i += 2 * kLanes) {
+    const Vec first = load(b + i), second = load(b + i + kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < kDotRows; ++r)
+      if (r < rows.num_rows) {
+        vectors[r][0] = fma(load(a + r * rows.a_stride + i), first, vectors[r][0]);
+        vectors[r][1] = fma(load(a + r * rows.a_stride + i + kLanes), second, vectors[r][1]);
+      }
+  }
+  for (; i < rows.k; i += kLanes) {
+    const int left = rows.k - i < kLanes ? static_cast<int>(rows.k - i) : kLanes;
+    const Vec last = load(b + i, left);
+    for (int r = 0; r < rows.num_rows; ++r) vectors[r][0] = fma(load(a + r * rows.a_stride + i, left), last, vectors[r][0]);
+  }
+  for (int r = 0; r < rows.num_rows; ++r) sums[r] = reduce_add(vectors[r][0] + vectors[r][1]);
+}
+
 template <typename T>
 void widen(float* out, const void* src, std::int64_t n) {
   const T* x = static_cast<const T*>(src);
@@ -258,6 +323,9 @@ const QuantizedMatmulKernels quantized_matmul_kernels = {
     multiply_int16,
     {unpack<4>, unpack<8>},
     {multiply_row<4>, multiply_row<8>},
+    dot_int8,
+    dot_wide<std::int8_t>,
+    dot_wide<Float8E4M3FN>,
     {widen<float>, widen<Half>, widen<BFloat16>, widen<Float8E4M3FN>, widen<Float8E5M2>, widen<std::int8_t>},
     {narrow<float>, narrow<Half>, narrow<BFloat16>},
     fixed_point};

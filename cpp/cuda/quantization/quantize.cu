@@ -13,8 +13,9 @@
 namespace quire::cuda {
 namespace {
 
-// Elements that a thread moves at once: 16 bytes of the narrow side.
-constexpr int kVec = 16;
+// Elements that a thread moves at once: 16 bytes of the wide side, so that neighbouring threads' accesses join.
+template <typename T>
+constexpr int kVecOf = kElementsPer16Bytes<T>;
 constexpr int kMaxThreads = 512;
 constexpr int kNarrowThreads = 128;
 
@@ -63,14 +64,26 @@ __device__ __forceinline__ ScaleAndZero read_scale(const QuantizeParams& p, std:
 // Elements [at, at + kCount) of the result.
 template <int kCount>
 __device__ __forceinline__ void store(const QuantizeParams& p, std::int64_t at, float (&v)[kCount], const ScaleAndZero& value) {
-  if (p.zero_points == nullptr) {
-    store_quantized(p.out, at, p.quant.dtype == DType::kInt8, v, Divisor(value.scale));
+  if (p.quant.dtype != DType::kInt8) {
+    store_raw(static_cast<__nv_fp8_e4m3*>(p.out) + at, Divisor(value.scale).divide_and_pack<__nv_fp8_e4m3>(v));
     return;
   }
   Divisor(value.scale).divide_and_round(v);
+  // The low byte of a float above 1.5 * 2^23 is the integer: conversions run at a fraction of an addition's rate.
+  std::uint32_t bits[kCount];
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) v[e] += static_cast<float>(value.zero_point);
-  store_raw(static_cast<std::int8_t*>(p.out) + at, pack<std::int8_t, kCount>(v));
+  for (int e = 0; e < kCount; ++e)
+    bits[e] = __float_as_uint(fmaxf(fminf(v[e] + static_cast<float>(value.zero_point), 127.0f), -128.0f) + 0x1.8p23f);
+  Packed<std::int8_t, kCount> packed;
+  if constexpr (kCount == 1) {
+    packed.byte = static_cast<std::uint8_t>(bits[0] & 0xffu);
+  } else {
+#pragma unroll
+    for (int w = 0; w < kCount / 4; ++w)
+      packed.words[w] =
+          __byte_perm(__byte_perm(bits[4 * w], bits[4 * w + 1], 0x0040), __byte_perm(bits[4 * w + 2], bits[4 * w + 3], 0x0040), 0x5410);
+  }
+  store_raw(static_cast<std::int8_t*>(p.out) + at, packed);
 }
 
 enum class Scaling { kGiven, kToken, kGroup };
@@ -80,6 +93,7 @@ enum class Scaling { kGiven, kToken, kGroup };
 // group, a group's vectors lie in as many neighbouring lanes, a power of two up to 32 that divides blockDim.x.
 template <typename T, int kVectors, Scaling kScaling>
 __global__ void __launch_bounds__(kMaxThreads) quantize_rows_kernel(const __grid_constant__ QuantizeParams p) {
+  constexpr int kVec = kVecOf<T>;
   __shared__ float scratch[2][kWarpSize];
   const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
   const int num_vectors = static_cast<int>(p.width) / kVec, group_vectors = static_cast<int>(p.quant.group_size) / kVec;
@@ -183,11 +197,23 @@ __global__ void __launch_bounds__(kMaxThreads) tensor_range_kernel(const __grid_
   const std::int64_t row_vectors = p.width / kCount, total = p.num_rows * row_vectors;
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
   Range range;
-  for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; item < total; item += stride) {
-    const std::int64_t row = divide(item, row_vectors);
-    float v[kCount];
-    load_floats(v, static_cast<const T*>(p.x) + p.x_rows.offset(row) + (item - row * row_vectors) * kCount);
-    extend(range, v, asymmetric);
+  constexpr int kInFlight = 4;
+  for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; first < total; first += kInFlight * stride) {
+    Packed<T, kCount> packed[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      packed[i] = {};
+      const std::int64_t item = first + i * stride;
+      if (item >= total) continue;
+      const std::int64_t row = p.num_rows == 1 ? 0 : divide(item, row_vectors);
+      packed[i] = load_packed<T, kCount>(static_cast<const T*>(p.x) + p.x_rows.offset(row) + (item - row * row_vectors) * kCount);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      float v[kCount];
+      unpack<T, kCount>(v, packed[i]);
+      extend(range, v, asymmetric);
+    }
   }
   range.above = cta_max(range.above, scratch[0]);
   if (asymmetric) range.below = cta_max(range.below, scratch[1]);
@@ -220,6 +246,7 @@ __global__ void __launch_bounds__(kMaxThreads) dequantize_kernel(const __grid_co
 // Grid: as quantize_rows_kernel, with kVectors vectors of a row at a time.
 template <typename Out, typename Narrow, int kVectors>
 __global__ void __launch_bounds__(kMaxThreads) dequantize_rows_kernel(const __grid_constant__ QuantizeParams p) {
+  constexpr int kVec = kVecOf<Out>;
   const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
   const int num_vectors = static_cast<int>(p.width) / kVec, group_vectors = static_cast<int>(p.quant.group_size) / kVec;
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -321,11 +348,12 @@ bool rows_keep_alignment(const RowLayout& rows, std::int64_t elements) {
   return rows.strides[0] % elements == 0 && rows.strides[1] % elements == 0 && rows.strides[2] % elements == 0;
 }
 
-// Both sides can be read and written kVec elements at a time.
+// Both sides can be read and written in vectors of 16 bytes of the wide one.
 template <typename Wide>
 bool is_vectors(const void* wide, const RowLayout& wide_rows, const void* narrow, const RowLayout& narrow_rows, std::int64_t width) {
-  return width % kVec == 0 && is_aligned(wide, 16) && is_aligned(narrow, 16) && rows_keep_alignment(wide_rows, kElementsPer16Bytes<Wide>) &&
-         rows_keep_alignment(narrow_rows, 16);
+  constexpr int kVec = kVecOf<Wide>;
+  return width % kVec == 0 && is_aligned(wide, 16) && is_aligned(narrow, kVec) && rows_keep_alignment(wide_rows, kVec) &&
+         rows_keep_alignment(narrow_rows, kVec);
 }
 
 // Threads for rows of `lanes` vectors: several narrow rows share a CTA.
@@ -342,7 +370,7 @@ dim3 row_block(std::int64_t lanes, int max_threads) {
 
 template <typename T, int kVectors>
 void launch_rows(const QuantizeParams& p, Stream stream) {
-  const dim3 block = row_block(ceil_div(p.width / kVec, kVectors), kMaxThreads);
+  const dim3 block = row_block(ceil_div(p.width / kVecOf<T>, kVectors), kMaxThreads);
   const std::int64_t ctas = std::min<std::int64_t>(ceil_div(p.num_rows, block.y), 1 << 24);
   const auto launch = [&](auto kernel) {
     kernel<<<static_cast<unsigned>(ctas), block, 0, cuda_stream(stream)>>>(p);
@@ -353,22 +381,20 @@ void launch_rows(const QuantizeParams& p, Stream stream) {
   launch(quantize_rows_kernel<T, kVectors, Scaling::kGroup>);
 }
 
-// Vectors that a thread holds: the fewest that a CTA's threads allow, and two where that leaves whole warps.
 template <typename T>
 void launch_quantize(const QuantizeParams& p, Stream stream) {
+  constexpr int kVec = kVecOf<T>;
   const std::int64_t group_vectors = p.quant.group_size / kVec, num_vectors = p.width / kVec;
   const bool by_group = p.quant.granularity == ScaleGranularity::kGroup;
   const bool fits_group =
       !by_group || (p.quant.group_size % kVec == 0 && (!p.computes || (p.width % p.quant.group_size == 0 && group_vectors <= kWarpSize &&
                                                                        std::has_single_bit(static_cast<std::uint64_t>(group_vectors)))));
-  if (is_vectors<T>(p.x, p.x_rows, p.out, p.out_rows, p.width) && fits_group && num_vectors <= 4 * kMaxThreads) {
-    // A group must not be cut by the end of a narrow row's lanes.
-    const bool small = by_group && p.computes && num_vectors < group_vectors;
-    if (!small) {
-      if (num_vectors <= kMaxThreads) return launch_rows<T, 1>(p, stream);
-      if (num_vectors <= 2 * kMaxThreads) return launch_rows<T, 2>(p, stream);
-      return launch_rows<T, 4>(p, stream);
-    }
+  if (is_vectors<T>(p.x, p.x_rows, p.out, p.out_rows, p.width) && fits_group && num_vectors <= 8 * kMaxThreads) {
+    // With a few vectors to a thread its loads are in flight together, and a CTA's maximum is over fewer warps.
+    if (num_vectors <= kMaxThreads / 2) return launch_rows<T, 1>(p, stream);
+    if (num_vectors <= kMaxThreads) return launch_rows<T, 2>(p, stream);
+    if (num_vectors <= 4 * kMaxThreads) return launch_rows<T, 4>(p, stream);
+    return launch_rows<T, 8>(p, stream);
   }
   const std::int64_t items = p.num_rows * ceil_div(p.width, p.quant.group_size);
   quantize_groups_kernel<T><<<num_ctas(items, 8, 8), 256, 0, cuda_stream(stream)>>>(p);
@@ -376,12 +402,17 @@ void launch_quantize(const QuantizeParams& p, Stream stream) {
 }
 
 template <typename T>
-void launch_tensor_range(const QuantizeParams& p, Stream stream) {
+void launch_tensor_range(QuantizeParams p, Stream stream) {
+  if (p.x_rows.inner_extents[0] == 1 && p.x_rows.inner_extents[1] == 1 && p.x_rows.strides[0] == p.width) {
+    // Dense rows are one.
+    p.width *= p.num_rows;
+    p.num_rows = 1;
+  }
   QUIRE_CUDA_CHECK(cudaMemsetAsync(p.quant.scales, 0, sizeof(float), cuda_stream(stream)));
   if (p.zero_points != nullptr) QUIRE_CUDA_CHECK(cudaMemsetAsync(p.zero_points, 0, sizeof(std::int32_t), cuda_stream(stream)));
   if (is_vectors<T>(p.x, p.x_rows, p.x, RowLayout{}, p.width)) {
-    const std::int64_t items = p.num_rows * (p.width / kVec);
-    tensor_range_kernel<T, kVec><<<num_ctas(items, kMaxThreads, 4), kMaxThreads, 0, cuda_stream(stream)>>>(p);
+    const std::int64_t items = p.num_rows * (p.width / kVecOf<T>);
+    tensor_range_kernel<T, kVecOf<T>><<<num_ctas(items, kMaxThreads, 4), kMaxThreads, 0, cuda_stream(stream)>>>(p);
   } else {
     tensor_range_kernel<T, 1><<<num_ctas(p.num_rows * p.width, kMaxThreads, 4), kMaxThreads, 0, cuda_stream(stream)>>>(p);
   }
@@ -392,7 +423,7 @@ void launch_tensor_range(const QuantizeParams& p, Stream stream) {
 
 template <typename Out, typename Narrow>
 void launch_dequantize(const QuantizeParams& p, Stream stream) {
-  constexpr int kVectors = 2;
+  constexpr int kVec = kVecOf<Out>, kVectors = 4;
   const bool by_group = p.quant.granularity == ScaleGranularity::kGroup;
   if (is_vectors<Out>(p.out, p.out_rows, p.x, p.x_rows, p.width) && p.width <= INT32_MAX / 2 && p.num_rows <= INT32_MAX &&
       (!by_group || p.quant.group_size % kVec == 0)) {
