@@ -19,7 +19,7 @@ import pytest
 import quire
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "docs/quickstart.md", "docs/concepts/index.md", "docs/building.md", "docs/debugging.md"]
+PAGES = ["README.md", "docs/quickstart.md", "docs/concepts/index.md", "docs/building.md", "docs/debugging.md", "docs/quantization.md"]
 FRAMEWORKS = ["torch", "cupy", "jax", "ml_dtypes"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
