@@ -18,6 +18,12 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;\n" ::: "memory"); }
 
+/// Both, and what any thread of the cluster wrote before is visible after.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+}
+
 /// Where the CTA of that rank has what this CTA has at a shared address.
 __device__ __forceinline__ std::uint32_t address_in_cta(std::uint32_t address, int rank) {
   std::uint32_t mapped;
@@ -29,6 +35,16 @@ __device__ __forceinline__ std::uint32_t address_in_cta(std::uint32_t address, i
 /// a release for the whole cluster would wait for everything that the thread ever wrote.
 __device__ __forceinline__ void cluster_barrier_arrive(std::uint32_t mapped_barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(mapped_barrier) : "memory");
+}
+
+/// 16 bytes of any CTA's shared memory, by their address_in_cta.
+__device__ __forceinline__ float4 load_cluster_16(std::uint32_t mapped) {
+  float4 value;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(mapped)
+               : "memory");
+  return value;
 }
 
 /// Writes 16 bytes to any CTA's shared memory, and counts them at a barrier of that CTA. Addresses are address_in_cta.

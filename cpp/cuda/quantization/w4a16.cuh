@@ -32,10 +32,10 @@ struct Layout {
   const std::uint8_t* scales = nullptr;
   std::int64_t num_blocks = 0;  // of 64 rows
   std::int64_t num_bytes = 0;
-  int num_steps = 0;            // units along K
+  int num_steps = 0;  // units along K
   int num_groups = 0;
-  int group_size = 0;           // 32, 64, 128, or 0: all columns
-  int bits = 4;                 // 4 or 8
+  int group_size = 0;  // 32, 64, 128, or 0: all columns
+  int bits = 4;  // 4 or 8
   int entry_bytes = 4;
   DType scale_dtype = DType::kFloat16;
   bool has_zeros = false;
@@ -146,8 +146,8 @@ __device__ __forceinline__ void dequantize(std::uint32_t (&a)[4], const std::uin
 /// What an entry has.
 enum class Entry {
   kScales,  ///< Two scales of 16 bits.
-  kZeros,   ///< And two zeros.
-  kFloat,   ///< Two scales of 32 bits, and zeros if the layout has them.
+  kZeros,  ///< And two zeros.
+  kFloat,  ///< Two scales of 32 bits, and zeros if the layout has them.
 };
 
 inline Entry entry_of(const Layout& layout) {

@@ -27,6 +27,7 @@ struct WgmmaChoice {
   int whole_rounds = 0;
   int num_chunks = 1, chunk_steps = 0;
   int num_ctas = 0;
+  int cluster_ctas = 1;
   std::int64_t num_shared_tiles = 0;
   std::int64_t partial_bytes = 0, arrival_bytes = 0;
   double cycles = 0.0;
@@ -36,7 +37,9 @@ MmaChoice make_mma_choice(std::int64_t num_tokens, const Layout& layout, int til
 MmaChoice choose_mma(std::int64_t num_tokens, const Layout& layout, int num_sms, int max_shared_bytes, bool batch_invariant);
 void run_mma(const QuantizedMatmulParams& params, const MmaChoice& choice, Stream stream);
 
-WgmmaChoice make_wgmma_choice(std::int64_t num_tokens, const Layout& layout, int tokens, int whole_rounds, int num_chunks, int num_ctas);
+WgmmaChoice make_wgmma_choice(std::int64_t num_tokens, const Layout& layout, int tokens, int whole_rounds, int num_chunks, int num_sms);
+/// Every tile to a cluster.
+WgmmaChoice make_cluster_choice(std::int64_t num_tokens, const Layout& layout, int tokens, int cluster_ctas, int num_sms);
 WgmmaChoice choose_wgmma(std::int64_t num_tokens, const Layout& layout, int num_sms);
 void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, Stream stream);
 
@@ -45,11 +48,11 @@ template <bool kBf16>
 void launch_mma(const MmaPlan& plan, int tiles, Stream stream);
 /// Launches the kernel for tiles of `tokens` tokens.
 template <bool kBf16>
-void launch_wgmma(const WgmmaPlan& plan, const CUtensorMap& x_map, int tokens, int num_ctas, Stream stream);
+void launch_wgmma(const WgmmaPlan& plan, const WgmmaMaps& maps, int tokens, int num_ctas, Stream stream);
 
 extern template void launch_mma<false>(const MmaPlan&, int, Stream);
 extern template void launch_mma<true>(const MmaPlan&, int, Stream);
-extern template void launch_wgmma<false>(const WgmmaPlan&, const CUtensorMap&, int, int, Stream);
-extern template void launch_wgmma<true>(const WgmmaPlan&, const CUtensorMap&, int, int, Stream);
+extern template void launch_wgmma<false>(const WgmmaPlan&, const WgmmaMaps&, int, int, Stream);
+extern template void launch_wgmma<true>(const WgmmaPlan&, const WgmmaMaps&, int, int, Stream);
 
 }  // namespace quire::cuda::w4a16

@@ -14,23 +14,23 @@ namespace quire::cuda::w4a16 {
 /// [c * num_tasks / num_ctas, (c + 1) * num_tasks / num_ctas).
 struct MmaPlan {
   Layout layout;
-  const void* x = nullptr;     // [num_tokens, num_columns], rows 16-byte aligned
-  void* out = nullptr;         // [num_tokens, num_rows]
+  const void* x = nullptr;  // [num_tokens, num_columns], rows 16-byte aligned
+  void* out = nullptr;  // [num_tokens, num_rows]
   const void* bias = nullptr;  // [num_rows] or null
-  float* partials = nullptr;   // [token blocks][num_ctas][2][strip_rows * tokens of a block]
+  float* partials = nullptr;  // [token blocks][num_ctas][2][strip_rows * tokens of a block]
   std::uint64_t* arrivals = nullptr;  // [token blocks][num_strips]
-  std::uint64_t tag = 0;              // of this launch; arrivals with another one count as zero
+  std::uint64_t tag = 0;  // of this launch; arrivals with another one count as zero
   std::int64_t x_stride = 0, out_stride = 0;
   std::int64_t num_tokens = 0;
   int num_tasks = 0;
   int num_rows = 0, num_columns = 0;
-  int num_ctas = 0;      // for each block of tokens
-  int num_chunks = 0;    // along K
-  int chunk_steps = 0;   // a multiple of the warps along K
+  int num_ctas = 0;  // for each block of tokens
+  int num_chunks = 0;  // along K
+  int chunk_steps = 0;  // a multiple of the warps along K
   int row_warps_log2 = 0;  // warps of a CTA side by side along N; the others share K
-  int group_shift = 0;     // unit k's group is k >> group_shift, where groups are not of 32
-  int stage_bytes = 0;     // of a warp's ring: codes, then entries
-  int x_alignment = 16;    // of every row of x, in bytes
+  int group_shift = 0;  // unit k's group is k >> group_shift, where groups are not of 32
+  int stage_bytes = 0;  // of a warp's ring: codes, then entries
+  int x_alignment = 16;  // of every row of x, in bytes
   DType bias_dtype = DType::kFloat16;
   bool waits = false;  // for a predecessor that writes x
 
@@ -107,7 +107,8 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
   const int ring_bytes = kStages * plan.stage_bytes;
   std::uint8_t* ring = shared + warp * ring_bytes;
   float* sums = reinterpret_cast<float*>(shared + Shape::kWarps * ring_bytes);
-  const std::uint32_t x_shared = device::shared_address(shared) + static_cast<std::uint32_t>(Shape::kWarps * ring_bytes + Shape::kSumBuffers * Shape::kSumBytes);
+  const std::uint32_t x_shared =
+      device::shared_address(shared) + static_cast<std::uint32_t>(Shape::kWarps * ring_bytes + Shape::kSumBuffers * Shape::kSumBytes);
   const int x_row_bytes = plan.chunk_steps * kUnitColumns * 2 + 16;  // eight rows are in different banks
   const int x_bytes = x_row_bytes * num_tokens;
 
@@ -115,7 +116,8 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
   const int x_pieces = plan.chunk_steps * (kUnitColumns / 8);  // of 16 bytes, in a row
   const int x_rows_at_once = max(Shape::kThreads / x_pieces, 1);
   const int x_row = x_rows_at_once == 1 ? 0 : thread / x_pieces, x_piece = x_rows_at_once == 1 ? thread : thread % x_pieces;
-  const bool x_is_simple = plan.x_alignment == 16 && plan.num_columns == layout.num_steps * kUnitColumns && plan.num_chunks * plan.chunk_steps == layout.num_steps;
+  const bool x_is_simple = plan.x_alignment == 16 && plan.num_columns == layout.num_steps * kUnitColumns &&
+                           plan.num_chunks * plan.chunk_steps == layout.num_steps;
   const auto copy_x = [&](int chunk, int buffer, int part, int parts) {
     if (x_row >= x_rows_at_once) return;
     int token = part * x_rows_at_once + x_row;
@@ -168,12 +170,14 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
     if (ahead.k < ahead.limit) {
       const std::uint32_t dst = write_slot + static_cast<std::uint32_t>(16 * lane);
 #pragma unroll
-      for (int i = 0; i < Shape::kCodeBytes / 512; ++i) device::copy_async_16(dst + static_cast<std::uint32_t>(512 * i), ahead.codes + 512 * i, 16);
+      for (int i = 0; i < Shape::kCodeBytes / 512; ++i)
+        device::copy_async_16(dst + static_cast<std::uint32_t>(512 * i), ahead.codes + 512 * i, 16);
       const std::uint8_t* entries = ahead.entries + std::int64_t{kSmallGroups ? 2 * ahead.k : ahead.k >> plan.group_shift} * group_bytes;
       if (lane < entry_pieces) {
 #pragma unroll
         for (int g = 0; g < kGroups; ++g)
-          device::copy_async_16(dst + static_cast<std::uint32_t>(Shape::kCodeBytes + g * kUnits * 8 * layout.entry_bytes), entries + g * group_bytes, 16);
+          device::copy_async_16(dst + static_cast<std::uint32_t>(Shape::kCodeBytes + g * kUnits * 8 * layout.entry_bytes),
+                                entries + g * group_bytes, 16);
       }
     }
     write_slot += static_cast<std::uint32_t>(plan.stage_bytes);
@@ -212,7 +216,8 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
   std::uint32_t x_rows[kTiles];
 #pragma unroll
   for (int t = 0; t < kTiles; ++t)
-    x_rows[t] = x_shared + static_cast<std::uint32_t>(min(8 * t + lane % 8, num_tokens - 1) * x_row_bytes + lane / 8 * 16 + column_warp * (kUnitColumns * 2));
+    x_rows[t] = x_shared + static_cast<std::uint32_t>(min(8 * t + lane % 8, num_tokens - 1) * x_row_bytes + lane / 8 * 16 +
+                                                      column_warp * (kUnitColumns * 2));
   const int entry_at = Shape::kCodeBytes + lane / 4 * layout.entry_bytes;
 
   float acc[kUnits][kTiles][4] = {};

@@ -52,8 +52,8 @@ struct Word {
 };
 
 /// One thread makes a word of codes.
-__global__ void __launch_bounds__(kThreads) pack_codes_kernel(std::uint32_t* words, Layout layout, WeightSource source, std::int64_t num_rows,
-                                                              std::int64_t num_words) {
+__global__ void __launch_bounds__(kThreads)
+    pack_codes_kernel(std::uint32_t* words, Layout layout, WeightSource source, std::int64_t num_rows, std::int64_t num_words) {
   const std::int64_t index = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index >= num_words) return;
   const Word word(layout, index);
@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kThreads) pack_codes_kernel(std::uint32_t* wor
 
 /// One thread makes an entry: scales and zeros of two rows and a group.
 template <typename Scale>
-__global__ void __launch_bounds__(kThreads) pack_scales_kernel(std::uint8_t* entries, Layout layout, WeightSource source, std::int64_t num_rows,
-                                                               std::int64_t num_groups, std::int64_t num_entries) {
+__global__ void __launch_bounds__(kThreads) pack_scales_kernel(std::uint8_t* entries, Layout layout, WeightSource source,
+                                                               std::int64_t num_rows, std::int64_t num_groups, std::int64_t num_entries) {
   const std::int64_t index = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index >= num_entries) return;
   const std::int64_t row_group = index % 8, unit_in_block = index / 8 % kBlockUnits, rest = index / (8 * kBlockUnits);
@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kThreads) pack_scales_kernel(std::uint8_t* ent
 
 /// One thread turns a word of codes into floats.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) dequantize_weight_kernel(T* out, std::int64_t out_stride, Layout layout, PackedParams weight,
-                                                                     std::int64_t num_words) {
+__global__ void __launch_bounds__(kThreads)
+    dequantize_weight_kernel(T* out, std::int64_t out_stride, Layout layout, PackedParams weight, std::int64_t num_words) {
   const std::int64_t index = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index >= num_words) return;
   const Word word(layout, index);
@@ -133,7 +133,7 @@ void pack_weight(void* data, const WeightFormat& format, const WeightSource& sou
   const std::int64_t num_entries = (layout.num_bytes - (layout.scales - layout.codes)) / layout.entry_bytes;
   const auto pack = [&](auto kernel) {
     kernel<<<w4a16::blocks_of(num_entries), w4a16::kThreads, 0, cuda_stream(stream)>>>(entries, layout, source, format.out_features,
-                                                                                      format.num_groups(), num_entries);
+                                                                                       format.num_groups(), num_entries);
     QUIRE_CHECK_LAUNCH("pack_scales_kernel", stream);
   };
   format.scale_dtype == DType::kFloat32 ? pack(w4a16::pack_scales_kernel<std::uint32_t>) : pack(w4a16::pack_scales_kernel<std::uint16_t>);
@@ -151,8 +151,8 @@ void dequantize_weight(void* out, DType dtype, std::int64_t out_stride, const Pa
   }
   dispatch_float(dtype, "dequantize_weight", [&](auto constant) {
     using T = Element<decltype(constant)::value>;
-    w4a16::dequantize_weight_kernel<T>
-        <<<w4a16::blocks_of(num_words), w4a16::kThreads, 0, cuda_stream(stream)>>>(static_cast<T*>(out), out_stride, layout, weight, num_words);
+    w4a16::dequantize_weight_kernel<T><<<w4a16::blocks_of(num_words), w4a16::kThreads, 0, cuda_stream(stream)>>>(
+        static_cast<T*>(out), out_stride, layout, weight, num_words);
     QUIRE_CHECK_LAUNCH("dequantize_weight_kernel", stream);
   });
 }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "cuda/device/cluster.cuh"
 #include "cuda/device/tma.cuh"
 #include "cuda/device/wgmma.cuh"
 #include "cuda/element.h"
@@ -19,9 +20,9 @@ namespace quire::cuda::w4a16 {
 /// [c * num_shared_chunks / num_ctas, (c + 1) * num_shared_chunks / num_ctas).
 struct WgmmaPlan {
   Layout layout;
-  void* out = nullptr;         // [num_tokens, num_rows]
+  void* out = nullptr;  // [num_tokens, num_rows]
   const void* bias = nullptr;  // [num_rows] or null
-  float* partials = nullptr;   // [num_ctas][2][rows * tokens of a tile], in the order of fragments
+  float* partials = nullptr;  // [num_ctas][2][rows * tokens of a tile], in the order of fragments
   std::uint64_t* arrivals = nullptr;  // [shared tiles]
   std::uint64_t tag = 0;
   std::int64_t out_stride = 0, num_tokens = 0, num_rows = 0;
@@ -29,6 +30,7 @@ struct WgmmaPlan {
   int num_token_tiles = 0;
   int whole_rounds = 0;
   int num_chunks = 1, chunk_steps = 0;
+  int cluster_ctas = 1;  // above 1: so many CTAs, a cluster, have one tile, a chunk each, and none of the above holds
   int group_shift = 0;
   DType bias_dtype = DType::kFloat16;
   bool stores_vectors = false;  // rows of out are 16-byte aligned
@@ -37,6 +39,12 @@ struct WgmmaPlan {
 /// Warpgroups that multiply. Few tokens leave registers for more rows, which x is read for.
 QUIRE_HOST_DEVICE constexpr int wgmma_warpgroups(int tokens) { return tokens <= 64 ? 4 : 2; }
 QUIRE_HOST_DEVICE constexpr int wgmma_rows(int tokens) { return kBlockRows * wgmma_warpgroups(tokens); }
+
+/// What the copy engine reads: x [tokens, columns], codes in rows of 2048 bytes [blocks, rows of all steps], entries [blocks, groups].
+struct WgmmaMaps {
+  CUtensorMap x, codes, entries;
+};
+constexpr int kCodeRowBytes = 2048;
 
 template <int kBits, bool kSmallGroups, int kTokens>
 struct WgmmaShape {
@@ -48,8 +56,8 @@ struct WgmmaShape {
   static constexpr int kXBytes = kTokens * device::kPanelRowBytes;
   static constexpr int kCodeBytes = kBlockUnits * unit_bytes(kBits);  // of a warpgroup
   static constexpr int kMaxEntryBytes = kBlockUnits * 8 * 16 * (kSmallGroups ? 2 : 1);
-  static constexpr int kBlockBytes = kCodeBytes + kMaxEntryBytes;
-  static constexpr int kStageBytes = (kXBytes + kWarpgroups * kBlockBytes + 1023) / 1024 * 1024;
+  static constexpr int kEntriesAt = kXBytes + kWarpgroups * kCodeBytes;  // in a stage: x, codes of all warpgroups, entries of all
+  static constexpr int kStageBytes = (kEntriesAt + kWarpgroups * kMaxEntryBytes + 1023) / 1024 * 1024;
   static constexpr int kStoreRowBytes = 48;  // 32 of a warp's 16 rows, and 16 that keep eight of them in different banks
   static constexpr int kStoreTokens = 32;
   static constexpr int kStoreBytes = 4 * kWarpgroups * kStoreTokens * kStoreRowBytes;
@@ -91,10 +99,19 @@ struct Work {
 
   __device__ explicit Work(const WgmmaPlan& p)
       : plan(p), next_chunk(first_chunk(p, static_cast<int>(blockIdx.x))), end_chunk(first_chunk(p, static_cast<int>(blockIdx.x) + 1)) {}
-  __device__ static int first_chunk(const WgmmaPlan& p, int cta) { return static_cast<int>(std::int64_t{cta} * p.num_shared_chunks / gridDim.x); }
+  __device__ static int first_chunk(const WgmmaPlan& p, int cta) {
+    return static_cast<int>(std::int64_t{cta} * p.num_shared_chunks / gridDim.x);
+  }
   __device__ int first_shared() const { return plan.whole_rounds * static_cast<int>(gridDim.x); }
 
   __device__ bool next() {
+    if (plan.cluster_ctas > 1) {
+      if (++round > 0) return false;
+      tile = static_cast<int>(blockIdx.x) / plan.cluster_ctas;
+      begin = static_cast<int>(blockIdx.x) % plan.cluster_ctas * plan.chunk_steps;
+      end = min(begin + plan.chunk_steps, plan.layout.num_steps);
+      return true;
+    }
     if (++round < plan.whole_rounds) {
       tile = static_cast<int>(blockIdx.x) + round * static_cast<int>(gridDim.x);
       begin = 0;
@@ -140,8 +157,9 @@ __device__ __forceinline__ void make_fragment(std::uint32_t (&a)[4], const std::
 /// warpgroup brings x, codes and scales of 64 columns at a time; the others turn their 64 rows' codes into fragments of A while the tensor cores
 /// work on those of the step before.
 template <bool kBf16, int kBits, bool kSmallGroups, int kTokens>
-__global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads, 1) void quantized_matmul_wgmma_kernel(
-    const __grid_constant__ WgmmaPlan plan, const __grid_constant__ CUtensorMap x_map) {
+__global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
+                             1) void quantized_matmul_wgmma_kernel(const __grid_constant__ WgmmaPlan plan,
+                                                                   const __grid_constant__ WgmmaMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shape = WgmmaShape<kBits, kSmallGroups, kTokens>;
   using T = std::conditional_t<kBf16, __nv_bfloat16, __half>;
@@ -164,7 +182,9 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
       device::barrier_init(empty + 8 * i, 4 * kWarpgroups);
     }
     device::barrier_init_fence();
-    device::prefetch_tensor_map(&x_map);
+    device::prefetch_tensor_map(&maps.x);
+    device::prefetch_tensor_map(&maps.codes);
+    device::prefetch_tensor_map(&maps.entries);
   }
   __syncthreads();
 
@@ -175,31 +195,19 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
   if (warpgroup == 0) {
     // ---- Copies ----
     device::give_registers<Shape::kProducerRegisters>();
-    // Lane b brings block b, and lane 0 x as well.
-    if (thread >= 32) return;
+    if (thread != 0) return;
+    const int bytes = Shape::kXBytes + kWarpgroups * (Shape::kCodeBytes + kGroups * entry_bytes);
     while (work.next()) {
-      const std::int64_t row_block = std::int64_t{work.tile / plan.num_token_tiles} * kWarpgroups;
-      const int token = static_cast<int>(work.tile % plan.num_token_tiles) * kTokens;
-      const int blocks = static_cast<int>(min(layout.num_blocks - row_block, std::int64_t{kWarpgroups}));
-      const int bytes = Shape::kXBytes + blocks * (Shape::kCodeBytes + kGroups * entry_bytes);
-      const std::uint8_t* codes = layout.codes + layout.unit_offset((row_block + thread) * kBlockUnits, work.begin);
-      const std::uint8_t* entries = layout.scales + layout.entry_offset((row_block + thread) * kBlockUnits, 0);
+      const int block = work.tile / plan.num_token_tiles * kWarpgroups, token = work.tile % plan.num_token_tiles * kTokens;
 #pragma unroll 1
       for (int k = work.begin; k < work.end; ++k) {
-        const std::uint32_t slot = device::shared_address(stages) + static_cast<std::uint32_t>(stage * Shape::kStageBytes), ready = full + 8 * stage;
+        const std::uint32_t slot = device::shared_address(stages) + static_cast<std::uint32_t>(stage * Shape::kStageBytes),
+                            ready = full + 8 * stage;
         device::barrier_wait(empty + 8 * stage, parity ^ 1);
-        if (thread == 0) {
-          device::barrier_arrive_expect(ready, bytes);
-          device::copy_box(slot, &x_map, ready, k * device::kPanelRowBytes, token);
-        }
-        __syncwarp();
-        if (thread < blocks) {
-          const std::uint32_t dst = slot + static_cast<std::uint32_t>(Shape::kXBytes + thread * Shape::kBlockBytes);
-          device::copy_bytes(dst, codes, ready, Shape::kCodeBytes);
-          device::copy_bytes(dst + Shape::kCodeBytes, entries + std::int64_t{kSmallGroups ? 2 * k : k >> plan.group_shift} * entry_bytes, ready,
-                             kGroups * entry_bytes);
-        }
-        codes += Shape::kCodeBytes;
+        device::barrier_arrive_expect(ready, bytes);
+        device::copy_box(slot + Shape::kXBytes, &maps.codes, ready, 0, k * (Shape::kCodeBytes / kCodeRowBytes), block, 0);
+        device::copy_box(slot + Shape::kEntriesAt, &maps.entries, ready, 0, kSmallGroups ? 2 * k : k >> plan.group_shift, block, 0);
+        device::copy_box(slot, &maps.x, ready, k * device::kPanelRowBytes, token);
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
     }
@@ -210,8 +218,8 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
   device::take_registers<Shape::kConsumerRegisters>();
   const int lane = thread % 32, warp = thread / 32 - 4;
   const int block = warpgroup - 1, unit = warp % 4;
-  const int code_offset = Shape::kXBytes + block * Shape::kBlockBytes + unit * unit_bytes(kBits) + 16 * lane;
-  const int entry_offset = Shape::kXBytes + block * Shape::kBlockBytes + Shape::kCodeBytes + (8 * unit + lane / 4) * layout.entry_bytes;
+  const int code_offset = Shape::kXBytes + block * Shape::kCodeBytes + unit * unit_bytes(kBits) + 16 * lane;
+  const int entry_offset = Shape::kEntriesAt + block * kGroups * entry_bytes + (8 * unit + lane / 4) * layout.entry_bytes;
   float acc[Shape::kSums];
   std::uint32_t fragments[2][4][4];
 
@@ -240,6 +248,37 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
   };
   const auto release = [&](int which) {
     if (lane == 0) device::barrier_arrive(empty + 8 * which);
+  };
+
+  // Stores 8 * kGroupsOfTokens tokens of a warp's 16 rows: sums 4 j + {0, 1} are of row lane / 4 and tokens 8 j + 2 (lane % 4) + {0, 1}, 4 j + {2, 3} of
+  // the row 8 below.
+  std::uint8_t* space = store_space + warp * (Shape::kStoreTokens * Shape::kStoreRowBytes);
+  const auto store_tokens_of = [&]<int kGroupsOfTokens>(const float (&sums)[4 * kGroupsOfTokens], std::int64_t token, std::int64_t row,
+                                                        const float (&bias)[2]) {
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kGroupsOfTokens; ++j) {
+      const std::uint32_t pairs[2] = {device::pack_16<kBf16>(sums[4 * j] + bias[0], sums[4 * j + 1] + bias[0]),
+                                      device::pack_16<kBf16>(sums[4 * j + 2] + bias[1], sums[4 * j + 3] + bias[1])};
+      device::store_matrix_x2_transposed(
+          device::shared_address(space) + static_cast<std::uint32_t>((8 * j + lane % 8) * Shape::kStoreRowBytes + lane / 8 % 2 * 16),
+          pairs);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < (kGroupsOfTokens + 1) / 2; ++i) {
+      const int at = 16 * i + lane / 2;
+      const std::int64_t first = row + 8 * (lane % 2);
+      if (at >= 8 * kGroupsOfTokens || token + at >= plan.num_tokens || first >= plan.num_rows) continue;
+      const auto* from = reinterpret_cast<const uint4*>(space + at * Shape::kStoreRowBytes + 16 * (lane % 2));
+      T* to = static_cast<T*>(plan.out) + (token + at) * plan.out_stride + first;
+      if (plan.stores_vectors && first + 8 <= plan.num_rows) {
+        *reinterpret_cast<uint4*>(to) = *from;
+      } else {
+        for (int e = 0; e < 8; ++e)
+          if (first + e < plan.num_rows) to[e] = reinterpret_cast<const T*>(from)[e];
+      }
+    }
   };
 
   while (work.next()) {
@@ -272,18 +311,56 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
     release(previous);
     device::pin_registers(acc);
 
-    // ---- A part of a tile ----
     const int group_thread = thread % 128;
+    const std::int64_t first_row = std::int64_t{work.tile / plan.num_token_tiles} * kRows + block * kBlockRows + unit * kUnitRows;
+    const std::int64_t first_token = std::int64_t{work.tile % plan.num_token_tiles} * kTokens;
+    float bias[2] = {0.0f, 0.0f};
+    if (plan.bias != nullptr) {
+      for (int i = 0; i < 2; ++i) {
+        float value[1][1];
+        load_parameter(value, plan.bias, plan.bias_dtype, first_row + lane / 4 + 8 * i, 0, plan.num_rows);
+        bias[i] = value[0][0];
+      }
+    }
+
+    // ---- Sums of eight tokens: a cluster's CTAs take turns ----
+    if (plan.cluster_ctas > 1) {
+      device::named_barrier_sync(1, 128 * kWarpgroups);  // nobody reads stages any more
+      float4* sums = reinterpret_cast<float4*>(stages) + block * (Shape::kSums / 4 * 128) + group_thread;
+#pragma unroll
+      for (int i = 0; i < Shape::kSums / 4; ++i) sums[128 * i] = make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
+      device::cluster_sync();
+      const int num_groups = static_cast<int>(min((plan.num_tokens - first_token + 7) / 8, std::int64_t{kTokens / 8}));
+#pragma unroll 1
+      for (int i = device::cluster_rank(); i < num_groups; i += plan.cluster_ctas) {
+        float total[4] = {};
+#pragma unroll 4
+        for (int rank = 0; rank < plan.cluster_ctas; ++rank) {
+          const float4 part = device::load_cluster_16(device::address_in_cta(device::shared_address(sums + 128 * i), rank));
+          total[0] += part.x;
+          total[1] += part.y;
+          total[2] += part.z;
+          total[3] += part.w;
+        }
+        store_tokens_of.template operator()<1>(total, first_token + 8 * i, first_row, bias);
+      }
+      device::cluster_sync();  // the others read this CTA's sums
+      return;
+    }
+
+    // ---- A part of a tile ----
     if (!work.whole) {
       const int shared_tile = work.tile - work.first_shared(), first_chunk = shared_tile * plan.num_chunks;
       const auto owner = [&](int chunk) { return static_cast<int>(((std::int64_t{chunk} + 1) * gridDim.x - 1) / plan.num_shared_chunks); };
       const auto partials_of = [&](int cta) {
         const int slot = Work::first_chunk(plan, cta) / plan.num_chunks == shared_tile ? 0 : 1;
-        return reinterpret_cast<float4*>(plan.partials) + ((std::int64_t{cta} * 2 + slot) * kWarpgroups + block) * (Shape::kSums / 4 * 128) + group_thread;
+        return reinterpret_cast<float4*>(plan.partials) +
+               ((std::int64_t{cta} * 2 + slot) * kWarpgroups + block) * (Shape::kSums / 4 * 128) + group_thread;
       };
       float4* mine = partials_of(static_cast<int>(blockIdx.x));
 #pragma unroll
-      for (int i = 0; i < Shape::kSums / 4; ++i) __stcg(mine + 128 * i, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+      for (int i = 0; i < Shape::kSums / 4; ++i)
+        __stcg(mine + 128 * i, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
       __threadfence();
       device::named_barrier_sync(1, 128 * kWarpgroups);
       const int first = owner(first_chunk), last = owner(first_chunk + plan.num_chunks - 1);
@@ -306,47 +383,12 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
       }
     }
 
-    // ---- The result: sums 4 j + {0, 1} are of row lane / 4 and tokens 8 j + 2 (lane % 4) + {0, 1}, 4 j + {2, 3} of row + 8 ----
-    const std::int64_t first_row = std::int64_t{work.tile / plan.num_token_tiles} * kRows + block * kBlockRows + unit * kUnitRows;
-    const std::int64_t first_token = std::int64_t{work.tile % plan.num_token_tiles} * kTokens;
-    if (first_row >= plan.num_rows) continue;
-    float bias[2] = {0.0f, 0.0f};
-    if (plan.bias != nullptr) {
-      for (int i = 0; i < 2; ++i) {
-        float value[1][1];
-        load_parameter(value, plan.bias, plan.bias_dtype, first_row + lane / 4 + 8 * i, 0, plan.num_rows);
-        bias[i] = value[0][0];
-      }
-    }
-    T* out = static_cast<T*>(plan.out);
-    std::uint8_t* space = store_space + warp * (Shape::kStoreTokens * Shape::kStoreRowBytes);
-    const bool vectors = plan.stores_vectors && first_row + kUnitRows <= plan.num_rows;
+    constexpr int kPieces = kTokens / Shape::kStoreTokens, kPieceSums = Shape::kSums / kPieces;
 #pragma unroll
-    for (int piece = 0; piece < kTokens / Shape::kStoreTokens; ++piece) {
+    for (int piece = 0; piece < kPieces; ++piece) {
       if (first_token + piece * Shape::kStoreTokens >= plan.num_tokens) break;
-      __syncwarp();
-#pragma unroll
-      for (int j = 0; j < Shape::kStoreTokens / 8; ++j) {
-        const float* sum = acc + (piece * (Shape::kStoreTokens / 8) + j) * 4;
-        const std::uint32_t pairs[2] = {device::pack_16<kBf16>(sum[0] + bias[0], sum[1] + bias[0]), device::pack_16<kBf16>(sum[2] + bias[1], sum[3] + bias[1])};
-        device::store_matrix_x2_transposed(device::shared_address(space) + static_cast<std::uint32_t>((8 * j + lane % 8) * Shape::kStoreRowBytes + lane / 8 % 2 * 16), pairs);
-      }
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < Shape::kStoreTokens / 16; ++i) {
-        const int token = 16 * i + lane / 2, half = lane % 2;
-        const std::int64_t to = first_token + piece * Shape::kStoreTokens + token;
-        if (to >= plan.num_tokens) continue;
-        const auto* from = reinterpret_cast<const uint4*>(space + token * Shape::kStoreRowBytes + 16 * half);
-        T* at = out + to * plan.out_stride + first_row + 8 * half;
-        if (vectors) {
-          *reinterpret_cast<uint4*>(at) = *from;
-        } else {
-          for (int e = 0; e < 8; ++e) {
-            if (first_row + 8 * half + e < plan.num_rows) at[e] = reinterpret_cast<const T*>(from)[e];
-          }
-        }
-      }
+      store_tokens_of.template operator()<Shape::kStoreTokens / 8>(reinterpret_cast<const float (&)[kPieceSums]>(acc[piece * kPieceSums]),
+                                                                   first_token + piece * Shape::kStoreTokens, first_row, bias);
     }
   }
 #endif

@@ -4,6 +4,6 @@
 
 namespace quire::cuda::w4a16 {
 
-template void launch_wgmma<false>(const WgmmaPlan&, const CUtensorMap&, int, int, Stream);
+template void launch_wgmma<false>(const WgmmaPlan&, const WgmmaMaps&, int, int, Stream);
 
 }  // namespace quire::cuda::w4a16
