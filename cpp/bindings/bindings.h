@@ -15,5 +15,6 @@ void bind_kv_cache(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_quantization(nanobind::module_& m);
 void bind_block_allocator(nanobind::module_& m);
+void bind_jax(nanobind::module_& m);
 
 }  // namespace quire::bindings

@@ -16,4 +16,5 @@ NB_MODULE(_core, m) {
   bind_attention(m);
   bind_quantization(m);
   bind_block_allocator(m);
+  bind_jax(m);
 }

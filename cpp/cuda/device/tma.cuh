@@ -54,6 +54,21 @@ __device__ __forceinline__ void copy_box(std::uint32_t dst, const void* tensor_m
                "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1)
                : "memory");
 }
+/// A cache policy for what is read once: it drives no other lines out of the L2 cache.
+__device__ __forceinline__ std::uint64_t read_once_policy() {
+  std::uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  return policy;
+}
+/// The same with that policy.
+__device__ __forceinline__ void copy_box_once(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1,
+                                              std::uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], "
+      "%5;\n" ::"r"(dst),
+      "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1), "l"(policy)
+      : "memory");
+}
 /// The same to every CTA of the cluster whose rank's bit is set in `ctas`: to the same place, counted at its own barrier in the same place.
 __device__ __forceinline__ void copy_box_to_ctas(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1,
                                                  std::uint32_t ctas) {

@@ -77,7 +77,7 @@ void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream
     }
     num_clusters = std::min(num_clusters, most);
   }
-  plan.rehearses = plan.num_items <= num_clusters * 2;
+  plan.reads_rows_once = !kTokenRows && (plan.num_column_tiles == 1 || plan.num_items <= num_clusters);
   config.gridDim.x = static_cast<unsigned>(num_clusters * cluster_size);
   config.numAttrs = 2;
   QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, plan));

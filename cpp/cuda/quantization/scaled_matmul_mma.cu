@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads)
           for (int j = 0; j < kFeatureBlocks; ++j) {
 #pragma unroll
             for (int e = 2 * r; e < 2 * r + 2; ++e) {
-              total[i][j][e] += sum[i][j][e] * scale;
+              total[i][j][e] += static_cast<float>(sum[i][j][e]) * scale;
               sum[i][j][e] = 0;
             }
           }
@@ -206,8 +206,12 @@ void launch_tokens(const ScaledMatmulParams& p, Stream stream) {
 }  // namespace
 
 void launch_mma(const ScaledMatmulParams& p, Stream stream) {
-  if (p.dtype == DType::kInt8) return launch_tokens<int, false>(p, stream);
-  p.granularity_a == ScaleGranularity::kGroup ? launch_tokens<float, true>(p, stream) : launch_tokens<float, false>(p, stream);
+  const bool blocks = p.granularity_a == ScaleGranularity::kGroup;
+  if (p.dtype == DType::kInt8) {
+    blocks ? launch_tokens<int, true>(p, stream) : launch_tokens<int, false>(p, stream);
+  } else {
+    blocks ? launch_tokens<float, true>(p, stream) : launch_tokens<float, false>(p, stream);
+  }
 }
 
 }  // namespace quire::cuda::scaled

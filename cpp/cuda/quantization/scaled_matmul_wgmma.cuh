@@ -34,8 +34,7 @@ struct WgmmaPlan {
   int column_group;      // column tiles that are gone through before the next row group
   int num_items;         // pairs of a row group and a column tile
   int num_halved_tiles;  // single tiles after the items, whose inner dimension the two CTAs of a cluster halve
-  bool late_turn = false;
-  bool rehearses;        // a CTA has one tile or few
+  bool reads_rows_once;  // or at one time: the L2 cache need not keep them
   bool copies_out;       // results are written by the copy engine
   bool vector_out;       // or by 16-byte stores
 };
@@ -193,6 +192,7 @@ __device__ void copy_operands(const WgmmaPlan& plan, const WgmmaShared<Shape>& s
   const int sharing = plan.shared_columns, box_columns = Shape::kColumns / sharing;
   const int member = rank % sharing;
   const std::uint32_t neighbours = ((1u << sharing) - 1u) << (rank - member);
+  const std::uint64_t policy = device::read_once_policy();
   for (int iteration = 0; locate_work(plan, rank, iteration, work); ++iteration) {
     const int row = work.row_tile * Shape::kRows, column = work.column_tile * Shape::kColumns;
     for (int step = 0; step < work.num_steps; ++step) {
@@ -200,7 +200,11 @@ __device__ void copy_operands(const WgmmaPlan& plan, const WgmmaShared<Shape>& s
       const std::uint32_t full = shared.full(ring.stage);
       device::barrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
       device::barrier_arrive_expect(full, Shape::kStageBytes);
-      device::copy_box(shared.rows(ring.stage), &plan.rows, full, k, row);
+      if (plan.reads_rows_once) {
+        device::copy_box_once(shared.rows(ring.stage), &plan.rows, full, k, row, policy);
+      } else {
+        device::copy_box(shared.rows(ring.stage), &plan.rows, full, k, row);
+      }
       if (sharing == 1) {
         device::copy_box(shared.columns(ring.stage), &plan.columns, full, k, column);
       } else if (work.shares) {
@@ -266,9 +270,9 @@ struct WgmmaConsumer {
   StageRing<Shape::kStages> ring;
   Sum sum[Shape::kColumns / 2];
   // Of the thread's rows, where they are output features.
-  float feature_scale[2] = {}, bias[2] = {};
-  int column_sum[2] = {};
-  float column_value[kValuesPerThread] = {};
+  float feature_scale[2], bias[2];
+  int column_sum[2];
+  float column_value[kValuesPerThread];
   int chunks_staged = 0;
 
   __device__ __forceinline__ int thread() const { return static_cast<int>(threadIdx.x) % 128; }
@@ -336,11 +340,8 @@ struct WgmmaConsumer {
         device::matrix_descriptor(shared.columns(ring.stage) + static_cast<std::uint32_t>(first_column * kStepBytes), 0);
     device::wgmma_fence();
 #pragma unroll
-    for (int part = 0; part < kStepBytes / 32; ++part) {
-      // Where groups take turns, the last products are a group by themselves.
-      if (Shape::kParts > 1 && part == kStepBytes / 32 - 1) device::wgmma_commit();
+    for (int part = 0; part < kStepBytes / 32; ++part)
       device::Wgmma8Bit<kCount * 2, Sum>::product(d, rows + part * 2, columns + part * 2, accumulate || part > 0 ? 1 : 0);
-    }
     device::wgmma_commit();
   }
 
@@ -452,7 +453,6 @@ struct WgmmaConsumer {
         device::named_barrier_sync(kTurnBarrier + group, 256);
         device::pin_registers(products);
         multiply_stage(products, part * Shape::kPartColumns, false);
-        if (plan.late_turn) device::wgmma_wait<1>();
         device::named_barrier_arrive(kTurnBarrier + 1 - group, 256);
         const PartScales scales = load_scales(ring.stage, part);
         device::wgmma_wait<0>();
@@ -535,11 +535,11 @@ struct WgmmaConsumer {
   /// Stores `count` column blocks from `first` on as 16-bit floats, by way of shared memory: 64 features of some tokens, in rows of 128 bytes with
   /// swizzled 16-byte pieces.
   template <bool kBf16>
-  __device__ __forceinline__ void store_chunk(const Sum* from, const Work& work, int first, int count, bool rehearses) {
+  __device__ __forceinline__ void store_chunk(const Sum* from, const Work& work, int first, int count) {
     std::uint32_t words[kChunkBlocks][2];
     float values[kChunkBlocks][2];
 #pragma unroll
-    for (int j = 0; j < kChunkBlocks; ++j) load_column_values(values[j], first + j);
+    for (int j = 0; j < kChunkBlocks; ++j) load_column_values(values[j], min(first + j, kColumnBlocks - 1));
 #pragma unroll
     for (int j = 0; j < kChunkBlocks; ++j) {
 #pragma unroll
@@ -567,19 +567,19 @@ struct WgmmaConsumer {
     if (plan.copies_out && count >= kChunkBlocks) {
       device::fence_async_proxy();
       sync_group();
-      if (thread() == 0 && !rehearses) {
+      if (thread() == 0) {
         const int row = work.row_tile * Shape::kRows + group * 64, column = work.column_tile * Shape::kColumns + 8 * first;
         device::store_box(&plan.out, buffer, Shape::kTokenRows ? column : row, Shape::kTokenRows ? row : column);
         device::store_commit();
       }
     } else {
       sync_group();
-      if (!rehearses) copy_out(buffer, work, first, min(count, kChunkBlocks));
+      copy_out(buffer, work, first, min(count, kChunkBlocks));
     }
   }
 
-  /// Stores results of sums, which are of `count` column blocks from `first` on. A rehearsal does all but store.
-  __device__ __forceinline__ void store(const Work& work, int first, int count, bool rehearses) {
+  /// Stores results of sums, which are of `count` column blocks from `first` on.
+  __device__ __forceinline__ void store(const Work& work, int first, int count) {
     share_values();
     sync_group();
     const DType dtype = plan.params.out_dtype;
@@ -596,10 +596,10 @@ struct WgmmaConsumer {
         for (int j = 0; j < kChunkBlocks; ++j) subtract_zero_points(from + 4 * j, work, at + j);
       }
       if (dtype == DType::kBFloat16) {
-        store_chunk<true>(from, work, at, left, rehearses);
+        store_chunk<true>(from, work, at, left);
       } else if (dtype == DType::kFloat16) {
-        store_chunk<false>(from, work, at, left, rehearses);
-      } else if (!rehearses) {
+        store_chunk<false>(from, work, at, left);
+      } else {
 #pragma unroll
         for (int j = 0; j < kChunkBlocks; ++j) {
           if (j >= left) break;
@@ -654,29 +654,24 @@ struct WgmmaConsumer {
   }
 
   __device__ __forceinline__ void run() {
-    Work work{};
+    Work work;
     const SplitColumns<Shape> mine(plan, rank);
     begin_turns();
-    // A tile's results are first stored in a rehearsal, while the first operands are on their way: instructions come from far, too.
-    int iteration = plan.rehearses ? -1 : 0;
-    if (plan.rehearses) clear_sums();
-    for (; iteration < 0 || locate_work(plan, rank, iteration, work); ++iteration) {
-      int first = 0, count = kColumnBlocks;
-      if (iteration >= 0) {
-        load_values(work);
-        if constexpr (Shape::kParts > 1) {
-          multiply_blocks_in_turn(work);
-        } else if constexpr (Shape::kBlockScales) {
-          multiply_blocks(work);
-        } else {
-          multiply(work);
-        }
-        if (work.splits > 1) {
-          exchange(work, mine);
-          first = mine.first, count = mine.count;
-        }
+    for (int iteration = 0; locate_work(plan, rank, iteration, work); ++iteration) {
+      load_values(work);
+      if constexpr (Shape::kParts > 1) {
+        multiply_blocks_in_turn(work);
+      } else if constexpr (Shape::kBlockScales) {
+        multiply_blocks(work);
+      } else {
+        multiply(work);
       }
-      store(work, first, count, iteration < 0);
+      int first = 0, count = kColumnBlocks;
+      if (work.splits > 1) {
+        exchange(work, mine);
+        first = mine.first, count = mine.count;
+      }
+      store(work, first, count);
     }
     end_turns();
     if (thread() == 0) device::store_wait_read<0>();
