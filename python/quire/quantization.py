@@ -716,7 +716,7 @@ def _nbytes(t: Array) -> int:
     count = 1
     for n in t.shape:
         count *= int(n)
-    return count * np.dtype(numpy_dtype(dtype_name(t.dtype))).itemsize
+    return count * int(np.dtype(numpy_dtype(dtype_name(t.dtype))).itemsize)
 
 
 def _device_of(x: Array) -> str:
