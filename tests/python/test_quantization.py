@@ -283,6 +283,49 @@ def test_many_tokens(backend, rng):
     check_product(backend, rng, weight, wide, (4, 5, 64, 129, 300, 2000))
 
 
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_token_counts(backend, rng, bits, group_size):
+    """Around every number of tokens where a kernel or a tile changes."""
+    w = draw(rng, (328, 592), "float16")
+    weight = PackedWeight.quantize(backend.array(w), f"w{bits}a16", group_size, symmetric=group_size == 32)
+    wide = as_float64(backend.numpy(weight.dequantize()))
+    check_product(backend, rng, weight, wide, (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 257))
+
+
+def test_few_features_of_long_rows(backend, rng):
+    """Sums that are cut along K, into few and into many parts."""
+    for out_features in (16, 200, 1000):
+        w = draw(rng, (out_features, 3072), "bfloat16")
+        weight = PackedWeight.quantize(backend.array(w), "w4a16", 128)
+        wide = as_float64(backend.numpy(weight.dequantize()))
+        check_product(backend, rng, weight, wide, (1, 12, 30, 70))
+
+
+@pytest.mark.parametrize("distance", [1, 2, 4, 8])
+def test_rows_of_any_alignment(backend, rng, distance):
+    weight = PackedWeight.quantize(backend.array(draw(rng, (40, 321))), "w4a16", 64)
+    wide = as_float64(backend.numpy(weight.dequantize()))
+    for count in (1, 10, 33, 100):
+        x = draw(rng, (count, 321), "float16")
+        out = backend.numpy(quire.quantized_matmul(backend.strided(x, distance), weight))
+        assert_product_close(out, as_float64(x) @ wide.T, np.abs(as_float64(x)) @ np.abs(wide).T)
+
+
+@pytest.mark.parametrize("count", [1, 12, 40, 100, 300])
+def test_workspace_contents(backend, rng, count):
+    """Whatever the workspace holds, the result has the same bits, each time."""
+    weight = PackedWeight.quantize(backend.array(draw(rng, (200, 2048))), "w4a16", 128)
+    x = backend.array(draw(rng, (count, 2048), "bfloat16"))
+    want = backend.numpy(quire.quantized_matmul(x, weight))
+    num_bytes = max(quire.quantized_matmul_workspace_size(count, weight, dtype="bfloat16"), 1)
+    for fill in (0, 255, None):
+        contents = rng.integers(0, 256, num_bytes) if fill is None else np.full(num_bytes, fill)
+        workspace = backend.array(contents.astype(np.uint8))
+        for _ in range(2):
+            assert_same_bits(backend.numpy(quire.quantized_matmul(x, weight, workspace=workspace)), want)
+
+
 def test_bias_out_and_ranks(backend, rng):
     weight = PackedWeight.quantize(backend.array(draw(rng, (48, 64))), "w4a16", 32)
     wide = as_float64(backend.numpy(weight.dequantize()))

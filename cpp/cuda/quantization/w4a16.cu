@@ -6,6 +6,7 @@
 #include "cuda/launch.h"
 #include "cuda/quantization/w4a16_launch.h"
 #include "cuda/tensor_map.h"
+#include "quire/error.h"
 
 namespace quire::cuda {
 
@@ -71,7 +72,7 @@ MmaChoice make_mma_choice(std::int64_t num_tokens, const Layout& layout, int til
   choice.num_ctas = std::min(num_ctas, choice.num_strips * choice.num_chunks);
   choice.num_token_blocks = ceil_div(num_tokens, 8 * tiles);
   if (choice.num_chunks > 1) {
-    choice.partial_bytes = choice.num_token_blocks * choice.num_ctas * 2 * strip_rows * 8 * std::max(tiles, 2) * 4;
+    choice.partial_bytes = choice.num_token_blocks * choice.num_ctas * 2 * strip_rows * 8 * tiles * 4;
     choice.arrival_bytes = choice.num_token_blocks * choice.num_strips * 8;
   }
   return choice;
@@ -91,18 +92,25 @@ int shared_bytes(const MmaPlan& plan, int tiles) {
 
 }  // namespace
 
-/// Ways to divide the work, by a model of its time in cycles of an SM; constants and limits are from sweeps.
-MmaChoice choose_mma(std::int64_t num_tokens, const Layout& layout, int num_sms, int max_shared_bytes, bool batch_invariant) {
-  const bool is_float = layout.scale_dtype == DType::kFloat32;  // two kernels only
-  const int tiles = batch_invariant                 ? (is_float ? 8 : 4)
-                    : num_tokens <= 8 && !is_float  ? 1
-                    : num_tokens <= 16              ? 2
-                    : num_tokens <= 32 && !is_float ? 4
-                                                    : 8;
-  const auto tokens = static_cast<int>(batch_invariant ? 8 * tiles : std::min<std::int64_t>(num_tokens, 8 * tiles));
+namespace {
+
+/// Stages of a ring that there may be.
+template <int kBits>
+int max_stages(int tiles) {
+  return tiles == 1   ? MmaShape<kBits, 1>::kStages
+         : tiles == 2 ? MmaShape<kBits, 2>::kStages
+         : tiles == 4 ? MmaShape<kBits, 4>::kStages
+                      : MmaShape<kBits, 8>::kStages;
+}
+
+/// Ways to divide the work for so many tokens in a CTA, by a model of its time in cycles of an SM; constants and limits are from sweeps. num_ctas is 0
+/// if shared memory has no room.
+MmaChoice choose_mma_of(std::int64_t num_tokens, const Layout& layout, int tiles, int tokens, int num_stages, int num_sms,
+                        int max_shared_bytes) {
   MmaPlan plan;
   plan.layout = layout;
   plan.num_tokens = tokens;
+  plan.num_stages = num_stages;
   plan.stage_bytes = kMmaUnits * (unit_bytes(layout.bits) + 8 * layout.entry_bytes * (layout.group_size == 32 ? 2 : 1));
   // What rings and sums leave, in columns of x: of one chunk, or of two.
   plan.chunk_steps = 0;
@@ -120,7 +128,8 @@ MmaChoice choose_mma(std::int64_t num_tokens, const Layout& layout, int num_sms,
       const int limit = steps_in(steps >= layout.num_steps ? x_bytes : x_bytes / 2);
       if (steps > limit) steps = steps_in(x_bytes / 2) / column_warps * column_warps;
       if (steps <= 0) continue;
-      const MmaChoice choice = make_mma_choice(num_tokens, layout, tiles, row_warps_log2, steps, num_sms);
+      MmaChoice choice = make_mma_choice(num_tokens, layout, tiles, row_warps_log2, steps, num_sms);
+      choice.num_stages = num_stages;
       const auto tasks = static_cast<double>(ceil_div(choice.num_strips * choice.num_chunks, choice.num_ctas));
       const double strip_rows = kMmaUnits * kUnitRows << row_warps_log2, columns = choice.chunk_steps * kUnitColumns;
       const double sums = strip_rows * tokens;
@@ -137,6 +146,23 @@ MmaChoice choose_mma(std::int64_t num_tokens, const Layout& layout, int num_sms,
     }
   }
   return best;
+}
+
+}  // namespace
+
+MmaChoice choose_mma(std::int64_t num_tokens, const Layout& layout, int num_sms, int max_shared_bytes, bool batch_invariant) {
+  const bool is_float = layout.scale_dtype == DType::kFloat32;  // two kernels only
+  int tiles = batch_invariant ? 4 : num_tokens <= 8 ? 1 : num_tokens <= 16 ? 2 : num_tokens <= 32 ? 4 : 8;
+  if (is_float) tiles = tiles <= 2 ? 1 : 8;
+  while (true) {
+    const auto tokens = static_cast<int>(batch_invariant ? 8 * tiles : std::min<std::int64_t>(num_tokens, 8 * tiles));
+    for (const int num_stages : {layout.bits == 4 ? max_stages<4>(tiles) : max_stages<8>(tiles), 2}) {
+      const MmaChoice choice = choose_mma_of(num_tokens, layout, tiles, tokens, num_stages, num_sms, max_shared_bytes);
+      if (choice.num_ctas > 0) return choice;
+    }
+    if (tiles == 1) throw UnsupportedError("[quantized_matmul] device: expected 99 KiB of shared memory for a CTA, got less");
+    tiles = is_float ? 1 : tiles / 2;
+  }
 }
 
 namespace {
@@ -196,6 +222,7 @@ void run_mma(const QuantizedMatmulParams& params, const MmaChoice& choice, Strea
   plan.num_chunks = choice.num_chunks;
   plan.chunk_steps = choice.chunk_steps;
   plan.row_warps_log2 = choice.row_warps_log2;
+  plan.num_stages = choice.num_stages;
   plan.group_shift = plan.layout.group_shift();
   plan.waits = params.weight.permutation != nullptr && has_hopper_code();
   params.dtype == DType::kBFloat16 ? launch_mma<true>(plan, choice.tiles, stream) : launch_mma<false>(plan, choice.tiles, stream);

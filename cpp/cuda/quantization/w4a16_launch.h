@@ -12,6 +12,7 @@ namespace quire::cuda::w4a16 {
 struct MmaChoice {
   int tiles = 1;  // of 8 tokens, in a CTA: 1, 2, 4 or 8
   int row_warps_log2 = 0;
+  int num_stages = 0;
   int chunk_steps = 0;
   int num_chunks = 1;
   int num_strips = 0;

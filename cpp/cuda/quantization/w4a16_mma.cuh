@@ -29,7 +29,8 @@ struct MmaPlan {
   int chunk_steps = 0;  // a multiple of the warps along K
   int row_warps_log2 = 0;  // warps of a CTA side by side along N; the others share K
   int group_shift = 0;  // unit k's group is k >> group_shift, where groups are not of 32
-  int stage_bytes = 0;  // of a warp's ring: codes, then entries
+  int num_stages = 0;  // of a warp's ring: kStages, or 2 where shared memory is short
+  int stage_bytes = 0;  // codes, then entries
   int x_alignment = 16;  // of every row of x, in bytes
   DType bias_dtype = DType::kFloat16;
   bool waits = false;  // for a predecessor that writes x
@@ -51,14 +52,13 @@ struct MmaShape {
   static constexpr int kStages = kWarps * kCodeBytes == 8192 ? 8 : kWarps * kCodeBytes == 16384 ? 4 : 3;
   static constexpr int kSumFloats = kUnits * kTiles * 4 * 32;  // of a warp
   static constexpr int kSumBytes = kWarps * kSumFloats * 4;
-  static constexpr int kSumBuffers = kTiles == 1 ? 2 : 1;
 };
 
 /// Of a CTA: rings, sums, and x: one chunk, or two.
 template <typename Shape>
 QUIRE_HOST_DEVICE int mma_shared_bytes(const MmaPlan& plan) {
   const int tokens = plan.num_tokens < Shape::kTokens ? static_cast<int>(plan.num_tokens) : Shape::kTokens;
-  return Shape::kWarps * Shape::kStages * plan.stage_bytes + Shape::kSumBuffers * Shape::kSumBytes +
+  return Shape::kWarps * plan.num_stages * plan.stage_bytes + Shape::kSumBytes +
          (plan.num_chunks > 1 ? 2 : 1) * tokens * (plan.chunk_steps * kUnitColumns * 2 + 16);
 }
 
@@ -104,11 +104,10 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
   const int warp_steps = plan.chunk_steps / column_warps;
 
   // Shared memory: rings, sums, x (one chunk, or two).
-  const int ring_bytes = kStages * plan.stage_bytes;
+  const int ring_bytes = plan.num_stages * plan.stage_bytes;
   std::uint8_t* ring = shared + warp * ring_bytes;
   float* sums = reinterpret_cast<float*>(shared + Shape::kWarps * ring_bytes);
-  const std::uint32_t x_shared =
-      device::shared_address(shared) + static_cast<std::uint32_t>(Shape::kWarps * ring_bytes + Shape::kSumBuffers * Shape::kSumBytes);
+  const std::uint32_t x_shared = device::shared_address(shared) + static_cast<std::uint32_t>(Shape::kWarps * ring_bytes + Shape::kSumBytes);
   const int x_row_bytes = plan.chunk_steps * kUnitColumns * 2 + 16;  // eight rows are in different banks
   const int x_bytes = x_row_bytes * num_tokens;
 
@@ -198,7 +197,7 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
     device::copy_async_commit();
   }
 #pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) {
+  for (int i = 0; i < plan.num_stages - 1; ++i) {
     copy_step();
     device::copy_async_commit();
   }
@@ -208,7 +207,7 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
     device::copy_async_commit();
     device::copy_async_wait<0>();
   } else {
-    device::copy_async_wait<kStages - 1>();
+    plan.num_stages == kStages ? device::copy_async_wait<kStages - 1>() : device::copy_async_wait<1>();
   }
   __syncthreads();
 
@@ -221,7 +220,7 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
   const int entry_at = Shape::kCodeBytes + lane / 4 * layout.entry_bytes;
 
   float acc[kUnits][kTiles][4] = {};
-  int sum_buffer = 0, segment_begin = begin;
+  int segment_begin = begin;
   std::uint32_t x_buffer = 0;
   std::uint32_t read_slot = ring_begin;
   for (int task = begin; task < end; ++task) {
@@ -246,7 +245,7 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
     const int limit = strip * strip_units + row_warp * kUnits < num_units ? layout.num_steps : 0;
 #pragma unroll 1
     for (int step = 0; step < warp_steps; ++step) {
-      device::copy_async_wait<kStages - 2>();
+      plan.num_stages == kStages ? device::copy_async_wait<kStages - 2>() : device::copy_async_wait<0>();
       __syncwarp();  // some lanes bring entries for all, and all are done with the slot that is written next
       copy_step();
       if (step < x_parts) copy_x(next_chunk, static_cast<int>(x_buffer ^ 1), step, x_parts);
@@ -319,16 +318,14 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
     const bool whole = ends_strip && task + 1 - segment_begin == plan.num_chunks;
     segment_begin = task + 1;
 
-    if (Shape::kSumBuffers == 1) __syncthreads();  // the last strip's sums were read
-    float* buffer = sums + sum_buffer * (Shape::kSumBytes / 4);
-    if (Shape::kSumBuffers == 2) sum_buffer ^= 1;
+    __syncthreads();  // the last strip's sums were read
 #pragma unroll
     for (int u = 0; u < kUnits; ++u)
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          buffer[warp * Shape::kSumFloats + ((u * kTiles + t) * 4 + r) * 32 + lane] = acc[u][t][r];
+          sums[warp * Shape::kSumFloats + ((u * kTiles + t) * 4 + r) * 32 + lane] = acc[u][t][r];
           acc[u][t][r] = 0.0f;
         }
     __syncthreads();
@@ -346,7 +343,7 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
     const std::int64_t slot_floats = std::int64_t{strip_rows} * Shape::kTokens;
     float* partials = plan.partials + std::int64_t{token_block} * plan.num_ctas * 2 * slot_floats + row;
     float* mine = partials + (std::int64_t{cta} * 2 + (begin / plan.num_chunks == done ? 0 : 1)) * slot_floats;
-    const float* of_row = buffer + row / 32 * Shape::kSumFloats + row / 16 % 2 * (kTiles * 128) + row / 8 % 2 * 64 + row % 8 * 4;
+    const float* of_row = sums + row / 32 * Shape::kSumFloats + row / 16 % 2 * (kTiles * 128) + row / 8 % 2 * 64 + row % 8 * 4;
     for (int token = first_of_tokens; token < num_tokens; token += tokens_at_once) {
       const float* from = of_row + token / 8 * 128 + token % 2 * 32 + token % 8 / 2;
       float value = 0.0f;

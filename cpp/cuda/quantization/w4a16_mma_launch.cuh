@@ -38,7 +38,7 @@ void launch_mma(const MmaPlan& given, int tiles, Stream stream) {
         case Entry::kFloat: break;
       }
       // Scales of 32 bits are rare: two kernels do for all.
-      launch.template operator()<kBits, kSmallGroups, Entry::kFloat, kTiles <= 2 ? 2 : 8>();
+      launch.template operator()<kBits, kSmallGroups, Entry::kFloat, kTiles <= 2 ? 1 : 8>();
     };
     switch (tiles) {
       case 1: return with_entry.template operator()<1>();
