@@ -30,13 +30,9 @@ __device__ __forceinline__ void load_matrix_x4_transposed(std::uint32_t (&r)[4],
                : "memory");
 }
 
-/// Stores two 8 x 8 matrices of 16-bit elements, lane 4 i + j holding elements 2 j and 2 j + 1 of row i; lane i < 16 gives the address of row i % 8 of
-/// matrix i / 8. sm_90 and later.
 #if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void store_matrix_x2(std::uint32_t address, const std::uint32_t (&r)[2]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};\n" ::"r"(address), "r"(r[0]), "r"(r[1]) : "memory");
-}
-/// Four matrices, and lane i for i < 32.
+/// Stores four 8 x 8 matrices of 16-bit elements, lane 4 i + j holding elements 2 j and 2 j + 1 of row i of each; lane i gives the address of
+/// row i % 8 of matrix i / 8.
 __device__ __forceinline__ void store_matrix_x4(std::uint32_t address, const std::uint32_t (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]),
                "r"(r[3])
@@ -47,9 +43,6 @@ __device__ __forceinline__ void store_matrix_x4_transposed(std::uint32_t address
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]),
                "r"(r[3])
                : "memory");
-}
-__device__ __forceinline__ void store_matrix_x2_transposed(std::uint32_t address, const std::uint32_t (&r)[2]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};\n" ::"r"(address), "r"(r[0]), "r"(r[1]) : "memory");
 }
 #endif
 

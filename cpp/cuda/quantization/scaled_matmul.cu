@@ -18,14 +18,14 @@ struct Tile {
   float step;   // 128 bytes of the inner dimension
   float store;  // the results
 };
-constexpr Tile kTiles[] = {{64, 16, false, 0.15f, 0.8f},  {64, 32, false, 0.20f, 0.9f},   {64, 64, false, 0.30f, 1.0f},
+constexpr Tile kTiles[] = {{64, 16, false, 0.15f, 0.8f},  {64, 32, false, 0.20f, 0.9f},   {64, 64, false, 0.24f, 1.0f},
                            {128, 64, false, 0.36f, 1.0f}, {128, 128, false, 0.47f, 1.5f}, {128, 256, false, 0.71f, 2.5f}};
 constexpr Tile kBlockTiles[] = {
     {64, 16, false, 0.15f, 0.8f}, {64, 64, false, 0.30f, 1.0f}, {128, 128, true, 0.52f, 1.5f}, {128, 256, true, 1.0f, 2.5f}};
 constexpr float kBytesPerMicrosecond = 2.1e6f;  // of device memory
-constexpr float kReadOnce = 0.85f;              // of that time where the L2 cache need not keep the weight
-constexpr float kFewCtas = 0.35f;               // more of it, the fewer CTAs read
-constexpr float kExchange = 1.0f;               // of the sums of splits
+constexpr float kReadOnce = 0.85f;              // of that time where the L2 cache need not keep the weight,
+constexpr float kReadAtOnce = 0.95f;            // and where column tiles read it at one time
+constexpr float kFewCtas = 0.05f;               // more of it, the fewer CTAs read
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -65,12 +65,16 @@ WgmmaChoice choose_wgmma(const ScaledMatmulParams& p, int num_sms) {
       const bool halves = shares && may_split && rest > 0 && 2 * rest <= at_once;
       const float waves = static_cast<float>(num_tiles / at_once) + (rest == 0 ? 0.0f : halves ? 0.6f : 1.0f);
       const float ctas = static_cast<float>(std::min(num_tiles * splits, std::int64_t{num_sms})) / static_cast<float>(num_sms);
-      const bool reads_once = !tile.token_rows && (num_column_tiles == 1 || num_tiles <= at_once);
-      const float memory = memory_time * (reads_once ? kReadOnce : 1.0f) * (1.0f + kFewCtas * (1.0f - ctas));
+      const float once = tile.token_rows || (num_column_tiles > 1 && num_tiles > at_once) ? 1.0f
+                         : num_column_tiles == 1                                          ? kReadOnce
+                                                                                          : kReadAtOnce;
+      const float memory = memory_time * once * (1.0f + kFewCtas * (1.0f - ctas));
+      // A step is faster while fewer CTAs load; with blocks it waits for sums instead.
+      const float step = blocks ? tile.step : tile.step * (0.5f + 0.5f * ctas);
+      const float exchange = splits > 1 ? (0.6f + 0.01f * static_cast<float>(tile.columns)) * static_cast<float>(splits) / 2.0f : 0.0f;
       // All but the last results are stored while memory may be busy.
-      const float time =
-          std::max(waves * static_cast<float>(ceil_div(num_steps, splits)) * tile.step + (waves - 1.0f) * tile.store, memory) + tile.store +
-          (splits > 1 ? kExchange * static_cast<float>(splits) / 2.0f : 0.0f);
+      const float time = std::max(waves * static_cast<float>(ceil_div(num_steps, splits)) * step + (waves - 1.0f) * tile.store, memory) +
+                         tile.store + exchange;
       if (time < best_time) {
         best_time = time;
         best = WgmmaChoice{tile.rows, tile.columns, tile.token_rows, shares ? 2 : 1, splits, halves};
