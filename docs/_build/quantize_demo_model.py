@@ -10,6 +10,7 @@ checkpoint the logits of the tool's own model for TOKENS.
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 
@@ -59,10 +60,6 @@ def recipes():
             f"w4a16-awq-{size}",
             [AWQModifier(duo_scaling=False), QuantizationModifier(config_groups=groups, ignore=ignore)],
         )
-    yield (
-        "w4a16-gptq-64-act-order",
-        [GPTQModifier(config_groups=scheme(weights(4, 64)), ignore=ignore, actorder="group")],
-    )
     others = {
         "w8a16-rtn-64": scheme(weights(8, 64)),
         "w8a8-dynamic": scheme(weights(8, None), dynamic("int")),
@@ -88,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--only")
+    parser.add_argument("--only", help="a regular expression")
     args = parser.parse_args()
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(MODEL / "tokenizer.json"))
     ids = tokenizer(HELD_OUT.read_text())["input_ids"][: NUM_CALIBRATION * LENGTH]
@@ -103,7 +100,7 @@ def main() -> None:
         source = args.out / "plain"
         tiny_model().save_pretrained(source)
     for name, recipe in recipes():
-        if args.only and args.only not in name:
+        if args.only and not re.search(args.only, name):
             continue
         directory = args.out / name
         if directory.exists():

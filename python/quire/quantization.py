@@ -716,7 +716,7 @@ def _nbytes(t: Array) -> int:
     count = 1
     for n in t.shape:
         count *= int(n)
-    return count * np.dtype(numpy_dtype(dtype_name(t.dtype))).itemsize
+    return count * int(np.dtype(numpy_dtype(dtype_name(t.dtype))).itemsize)
 
 
 def _device_of(x: Array) -> str:
@@ -1192,9 +1192,9 @@ def dequantize_fp8(
 
     Example:
         >>> import numpy as np, quire
-        >>> q, scale = quire.quantize_fp8(np.array([[0.5, -3.0]], np.float32), granularity="token")
+        >>> q, scale = quire.quantize_fp8(np.array([[7.0, -448.0]], np.float32), granularity="token")
         >>> quire.dequantize_fp8(q, scale, granularity="token")
-        array([[ 0.5, -3. ]], dtype=float32)
+        array([[   7., -448.]], dtype=float32)
     """
     return _dequantize(
         "dequantize_fp8", "float8_e4m3fn", q, scale, None, granularity, group_size, out_dtype, out, stream

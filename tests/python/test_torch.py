@@ -183,7 +183,7 @@ def test_opcheck_of_swap_blocks():
 
 
 def test_functions_are_quires():
-    """Every op, with the same signature and documentation."""
+    """Every op but those of quantization, with the same signature and documentation."""
     import inspect
 
     ops = {
@@ -191,6 +191,7 @@ def test_functions_are_quires():
         for name in quire.__all__
         if "stream" in (getattr(getattr(quire, name), "__kwdefaults__", None) or ())
     }
+    ops -= set(quire.quantization.__all__)  # which are not traced
     assert ops == set(quire.torch.__all__)
     for name in quire.torch.__all__:
         own = inspect.signature(getattr(quire.torch, name))

@@ -76,34 +76,6 @@ class Divisor {
     return pack<CacheT, kVec>(v);
   }
 
-  /// v becomes the quotients rounded to nearest even; NaN becomes 0, and what is beyond 512 is cut there.
-  template <int kVec>
-  __device__ __forceinline__ void divide_and_round(float (&v)[kVec]) const {
-    if (in_range_) {
-      // Adding 1.5 * 2^23 rounds to an integer. Products that are farther from a tie than they can be from the quotient round as that does.
-      constexpr float kRounder = 0x1.8p23f, kFarthest = 0.499f;
-      float rounded[kVec], farthest = 0.0f;
-      bool has_nan = false;
-#pragma unroll
-      for (int e = 0; e < kVec; ++e) {
-        const float estimate = fmaxf(fminf(v[e] * reciprocal_, 512.0f), -512.0f);
-        rounded[e] = __fadd_rn(__fadd_rn(estimate, kRounder), -kRounder);
-        farthest = fmaxf(farthest, fabsf(estimate - rounded[e]));
-        has_nan |= v[e] != v[e];
-      }
-      if (farthest < kFarthest && !has_nan) {
-#pragma unroll
-        for (int e = 0; e < kVec; ++e) v[e] = rounded[e];
-        return;
-      }
-    }
-#pragma unroll
-    for (int e = 0; e < kVec; ++e) {
-      const float quotient = divide_any(v[e], scale_);
-      v[e] = isnan(quotient) ? 0.0f : rintf(fmaxf(fminf(quotient, 512.0f), -512.0f));
-    }
-  }
-
  private:
   template <int kBytes>
   __device__ __forceinline__ static bool is_same(const RawVector<kBytes>& a, const RawVector<kBytes>& b) {

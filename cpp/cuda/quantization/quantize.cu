@@ -13,28 +13,30 @@
 namespace quire::cuda {
 namespace {
 
-// Elements that a thread moves at once: 16 bytes of the wide side, so that neighbouring threads' accesses join.
-template <typename T>
-constexpr int kVecOf = kElementsPer16Bytes<T>;
+// Elements that a thread quantizes at once: 16 bytes of the narrow side.
+constexpr int kVec = 16;
 constexpr int kMaxThreads = 512;
 constexpr int kNarrowThreads = 128;
+
+// The results that there are. A kernel knows which it makes: code of the others would cost it registers.
+enum class Result { kFloat8, kInt8, kAsymmetricInt8 };
 
 // What a thread knows of the elements that share a scale. Neither side is below 0.
 struct Range {
   float below = 0.0f, above = 0.0f;  // -min(0, x), max(0, x); where symmetric, above is the largest magnitude
 };
 
-template <int kCount>
-__device__ __forceinline__ void extend(Range& range, const float (&v)[kCount], bool asymmetric) {
-  if (!asymmetric) {
+template <bool kAsymmetric, int kCount>
+__device__ __forceinline__ void extend(Range& range, const float (&v)[kCount]) {
+  if constexpr (!kAsymmetric) {
     range.above = fmaxf(range.above, largest_of(v));
-    return;
-  }
-  // fmaxf passes over NaN.
+  } else {
+    // fmaxf passes over NaN.
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) {
-    range.below = fmaxf(range.below, -v[e]);
-    range.above = fmaxf(range.above, v[e]);
+    for (int e = 0; e < kCount; ++e) {
+      range.below = fmaxf(range.below, -v[e]);
+      range.above = fmaxf(range.above, v[e]);
+    }
   }
 }
 
@@ -45,45 +47,45 @@ struct ScaleAndZero {
   int zero_point;
 };
 
+template <Result kResult>
 __device__ __forceinline__ ScaleAndZero computed(const QuantizeParams& p, const Range& range) {
-  if (p.zero_points == nullptr) return {computed_scale(fminf(range.above, p.scale_bound), largest_quantized(p.quant.dtype)), 0};
-  const float scale = fmaxf(__fdiv_rn(range.above + range.below, 255.0f), kSmallestScale);
-  const float shift = rintf(__fdiv_rn(-range.below, scale));
-  return {scale, in_range(-128 - static_cast<int>(fmaxf(fminf(shift, 512.0f), -512.0f)))};
+  if constexpr (kResult != Result::kAsymmetricInt8) {
+    return {computed_scale(fminf(range.above, p.scale_bound), kResult == Result::kInt8 ? 127.0f : 448.0f), 0};
+  } else {
+    const float scale = fmaxf(__fdiv_rn(range.above + range.below, 255.0f), kSmallestScale);
+    const float shift = rintf(__fdiv_rn(-range.below, scale));
+    return {scale, in_range(-128 - static_cast<int>(fmaxf(fminf(shift, 512.0f), -512.0f)))};
+  }
 }
 
+template <Result kResult>
 __device__ __forceinline__ void write_scale(const QuantizeParams& p, std::int64_t row, std::int64_t group, const ScaleAndZero& value) {
   *p.quant.scale_at(row, group) = value.scale;
-  if (p.zero_points != nullptr) *p.zero_point_at(row, group) = value.zero_point;
+  if constexpr (kResult == Result::kAsymmetricInt8) *p.zero_point_at(row, group) = value.zero_point;
 }
 
+template <Result kResult>
 __device__ __forceinline__ ScaleAndZero read_scale(const QuantizeParams& p, std::int64_t row, std::int64_t group) {
-  return {*p.quant.scale_at(row, group), p.zero_points == nullptr ? 0 : in_range(*p.zero_point_at(row, group))};
+  ScaleAndZero value{*p.quant.scale_at(row, group), 0};
+  if constexpr (kResult == Result::kAsymmetricInt8) value.zero_point = in_range(*p.zero_point_at(row, group));
+  return value;
 }
 
 // Elements [at, at + kCount) of the result.
-template <int kCount>
+template <Result kResult, int kCount>
 __device__ __forceinline__ void store(const QuantizeParams& p, std::int64_t at, float (&v)[kCount], const ScaleAndZero& value) {
-  if (p.quant.dtype != DType::kInt8) {
+  if constexpr (kResult == Result::kFloat8) {
     store_raw(static_cast<__nv_fp8_e4m3*>(p.out) + at, Divisor(value.scale).divide_and_pack<__nv_fp8_e4m3>(v));
-    return;
-  }
-  Divisor(value.scale).divide_and_round(v);
-  // The low byte of a float above 1.5 * 2^23 is the integer: conversions run at a fraction of an addition's rate.
-  std::uint32_t bits[kCount];
-#pragma unroll
-  for (int e = 0; e < kCount; ++e)
-    bits[e] = __float_as_uint(fmaxf(fminf(v[e] + static_cast<float>(value.zero_point), 127.0f), -128.0f) + 0x1.8p23f);
-  Packed<std::int8_t, kCount> packed;
-  if constexpr (kCount == 1) {
-    packed.byte = static_cast<std::uint8_t>(bits[0] & 0xffu);
+  } else if constexpr (kResult == Result::kInt8) {
+    store_raw(static_cast<std::int8_t*>(p.out) + at, Divisor(value.scale).divide_and_pack<std::int8_t>(v));
   } else {
 #pragma unroll
-    for (int w = 0; w < kCount / 4; ++w)
-      packed.words[w] =
-          __byte_perm(__byte_perm(bits[4 * w], bits[4 * w + 1], 0x0040), __byte_perm(bits[4 * w + 2], bits[4 * w + 3], 0x0040), 0x5410);
+    for (int e = 0; e < kCount; ++e) {
+      const float quotient = __fdiv_rn(v[e], value.scale);
+      v[e] = (isnan(quotient) ? 0.0f : rintf(fmaxf(fminf(quotient, 512.0f), -512.0f))) + static_cast<float>(value.zero_point);
+    }
+    store_raw(static_cast<std::int8_t*>(p.out) + at, pack<std::int8_t, kCount>(v));
   }
-  store_raw(static_cast<std::int8_t*>(p.out) + at, packed);
 }
 
 enum class Scaling { kGiven, kToken, kGroup };
@@ -91,13 +93,12 @@ enum class Scaling { kGiven, kToken, kGroup };
 // Grid: a CTA quantizes blockDim.y rows, one after the other every gridDim.x * blockDim.y. A row lies in the registers of its blockDim.x
 // threads, kVectors vectors each: one read, one write. blockDim.x is a power of two up to 32, or whole warps with blockDim.y = 1. With a scale per
 // group, a group's vectors lie in as many neighbouring lanes, a power of two up to 32 that divides blockDim.x.
-template <typename T, int kVectors, Scaling kScaling>
-__global__ void __launch_bounds__(kMaxThreads) quantize_rows_kernel(const __grid_constant__ QuantizeParams p) {
-  constexpr int kVec = kVecOf<T>;
+template <typename T, int kVectors, Scaling kScaling, Result kResult>
+__global__ void __launch_bounds__(kMaxThreads, 2) quantize_rows_kernel(const __grid_constant__ QuantizeParams p) {
+  constexpr bool kAsymmetric = kResult == Result::kAsymmetricInt8;
   __shared__ float scratch[2][kWarpSize];
   const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
   const int num_vectors = static_cast<int>(p.width) / kVec, group_vectors = static_cast<int>(p.quant.group_size) / kVec;
-  const bool asymmetric = p.zero_points != nullptr;
   int turn = 0;
   const auto row_max = [&](float value) {
     turn ^= 1;
@@ -123,12 +124,12 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_rows_kernel(const __grid
       for (int i = 0; i < kVectors; ++i) {
         float v[kVec];
         unpack<T, kVec>(v, packed[i]);
-        extend(range, v, asymmetric);
+        extend<kAsymmetric>(range, v);
       }
       range.above = row_max(range.above);
-      if (asymmetric) range.below = row_max(range.below);
-      of_row = computed(p, range);
-      if (lane == 0 && limit > 0) write_scale(p, row, 0, of_row);
+      if constexpr (kAsymmetric) range.below = row_max(range.below);
+      of_row = computed<kResult>(p, range);
+      if (lane == 0 && limit > 0) write_scale<kResult>(p, row, 0, of_row);
     }
 
     const std::int64_t out_at = limit > 0 ? p.out_rows.offset(row) : 0;
@@ -141,26 +142,26 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_rows_kernel(const __grid
       ScaleAndZero value = of_row;
       if constexpr (kScaling == Scaling::kGroup) {
         Range range;
-        extend(range, v, asymmetric);
+        extend<kAsymmetric>(range, v);
         range.above = warp_max(range.above, group_vectors);
-        if (asymmetric) range.below = warp_max(range.below, group_vectors);
-        value = computed(p, range);
-        if (inside && lane % group_vectors == 0) write_scale(p, row, vector / group_vectors, value);
+        if constexpr (kAsymmetric) range.below = warp_max(range.below, group_vectors);
+        value = computed<kResult>(p, range);
+        if (inside && lane % group_vectors == 0) write_scale<kResult>(p, row, vector / group_vectors, value);
       } else if constexpr (kScaling == Scaling::kGiven) {
-        if (inside) value = read_scale(p, row, vector / group_vectors);
+        if (inside) value = read_scale<kResult>(p, row, vector / group_vectors);
       }
-      if (inside) store(p, out_at + vector * kVec, v, value);
+      if (inside) store<kResult>(p, out_at + vector * kVec, v, value);
     }
   }
 }
 
 // Grid: a warp for each group of elements with one scale, in turns. For every layout, width and group.
-template <typename T>
+template <typename T, Result kResult>
 __global__ void quantize_groups_kernel(const __grid_constant__ QuantizeParams p) {
+  constexpr bool kAsymmetric = kResult == Result::kAsymmetricInt8;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * (blockDim.x / kWarpSize);
   const std::int64_t groups = ceil_div(p.width, p.quant.group_size);
-  const bool asymmetric = p.zero_points != nullptr;
   for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
        item < p.num_rows * groups; item += warps) {
     const std::int64_t row = divide(item, groups), group = item - row * groups;
@@ -171,29 +172,28 @@ __global__ void quantize_groups_kernel(const __grid_constant__ QuantizeParams p)
       Range range;
       for (std::int64_t i = begin + lane; i < end; i += kWarpSize) {
         const float v[1] = {to_float<T>(x[i])};
-        extend(range, v, asymmetric);
+        extend<kAsymmetric>(range, v);
       }
       range.above = warp_max(range.above);
-      if (asymmetric) range.below = warp_max(range.below);
-      value = computed(p, range);
-      if (lane == 0) write_scale(p, row, group, value);
+      if constexpr (kAsymmetric) range.below = warp_max(range.below);
+      value = computed<kResult>(p, range);
+      if (lane == 0) write_scale<kResult>(p, row, group, value);
     } else {
-      value = read_scale(p, row, group);
+      value = read_scale<kResult>(p, row, group);
     }
     const std::int64_t out_at = p.out_rows.offset(row);
     for (std::int64_t i = begin + lane; i < end; i += kWarpSize) {
       float v[1] = {to_float<T>(x[i])};
-      store(p, out_at + i, v, value);
+      store<kResult>(p, out_at + i, v, value);
     }
   }
 }
 
 // Grid: CTAs of 512 threads share the rows of x, kCount elements to a thread at a time. The range goes to scales[0] and zero_points[0], as bits
 // of floats that are not negative and so order as integers do; both are 0 before.
-template <typename T, int kCount>
+template <typename T, int kCount, bool kAsymmetric>
 __global__ void __launch_bounds__(kMaxThreads) tensor_range_kernel(const __grid_constant__ QuantizeParams p) {
   __shared__ float scratch[2][kWarpSize];
-  const bool asymmetric = p.zero_points != nullptr;
   const std::int64_t row_vectors = p.width / kCount, total = p.num_rows * row_vectors;
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
   Range range;
@@ -212,22 +212,23 @@ __global__ void __launch_bounds__(kMaxThreads) tensor_range_kernel(const __grid_
     for (int i = 0; i < kInFlight; ++i) {
       float v[kCount];
       unpack<T, kCount>(v, packed[i]);
-      extend(range, v, asymmetric);
+      extend<kAsymmetric>(range, v);
     }
   }
   range.above = cta_max(range.above, scratch[0]);
-  if (asymmetric) range.below = cta_max(range.below, scratch[1]);
+  if constexpr (kAsymmetric) range.below = cta_max(range.below, scratch[1]);
   if (threadIdx.x != 0) return;
   atomicMax(reinterpret_cast<unsigned*>(p.quant.scales), __float_as_uint(range.above));
-  if (asymmetric) atomicMax(reinterpret_cast<unsigned*>(p.zero_points), __float_as_uint(range.below));
+  if constexpr (kAsymmetric) atomicMax(reinterpret_cast<unsigned*>(p.zero_points), __float_as_uint(range.below));
 }
 
 // Grid: one thread. The range that tensor_range_kernel left becomes scale and zero point.
+template <Result kResult>
 __global__ void tensor_scale_kernel(const __grid_constant__ QuantizeParams p) {
   Range range;
   range.above = p.quant.scales[0];
-  if (p.zero_points != nullptr) range.below = __int_as_float(p.zero_points[0]);
-  write_scale(p, 0, 0, computed(p, range));
+  if constexpr (kResult == Result::kAsymmetricInt8) range.below = __int_as_float(p.zero_points[0]);
+  write_scale<kResult>(p, 0, 0, computed<kResult>(p, range));
 }
 
 // Grid: threads share the elements of the result, in turns. For every layout, width and group.
@@ -246,7 +247,7 @@ __global__ void __launch_bounds__(kMaxThreads) dequantize_kernel(const __grid_co
 // Grid: as quantize_rows_kernel, with kVectors vectors of a row at a time.
 template <typename Out, typename Narrow, int kVectors>
 __global__ void __launch_bounds__(kMaxThreads) dequantize_rows_kernel(const __grid_constant__ QuantizeParams p) {
-  constexpr int kVec = kVecOf<Out>;
+  constexpr int kVec = kElementsPer16Bytes<Out>;
   const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
   const int num_vectors = static_cast<int>(p.width) / kVec, group_vectors = static_cast<int>(p.quant.group_size) / kVec;
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -295,7 +296,7 @@ __global__ void quantize_weight_kernel(const __grid_constant__ QuantizeWeightPar
     Range range;
     for (std::int64_t i = begin + lane; i < end; i += kWarpSize) {
       const float v[1] = {to_float<T>(w[i])};
-      extend(range, v, true);
+      extend<true>(range, v);
     }
     range.above = warp_max(range.above);
     range.below = warp_max(range.below);
@@ -348,12 +349,11 @@ bool rows_keep_alignment(const RowLayout& rows, std::int64_t elements) {
   return rows.strides[0] % elements == 0 && rows.strides[1] % elements == 0 && rows.strides[2] % elements == 0;
 }
 
-// Both sides can be read and written in vectors of 16 bytes of the wide one.
-template <typename Wide>
+// Both sides can be read and written kCount elements at a time.
+template <typename Wide, int kCount>
 bool is_vectors(const void* wide, const RowLayout& wide_rows, const void* narrow, const RowLayout& narrow_rows, std::int64_t width) {
-  constexpr int kVec = kVecOf<Wide>;
-  return width % kVec == 0 && is_aligned(wide, 16) && is_aligned(narrow, kVec) && rows_keep_alignment(wide_rows, kVec) &&
-         rows_keep_alignment(narrow_rows, kVec);
+  return width % kCount == 0 && is_aligned(wide, 16) && is_aligned(narrow, kCount) &&
+         rows_keep_alignment(wide_rows, kElementsPer16Bytes<Wide>) && rows_keep_alignment(narrow_rows, kCount);
 }
 
 // Threads for rows of `lanes` vectors: several narrow rows share a CTA.
@@ -368,66 +368,76 @@ dim3 row_block(std::int64_t lanes, int max_threads) {
   return block;
 }
 
-template <typename T, int kVectors>
+template <typename T, int kVectors, Result kResult>
 void launch_rows(const QuantizeParams& p, Stream stream) {
-  const dim3 block = row_block(ceil_div(p.width / kVecOf<T>, kVectors), kMaxThreads);
+  const dim3 block = row_block(ceil_div(p.width / kVec, kVectors), kMaxThreads);
   const std::int64_t ctas = std::min<std::int64_t>(ceil_div(p.num_rows, block.y), 1 << 24);
   const auto launch = [&](auto kernel) {
     kernel<<<static_cast<unsigned>(ctas), block, 0, cuda_stream(stream)>>>(p);
     QUIRE_CHECK_LAUNCH("quantize_rows_kernel", stream);
   };
-  if (!p.computes || p.quant.granularity == ScaleGranularity::kTensor) return launch(quantize_rows_kernel<T, kVectors, Scaling::kGiven>);
-  if (p.quant.granularity == ScaleGranularity::kToken) return launch(quantize_rows_kernel<T, kVectors, Scaling::kToken>);
-  launch(quantize_rows_kernel<T, kVectors, Scaling::kGroup>);
+  if (!p.computes || p.quant.granularity == ScaleGranularity::kTensor)
+    return launch(quantize_rows_kernel<T, kVectors, Scaling::kGiven, kResult>);
+  if (p.quant.granularity == ScaleGranularity::kToken) return launch(quantize_rows_kernel<T, kVectors, Scaling::kToken, kResult>);
+  launch(quantize_rows_kernel<T, kVectors, Scaling::kGroup, kResult>);
 }
 
-template <typename T>
+template <typename T, Result kResult>
 void launch_quantize(const QuantizeParams& p, Stream stream) {
-  constexpr int kVec = kVecOf<T>;
   const std::int64_t group_vectors = p.quant.group_size / kVec, num_vectors = p.width / kVec;
   const bool by_group = p.quant.granularity == ScaleGranularity::kGroup;
   const bool fits_group =
       !by_group || (p.quant.group_size % kVec == 0 && (!p.computes || (p.width % p.quant.group_size == 0 && group_vectors <= kWarpSize &&
                                                                        std::has_single_bit(static_cast<std::uint64_t>(group_vectors)))));
-  if (is_vectors<T>(p.x, p.x_rows, p.out, p.out_rows, p.width) && fits_group && num_vectors <= 8 * kMaxThreads) {
-    // With a few vectors to a thread its loads are in flight together, and a CTA's maximum is over fewer warps.
-    if (num_vectors <= kMaxThreads / 2) return launch_rows<T, 1>(p, stream);
-    if (num_vectors <= kMaxThreads) return launch_rows<T, 2>(p, stream);
-    if (num_vectors <= 4 * kMaxThreads) return launch_rows<T, 4>(p, stream);
-    return launch_rows<T, 8>(p, stream);
+  if (is_vectors<T, kVec>(p.x, p.x_rows, p.out, p.out_rows, p.width) && fits_group && num_vectors <= 4 * kMaxThreads) {
+    // One vector is enough in flight; more only where a row has more than a CTA has threads.
+    if (num_vectors <= kMaxThreads) return launch_rows<T, 1, kResult>(p, stream);
+    if (num_vectors <= 2 * kMaxThreads) return launch_rows<T, 2, kResult>(p, stream);
+    return launch_rows<T, 4, kResult>(p, stream);
   }
   const std::int64_t items = p.num_rows * ceil_div(p.width, p.quant.group_size);
-  quantize_groups_kernel<T><<<num_ctas(items, 8, 8), 256, 0, cuda_stream(stream)>>>(p);
+  quantize_groups_kernel<T, kResult><<<num_ctas(items, 8, 8), 256, 0, cuda_stream(stream)>>>(p);
   QUIRE_CHECK_LAUNCH("quantize_groups_kernel", stream);
 }
 
-template <typename T>
+template <typename T, Result kResult>
 void launch_tensor_range(QuantizeParams p, Stream stream) {
+  constexpr bool kAsymmetric = kResult == Result::kAsymmetricInt8;
+  constexpr int kCount = kElementsPer16Bytes<T>;
   if (p.x_rows.inner_extents[0] == 1 && p.x_rows.inner_extents[1] == 1 && p.x_rows.strides[0] == p.width) {
     // Dense rows are one.
     p.width *= p.num_rows;
     p.num_rows = 1;
   }
   QUIRE_CUDA_CHECK(cudaMemsetAsync(p.quant.scales, 0, sizeof(float), cuda_stream(stream)));
-  if (p.zero_points != nullptr) QUIRE_CUDA_CHECK(cudaMemsetAsync(p.zero_points, 0, sizeof(std::int32_t), cuda_stream(stream)));
-  if (is_vectors<T>(p.x, p.x_rows, p.x, RowLayout{}, p.width)) {
-    const std::int64_t items = p.num_rows * (p.width / kVecOf<T>);
-    tensor_range_kernel<T, kVecOf<T>><<<num_ctas(items, kMaxThreads, 4), kMaxThreads, 0, cuda_stream(stream)>>>(p);
+  if constexpr (kAsymmetric) QUIRE_CUDA_CHECK(cudaMemsetAsync(p.zero_points, 0, sizeof(std::int32_t), cuda_stream(stream)));
+  if (is_vectors<T, kCount>(p.x, p.x_rows, p.x, RowLayout{}, p.width)) {
+    const std::int64_t items = p.num_rows * (p.width / kCount);
+    tensor_range_kernel<T, kCount, kAsymmetric><<<num_ctas(items, kMaxThreads, 4), kMaxThreads, 0, cuda_stream(stream)>>>(p);
   } else {
-    tensor_range_kernel<T, 1><<<num_ctas(p.num_rows * p.width, kMaxThreads, 4), kMaxThreads, 0, cuda_stream(stream)>>>(p);
+    tensor_range_kernel<T, 1, kAsymmetric><<<num_ctas(p.num_rows * p.width, kMaxThreads, 4), kMaxThreads, 0, cuda_stream(stream)>>>(p);
   }
   QUIRE_CHECK_LAUNCH("tensor_range_kernel", stream);
-  tensor_scale_kernel<<<1, 1, 0, cuda_stream(stream)>>>(p);
+  tensor_scale_kernel<kResult><<<1, 1, 0, cuda_stream(stream)>>>(p);
   QUIRE_CHECK_LAUNCH("tensor_scale_kernel", stream);
+}
+
+template <typename T, Result kResult>
+void quantize_to(const QuantizeParams& p, Stream stream) {
+  if (p.quant.granularity != ScaleGranularity::kTensor || !p.computes) return launch_quantize<T, kResult>(p, stream);
+  launch_tensor_range<T, kResult>(p, stream);
+  QuantizeParams given = p;
+  given.computes = false;
+  launch_quantize<T, kResult>(given, stream);
 }
 
 template <typename Out, typename Narrow>
 void launch_dequantize(const QuantizeParams& p, Stream stream) {
-  constexpr int kVec = kVecOf<Out>, kVectors = 4;
+  constexpr int kCount = kElementsPer16Bytes<Out>, kVectors = 4;
   const bool by_group = p.quant.granularity == ScaleGranularity::kGroup;
-  if (is_vectors<Out>(p.out, p.out_rows, p.x, p.x_rows, p.width) && p.width <= INT32_MAX / 2 && p.num_rows <= INT32_MAX &&
-      (!by_group || p.quant.group_size % kVec == 0)) {
-    const dim3 block = row_block(ceil_div(p.width / kVec, kVectors), kNarrowThreads * 2);
+  if (is_vectors<Out, kCount>(p.out, p.out_rows, p.x, p.x_rows, p.width) && p.width <= INT32_MAX / 2 && p.num_rows <= INT32_MAX &&
+      (!by_group || p.quant.group_size % kCount == 0)) {
+    const dim3 block = row_block(ceil_div(p.width / kCount, kVectors), kNarrowThreads * 2);
     dequantize_rows_kernel<Out, Narrow, kVectors>
         <<<static_cast<unsigned>(ceil_div(p.num_rows, block.y)), block, 0, cuda_stream(stream)>>>(p);
     QUIRE_CHECK_LAUNCH("dequantize_rows_kernel", stream);
@@ -442,14 +452,9 @@ void launch_dequantize(const QuantizeParams& p, Stream stream) {
 void quantize(const QuantizeParams& p, Stream stream) {
   dispatch_float(p.dtype, "quantize", [&](auto dtype) {
     using T = Element<decltype(dtype)::value>;
-    if (p.quant.granularity == ScaleGranularity::kTensor && p.computes) {
-      launch_tensor_range<T>(p, stream);
-      QuantizeParams given = p;
-      given.computes = false;
-      launch_quantize<T>(given, stream);
-    } else {
-      launch_quantize<T>(p, stream);
-    }
+    if (p.quant.dtype != DType::kInt8) return quantize_to<T, Result::kFloat8>(p, stream);
+    if (p.zero_points == nullptr) return quantize_to<T, Result::kInt8>(p, stream);
+    quantize_to<T, Result::kAsymmetricInt8>(p, stream);
   });
 }
 

@@ -27,7 +27,8 @@ _CPU_SHAPES, _CPU_TOKENS = ((4096, 4096),), (1, 4, 128, 512)
 
 def cases(context: Context) -> Iterator[Case]:
     """M tokens, K input and N output features; groups of 128."""
-    shapes, tokens = (_CUDA_SHAPES, _CUDA_TOKENS) if context.is_cuda else (_CPU_SHAPES, _CPU_TOKENS)
+    shapes: tuple[tuple[int, int], ...] = _CUDA_SHAPES if context.is_cuda else _CPU_SHAPES
+    tokens: tuple[int, ...] = _CUDA_TOKENS if context.is_cuda else _CPU_TOKENS
     if context.quick:
         shapes, tokens = ((256, 256),), (1, 16)
     dtype = "float16" if context.is_cuda else "bfloat16"
