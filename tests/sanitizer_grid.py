@@ -22,6 +22,11 @@ import quire
 
 DEVICE = "cuda"
 KV_DTYPES = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8]
+E4M3 = torch.float8_e4m3fn
+#: Of queries and of keys and values.
+HOPPER_DTYPES = [(t, t) for t in (*KV_DTYPES[:2], E4M3)] + list(
+    itertools.product(KV_DTYPES[:2], KV_DTYPES[2:])
+)
 
 
 def put(x: torch.Tensor) -> torch.Tensor:
@@ -69,6 +74,9 @@ def paged(
 
 def attention_portable(kv: torch.dtype) -> None:
     dtype = torch.float16 if kv == torch.float16 else torch.bfloat16
+    if kv.itemsize == 1:
+        paged(None, [1, 700, 33], (8, 2), 72, E4M3, kv, q_scale=put(torch.rand(2) + 0.5))
+        paged([70, 1, 30], [170, 64, 30], (4, 2), 128, E4M3, kv, block_size=7)
     for head_dim in (64, 72, 256):
         paged(None, [1, 700, 0, 33], (8, 2), head_dim, dtype, kv)  # decode
         paged([2, 5, 1], [40, 300, 1], (8, 2), head_dim, dtype, kv, window=50, softcap=20.0)  # 16 rows
@@ -84,9 +92,9 @@ def attention_portable(kv: torch.dtype) -> None:
     paged([3, 40], [70, 40], (4, 2), 128, dtype, kv, hostile=True)
 
 
-def attention_hopper(dtype: torch.dtype) -> None:
+def attention_hopper(dtype: torch.dtype, kv: torch.dtype) -> None:
     """As many query rows as Hopper's kernel is taken from."""
-    for head_dim in (64, 128, 200):
+    for head_dim in (64, 96, 128, 192, 208) if kv == dtype and kv.itemsize > 1 else (64, 128, 208):
         slopes, sinks = put(torch.rand(4)), put(torch.rand(4))
         paged(
             [900, 1, 0, 700],
@@ -94,15 +102,26 @@ def attention_hopper(dtype: torch.dtype) -> None:
             (4, 2),
             head_dim,
             dtype,
-            dtype,
+            kv,
             alibi_slopes=slopes,
             sinks=sinks,
         )
-        paged([1300, 300], [1300, 555], (4, 2), head_dim, dtype, dtype, hostile=True, window=(100, 20))
+        paged([1300, 300], [1300, 555], (4, 2), head_dim, dtype, kv, hostile=True, window=(100, 20))
+        mask = put(torch.randint(0, 256, (1600, 40), dtype=torch.uint8))
+        paged(
+            [1300, 300],
+            [1300, 555],
+            (4, 2),
+            head_dim,
+            dtype,
+            kv,
+            mask=mask,
+            mask_start=put(torch.tensor([900, 0]).int()),
+        )
     # More tiles than SMs, of sequences with and without keys.
-    paged([64] * 300, [128 if i % 3 == 0 else 0 for i in range(300)], (1, 1), 128, dtype, dtype)
+    paged([64] * 300, [128 if i % 3 == 0 else 0 for i in range(300)], (1, 1), 128, dtype, kv)
     n = 2048  # more tiles than SMs
-    q, k, v = normal(n, 12, 128, dtype=dtype), normal(n, 4, 128, dtype=dtype), normal(n, 4, 128, dtype=dtype)
+    q, k, v = normal(n, 12, 128, dtype=dtype), normal(n, 4, 128, dtype=kv), normal(n, 4, 128, dtype=kv)
     quire.attention(
         q, k, v, query_start_loc=starts([n - 9, 9]), kv_start_loc=starts([n - 9, 9]), causal=False
     )
@@ -192,7 +211,10 @@ def position_encoding() -> None:
 
 FAMILIES: dict[str, Callable[[], None]] = {
     **{f"attention_{str(kv)[6:]}": functools.partial(attention_portable, kv) for kv in KV_DTYPES},
-    **{f"attention_hopper_{str(t)[6:]}": functools.partial(attention_hopper, t) for t in KV_DTYPES[:2]},
+    **{
+        f"attention_hopper_{str(t)[6:]}_{str(kv)[6:]}": functools.partial(attention_hopper, t, kv)
+        for t, kv in HOPPER_DTYPES
+    },
     **{
         f.__name__: f
         for f in (

@@ -74,8 +74,8 @@ void bind_attention(nb::module_& m) {
       "paged_attention",
       [](nb::handle out, nb::handle lse, nb::handle q, nb::handle k_cache, nb::handle v_cache, nb::handle block_tables, nb::handle seq_lens,
          nb::handle query_start_loc, nb::handle workspace, nb::handle scale, nb::handle causal, nb::handle window, nb::handle softcap,
-         nb::handle alibi_slopes, nb::handle sinks, nb::handle k_scale, nb::handle v_scale, nb::handle mask, nb::handle mask_start,
-         nb::handle variant, nb::handle validate, nb::handle stream) {
+         nb::handle alibi_slopes, nb::handle sinks, nb::handle q_scale, nb::handle k_scale, nb::handle v_scale, nb::handle mask,
+         nb::handle mask_start, nb::handle variant, nb::handle validate, nb::handle stream) {
         AttentionOptions options = parse_options("paged_attention", scale, causal, window, softcap, variant, validate);
         Args args("paged_attention", stream,
                   {{out, "out", Access::kWrite},
@@ -89,16 +89,18 @@ void bind_attention(nb::module_& m) {
                    {workspace, "workspace", Access::kWrite, true},
                    {alibi_slopes, "alibi_slopes", Access::kRead, true},
                    {sinks, "sinks", Access::kRead, true},
+                   {q_scale, "q_scale", Access::kRead, true},
                    {k_scale, "k_scale", Access::kRead, true},
                    {v_scale, "v_scale", Access::kRead, true},
                    {mask, "mask", Access::kRead, true},
                    {mask_start, "mask_start", Access::kRead, true}});
         options.alibi_slopes = args.optional(9);
         options.sinks = args.optional(10);
-        options.k_scale = args.optional(11);
-        options.v_scale = args.optional(12);
-        options.mask = args.optional(13);
-        options.mask_start = args.optional(14);
+        options.q_scale = args.optional(11);
+        options.k_scale = args.optional(12);
+        options.v_scale = args.optional(13);
+        options.mask = args.optional(14);
+        options.mask_start = args.optional(15);
         const std::int64_t num_bytes = workspace_bytes(&paged_attention_workspace_size, args[2], args[6].ndim == 1 ? args[6].size(0) : 0);
         args.run([&](Stream s) {
           WorkspaceLease lease;
@@ -109,15 +111,16 @@ void bind_attention(nb::module_& m) {
       nb::arg("out").none(), nb::arg("lse").none(), nb::arg("q").none(), nb::arg("k_cache").none(), nb::arg("v_cache").none(),
       nb::arg("block_tables").none(), nb::arg("seq_lens").none(), nb::arg("query_start_loc").none(), nb::arg("workspace").none(),
       nb::arg("scale").none(), nb::arg("causal").none(), nb::arg("window").none(), nb::arg("softcap").none(),
-      nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("k_scale").none(), nb::arg("v_scale").none(), nb::arg("mask").none(),
-      nb::arg("mask_start").none(), nb::arg("variant").none(), nb::arg("validate").none(), nb::arg("stream").none());
+      nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("q_scale").none(), nb::arg("k_scale").none(),
+      nb::arg("v_scale").none(), nb::arg("mask").none(), nb::arg("mask_start").none(), nb::arg("variant").none(),
+      nb::arg("validate").none(), nb::arg("stream").none());
 
   m.def(
       "shared_prefix_attention",
       [](nb::handle out, nb::handle lse, nb::handle q, nb::handle k_cache, nb::handle v_cache, nb::handle prefix_blocks,
          nb::handle block_tables, nb::handle seq_lens, nb::handle query_start_loc, nb::handle workspace, nb::handle scale,
-         nb::handle causal, nb::handle window, nb::handle softcap, nb::handle alibi_slopes, nb::handle sinks, nb::handle k_scale,
-         nb::handle v_scale, nb::handle mask, nb::handle mask_start, nb::handle validate, nb::handle stream) {
+         nb::handle causal, nb::handle window, nb::handle softcap, nb::handle alibi_slopes, nb::handle sinks, nb::handle q_scale,
+         nb::handle k_scale, nb::handle v_scale, nb::handle mask, nb::handle mask_start, nb::handle validate, nb::handle stream) {
         AttentionOptions options = parse_options("shared_prefix_attention", scale, causal, window, softcap, nb::none(), validate);
         Args args("shared_prefix_attention", stream,
                   {{out, "out", Access::kWrite},
@@ -132,16 +135,18 @@ void bind_attention(nb::module_& m) {
                    {workspace, "workspace", Access::kWrite, true},
                    {alibi_slopes, "alibi_slopes", Access::kRead, true},
                    {sinks, "sinks", Access::kRead, true},
+                   {q_scale, "q_scale", Access::kRead, true},
                    {k_scale, "k_scale", Access::kRead, true},
                    {v_scale, "v_scale", Access::kRead, true},
                    {mask, "mask", Access::kRead, true},
                    {mask_start, "mask_start", Access::kRead, true}});
         options.alibi_slopes = args.optional(10);
         options.sinks = args.optional(11);
-        options.k_scale = args.optional(12);
-        options.v_scale = args.optional(13);
-        options.mask = args.optional(14);
-        options.mask_start = args.optional(15);
+        options.q_scale = args.optional(12);
+        options.k_scale = args.optional(13);
+        options.v_scale = args.optional(14);
+        options.mask = args.optional(15);
+        options.mask_start = args.optional(16);
         const std::int64_t num_bytes =
             workspace_bytes(&shared_prefix_attention_workspace_size, args[2], args[7].ndim == 1 ? args[7].size(0) : 0);
         args.run([&](Stream s) {
@@ -154,15 +159,16 @@ void bind_attention(nb::module_& m) {
       nb::arg("out").none(), nb::arg("lse").none(), nb::arg("q").none(), nb::arg("k_cache").none(), nb::arg("v_cache").none(),
       nb::arg("prefix_blocks").none(), nb::arg("block_tables").none(), nb::arg("seq_lens").none(), nb::arg("query_start_loc").none(),
       nb::arg("workspace").none(), nb::arg("scale").none(), nb::arg("causal").none(), nb::arg("window").none(), nb::arg("softcap").none(),
-      nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("k_scale").none(), nb::arg("v_scale").none(), nb::arg("mask").none(),
-      nb::arg("mask_start").none(), nb::arg("validate").none(), nb::arg("stream").none());
+      nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("q_scale").none(), nb::arg("k_scale").none(),
+      nb::arg("v_scale").none(), nb::arg("mask").none(), nb::arg("mask_start").none(), nb::arg("validate").none(),
+      nb::arg("stream").none());
 
   m.def(
       "attention",
       [](nb::handle out, nb::handle lse, nb::handle q, nb::handle k, nb::handle v, nb::handle query_start_loc, nb::handle kv_start_loc,
          nb::handle workspace, nb::handle scale, nb::handle causal, nb::handle window, nb::handle softcap, nb::handle alibi_slopes,
-         nb::handle sinks, nb::handle k_scale, nb::handle v_scale, nb::handle mask, nb::handle mask_start, nb::handle variant,
-         nb::handle validate, nb::handle stream) {
+         nb::handle sinks, nb::handle q_scale, nb::handle k_scale, nb::handle v_scale, nb::handle mask, nb::handle mask_start,
+         nb::handle variant, nb::handle validate, nb::handle stream) {
         AttentionOptions options = parse_options("attention", scale, causal, window, softcap, variant, validate);
         Args args("attention", stream,
                   {{out, "out", Access::kWrite},
@@ -175,16 +181,18 @@ void bind_attention(nb::module_& m) {
                    {workspace, "workspace", Access::kWrite, true},
                    {alibi_slopes, "alibi_slopes", Access::kRead, true},
                    {sinks, "sinks", Access::kRead, true},
+                   {q_scale, "q_scale", Access::kRead, true},
                    {k_scale, "k_scale", Access::kRead, true},
                    {v_scale, "v_scale", Access::kRead, true},
                    {mask, "mask", Access::kRead, true},
                    {mask_start, "mask_start", Access::kRead, true}});
         options.alibi_slopes = args.optional(8);
         options.sinks = args.optional(9);
-        options.k_scale = args.optional(10);
-        options.v_scale = args.optional(11);
-        options.mask = args.optional(12);
-        options.mask_start = args.optional(13);
+        options.q_scale = args.optional(10);
+        options.k_scale = args.optional(11);
+        options.v_scale = args.optional(12);
+        options.mask = args.optional(13);
+        options.mask_start = args.optional(14);
         const TensorView* const loc = args.optional(5);
         const std::int64_t num_bytes = workspace_bytes(&attention_workspace_size, args[2],
                                                        loc == nullptr   ? 1
@@ -199,8 +207,8 @@ void bind_attention(nb::module_& m) {
       nb::arg("out").none(), nb::arg("lse").none(), nb::arg("q").none(), nb::arg("k").none(), nb::arg("v").none(),
       nb::arg("query_start_loc").none(), nb::arg("kv_start_loc").none(), nb::arg("workspace").none(), nb::arg("scale").none(),
       nb::arg("causal").none(), nb::arg("window").none(), nb::arg("softcap").none(), nb::arg("alibi_slopes").none(),
-      nb::arg("sinks").none(), nb::arg("k_scale").none(), nb::arg("v_scale").none(), nb::arg("mask").none(), nb::arg("mask_start").none(),
-      nb::arg("variant").none(), nb::arg("validate").none(), nb::arg("stream").none());
+      nb::arg("sinks").none(), nb::arg("q_scale").none(), nb::arg("k_scale").none(), nb::arg("v_scale").none(), nb::arg("mask").none(),
+      nb::arg("mask_start").none(), nb::arg("variant").none(), nb::arg("validate").none(), nb::arg("stream").none());
 
   m.def(
       "merge_attention",

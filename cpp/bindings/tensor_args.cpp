@@ -283,7 +283,7 @@ class Importer {
   Importer(Args& args, nb::handle stream) : args_(args), stream_argument_(stream) {}
 
   void run(std::initializer_list<TensorArg> tensors) {
-    if (tensors.size() > Args::kMaxTensors) throw UnsupportedError("[dlpack] tensors: expected at most 16, got more");
+    if (tensors.size() > Args::kMaxTensors) throw UnsupportedError("[dlpack] tensors: expected at most 20, got more");
     args_.count_ = tensors.size();
     // First pass: whatever needs no stream, and the devices of the rest. Inputs come first, as an output is often made like one: what is
     // wrong with both is said of the input.

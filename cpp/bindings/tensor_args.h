@@ -41,7 +41,7 @@ struct TensorArg {
 /// Usage: Args args("op", stream, {{x, "x"}, ...}); args.run([&](Stream s) { op(args[0], s); });
 class Args {
  public:
-  static constexpr std::size_t kMaxTensors = 16;
+  static constexpr std::size_t kMaxTensors = 20;
 
   Args(const char* op, nb::handle stream, std::initializer_list<TensorArg> tensors);
   ~Args();

@@ -181,6 +181,7 @@ AttentionOptions options_of(const char* op, const QuireAttentionOptions* given, 
   options.softcap = full.softcap;
   options.alibi_slopes = views.optional(full.alibi_slopes, "alibi_slopes");
   options.sinks = views.optional(full.sinks, "sinks");
+  options.q_scale = views.optional(full.q_scale, "q_scale");
   options.k_scale = views.optional(full.k_scale, "k_scale");
   options.v_scale = views.optional(full.v_scale, "v_scale");
   options.mask = views.optional(full.mask, "mask");

@@ -293,7 +293,37 @@ void locate_keys(const AttentionTask& task, std::int64_t key, int num_keys, int 
   }
 }
 
+namespace {
+
+// The params of a call with float8 queries, which are widened into `memory`. Either 16-bit dtype holds them exactly.
+AttentionParams widen_queries(AttentionParams params, std::vector<std::uint16_t>& memory) {
+  std::uint16_t wide[256];
+  for (int i = 0; i < 256; ++i) {
+    const float value = to_float(Float8E4M3FN{static_cast<std::uint8_t>(i)});
+    wide[i] = params.dtype == DType::kBFloat16 ? from_float<BFloat16>(value).bits : from_float<Half>(value).bits;
+  }
+  const auto* q = static_cast<const std::uint8_t*>(params.q);
+  memory.resize(static_cast<std::size_t>(params.num_tokens * params.num_heads * params.head_dim));
+  parallel_for(params.num_tokens * params.num_heads, 64, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; ++row) {
+      const std::uint8_t* from = q + row / params.num_heads * params.q_token_stride + row % params.num_heads * params.q_head_stride;
+      for (std::int64_t i = 0; i < params.head_dim; ++i) memory[static_cast<std::size_t>(row * params.head_dim + i)] = wide[from[i]];
+    }
+  });
+  params.q = memory.data();
+  params.q_head_stride = params.head_dim;
+  params.q_token_stride = params.num_heads * params.head_dim;
+  params.float8_queries = false;
+  return params;
+}
+
+}  // namespace
+
 void attention(const AttentionParams& params) {
+  if (params.float8_queries && explaining() == nullptr) {
+    std::vector<std::uint16_t> memory;
+    return attention(widen_queries(params, memory));
+  }
   const std::vector<AttentionSequence> sequences = resolve_sequences(params);
   const std::int64_t threads = num_threads();
   Plan plan = make_plan(params, sequences, threads);

@@ -27,7 +27,8 @@ void check_below(const Check& check, const char* arg, const char* what, std::int
 // What both ops share: q, out, lse, options.
 AttentionParams check_query(const Check& check, const TensorView& out, const TensorView* lse, const TensorView& q,
                             std::int64_t num_kv_heads, std::int64_t kv_head_dim, const AttentionOptions& options) {
-  check.float_dtype(q, "q");
+  const bool float8_queries = q.dtype == DType::kFloat8E4M3FN;
+  if (!float8_queries) check.dtype(q, "q", {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat8E4M3FN});
   check.shape(q, "q", {kAny, kAny, kAny});
   check.inner_contiguous(q, "q");
   check.accessible(q, "q");
@@ -40,7 +41,11 @@ AttentionParams check_query(const Check& check, const TensorView& out, const Ten
                      std::to_string(num_heads));
   check_below(check, "q", "num_tokens * num_heads", num_tokens > 0 ? checked_mul(num_tokens, num_heads, check.op(), "q") : 0);
 
-  check.same_dtype(out, "out", q, "q");
+  if (float8_queries) {
+    check.dtype(out, "out", {DType::kBFloat16, DType::kFloat16});
+  } else {
+    check.same_dtype(out, "out", q, "q");
+  }
   check.same_shape(out, "out", q, "q");
   check.device(out, "out", q.device, "q");
   check.inner_contiguous(out, "out");
@@ -72,7 +77,13 @@ AttentionParams check_query(const Check& check, const TensorView& out, const Ten
 
   params.out = out.data;
   params.q = q.data;
-  params.dtype = q.dtype;
+  params.dtype = out.dtype;
+  params.float8_queries = float8_queries;
+  if (options.q_scale != nullptr) {
+    if (!float8_queries) check.fail_value("q_scale", std::string("none for ") + name(q.dtype) + " queries", describe(*options.q_scale));
+    params.q_scale_stride = check.scale(options.q_scale, "q_scale", q.dtype, num_kv_heads, q.device, "q");
+    params.q_scale = options.q_scale->as<const float>();
+  }
   params.num_tokens = num_tokens;
   params.num_heads = num_heads;
   params.num_kv_heads = num_kv_heads;
@@ -91,7 +102,11 @@ AttentionParams check_query(const Check& check, const TensorView& out, const Ten
 
 void check_kv(const Check& check, const TensorView& k, const char* k_arg, const TensorView& v, const char* v_arg, const TensorView& q,
               const AttentionOptions& options, AttentionParams& params) {
-  if (k.dtype != q.dtype) check.dtype(k, k_arg, {q.dtype, DType::kFloat8E4M3FN, DType::kFloat8E5M2, DType::kInt8});
+  if (params.float8_queries) {
+    check.dtype(k, k_arg, {DType::kFloat8E4M3FN, DType::kFloat8E5M2, DType::kInt8});
+  } else if (k.dtype != q.dtype) {
+    check.dtype(k, k_arg, {q.dtype, DType::kFloat8E4M3FN, DType::kFloat8E5M2, DType::kInt8});
+  }
   check.device(k, k_arg, q.device, "q");
   check.inner_contiguous(k, k_arg);
   check.accessible(k, k_arg);
@@ -302,6 +317,7 @@ AttentionParams check_paged(const Check& check, const TensorView& out, const Ten
                        {query_start_loc, "query_start_loc"},
                        {options.alibi_slopes, "alibi_slopes"},
                        {options.sinks, "sinks"},
+                       {options.q_scale, "q_scale"},
                        {options.k_scale, "k_scale"},
                        {options.v_scale, "v_scale"},
                        {options.mask, "mask"},
@@ -442,6 +458,7 @@ void attention(const TensorView& out, const TensorView* lse, const TensorView& q
                        {kv_start_loc, "kv_start_loc"},
                        {options.alibi_slopes, "alibi_slopes"},
                        {options.sinks, "sinks"},
+                       {options.q_scale, "q_scale"},
                        {options.k_scale, "k_scale"},
                        {options.v_scale, "v_scale"},
                        {options.mask, "mask"},

@@ -27,14 +27,16 @@ struct AttentionParams {
   const std::int32_t* kv_start_loc = nullptr;     // not paged: [num_seqs + 1], or null: one sequence of num_kv_tokens
   const float* alibi_slopes = nullptr;            // [num_heads] or null
   const float* sinks = nullptr;                   // [num_heads] or null
-  const float* k_scale = nullptr;                 // [1] or [num_kv_heads], or null for 1
+  const float* q_scale = nullptr;                 // [1] or [num_kv_heads], or null for 1
+  const float* k_scale = nullptr;                 // likewise
   const float* v_scale = nullptr;
   const std::uint8_t* mask = nullptr;        // [num_tokens, mask_bytes] or null: bit b of a row is key mask_start + b
   const std::int32_t* mask_start = nullptr;  // [num_seqs], or null for kv_len - q_len; any value
   std::int64_t mask_stride = 0, mask_bytes = 0;
-  std::int64_t k_scale_stride = 0, v_scale_stride = 0;  // 0: one scale; 1: one per kv head
+  std::int64_t q_scale_stride = 0, k_scale_stride = 0, v_scale_stride = 0;  // 0: one scale; 1: one per kv head
   DType dtype = DType::kFloat32;                        // of q and out: float32, float16, bfloat16
   DType kv_dtype = DType::kFloat32;                     // dtype, float8_e4m3fn, float8_e5m2 or int8
+  bool float8_queries = false;                          // q is float8_e4m3fn, out float16 or bfloat16, k and v of 8 bits
   std::int64_t num_tokens = 0;                          // > 0
   std::int64_t num_seqs = 0;                            // > 0
   std::int64_t num_heads = 0, num_kv_heads = 0;         // num_heads % num_kv_heads == 0, both > 0

@@ -51,7 +51,8 @@ struct AttentionOptions {
   double softcap = 0.0;            ///< 0: none.
   const TensorView* alibi_slopes = nullptr;  ///< float32 [num_heads], or null.
   const TensorView* sinks = nullptr;         ///< float32 [num_heads], or null.
-  const TensorView* k_scale = nullptr;       ///< float32 [1] or [num_kv_heads], or null for 1; only for float8 and int8 keys.
+  const TensorView* q_scale = nullptr;       ///< float32 [1] or [num_kv_heads], or null for 1; only for float8 queries.
+  const TensorView* k_scale = nullptr;       ///< Likewise; only for float8 and int8 keys.
   const TensorView* v_scale = nullptr;       ///< Likewise.
   /// uint8 [num_tokens, mask_bytes], unit inner stride, or null. Row t belongs to row t of q. Its bit b, which is bit b % 8 of byte b / 8,
   /// says whether key mask_start[s] + b may be seen; keys that the row has no bit for may. Everything else that hides a key still does.
@@ -66,9 +67,9 @@ struct AttentionOptions {
 
 /// Attention of every query over its sequence's keys and values in a paged cache: decode, prefill and mixed batches.
 ///
-///   out              as q
+///   out              as q; bfloat16 or float16 where q is float8_e4m3fn
 ///   lse              null, or float32 [num_tokens, num_heads], contiguous
-///   q                float32, float16 or bfloat16 [num_tokens, num_heads, head_dim], unit inner stride
+///   q                float32, float16, bfloat16 or float8_e4m3fn [num_tokens, num_heads, head_dim], unit inner stride
 ///   k_cache, v_cache [num_blocks, block_size, num_kv_heads, head_dim], unit inner stride; q's dtype, or float8_e4m3fn,
 ///                    float8_e5m2, int8. num_heads is a multiple of num_kv_heads; head_dim a multiple of 8 up to 256.
 ///   block_tables     int32 [num_seqs, max_blocks_per_seq], unit inner stride. Entries past a sequence's length may hold

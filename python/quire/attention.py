@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal, overload
 
 from quire import _core
-from quire._allocate import Array, empty, finish, shape_of
+from quire._allocate import Array, dtype_name, empty, finish, shape_of
 
 __all__ = [
     "attention",
@@ -19,6 +19,12 @@ __all__ = [
     "shared_prefix_attention",
     "shared_prefix_attention_workspace_size",
 ]
+
+
+def _out_dtype(q: Array) -> str | None:
+    """The dtype of an output that is to be allocated; None: q's."""
+    return "bfloat16" if dtype_name(getattr(q, "dtype", None)) == "float8_e4m3fn" else None
+
 
 Window = int | tuple[int, int] | None
 Variant = Literal[
@@ -58,6 +64,7 @@ def paged_attention(
     softcap: float | None = ...,
     alibi_slopes: Array | None = ...,
     sinks: Array | None = ...,
+    q_scale: Array | None = ...,
     k_scale: Array | None = ...,
     v_scale: Array | None = ...,
     mask: Array | None = ...,
@@ -84,6 +91,7 @@ def paged_attention(
     softcap: float | None = ...,
     alibi_slopes: Array | None = ...,
     sinks: Array | None = ...,
+    q_scale: Array | None = ...,
     k_scale: Array | None = ...,
     v_scale: Array | None = ...,
     mask: Array | None = ...,
@@ -109,6 +117,7 @@ def paged_attention(
     softcap: float | None = None,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    q_scale: Array | None = None,
     k_scale: Array | None = None,
     v_scale: Array | None = None,
     mask: Array | None = None,
@@ -131,7 +140,7 @@ def paged_attention(
     divisor of num_heads), ``head_dim`` (a multiple of 8 up to 256), ``num_blocks`` of ``block_size`` slots.
 
     Args:
-        q: ``[num_tokens, num_heads, head_dim]`` float32, float16 or bfloat16, unit inner stride.
+        q: ``[num_tokens, num_heads, head_dim]`` float32, float16, bfloat16 or float8_e4m3fn, unit inner stride.
         k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]``, unit inner stride, of q's dtype, float8_e4m3fn,
             float8_e5m2 or int8.
         v_cache: As ``k_cache``.
@@ -146,8 +155,9 @@ def paged_attention(
         softcap: None or 0 for none.
         alibi_slopes: float32 ``[num_heads]``.
         sinks: float32 ``[num_heads]``: ``exp(sink)`` joins the softmax's denominator and nothing joins the output.
-        k_scale: float32 ``[1]`` or ``[num_kv_heads]``: a float8 or int8 cache is read as ``stored * scale``. None is 1,
-            and all that a float cache takes.
+        q_scale: float32 ``[1]`` or ``[num_kv_heads]``: float8 queries are read as ``stored * scale``, those of a kv head's group
+            by one scale. None is 1, and all that other queries take.
+        k_scale: Likewise, for a float8 or int8 cache.
         v_scale: Likewise.
         mask: uint8 ``[num_tokens, mask_bytes]``, unit inner stride, a row for each row of q: bit ``b``, which is bit ``b % 8`` of byte
             ``b // 8`` (``numpy.packbits(seen, axis=-1, bitorder="little")``), says whether the query may see key
@@ -156,7 +166,7 @@ def paged_attention(
         mask_start: int32 ``[num_seqs]``: the key of bit 0, any number. None is ``seq_len - q_len``: bit ``b`` is the sequence's
             own query ``b``, and all keys before its queries are seen, as for a draft or a tree to verify. Zeros make it a mask
             over all keys.
-        out: As ``q``, or None to allocate it in q's framework.
+        out: As ``q``, or None to allocate it in q's framework. Of float8 queries bfloat16, which None gives, or float16.
         return_lse: Also return the log-sum-exp.
         workspace: uint8 ``[n]`` with n of at least :func:`paged_attention_workspace_size`; None uses a shared one per device
             and stream.
@@ -189,7 +199,7 @@ def paged_attention(
         array([1., 1., 1.], dtype=float32)
     """
     shape = shape_of("paged_attention", "q", q) if out is None or return_lse else ()
-    result = empty(q, shape) if out is None else out
+    result = empty(q, shape, _out_dtype(q)) if out is None else out
     lse = empty(q, shape[:2], "float32") if return_lse else None
     _core.paged_attention(
         result,
@@ -207,6 +217,7 @@ def paged_attention(
         softcap,
         alibi_slopes,
         sinks,
+        q_scale,
         k_scale,
         v_scale,
         mask,
@@ -234,6 +245,7 @@ def shared_prefix_attention(
     softcap: float | None = None,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    q_scale: Array | None = None,
     k_scale: Array | None = None,
     v_scale: Array | None = None,
     mask: Array | None = None,
@@ -251,7 +263,7 @@ def shared_prefix_attention(
     tiles over the prefix, then each sequence over its own keys.
 
     Args:
-        q: ``[num_tokens, num_heads, head_dim]`` float32, float16 or bfloat16, unit inner stride.
+        q: ``[num_tokens, num_heads, head_dim]`` float32, float16, bfloat16 or float8_e4m3fn, unit inner stride.
         k_cache: ``[num_blocks, block_size, num_kv_heads, head_dim]``, unit inner stride, of q's dtype, float8_e4m3fn,
             float8_e5m2 or int8.
         v_cache: As ``k_cache``.
@@ -265,11 +277,12 @@ def shared_prefix_attention(
         softcap: None or 0 for none.
         alibi_slopes: None; see Raises.
         sinks: float32 ``[num_heads]``, counted once.
+        q_scale: float32 ``[1]`` or ``[num_kv_heads]``, for float8 queries.
         k_scale: float32 ``[1]`` or ``[num_kv_heads]``.
         v_scale: Likewise.
         mask: uint8 ``[num_tokens, mask_bytes]``, over the keys behind the prefix, as in :func:`paged_attention`.
         mask_start: int32 ``[num_seqs]``, counted from behind the prefix.
-        out: As ``q``, or None to allocate it in q's framework.
+        out: As ``q``, or None to allocate it in q's framework. Of float8 queries bfloat16, which None gives, or float16.
         return_lse: Also return the log-sum-exp, float32 ``[num_tokens, num_heads]``, natural log.
         workspace: uint8 ``[n]`` with n of at least :func:`shared_prefix_attention_workspace_size`, or None.
         validate: "shape" or "full".
@@ -298,7 +311,7 @@ def shared_prefix_attention(
         array([37., 41.], dtype=float32)
     """
     shape = shape_of("shared_prefix_attention", "q", q) if out is None or return_lse else ()
-    result = empty(q, shape) if out is None else out
+    result = empty(q, shape, _out_dtype(q)) if out is None else out
     lse = empty(q, shape[:2], "float32") if return_lse else None
     _core.shared_prefix_attention(
         result,
@@ -317,6 +330,7 @@ def shared_prefix_attention(
         softcap,
         alibi_slopes,
         sinks,
+        q_scale,
         k_scale,
         v_scale,
         mask,
@@ -341,6 +355,7 @@ def attention(
     softcap: float | None = None,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    q_scale: Array | None = None,
     k_scale: Array | None = None,
     v_scale: Array | None = None,
     mask: Array | None = None,
@@ -355,7 +370,7 @@ def attention(
     """Attention over ragged, unpaged keys and values. Semantics and options are those of :func:`paged_attention`.
 
     Args:
-        q: ``[num_tokens, num_heads, head_dim]`` float32, float16 or bfloat16, unit inner stride.
+        q: ``[num_tokens, num_heads, head_dim]`` float32, float16, bfloat16 or float8_e4m3fn, unit inner stride.
         k: ``[num_kv_tokens, num_kv_heads, head_dim]``, unit inner stride, of q's dtype, float8_e4m3fn, float8_e5m2 or int8.
         v: As ``k``.
         query_start_loc: int32 ``[num_seqs + 1]``; None: one sequence.
@@ -366,11 +381,12 @@ def attention(
         softcap: None or 0 for none.
         alibi_slopes: float32 ``[num_heads]``.
         sinks: float32 ``[num_heads]``.
+        q_scale: float32 ``[1]`` or ``[num_kv_heads]``, for float8 queries.
         k_scale: float32 ``[1]`` or ``[num_kv_heads]``.
         v_scale: Likewise.
         mask: uint8 ``[num_tokens, mask_bytes]``: which keys each query may see, in bits.
         mask_start: int32 ``[num_seqs]``: the key of bit 0; None: ``kv_len - q_len``.
-        out: As ``q``, or None to allocate it in q's framework.
+        out: As ``q``, or None to allocate it in q's framework. Of float8 queries bfloat16, which None gives, or float16.
         return_lse: Also return the log-sum-exp, float32 ``[num_tokens, num_heads]``, natural log.
         workspace: uint8 ``[n]`` with n of at least :func:`attention_workspace_size`, or None.
         variant: The CUDA kernel to run, or None.
@@ -393,7 +409,7 @@ def attention(
         (3, 2, 8)
     """
     shape = shape_of("attention", "q", q) if out is None or return_lse else ()
-    result = empty(q, shape) if out is None else out
+    result = empty(q, shape, _out_dtype(q)) if out is None else out
     lse = empty(q, shape[:2], "float32") if return_lse else None
     _core.attention(
         result,
@@ -410,6 +426,7 @@ def attention(
         softcap,
         alibi_slopes,
         sinks,
+        q_scale,
         k_scale,
         v_scale,
         mask,

@@ -178,8 +178,8 @@ _define("copy_blocks", "Tensor(a!) cache, Tensor pairs", _core_call(_core.copy_b
 _define("swap_blocks", "Tensor(a!) dst, Tensor src, Tensor pairs", _core_call(_core.swap_blocks))
 
 _OPTIONS = (
-    "float? scale, bool causal, int window_left, int window_right, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? k_scale, "
-    "Tensor? v_scale, Tensor? mask, Tensor? mask_start"
+    "float? scale, bool causal, int window_left, int window_right, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? q_scale, "
+    "Tensor? k_scale, Tensor? v_scale, Tensor? mask, Tensor? mask_start"
 )
 _define(
     "paged_attention",
@@ -464,7 +464,9 @@ def _attention_function(eager: F, is_cache: bool) -> Callable[[Callable[..., Any
 
 
 def _outputs(q: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    result = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    # Of float8 queries the output is wider.
+    dtype = torch.bfloat16 if q.dtype is torch.float8_e4m3fn else q.dtype
+    result = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format) if out is None else out
     return result, q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None
 
 
@@ -475,8 +477,8 @@ def _options(op: str, scale, causal, window, softcap, *tensors):
 @_attention_function(_paged_attention, True)
 def paged_attention(
     q, k_cache, v_cache, block_tables, seq_lens, *, query_start_loc=None, scale=None, causal=True, window=None, softcap=None,
-    alibi_slopes=None, sinks=None, k_scale=None, v_scale=None, mask=None, mask_start=None, out=None, return_lse=False, workspace=None,
-    variant=None,
+    alibi_slopes=None, sinks=None, q_scale=None, k_scale=None, v_scale=None, mask=None, mask_start=None, out=None, return_lse=False,
+    workspace=None, variant=None,
 ):  # fmt: skip
     """Traced."""
     result, lse = _outputs(q, out, return_lse)
@@ -488,6 +490,7 @@ def paged_attention(
         softcap,
         alibi_slopes,
         sinks,
+        q_scale,
         k_scale,
         v_scale,
         mask,
@@ -512,8 +515,8 @@ def paged_attention(
 @_attention_function(_shared_prefix_attention, True)
 def shared_prefix_attention(
     q, k_cache, v_cache, prefix_blocks, block_tables, seq_lens, *, query_start_loc=None, scale=None, causal=True, window=None,
-    softcap=None, alibi_slopes=None, sinks=None, k_scale=None, v_scale=None, mask=None, mask_start=None, out=None, return_lse=False,
-    workspace=None,
+    softcap=None, alibi_slopes=None, sinks=None, q_scale=None, k_scale=None, v_scale=None, mask=None, mask_start=None, out=None,
+    return_lse=False, workspace=None,
 ):  # fmt: skip
     """Traced."""
     result, lse = _outputs(q, out, return_lse)
@@ -525,6 +528,7 @@ def shared_prefix_attention(
         softcap,
         alibi_slopes,
         sinks,
+        q_scale,
         k_scale,
         v_scale,
         mask,
@@ -549,12 +553,24 @@ def shared_prefix_attention(
 @_attention_function(_attention, False)
 def attention(
     q, k, v, *, query_start_loc=None, kv_start_loc=None, scale=None, causal=True, window=None, softcap=None, alibi_slopes=None,
-    sinks=None, k_scale=None, v_scale=None, mask=None, mask_start=None, out=None, return_lse=False, workspace=None, variant=None,
+    sinks=None, q_scale=None, k_scale=None, v_scale=None, mask=None, mask_start=None, out=None, return_lse=False,
+    workspace=None, variant=None,
 ):  # fmt: skip
     """Traced."""
     result, lse = _outputs(q, out, return_lse)
     options = _options(
-        "attention", scale, causal, window, softcap, alibi_slopes, sinks, k_scale, v_scale, mask, mask_start
+        "attention",
+        scale,
+        causal,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        q_scale,
+        k_scale,
+        v_scale,
+        mask,
+        mask_start,
     )
     _ops.attention(result, lse, q, k, v, query_start_loc, kv_start_loc, workspace, *options, variant)
     return (result, lse) if return_lse else result

@@ -78,9 +78,14 @@ TEST(CudaAttentionConfig, hopper_takes_many_rows_unless_something_prevents_it) {
     EXPECT_NE(choose_config(params, kDevice, true, &why).variant, Variant::kWgmma);
     EXPECT_NE(std::find(why.begin(), why.end(), std::string("not wgmma: ") + obstacle(Variant::kWgmma, params, kDevice, true)), why.end());
   };
-  const std::uint8_t mask = 0;
-  changed([&](AttentionParams& p) { p.mask = &mask; });
-  changed([](AttentionParams& p) { p.kv_dtype = DType::kInt8; });
+  AttentionParams narrow = good;
+  narrow.kv_dtype = DType::kInt8;
+  EXPECT_EQ(variant(narrow), Variant::kWgmma);
+  narrow.kv_dtype = DType::kFloat8E4M3FN;
+  narrow.float8_queries = true;
+  EXPECT_EQ(variant(narrow), Variant::kWgmma);
+  changed([](AttentionParams& p) { p.kv_dtype = DType::kInt8, p.float8_queries = true; });
+  changed([](AttentionParams& p) { p.kv_dtype = DType::kInt8, p.k_token_stride += 8; });
   changed([](AttentionParams& p) { p.block_size = 12; });
   changed([](AttentionParams& p) { p.num_blocks = 0; });
   changed([](AttentionParams& p) { p.k_head_stride = 132; });
@@ -135,6 +140,11 @@ TEST(CudaAttentionConfig, head_dim_is_padded_to_a_compiled_one) {
     const int bucket = configure(paged(1, 64, 8, 8, head_dim), kDevice).head_dim_bucket;
     EXPECT_GE(bucket, head_dim);
     EXPECT_TRUE(bucket == 64 || bucket == 128 || bucket == 256);
+    for (const bool narrow : {false, true}) {
+      const int hopper = wgmma_head_dim_bucket(head_dim, narrow);
+      EXPECT_GE(hopper, head_dim);
+      EXPECT_TRUE(hopper == bucket || (!narrow && (hopper == 96 || hopper == 192)));
+    }
   }
 }
 
@@ -166,7 +176,7 @@ TEST(CudaAttentionConfig, tiles_cover_every_row) {
     if (start.back() == 0) continue;
     params = ragged_queries(params, start.back() + pick(0, 3));
     const Config config = configure(params, kDevice);
-    const std::int64_t group = params.num_heads / params.num_kv_heads, rows = tile_rows(config.variant);
+    const std::int64_t group = params.num_heads / params.num_kv_heads, rows = config.tile_rows;
     for (std::size_t seq = 0; seq < start.size() - 1; ++seq) {
       // What kernels search for: where each sequence's tiles begin.
       const std::int64_t first = start[seq] * group / rows + static_cast<std::int64_t>(seq);

@@ -39,6 +39,7 @@ class Batch:
     query_start_loc: np.ndarray | None
     k_scale: np.ndarray | None = None
     v_scale: np.ndarray | None = None
+    q_scale: np.ndarray | None = None
 
     @classmethod
     def make(
@@ -69,6 +70,7 @@ class Batch:
         k_cache, v_cache = poison(shape, kv_dtype), poison(shape, kv_dtype)
         k_scale = (0.01 + 0.02 * rng.random(scales)).astype(np.float32) if scales else None
         v_scale = (0.01 + 0.02 * rng.random(scales)).astype(np.float32) if scales else None
+        q_scale = (0.5 + rng.random(scales)).astype(np.float32) if scales and dtype in QUANTIZED else None
         at = 0
         for s, length in enumerate(kv_lens):
             tables[s, : needed[s]] = order[at : at + needed[s]]
@@ -92,6 +94,7 @@ class Batch:
             None if decode else starts,
             k_scale,
             v_scale,
+            q_scale,
         )
 
     def arguments(self, backend):
@@ -99,7 +102,7 @@ class Batch:
             backend.array(x) for x in (self.q, self.k_cache, self.v_cache, self.block_tables, self.seq_lens)
         ]
         keywords = {}
-        for name in ("query_start_loc", "k_scale", "v_scale"):
+        for name in ("query_start_loc", "q_scale", "k_scale", "v_scale"):
             value = getattr(self, name)
             if value is not None:
                 keywords[name] = backend.array(value)
@@ -110,8 +113,12 @@ class Batch:
             x = as_float64(cache)
             return x if scale is None else x * scale.astype(np.float64).reshape(1, 1, -1, 1)
 
+        q = as_float64(self.q)
+        if self.q_scale is not None:
+            group = q.shape[1] // self.k_cache.shape[2]
+            q = q * np.repeat(self.q_scale.astype(np.float64), group if len(self.q_scale) > 1 else 1)[:, None]
         return reference.paged(
-            as_float64(self.q),
+            q,
             wide(self.k_cache, self.k_scale),
             wide(self.v_cache, self.v_scale),
             self.block_tables,
@@ -324,6 +331,103 @@ def test_quantized_head_dims(backend, rng, kv_dtype, dim):
         scales=2,
     )
     batch.check(backend)
+
+
+def float8_batch(rng, **shape):
+    return Batch.make(rng, **({"heads": 4, "kv_heads": 2, "dtype": "float8_e4m3fn"} | shape))
+
+
+@pytest.mark.parametrize("kv_dtype", QUANTIZED)
+@pytest.mark.parametrize("scales", [0, 1, 2], ids=["none", "tensor", "head"])
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_float8_queries(backend, rng, decode, scales, kv_dtype):
+    q_lens, shape = [1, 1] if decode else [18, 40], {"dim": 128, "block_size": 16, "scales": scales}
+    batch = float8_batch(rng, q_lens=q_lens, kv_lens=[150, 77], kv_dtype=kv_dtype, decode=decode, **shape)
+    scale = 0.02 if kv_dtype == "int8" and scales == 0 else None
+    batch.check(backend, scale=scale)
+    want, _ = batch.reference(scale=scale)
+    positional, keywords = batch.arguments(backend)
+    assert backend.numpy(quire.paged_attention(*positional, scale=scale, **keywords)).dtype == "bfloat16"
+    out = backend.array(np.zeros(batch.q.shape, np.float16))
+    quire.paged_attention(*positional, scale=scale, out=out, **keywords)
+    assert_close("attention", backend.numpy(out), want)
+
+
+@pytest.mark.parametrize("dim", [8, 40, 64, 72, 96, 128, 200, 256])
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_float8_query_head_dims(backend, rng, decode, dim):
+    q_lens = [1, 1] if decode else [2, 70]
+    batch = float8_batch(rng, q_lens=q_lens, kv_lens=[50, 90], dim=dim, block_size=8, scales=2, decode=decode)
+    batch.check(backend)
+    # Rows of q that are not aligned to anything.
+    _, keywords = batch.arguments(backend)
+    keywords.pop("query_start_loc", None)
+    if decode:
+        flat = np.concatenate([np.zeros(1, batch.q.dtype), batch.q.ravel()])
+        q = backend.array(flat)[1:].reshape(batch.q.shape)
+        positional, _ = batch.arguments(backend)
+        out = quire.paged_attention(q, *positional[1:], **keywords)
+        assert_close("attention", backend.numpy(out), batch.reference()[0])
+
+
+@pytest.mark.parametrize("option", ["noncausal", "window_both", "sinks", "everything"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [("bfloat16", "int8"), ("float16", "float8_e5m2"), ("float8_e4m3fn", "float8_e4m3fn")],
+)
+def test_narrow_keys_and_many_queries(backend, rng, dtype, kv_dtype, dim, option):
+    """As many rows as Hopper's kernel is taken from; and scales that turn the order of scores around."""
+    options, heads = dict(OPTIONS[option]), 12
+    if "alibi_slopes" in options:
+        options["alibi_slopes"] = (2.0 ** -np.arange(1, heads + 1)).astype(np.float32)
+    if "sinks" in options:
+        options["sinks"] = rng.standard_normal(heads).astype(np.float32)
+    batch = Batch.make(
+        rng,
+        q_lens=[200, 0, 1, 520],
+        kv_lens=[222, 60, 130, 500],
+        heads=heads,
+        kv_heads=3,
+        dim=dim,
+        block_size=16,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        scales=3,
+    )
+    batch.k_scale[1] *= -1
+    batch.check(backend, **options)
+
+
+def test_a_scale_of_zero(backend, rng):
+    """All keys alike, and no NaN from a hidden one."""
+    for q_lens in ([3, 40], [300, 200]):
+        shape = {"heads": 18, "dim": 64, "block_size": 16, "scales": 2}
+        batch = float8_batch(rng, q_lens=q_lens, kv_lens=[330, 190], **shape)
+        batch.k_scale[0] = 0.0
+        batch.check(backend)
+
+
+def test_float8_queries_in_every_framework(framework, rng):
+    batch = float8_batch(rng, q_lens=[1, 5], kv_lens=[20, 9], dim=64, block_size=8)
+    batch.check(framework)
+    positional, keywords = batch.arguments(framework)
+    assert type(quire.paged_attention(*positional, **keywords)) is type(positional[0])
+
+
+def test_float8_query_refusals(rng):
+    q, k = draw(rng, (3, 2, 16), "float8_e4m3fn"), draw(rng, (3, 2, 16), "bfloat16")
+    one = np.ones(1, np.float32)
+    with pytest.raises(TypeError, match=r"k: expected float8_e4m3fn, float8_e5m2 or int8, got bfloat16"):
+        quire.attention(q, k, k)
+    with pytest.raises(TypeError, match=r"out: expected bfloat16 or float16"):
+        quire.attention(q, q, q, out=np.zeros(q.shape, np.float32))
+    with pytest.raises(ValueError, match=r"q_scale: expected none for bfloat16 queries"):
+        quire.attention(k, k, k, q_scale=one)
+    with pytest.raises(ValueError, match=r"q_scale: expected float32 \[1\] or \[2\]"):
+        quire.attention(q, q, q, q_scale=np.ones(3, np.float32))
+    with pytest.raises(TypeError, match=r"q: expected .* got float8_e5m2"):
+        quire.attention(*[draw(rng, (3, 2, 16), "float8_e5m2")] * 3, out=np.zeros(q.shape, np.float16))
 
 
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
@@ -794,7 +898,7 @@ def test_masks_with_options(backend, rng, option, q_lens, dtype):
         batch.check(backend, mask=random_mask(rng, sum(q_lens), 3), mask_start=start, **options)
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize(
     "variant",
     [
@@ -803,6 +907,7 @@ def test_masks_with_options(backend, rng, option, q_lens, dtype):
         "mma_split_rows",
         "mma_split_rows_128",
         "mma_split_keys_8_small",
+        "wgmma",
     ],
 )
 def test_masks_in_every_kernel(backend, rng, variant, dim):
@@ -1004,10 +1109,21 @@ def test_shared_prefix_with_many_queries(backend, rng, block_size, dim):
 
 @pytest.mark.parametrize("num_seqs", [3, 50])
 @pytest.mark.parametrize(
-    "option", ["noncausal", "scale", "softcap", "sinks", "mask", "mask_start", "quantized", "quantized_heads"]
+    "option",
+    [
+        "noncausal",
+        "scale",
+        "softcap",
+        "sinks",
+        "mask",
+        "mask_start",
+        "quantized",
+        "quantized_heads",
+        "float8",
+    ],
 )
 def test_shared_prefix_options(backend, rng, option, num_seqs):
-    quantized = option.startswith("quantized")
+    quantized, float8 = option.startswith("quantized"), option == "float8"
     made = prefixed(
         rng,
         num_prefix_blocks=70,
@@ -1017,9 +1133,9 @@ def test_shared_prefix_options(backend, rng, option, num_seqs):
         kv_heads=2,
         dim=128,
         block_size=16,
-        dtype="bfloat16",
+        dtype="float8_e4m3fn" if float8 else "bfloat16",
         kv_dtype="float8_e4m3fn" if option == "quantized" else "int8" if quantized else None,
-        scales=2 if option == "quantized_heads" else 1 if quantized else 0,
+        scales=2 if option == "quantized_heads" or float8 else 1 if quantized else 0,
     )
     options = {
         "noncausal": {"causal": False},
@@ -1342,7 +1458,12 @@ def good_arguments():
             ValueError,
             r"out: expected float32 \[3, 4, 16\] like q|q: expected one token",
         ),
-        ("q", np.ones((2, 4, 16), np.int8), TypeError, r"q: expected float32, float16 or bfloat16, got int8"),
+        (
+            "q",
+            np.ones((2, 4, 16), np.int8),
+            TypeError,
+            r"q: expected float32, float16, bfloat16 or float8_e4m3fn, got int8",
+        ),
         (
             "k_cache",
             np.ones((3, 4, 2, 16), np.float16),

@@ -126,8 +126,15 @@ def cuda_variants(rng):
         (shape([3000, 200]), {}, "wgmma", ""),
         (shape([3000, 200], block_size=12), {}, "mma_split_rows", no_tma),
         (shape([6000, 200], block_size=12), {}, "mma_split_rows_128", no_tma),
-        (shape([3000, 200], kv_dtype="int8", scales=2), {}, "mma_split_rows", "not of q's dtype"),
-        (shape([3000, 200]), {"mask": np.zeros((3200, 1), np.uint8)}, "mma_split_rows", "there is a mask"),
+        (shape([3000, 200], kv_dtype="int8", scales=2), {}, "wgmma", ""),
+        (shape([3000, 200], dtype="float8_e4m3fn"), {}, "wgmma", ""),
+        (
+            shape([3000, 200], dtype="float8_e4m3fn", kv_dtype="int8"),
+            {},
+            "mma_split_rows",
+            "keys and values are not",
+        ),
+        (shape([3000, 200]), {"mask": np.zeros((3200, 1), np.uint8)}, "wgmma", ""),
         (shape([3, 2], dtype="float32"), {}, "simt", "float32"),
     ]
 
@@ -168,7 +175,7 @@ def test_cuda_attention(backend, rng, torch):
 
 
 @pytest.mark.parametrize("dim", [64, 128, 200])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
 def test_every_variant_can_be_asked_for(backend, rng, dtype, dim):
     """Each gives the right answer or says why it cannot."""
     cuda_backend(backend)

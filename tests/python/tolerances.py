@@ -37,8 +37,9 @@ FLOOR = {
 #: The ops whose floor is of each row along the last axis: a row of small values hides behind no other.
 PER_ROW = {"merge", "attention"}
 
-#: Largest error of a log-sum-exp (natural log), relative to its magnitude or 1.
-LSE_ERROR = {"float32": 2e-6, "float16": 1e-4, "bfloat16": 1e-4}
+#: Largest error of a log-sum-exp (natural log), relative to its magnitude or 1, by the dtype of the queries. Hopper's tensor cores add
+#: products of float8 with about 14 bits: the worst that was seen, at head_dim 256 and scales up to 1.5, is 2.1e-3.
+LSE_ERROR = {"float32": 2e-6, "float16": 1e-4, "bfloat16": 1e-4, "float8_e4m3fn": 4e-3}
 
 
 def assert_close(op: str, got: np.ndarray, want: np.ndarray) -> None:

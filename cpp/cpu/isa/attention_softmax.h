@@ -93,7 +93,8 @@ struct ScoreRule {
 };
 
 QUIRE_INLINE ScoreRule score_rule(const AttentionParams& p, std::int64_t kv_head) {
-  const float scale = p.scale * (p.k_scale ? p.k_scale[kv_head * p.k_scale_stride] : 1.0f);
+  float scale = p.scale * (p.k_scale ? p.k_scale[kv_head * p.k_scale_stride] : 1.0f);
+  if (p.q_scale) scale *= p.q_scale[kv_head * p.q_scale_stride];
   if (p.softcap > 0.0f) return {scale / p.softcap, p.softcap * kLog2E, false};
   return {scale * kLog2E, 0.0f, p.alibi_slopes == nullptr};
 }

@@ -28,7 +28,7 @@ int common_alignment(std::initializer_list<std::int64_t> values) {
 Plan make_plan(const AttentionParams& params, const Config& config) {
   const auto address = [](const void* pointer) { return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(pointer)); };
   const std::int64_t kv_bytes = itemsize(params.kv_dtype);
-  const std::int64_t q_bytes = itemsize(params.dtype);
+  const std::int64_t q_bytes = params.float8_queries ? 1 : itemsize(params.dtype), out_bytes = itemsize(params.dtype);
   Plan plan{};
   plan.params = params;
   plan.group = Divisor::make(params.num_heads / params.num_kv_heads);
@@ -39,7 +39,7 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   plan.partial_stats = reinterpret_cast<float2*>(plan.partial_out + config.num_splits * plan.num_rows * params.head_dim);
   plan.num_splits = config.num_splits;
   plan.keys_per_split_min = config.keys_per_split_min;
-  plan.tile_rows = tile_rows(config.variant, config.head_dim_bucket);
+  plan.tile_rows = config.tile_rows;
   plan.num_tiles = static_cast<int>(config.num_tiles);
   plan.tiles_per_seq = static_cast<int>(config.tiles_per_seq);
   plan.key_capacity = static_cast<int>(key_capacity(params));
@@ -60,7 +60,7 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   plan.chunk_strides_exist = plan.kv_alignment == 16 && chunk_strides(params.k_block_stride, params.k_token_stride, plan.k_chunk_strides) &&
                              chunk_strides(params.v_block_stride, params.v_token_stride, plan.v_chunk_strides);
   plan.q_alignment = common_alignment({address(params.q), params.q_token_stride * q_bytes, params.q_head_stride * q_bytes});
-  plan.out_aligned = common_alignment({address(params.out), params.out_token_stride * q_bytes, params.out_head_stride * q_bytes}) == 16;
+  plan.out_aligned = common_alignment({address(params.out), params.out_token_stride * out_bytes, params.out_head_stride * out_bytes}) == 16;
   plan.op = params.op;
   return plan;
 }
@@ -114,14 +114,23 @@ void launch_combine(const Plan& plan, dim3 grid, Stream stream) {
 void launch(const AttentionParams& params, const Config& config, Stream stream) {
   const Plan plan = make_plan(params, config);
   if (config.variant == Variant::kWgmma) {
-    const auto launch = [&]<bool kBf16>() {
+    const auto launch = [&]<DType kQ, bool kNarrowKv>() {
+      if constexpr (!kNarrowKv) {
+        if (config.head_dim_bucket == 96) return launch_wgmma<kQ, false, 96>(plan, config, stream);
+        if (config.head_dim_bucket == 192) return launch_wgmma<kQ, false, 192>(plan, config, stream);
+      }
       switch (config.head_dim_bucket) {
-        case 64: return launch_wgmma<kBf16, 64>(plan, config, stream);
-        case 128: return launch_wgmma<kBf16, 128>(plan, config, stream);
-        default: return launch_wgmma<kBf16, 256>(plan, config, stream);
+        case 64: return launch_wgmma<kQ, kNarrowKv, 64>(plan, config, stream);
+        case 128: return launch_wgmma<kQ, kNarrowKv, 128>(plan, config, stream);
+        default: return launch_wgmma<kQ, kNarrowKv, 256>(plan, config, stream);
       }
     };
-    return params.dtype == DType::kBFloat16 ? launch.template operator()<true>() : launch.template operator()<false>();
+    const auto launch_wide = [&]<DType kQ>() {
+      return itemsize(params.kv_dtype) == 1 ? launch.template operator()<kQ, true>() : launch.template operator()<kQ, false>();
+    };
+    if (params.float8_queries) return launch.template operator()<DType::kFloat8E4M3FN, true>();
+    return params.dtype == DType::kBFloat16 ? launch_wide.template operator()<DType::kBFloat16>()
+                                            : launch_wide.template operator()<DType::kFloat16>();
   }
   dispatch_kv(params.kv_dtype, "attention", [&](auto kv) {
     constexpr DType kKvDType = decltype(kv)::value;
@@ -141,7 +150,7 @@ void launch(const AttentionParams& params, const Config& config, Stream stream) 
     const std::int64_t group = params.num_heads / params.num_kv_heads;
     // Paged and without query_start_loc there is one query per sequence, but in the pass over a shared prefix.
     const bool one_query = config.tiles_per_seq == 1 && params.block_tables != nullptr && params.shared_queries == 0;
-    const std::int64_t rows = one_query ? group : tile_rows(config.variant, config.head_dim_bucket);
+    const std::int64_t rows = one_query ? group : config.tile_rows;
     launch_combine(plan, dim3(static_cast<unsigned>(config.num_tiles * params.num_kv_heads), static_cast<unsigned>(rows)), stream);
   }
 }
@@ -149,8 +158,8 @@ void launch(const AttentionParams& params, const Config& config, Stream stream) 
 namespace {
 
 std::string tiles_text(const Config& config, std::int64_t num_kv_heads) {
-  return std::to_string(config.num_tiles * num_kv_heads) + " tiles of " +
-         std::to_string(tile_rows(config.variant, config.head_dim_bucket)) + " rows by one kv head at most" +
+  return std::to_string(config.num_tiles * num_kv_heads) + " tiles of " + std::to_string(config.tile_rows) +
+         " rows by one kv head at most" +
          (config.num_splits > 1 ? ", the keys of each split over up to " + std::to_string(config.num_splits) + " CTAs" : "");
 }
 

@@ -23,9 +23,9 @@ using Variant = AttentionVariant;
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 
-constexpr int tile_rows(Variant variant, int head_dim_bucket = 128) {
+/// Rows of a tile of all variants but kWgmma.
+constexpr int tile_rows(Variant variant) {
   switch (variant) {
-    case Variant::kWgmma: return head_dim_bucket == 64 ? 192 : 128;
     case Variant::kMmaSplitKeys16: return 16;
     case Variant::kMmaSplitRows: return 64;
     case Variant::kMmaSplitRows128: return 128;
@@ -33,10 +33,25 @@ constexpr int tile_rows(Variant variant, int head_dim_bucket = 128) {
   }
 }
 
+/// Rows of a tile of kWgmma.
+constexpr int wgmma_rows(int head_dim_bucket, bool narrow_kv) { return head_dim_bucket == 64 && !narrow_kv ? 192 : 128; }
+
 /// head_dim rounded up to what kernels are compiled for; the rest is zero in shared memory.
 constexpr int head_dim_bucket(Variant variant, std::int64_t head_dim) {
   if (variant != Variant::kSimt && head_dim <= 64) return 64;
   return head_dim <= 128 ? 128 : 256;
+}
+
+/// The same of kWgmma, which has more of them for 16-bit keys and values.
+constexpr int wgmma_head_dim_bucket(std::int64_t head_dim, bool narrow_kv) {
+  if (!narrow_kv && head_dim > 64 && head_dim <= 96) return 96;
+  if (!narrow_kv && head_dim > 128 && head_dim <= 192) return 192;
+  return head_dim_bucket(Variant::kWgmma, head_dim);
+}
+
+inline int wgmma_rows(const AttentionParams& params) {
+  const bool narrow = itemsize(params.kv_dtype) == 1;
+  return wgmma_rows(wgmma_head_dim_bucket(params.head_dim, narrow), narrow);
 }
 
 /// What the largest variants need; devices of compute capability 8.0 and 9.0 have it, 8.6, 8.9 and 12.0 have 99 KiB.
@@ -56,6 +71,7 @@ constexpr bool needs_large_shared(Variant variant, int bucket, std::int64_t kv_i
 struct Config {
   Variant variant;
   int head_dim_bucket;
+  int tile_rows;
   int num_splits;          // CTAs that share one tile's keys; > 1 needs the workspace and the combine kernel
   int keys_per_split_min;  // a split is at least this long, and a multiple of it
   std::int64_t tiles_per_seq;  // without query_start_loc; else 0
@@ -104,27 +120,27 @@ inline std::int64_t key_capacity(const AttentionParams& params) {
 /// What keeps Hopper's kernel from a call on a Hopper; null: nothing. It copies K and V by boxes and
 /// q and out by 16 bytes.
 inline const char* wgmma_obstacle(const AttentionParams& p) {
-  if (itemsize(p.dtype) != 2) return "q is not a 16-bit dtype";
-  if (p.kv_dtype != p.dtype) return "keys and values are not of q's dtype";
-  if (p.mask != nullptr) return "there is a mask";
+  if (itemsize(p.dtype) != 2) return "q has more than 16 bits";
+  if (p.float8_queries && p.kv_dtype != DType::kFloat8E4M3FN) return "q is float8_e4m3fn and keys and values are not";
   const bool paged = p.block_tables != nullptr;
   if (paged ? p.num_blocks == 0 : p.num_kv_tokens == 0) return "there are no keys";
   if (paged && p.block_size % 8 != 0) return "block_size is not a multiple of 8";
   if (p.num_blocks > std::numeric_limits<std::int32_t>::max() || p.block_size > std::numeric_limits<std::int32_t>::max())
     return "the cache has more than 2^31 blocks or slots in a block";
   const auto aligned = [](const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; };
-  const auto stride_fits = [](std::int64_t size, std::int64_t stride) {
-    return size <= 1 || (stride > 0 && stride % 8 == 0 && stride < std::int64_t{1} << 38);
+  const std::int64_t q_unit = p.float8_queries ? 16 : 8, kv_unit = 16 / itemsize(p.kv_dtype);  // elements of 16 bytes
+  const auto stride_fits = [&](std::int64_t size, std::int64_t stride) {
+    return size <= 1 || (stride > 0 && stride % kv_unit == 0 && stride < std::int64_t{1} << 38);
   };
   if (!aligned(p.q) || !aligned(p.out) || !aligned(p.k) || !aligned(p.v))
     return "q, out, keys or values do not start at a multiple of 16 bytes";
-  if (p.q_token_stride % 8 != 0 || p.q_head_stride % 8 != 0 || p.out_token_stride % 8 != 0 || p.out_head_stride % 8 != 0)
-    return "a stride of q or out is not a multiple of 8 elements";
+  if (p.q_token_stride % q_unit != 0 || p.q_head_stride % q_unit != 0 || p.out_token_stride % 8 != 0 || p.out_head_stride % 8 != 0)
+    return "a stride of q or out is not a multiple of 16 bytes";
   const std::int64_t slots = paged ? p.block_size : p.num_kv_tokens, blocks = paged ? p.num_blocks : 1;
   if (!stride_fits(p.num_kv_heads, p.k_head_stride) || !stride_fits(p.num_kv_heads, p.v_head_stride) ||
       !stride_fits(slots, p.k_token_stride) || !stride_fits(slots, p.v_token_stride) || !stride_fits(blocks, p.k_block_stride) ||
       !stride_fits(blocks, p.v_block_stride))
-    return "a stride of keys or values is not a positive multiple of 8 elements below 2^38, which the copy engine needs";
+    return "a stride of keys or values is not a positive multiple of 16 bytes below 2^38 elements, which the copy engine needs";
   return nullptr;
 }
 
@@ -175,7 +191,7 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
   const std::int64_t all_rows = params.num_tokens * params.num_heads;
   if (const char* reason = prevents(Variant::kWgmma)) {
     because(std::string("not wgmma: ") + reason);
-  } else if (all_rows * 3 < std::int64_t{tile_rows(Variant::kWgmma, head_dim_bucket(Variant::kWgmma, params.head_dim))} * device.num_sms) {
+  } else if (all_rows * 3 < std::int64_t{wgmma_rows(params)} * device.num_sms) {
     // With few tiles, kMmaSplitRows shares each one's keys between CTAs.
     because("not wgmma: its tiles would be fewer than a third of the SMs, and it does not split the keys of a tile");
   } else {
@@ -201,8 +217,10 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
 
   Config config{};
   config.variant = choose_variant(params, device, has_wgmma, query_len * group, why);
-  config.head_dim_bucket = head_dim_bucket(config.variant, params.head_dim);
-  const int rows = tile_rows(config.variant, config.head_dim_bucket);
+  const bool hopper = config.variant == Variant::kWgmma;
+  config.head_dim_bucket =
+      hopper ? wgmma_head_dim_bucket(params.head_dim, itemsize(params.kv_dtype) == 1) : head_dim_bucket(config.variant, params.head_dim);
+  const int rows = config.tile_rows = hopper ? wgmma_rows(params) : tile_rows(config.variant);
 
   // Sequence s owns the tiles from floor(query_start_loc[s] * group / rows) + s on: never too few, and found by one search.
   config.tiles_per_seq = ragged ? 0 : ceil_div(query_len * group, rows);
@@ -217,7 +235,7 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
   const bool narrow = head_dim_bucket(config.variant, params.head_dim) * itemsize(params.kv_dtype) <= 128;
   const bool shared_steps =
       config.variant == Variant::kMmaSplitRows || config.variant == Variant::kMmaSplitRows128 || config.variant == Variant::kSimt;
-  if (config.variant == Variant::kWgmma) {
+  if (hopper) {
     config.num_splits = 1;
     config.keys_per_split_min = 1;
     return config;
@@ -237,8 +255,7 @@ inline int choose_prefix_ranges(const AttentionParams& pass, const DevicePropert
   constexpr std::int64_t kMinKeys = 512;
   const std::int64_t rows = pass.shared_queries * (pass.num_heads / pass.num_kv_heads);
   if (rows <= 32 || obstacle(Variant::kWgmma, pass, device, has_wgmma) != nullptr) return 0;
-  const std::int64_t tiles =
-      ceil_div(rows, tile_rows(Variant::kWgmma, head_dim_bucket(Variant::kWgmma, pass.head_dim))) * pass.num_kv_heads;
+  const std::int64_t tiles = ceil_div(rows, wgmma_rows(pass)) * pass.num_kv_heads;
   const auto cost = [&](std::int64_t ranges) {  // rounds of the device, as parts of the whole; and each range has a price
     return static_cast<double>(ceil_div(tiles * ranges, device.num_sms)) / static_cast<double>(ranges) *
            (1.0 + 0.02 * static_cast<double>(ranges));

@@ -20,8 +20,8 @@ void launch(const AttentionParams& params, const Config& config, Stream stream);
 /// Launches config's variant for K and V of kKvDType and the padded kHeadDim.
 template <DType kKvDType, int kHeadDim>
 void launch_mma(const Plan& plan, const Config& config, Stream stream);
-/// Launches Hopper's kernel for 16-bit queries, keys and values.
-template <bool kBf16, int kHeadDim>
+/// Launches Hopper's kernel for queries of kQ: 16 bits, or float8_e4m3fn. Keys and values are of it too, or kNarrowKv: of 8 bits.
+template <DType kQ, bool kNarrowKv, int kHeadDim>
 void launch_wgmma(const Plan& plan, const Config& config, Stream stream);
 /// Whether it can run on the current device, a Hopper, in this build.
 bool has_wgmma_code();

@@ -31,14 +31,15 @@ inline CUtensorMap make_tensor_map(const AttentionParams& p, const void* base, s
                                static_cast<cuuint64_t>(paged ? p.block_size : p.num_kv_tokens),
                                static_cast<cuuint64_t>(paged ? p.num_blocks : 1)};
   // Strides of dimensions of size 1 are not used, but must look well.
-  const auto bytes = [](cuuint64_t size, std::int64_t stride) { return size > 1 ? static_cast<cuuint64_t>(stride * 2) : 16; };
+  const std::int64_t item = itemsize(p.kv_dtype);
+  const auto bytes = [&](cuuint64_t size, std::int64_t stride) { return size > 1 ? static_cast<cuuint64_t>(stride * item) : 16; };
   const cuuint64_t strides[3] = {bytes(sizes[1], head_stride), bytes(sizes[2], token_stride), bytes(sizes[3], block_stride)};
-  const cuuint32_t box[4] = {device::kPanelColumns, 1, static_cast<cuuint32_t>(keys_per_box), 1};
+  const cuuint32_t box[4] = {static_cast<cuuint32_t>(device::kPanelRowBytes / item), 1, static_cast<cuuint32_t>(keys_per_box), 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult status =
-      encode_tensor_map()(&map, p.kv_dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-                          const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      encode_tensor_map()(&map, item == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(base),
+                          sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS)
     throw CudaError("[cuda] cuTensorMapEncodeTiled failed with status " + std::to_string(static_cast<int>(status)),
@@ -46,18 +47,19 @@ inline CUtensorMap make_tensor_map(const AttentionParams& p, const void* base, s
   return map;
 }
 
-template <bool kBf16, int kHeadDim>
+template <DType kQ, bool kNarrowKv, int kHeadDim>
 void launch_wgmma(const Plan& plan, const Config& config, Stream stream) {
-  using Shape = WgmmaShape<kHeadDim>;
+  using Shape = WgmmaShape<kQ, kNarrowKv, kHeadDim>;
   const AttentionParams& p = plan.params;
   WgmmaInputs inputs;
   inputs.keys_per_box =
       p.block_tables != nullptr ? static_cast<int>(std::min<std::int64_t>(p.block_size & -p.block_size, Shape::kKeyUnit)) : Shape::kKeys;
   inputs.log2_scale = p.scale * kLog2E;
+  inputs.transform = p.softcap > 0.0f || p.alibi_slopes != nullptr || (!kNarrowKv && !(p.scale > 0.0f));
   inputs.k = make_tensor_map(p, p.k, p.k_block_stride, p.k_token_stride, p.k_head_stride, inputs.keys_per_box);
   inputs.v = make_tensor_map(p, p.v, p.v_block_stride, p.v_token_stride, p.v_head_stride, inputs.keys_per_box);
   const auto launch = [&](auto kernel) {
-    constexpr int kSharedBytes = kWgmmaSharedBytes<kHeadDim>;
+    constexpr int kSharedBytes = kWgmmaSharedBytes<Shape>;
     static_assert(kSharedBytes <= 227 * 1024);
     set_max_shared_bytes(reinterpret_cast<const void*>(kernel), kSharedBytes);
     // The workspace has room for the notes of so many CTAs; that is fewer than SMs only where few rows meet many sequences.
@@ -70,8 +72,7 @@ void launch_wgmma(const Plan& plan, const Config& config, Stream stream) {
     kernel<<<static_cast<unsigned>(num_ctas), Shape::kThreads, kSharedBytes, cuda_stream(stream)>>>(plan, inputs);
     QUIRE_CHECK_LAUNCH("attention_wgmma_kernel", stream);
   };
-  const bool transform = p.softcap > 0.0f || p.alibi_slopes != nullptr || p.k_scale != nullptr || !(p.scale > 0.0f);
-  transform ? launch(attention_wgmma_kernel<kBf16, kHeadDim, true>) : launch(attention_wgmma_kernel<kBf16, kHeadDim, false>);
+  inputs.transform || p.mask != nullptr ? launch(attention_wgmma_kernel<Shape, true>) : launch(attention_wgmma_kernel<Shape, false>);
 }
 
 }  // namespace quire::cuda::attn

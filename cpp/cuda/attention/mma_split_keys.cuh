@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim, k
   const std::uint32_t k_offset = MmaState::k_thread_offset();
   const std::uint32_t v_offset = MmaState::v_thread_offset();
 
-  copy_q<Types, kRows>(plan, tile, kv_head, 0, warp, kWarps, device::shared_address(q_shared));
+  copy_q<Types, kRows>(plan, tile, kv_head, 0, warp, kWarps, q_shared);
   if (threadIdx.x < kRows) row_params[threadIdx.x] = make_row_params(plan, tile, kv_head, static_cast<int>(threadIdx.x));
   device::copy_async_commit();
 

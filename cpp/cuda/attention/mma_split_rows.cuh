@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim, k
     }
   };
 
-  copy_q<Types, kWarpRows>(plan, tile, kv_head, warp_row, 0, 1, device::shared_address(q_shared));
+  copy_q<Types, kWarpRows>(plan, tile, kv_head, warp_row, 0, 1, q_shared);
   if (lane < kWarpRows) row_params[warp_row + lane] = make_row_params(plan, tile, kv_head, warp_row + lane);
   device::copy_async_commit();
 

@@ -112,12 +112,42 @@ __device__ __forceinline__ FullRange full_range(const Plan& plan, const Tile& ti
   return range;
 }
 
+/// What copy_q does with float8_e4m3fn queries, at once: float16 in shared memory.
+template <typename Types>
+__device__ __noinline__ void widen_q(const Plan& plan, const Tile& tile, int kv_head, int first_row, int num_rows, int first_pass,
+                                     int pass_step, char* q_shared) {
+  using QRows = Rows<Types::kQRowBytes>;
+  const AttentionParams& p = plan.params;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  constexpr int kRowsPerPass = 32 / QRows::kChunks;
+  const int chunk = lane % QRows::kChunks;
+  for (int pass = first_pass; pass < num_rows / kRowsPerPass; pass += pass_step) {
+    const int row = first_row + pass * kRowsPerPass + lane / QRows::kChunks;
+    std::uint32_t words[4] = {};
+    if (row < tile.num_rows && chunk * 8 < p.head_dim) {
+      const RowIndex index = row_index(plan, tile, kv_head, row);
+      const auto* source =
+          static_cast<const std::uint8_t*>(p.q) + index.q_token * p.q_token_stride + index.head * p.q_head_stride + chunk * 8;
+      std::uint32_t packed[2] = {};
+      for (int i = 0; i < 8; ++i) packed[i / 4] |= static_cast<std::uint32_t>(source[i]) << (8 * (i % 4));
+      device::dequantize_4<device::Byte::kE4M3>(packed[0], words[0], words[1]);
+      device::dequantize_4<device::Byte::kE4M3>(packed[1], words[2], words[3]);
+    }
+    *reinterpret_cast<uint4*>(q_shared + row * Types::kQRowBytes + ((chunk ^ QRows::key(row)) << 4)) =
+        uint4{words[0], words[1], words[2], words[3]};
+  }
+}
+
 /// A warp starts the copy of its part of q's rows [first_row, first_row + kRows) of the tile to shared memory, zero where there is no row
-/// or column: the passes first_pass, first_pass + pass_step, ... `q_shared` is the whole tile's.
+/// or column: the passes first_pass, first_pass + pass_step, ... `q_shared_rows` are the whole tile's.
 template <typename Types, int kRows>
 __device__ __forceinline__ void copy_q(const Plan& plan, const Tile& tile, int kv_head, int first_row, int first_pass, int pass_step,
-                                       std::uint32_t q_shared) {
+                                       char* q_shared_rows) {
+  if constexpr (Types::kQuantized) {
+    if (plan.params.float8_queries) return widen_q<Types>(plan, tile, kv_head, first_row, kRows, first_pass, pass_step, q_shared_rows);
+  }
   using QRows = Rows<Types::kQRowBytes>;
+  const std::uint32_t q_shared = device::shared_address(q_shared_rows);
   const AttentionParams& p = plan.params;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   constexpr int kRowsPerPass = 32 / QRows::kChunks;
@@ -144,7 +174,9 @@ __device__ __forceinline__ RowParams make_row_params(const Plan& plan, const Til
   const AttentionParams& p = plan.params;
   const RowIndex index = row_index(plan, tile, kv_head, min(row, tile.num_rows - 1));
   const KeyRange range = visible_keys(p, tile, index.token);
-  return RowParams{p.scale * (p.k_scale != nullptr ? p.k_scale[kv_head * p.k_scale_stride] : 1.0f),
+  float scale = p.scale * (p.k_scale != nullptr ? p.k_scale[kv_head * p.k_scale_stride] : 1.0f);
+  if (p.q_scale != nullptr) scale *= p.q_scale[kv_head * p.q_scale_stride];
+  return RowParams{scale,
                    p.alibi_slopes != nullptr ? p.alibi_slopes[index.head] * kLog2E : 0.0f,
                    tile.kv_len - tile.query_len + index.token,
                    range.begin,
@@ -170,8 +202,8 @@ __device__ __forceinline__ void convert_q(const Plan& plan, int first_row, char*
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e) {
       const std::uint16_t bits = at(lane + 32 * e);
-      values[e] =
-          plan.params.dtype == DType::kBFloat16 ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
+      values[e] = plan.params.dtype == DType::kBFloat16 && !plan.params.float8_queries ? __bfloat162float(__ushort_as_bfloat16(bits))
+                                                                                       : __half2float(__ushort_as_half(bits));
       largest = fmaxf(largest, fabsf(values[e]));
     }
     // Positive floats compare like their bits. 2^-e and 2^e, both normal; 1 for zero, subnormal and infinite rows.

@@ -2,7 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A CTA stays on its SM and takes tile after tile. The warps of its first warpgroup bring things: one finds the tiles, one copies their keys,
-// one their values, and one gathers their query rows. Each further warpgroup has 64 rows of the tile. Two products are under way at once:
+// one their values, and one gathers their query rows. Where keys and values have 8 bits, the second warpgroup widens what is not multiplied as
+// it is. Each further warpgroup has 64 rows of the tile. Two products are under way at once:
 // scores of the next keys, and weights times values of the last ones; and warpgroups take turns at issuing products, so that one's softmax
 // runs beside the other's products.
 #pragma once
@@ -13,23 +14,28 @@
 namespace quire::cuda::attn {
 
 /// Grid: one CTA per SM at most; each takes tiles of 64 packed rows per consumer and one kv head until none is left.
-template <bool kBf16, int kHeadDim, bool kTransform>
-__global__ void __launch_bounds__(WgmmaShape<kHeadDim>::kThreads, 1)
+template <typename Shape, bool kOptions>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
     attention_wgmma_kernel(const __grid_constant__ Plan plan, const __grid_constant__ WgmmaInputs inputs) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Shape = WgmmaShape<kHeadDim>;
-  using Control = WgmmaControl<kHeadDim>;
+  using Control = WgmmaControl<Shape>;
   extern __shared__ __align__(1024) char shared[];
   auto* control = reinterpret_cast<Control*>(shared + Shape::kControlOffset);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) {
     const auto init = [](std::uint64_t& barrier, int arrivals) { device::barrier_init(device::shared_address(&barrier), arrivals); };
     for (int i = 0; i < Shape::kStages; ++i) {
-      init(control->k_full[i], 1), init(control->v_full[i], 1);
+      init(control->k_full[i], Shape::kWidenK ? Shape::kWidenerWarps : 1),
+          init(control->v_full[i], Shape::kWidenV ? Shape::kWidenerWarps : 1);
       init(control->k_empty[i], Shape::kConsumerWarps), init(control->v_empty[i], Shape::kConsumerWarps);
     }
+    for (int i = 0; Shape::kWidenV && i < Shape::kNarrowStages; ++i) {
+      init(control->narrow_k_full[i], 1), init(control->narrow_v_full[i], 1);
+      init(control->narrow_k_empty[i], Shape::kWidenerWarps), init(control->narrow_v_empty[i], Shape::kWidenerWarps);
+    }
     for (int i = 0; i < Shape::kQStages; ++i) init(control->q_full[i], kQueryLoaders), init(control->q_empty[i], Shape::kConsumerWarps);
-    for (int i = 0; i < kTileSlots; ++i) init(control->tile_full[i], 1), init(control->tile_empty[i], 32 * (Shape::kConsumerWarps + 3));
+    for (int i = 0; i < kTileSlots; ++i)
+      init(control->tile_full[i], 1), init(control->tile_empty[i], 32 * (Shape::kConsumerWarps + Shape::kWidenerWarps + 3));
     for (int i = 0; i < kTileSlots; ++i) control->tiles[i].again = 0;
     control->any_again = 0;
     device::barrier_init_fence();
@@ -41,17 +47,28 @@ __global__ void __launch_bounds__(WgmmaShape<kHeadDim>::kThreads, 1)
   if (warp < 4) {
     device::give_registers<Shape::kProducerRegisters>();
     if (warp == 0) {
-      WgmmaScheduler<kHeadDim>{plan, control}.run();
+      WgmmaScheduler<Shape>{plan, control}.run();
     } else if (warp == 1) {
-      copy_steps<kHeadDim, true>(plan, inputs, shared, control);
+      copy_steps<Shape, true>(plan, inputs, shared, control);
     } else if (warp == 2) {
-      copy_steps<kHeadDim, false>(plan, inputs, shared, control);
+      copy_steps<Shape, false>(plan, inputs, shared, control);
     } else {
-      gather_queries<kHeadDim>(plan, shared, control);
+      gather_queries<Shape>(plan, shared, control);
+    }
+  } else if (warp < 4 * Shape::kFirstConsumer) {
+    if constexpr (Shape::kWidenV) {
+      device::give_registers<Shape::kWidenerRegisters>();
+      if (Shape::kNarrowQ || plan.params.kv_dtype == DType::kFloat8E4M3FN) {
+        widen_steps<Shape, device::Byte::kE4M3>(shared, control);
+      } else if (plan.params.kv_dtype == DType::kFloat8E5M2) {
+        widen_steps<Shape, device::Byte::kE5M2>(shared, control);
+      } else {
+        widen_steps<Shape, device::Byte::kInt8>(shared, control);
+      }
     }
   } else {
     device::take_registers<Shape::kConsumerRegisters>();
-    WgmmaConsumer<kBf16, kHeadDim, kTransform> consumer{plan, inputs, shared, warp / 4 - 1};
+    WgmmaConsumer<Shape, kOptions> consumer{plan, inputs, shared, warp / 4 - Shape::kFirstConsumer};
     consumer.run();
   }
 #endif

@@ -4,13 +4,15 @@
 
 namespace quire::cuda::attn {
 
-template void launch_wgmma<true, 64>(const Plan&, const Config&, Stream);
-template void launch_wgmma<true, 128>(const Plan&, const Config&, Stream);
-template void launch_wgmma<true, 256>(const Plan&, const Config&, Stream);
+template void launch_wgmma<DType::kBFloat16, false, 64>(const Plan&, const Config&, Stream);
+template void launch_wgmma<DType::kBFloat16, false, 96>(const Plan&, const Config&, Stream);
+template void launch_wgmma<DType::kBFloat16, false, 128>(const Plan&, const Config&, Stream);
+template void launch_wgmma<DType::kBFloat16, false, 192>(const Plan&, const Config&, Stream);
+template void launch_wgmma<DType::kBFloat16, false, 256>(const Plan&, const Config&, Stream);
 
 bool has_wgmma_code() {
   cudaFuncAttributes attributes{};
-  QUIRE_CUDA_CHECK(cudaFuncGetAttributes(&attributes, attention_wgmma_kernel<true, 128, false>));
+  QUIRE_CUDA_CHECK(cudaFuncGetAttributes(&attributes, attention_wgmma_kernel<WgmmaShape<DType::kBFloat16, false, 128>, false>));
   // Code made from older PTX is empty.
   return attributes.ptxVersion >= 90 && attributes.binaryVersion == 90;
 }

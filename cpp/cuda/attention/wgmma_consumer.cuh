@@ -3,16 +3,18 @@
 #pragma once
 
 #include "cuda/attention/wgmma_shape.cuh"
+#include "cuda/device/vector.cuh"
 
 namespace quire::cuda::attn {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/// A warpgroup with 64 of the tile's rows.
-template <bool kBf16, int kHeadDim, bool kTransform>
+/// A warpgroup with 64 of the tile's rows. kOptions: there is a mask, or scores are more than a factor times q k.
+template <typename Shape, bool kOptions>
 struct WgmmaConsumer {
-  using Shape = WgmmaShape<kHeadDim>;
-  using Control = WgmmaControl<kHeadDim>;
+  using Control = WgmmaControl<Shape>;
+  static constexpr bool kBf16 = Shape::kBf16;
+  static constexpr int kHeadDim = Shape::kHeadDim;
   static constexpr int kKeys = Shape::kKeys;
   static constexpr int kTurnBarrier = 1;  // and the next ones: a warpgroup's turn at products
   static constexpr int kVoteBarrier = 4;  // and the next ones: one warpgroup
@@ -62,33 +64,51 @@ struct WgmmaConsumer {
     return Operands{
         device::matrix_descriptor(
             address + Shape::kQOffset + q_uses % Shape::kQStages * Shape::kQBytes + group * 64 * device::kPanelRowBytes, 0),
-        device::matrix_descriptor(address + k_uses % Shape::kStages * Shape::kSlotBytes, 0),
-        device::matrix_descriptor(address + (Shape::kStages + v_uses % Shape::kStages) * Shape::kSlotBytes, Shape::kKeyPanelBytes)};
+        device::matrix_descriptor(address + k_uses % Shape::kStages * Shape::kKSlotBytes, 0),
+        device::matrix_descriptor(address + Shape::kVOffset + v_uses % Shape::kStages * Shape::kVSlotBytes, Shape::kKeyPanelBytes)};
   }
 
   /// score = q k^T for the stage's keys, started.
   __device__ __forceinline__ void start_scores(const Operands& from) {
 #pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step)
-      device::WgmmaShared<kKeys, kBf16>::product(score, from.q + (step / 4 * Shape::kRowPanelBytes + step % 4 * 32) / 16,
-                                                 from.k + (step / 4 * Shape::kKeyPanelBytes + step % 4 * 32) / 16, step > 0 ? 1 : 0);
+    for (int step = 0; step < Shape::kQkSteps; ++step) {
+      const std::uint32_t q = from.q + (step / 4 * Shape::kRowPanelBytes + step % 4 * 32) / 16;
+      const std::uint32_t k = from.k + (step / 4 * Shape::kKeyPanelBytes + step % 4 * 32) / 16;
+      if constexpr (Shape::kNarrowQ) {
+        device::WgmmaShared8<kKeys>::product(score, q, k, step > 0 ? 1 : 0);
+      } else {
+        device::WgmmaShared<kKeys, kBf16>::product(score, q, k, step > 0 ? 1 : 0);
+      }
+    }
     device::wgmma_commit();
   }
 
   /// out += weights v, started.
   __device__ __forceinline__ void start_output(const Operands& from, int accumulate) {
 #pragma unroll
-    for (int step = 0; step < kKeys / 16; ++step)
-      device::WgmmaRegisters<kHeadDim, kBf16>::product(out, weights[step], from.v + (step * 16 * device::kPanelRowBytes) / 16,
-                                                       step > 0 ? 1 : accumulate);
+    for (int step = 0; step < kKeys / 16; ++step) {
+      const std::uint32_t v = from.v + (step * 16 * device::kPanelRowBytes) / 16;
+      if constexpr (Shape::kOutputParts == 1) {
+        device::WgmmaRegisters<kHeadDim, kBf16>::product(out, weights[step], v, step > 0 ? 1 : accumulate);
+      } else {
+        constexpr int kPart = kHeadDim / 4;
+        using Part = float (&)[kPart];
+        using Product = device::WgmmaRegisters<kHeadDim / 2, kBf16>;
+        Product::product(reinterpret_cast<Part>(out[0]), weights[step], v, step > 0 ? 1 : accumulate);
+        Product::product(reinterpret_cast<Part>(out[kPart]), weights[step], v + Shape::kVPanels / 2 * Shape::kKeyPanelBytes / 16,
+                         step > 0 ? 1 : accumulate);
+      }
+    }
     device::wgmma_commit();
   }
 
   /// A tile as this thread sees it.
   struct Work {
     TileSlot* slot;  // until it is finished
-    RowParams rows[2];  // only where scores are more than a factor times q k
-    int full_begin, full_end;  // keys that all of the warp's rows see
+    RowParams rows[2];  // only with options
+    int full_begin, full_end;  // keys that all of the warp's rows see, and whose scores need nothing
+    float log2_scale;  // of scores, to log2 units; where it differs from WgmmaInputs'
+    bool scale_first;  // scores are multiplied by all of it beforehand, because it would not keep their order
     bool sees_keys[2];  // for each of the thread's rows
     bool selecting;
     int first, step;  // the next step whose scores are to be computed, down to the first
@@ -101,7 +121,7 @@ struct WgmmaConsumer {
   /// Scores of keys that a row does not see become -inf; and what is asked for beyond a factor is done.
   __device__ __forceinline__ void mask_scores(const Work& work, std::uint32_t valid) {
     const int first = work.step * kKeys + static_cast<int>(threadIdx.x) % 4 * 2;
-    if constexpr (kTransform) {
+    if (kOptions && inputs.transform) {
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j)
 #pragma unroll
@@ -109,6 +129,11 @@ struct WgmmaConsumer {
           score[4 * j + i] = transformed_score(score[4 * j + i], work.rows[i / 2], plan.params.softcap, first + 8 * j + i % 2);
     }
     if ((work.step + 1) * kKeys <= work.full_end && work.step * kKeys >= work.full_begin && valid == ~0u) return;
+    if (Shape::kWidenV && work.scale_first) {
+      const float factor = row_params(*work.slot, 0).scale * kLog2E;
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) score[i] *= factor;
+    }
     int begin[2], end[2];  // relative to `first`
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -121,17 +146,38 @@ struct WgmmaConsumer {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (8 * j + i % 2 >= end[i / 2]) score[4 * j + i] = -INFINITY;
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j) {
-      const bool present = (valid >> j & 1) != 0;
+      for (int j = 0; j < kKeys / 8; ++j) {
+        const bool present = (valid >> j & 1) != 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int key = 8 * j + i % 2;
-        if (!(present && key >= begin[i / 2] && key < end[i / 2])) score[4 * j + i] = -INFINITY;
+        for (int i = 0; i < 4; ++i) {
+          const int key = 8 * j + i % 2;
+          if (!(present && key >= begin[i / 2] && key < end[i / 2])) score[4 * j + i] = -INFINITY;
+        }
       }
     }
+    if (kOptions && plan.params.mask != nullptr) apply_mask(work);
+  }
+
+  /// Scores of keys that the mask hides become -inf. Of four lanes with the same rows each fetches 32 keys' bits.
+  __device__ __forceinline__ void apply_mask(const Work& work) {
+    static_assert(kKeys <= 128);
+    const int quad = static_cast<int>(threadIdx.x) % 4;
+    std::uint32_t bits[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) bits[r] = mask_bits(plan.params, work.rows[r], work.step * kKeys + 32 * quad);
+#pragma unroll
+    for (int word = 0; word < (kKeys + 31) / 32; ++word)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const std::uint32_t seen = __shfl_sync(kAllLanes, bits[r], word, 4) >> (2 * quad);
+#pragma unroll
+        for (int j = 4 * word; j < 4 * word + 4 && j < kKeys / 8; ++j)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            if ((seen >> (8 * (j % 4) + i) & 1u) == 0) score[4 * j + 2 * r + i] = -INFINITY;
+      }
   }
 
   /// Scores become weights in float32, relative to `base`, which need not be the maximum: as long as weights are not large, nothing depends
@@ -197,12 +243,13 @@ struct WgmmaConsumer {
                                                     int step) {
     constexpr int kThreads = 128 * Shape::kConsumers;
     constexpr std::uint32_t kInfinity = kBf16 ? 0x7f80u : 0x7c00u;
+    const int thread = static_cast<int>(threadIdx.x) - 128 * Shape::kFirstConsumer;
     device::named_barrier_sync(kAllBarrier, kThreads);
     if (step == (slot.tile.key_end + kKeys - 1) / kKeys - 1) {
-      for (int i = static_cast<int>(threadIdx.x) - 128; i < Shape::kRows * kNoteWords<kHeadDim>; i += kThreads) notes[i] = 0;
+      for (int i = thread; i < Shape::kRows * kNoteWords<kHeadDim>; i += kThreads) notes[i] = 0;
       device::named_barrier_sync(kAllBarrier, kThreads);
     }
-    for (int i = static_cast<int>(threadIdx.x) - 128; i < Shape::kSlotBytes / 2; i += kThreads) {
+    for (int i = thread; i < Shape::kVSlotBytes / 2; i += kThreads) {
       auto* element = reinterpret_cast<std::uint16_t*>(shared_v) + i;
       const std::uint32_t magnitude = *element & 0x7fffu;
       if (magnitude < kInfinity) continue;
@@ -214,8 +261,9 @@ struct WgmmaConsumer {
       const std::uint32_t note = (nan ? 3u : negative ? 2u : 1u) << (column % 16 * 2);
 #pragma unroll 1
       for (int row = 0; row < slot.tile.num_rows; ++row) {
-        const KeyRange range = visible_keys(plan.params, slot.tile, row_index(plan, slot.tile, slot.kv_head, row).token);
-        if (step * kKeys + key >= range.begin && step * kKeys + key < range.end)
+        const RowParams params = make_row_params(plan, slot.tile, slot.kv_head, row);
+        if (step * kKeys + key >= params.begin && step * kKeys + key < params.end &&
+            (!kOptions || plan.params.mask == nullptr || (mask_bits(plan.params, params, step * kKeys + key) & 1u) != 0))
           atomicOr(&notes[row * kNoteWords<kHeadDim> + column / 16], note);
       }
     }
@@ -242,12 +290,22 @@ struct WgmmaConsumer {
     RowParams rows[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) rows[r] = row_params(*work.slot, r);
-    if constexpr (kTransform) work.rows[0] = rows[0], work.rows[1] = rows[1];
+    if constexpr (kOptions) work.rows[0] = rows[0], work.rows[1] = rows[1];
 #pragma unroll
     for (int r = 0; r < 2; ++r) work.sees_keys[r] = rows[r].end > rows[r].begin;
     // Rows are in order of position: the warp's first and last say what all of them see.
     work.full_end = __shfl_sync(kAllLanes, rows[0].end, 0);
     work.full_begin = __shfl_sync(kAllLanes, rows[1].begin, 31);
+    if (kOptions && plan.params.mask != nullptr) work.full_end = min(work.full_end, max(rows[0].mask_first_key, 0));
+    work.log2_scale = inputs.log2_scale;
+    work.scale_first = false;
+    if (kOptions && inputs.transform) {
+      work.log2_scale = 1.0f;
+    } else if constexpr (Shape::kWidenV) {
+      work.log2_scale = rows[0].scale * kLog2E;
+      work.scale_first = !(work.log2_scale > 0.0f && work.log2_scale < INFINITY);
+      if (work.scale_first) work.log2_scale = 1.0f, work.full_end = 0;
+    }
     work.selecting = work.slot->kind == TileKind::kSelecting;
     work.first = work.slot->tile.key_begin / kKeys;
     work.step = (work.slot->tile.key_end + kKeys - 1) / kKeys - 1;
@@ -259,8 +317,9 @@ struct WgmmaConsumer {
     device::barrier_arrive(device::shared_address(&control().tile_empty[work.slot - control().tiles]));
   }
 
-  /// From a score before the factor to log2 units.
-  __device__ __forceinline__ float log2_scale() const { return kTransform ? 1.0f : inputs.log2_scale; }
+  __device__ __forceinline__ float log2_scale(const Work& work) const {
+    return kOptions || Shape::kWidenV ? work.log2_scale : inputs.log2_scale;
+  }
 
   /// Waits for K and, with a new tile, its queries; returns, to lane 0, which keys have a block.
   __device__ __forceinline__ std::uint32_t wait_scores_inputs(bool new_tile) const {
@@ -281,7 +340,7 @@ struct WgmmaConsumer {
   __device__ __forceinline__ void prepare_values(const Work& work) const {
     if (!work.selecting) return;
     wait_values();
-    select_values(plan, *work.slot, shared + (Shape::kStages + v_uses % Shape::kStages) * Shape::kSlotBytes, wgmma_notes<kHeadDim>(plan),
+    select_values(plan, *work.slot, shared + Shape::kVOffset + v_uses % Shape::kStages * Shape::kVSlotBytes, wgmma_notes<Shape>(plan),
                   work.step + 1);
   }
   __device__ __forceinline__ void wait_values() const { wait_full(control().v_full, v_uses); }
@@ -300,7 +359,7 @@ struct WgmmaConsumer {
     for (int r = 0; r < 2; ++r) base[r] = work.sees_keys[r] ? -INFINITY : 0.0f, sum[r] = 0.0f;
     const float large[2] = {INFINITY, INFINITY};
     float factor[2];
-    weigh_anew(log2_scale(), large, factor);
+    weigh_anew(log2_scale(work), large, factor);
   }
 
   /// The first scores of a tile, with nothing else under way.
@@ -343,7 +402,7 @@ struct WgmmaConsumer {
       device::pin_registers(score);
       mask_scores(scores, valid);
       float added[2];
-      weigh(log2_scale(), added);
+      weigh(log2_scale(scores), added);
       // Products are a warpgroup's: all of it takes one branch.
       const bool large = !(added[0] < kLargeWeights && added[1] < kLargeWeights);
       if (device::named_barrier_any(kVoteBarrier + group, 128, large)) {
@@ -356,7 +415,7 @@ struct WgmmaConsumer {
         device::pin_registers(out);
         mask_scores(scores, valid);
         float factor[2];
-        weigh_anew(log2_scale(), added, factor);
+        weigh_anew(log2_scale(scores), added, factor);
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= factor[i / 2 % 2];
       } else {
@@ -370,7 +429,7 @@ struct WgmmaConsumer {
 
   __device__ __forceinline__ void run() {
     // The first warpgroup's first turn.
-    if (Shape::kTakeTurns && group == Shape::kConsumers - 1) pass_turn();
+    if (group == Shape::kConsumers - 1) pass_turn();
     Work work;
     while (open(work, false)) {
       start_tile(work);
@@ -406,7 +465,7 @@ struct WgmmaConsumer {
         break;
       }
     }
-    if (Shape::kTakeTurns && group == 0) wait_turn();
+    if (group == 0) wait_turn();
   }
 
   /// Rows that see no key.
@@ -423,8 +482,9 @@ struct WgmmaConsumer {
   /// Infinity or NaN for what was noted, over the rows that the warp has stored.
   __device__ __noinline__ static void store_notes(const Plan& plan, int group, const TileSlot& slot) {
     const AttentionParams& p = plan.params;
-    const std::uint32_t* notes = wgmma_notes<kHeadDim>(plan);
-    constexpr std::uint16_t kInfinity = kBf16 ? 0x7f80 : 0x7c00, kNan = 0x7fff;
+    const std::uint32_t* notes = wgmma_notes<Shape>(plan);
+    const bool bf16 = Shape::kNarrowQ ? p.dtype == DType::kBFloat16 : kBf16;
+    const std::uint16_t infinity = bf16 ? 0x7f80 : 0x7c00, nan = 0x7fff;
     __syncwarp();
     const int first = 64 * group + static_cast<int>(threadIdx.x) % 128 / 32 * 16;
     for (int row = first; row < min(slot.tile.num_rows, first + 16); ++row) {
@@ -432,8 +492,8 @@ struct WgmmaConsumer {
       auto* out_row = static_cast<std::uint16_t*>(p.out) + index.q_token * p.out_token_stride + index.head * p.out_head_stride;
       for (int column = static_cast<int>(threadIdx.x) % 32; column < p.head_dim; column += 32) {
         const std::uint32_t note = notes[row * kNoteWords<kHeadDim> + column / 16] >> (column % 16 * 2) & 3u;
-        if (note == 0 || (out_row[column] & 0x7fff) > kInfinity) continue;
-        out_row[column] = note == 3 ? kNan : static_cast<std::uint16_t>(note == 2 ? kInfinity | 0x8000 : kInfinity);
+        if (note == 0 || (out_row[column] & 0x7fff) > infinity) continue;
+        out_row[column] = note == 3 ? nan : static_cast<std::uint16_t>(note == 2 ? infinity | 0x8000 : infinity);
       }
     }
   }
@@ -451,6 +511,12 @@ struct WgmmaConsumer {
     const std::uint32_t got0 = __shfl_xor_sync(kAllLanes, upper ? pairs[0][0] : pairs[1][0], 2);
     const std::uint32_t got1 = __shfl_xor_sync(kAllLanes, upper ? pairs[0][1] : pairs[1][1], 2);
     return upper ? uint4{got0, got1, pairs[1][0], pairs[1][1]} : uint4{pairs[0][0], pairs[0][1], got0, got1};
+  }
+
+  /// Two floats of an output row.
+  __device__ __forceinline__ std::uint32_t pack_out(float low, float high) const {
+    if (Shape::kNarrowQ && plan.params.dtype == DType::kBFloat16) return device::pack_16<true>(low, high);
+    return device::pack_16<kBf16>(low, high);
   }
 
   __device__ __forceinline__ void finish(TileSlot& slot, const float (&last_base)[2], const float (&last_sum)[2]) {
@@ -479,10 +545,9 @@ struct WgmmaConsumer {
       for (int i = 0; i < kHeadDim / 32; ++i) {
         std::uint32_t words[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          words[j] = device::pack_16<kBf16>(out[16 * i + 4 * j + 2 * r] * factor, out[16 * i + 4 * j + 2 * r + 1] * factor);
+        for (int j = 0; j < 4; ++j) words[j] = pack_out(out[16 * i + 4 * j + 2 * r] * factor, out[16 * i + 4 * j + 2 * r + 1] * factor);
         const uint4 columns = gather_columns(words);
-        if (32 * i < num_columns) *reinterpret_cast<uint4*>(row_out + 32 * i) = columns;
+        if (32 * i < num_columns) store_global_16(row_out + 32 * i, columns);
       }
     }
     if (selecting) store_notes(plan, group, slot);

@@ -4,8 +4,10 @@
 
 namespace quire::cuda::attn {
 
-template void launch_wgmma<false, 64>(const Plan&, const Config&, Stream);
-template void launch_wgmma<false, 128>(const Plan&, const Config&, Stream);
-template void launch_wgmma<false, 256>(const Plan&, const Config&, Stream);
+template void launch_wgmma<DType::kFloat16, false, 64>(const Plan&, const Config&, Stream);
+template void launch_wgmma<DType::kFloat16, false, 96>(const Plan&, const Config&, Stream);
+template void launch_wgmma<DType::kFloat16, false, 128>(const Plan&, const Config&, Stream);
+template void launch_wgmma<DType::kFloat16, false, 192>(const Plan&, const Config&, Stream);
+template void launch_wgmma<DType::kFloat16, false, 256>(const Plan&, const Config&, Stream);
 
 }  // namespace quire::cuda::attn

@@ -1,4 +1,4 @@
-// The warps of Hopper's attention kernel that bring things: tiles, keys, values and query rows.
+// The warps of Hopper's attention kernel that bring things: tiles, keys, values and query rows; and those that widen keys and values.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -14,9 +14,9 @@ struct Box {
   bool valid;
 };
 
-template <int kHeadDim>
+template <typename Shape>
 __device__ __forceinline__ Box locate_box(const Plan& plan, int keys_per_box, const Tile& tile, int step) {
-  constexpr int kKeys = WgmmaShape<kHeadDim>::kKeys;
+  constexpr int kKeys = Shape::kKeys;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int key = step * kKeys + lane * keys_per_box;
   if (lane * keys_per_box >= kKeys || key >= tile.key_end) return Box{0, -1, true};
@@ -25,24 +25,23 @@ __device__ __forceinline__ Box locate_box(const Plan& plan, int keys_per_box, co
 }
 
 /// Starts the copy of one step's K or V, a lane's box each. A box whose block is -1 is outside the tensor: zeros.
-template <int kHeadDim>
+template <typename Shape, int kPanels, int kPanelElements>
 __device__ __forceinline__ void copy_boxes(const CUtensorMap& map, int keys_per_box, std::uint32_t full, std::uint32_t slot, int kv_head,
                                            const Box& box) {
-  using Shape = WgmmaShape<kHeadDim>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  if (lane == 0) device::barrier_arrive_expect(full, Shape::kSlotBytes);
+  if (lane == 0) device::barrier_arrive_expect(full, kPanels * Shape::kKeyPanelBytes);
   __syncwarp();
   if (lane * keys_per_box >= Shape::kKeys) return;
   const std::uint32_t dst = slot + static_cast<std::uint32_t>(lane * keys_per_box * device::kPanelRowBytes);
 #pragma unroll
-  for (int panel = 0; panel < Shape::kPanels; ++panel)
-    device::copy_box(dst + panel * Shape::kKeyPanelBytes, &map, full, panel * device::kPanelColumns, kv_head, box.slot, box.entry);
+  for (int panel = 0; panel < kPanels; ++panel)
+    device::copy_box(dst + panel * Shape::kKeyPanelBytes, &map, full, panel * kPanelElements, kv_head, box.slot, box.entry);
 }
 
 /// Warp 0: finds tiles and hands them to all others.
-template <int kHeadDim>
+template <typename Shape>
 struct WgmmaScheduler {
-  using Control = WgmmaControl<kHeadDim>;
+  using Control = WgmmaControl<Shape>;
 
   const Plan& plan;
   Control* control;
@@ -113,36 +112,43 @@ struct WgmmaScheduler {
   }
 };
 
-/// Warp 1 copies each tile's keys, from the last to the first step, and warp 2 its values.
-template <int kHeadDim, bool kIsK>
-__device__ void copy_steps(const Plan& plan, const WgmmaInputs& inputs, char* shared, WgmmaControl<kHeadDim>* control) {
-  using Shape = WgmmaShape<kHeadDim>;
+/// Warp 1 copies each tile's keys, from the last to the first step, and warp 2 its values: to where they are multiplied, or widened from.
+template <typename Shape, bool kIsK>
+__device__ void copy_steps(const Plan& plan, const WgmmaInputs& inputs, char* shared, WgmmaControl<Shape>* control) {
   constexpr int kKeys = Shape::kKeys;
+  constexpr bool kWiden = kIsK ? Shape::kWidenK : Shape::kWidenV;
+  constexpr int kStages = kWiden ? Shape::kNarrowStages : Shape::kStages;
+  constexpr int kPanels = kWiden ? Shape::kNarrowPanels : kIsK ? Shape::kQkPanels : Shape::kVPanels;
+  constexpr int kPanelElements = device::kPanelRowBytes / (Shape::kWidenV ? 1 : 2);
+  constexpr int kOffset = kIsK ? (kWiden ? Shape::kNarrowKOffset : 0) : kWiden ? Shape::kNarrowVOffset : Shape::kVOffset;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const std::uint32_t slots = device::shared_address(shared) + (kIsK ? 0 : Shape::kStages * Shape::kSlotBytes);
-  auto& full = kIsK ? control->k_full : control->v_full;
-  auto& empty = kIsK ? control->k_empty : control->v_empty;
+  const std::uint32_t slots = device::shared_address(shared) + kOffset;
+  const std::uint32_t full = device::shared_address(kWiden ? (kIsK ? control->narrow_k_full : control->narrow_v_full)
+                                                           : (kIsK ? control->k_full : control->v_full));
+  const std::uint32_t empty = device::shared_address(kWiden ? (kIsK ? control->narrow_k_empty : control->narrow_v_empty)
+                                                            : (kIsK ? control->k_empty : control->v_empty));
   Ring<kTileSlots> tiles;
-  Ring<Shape::kStages> ring;
+  Ring<kStages> ring;
   for (;;) {
-    const TileSlot slot = take_tile<kHeadDim>(control, tiles);
+    const TileSlot slot = take_tile<Shape>(control, tiles);
     if (slot.kind == TileKind::kEnd) return;
     if (slot.kind == TileKind::kNone) continue;
     const int first = slot.tile.key_begin / kKeys;
     int step = (slot.tile.key_end + kKeys - 1) / kKeys - 1;
     if (step < first) continue;
-    Box box = locate_box<kHeadDim>(plan, inputs.keys_per_box, slot.tile, step);
+    Box box = locate_box<Shape>(plan, inputs.keys_per_box, slot.tile, step);
     for (;; --step) {
       Box next{};
-      if (step > first) next = locate_box<kHeadDim>(plan, inputs.keys_per_box, slot.tile, step - 1);
-      device::barrier_wait(device::shared_address(&empty[ring.stage]), ring.parity ^ 1);
+      if (step > first) next = locate_box<Shape>(plan, inputs.keys_per_box, slot.tile, step - 1);
+      const auto stage = static_cast<std::uint32_t>(ring.stage);
+      device::barrier_wait(empty + stage * 8, ring.parity ^ 1);
       if constexpr (kIsK) {
         const bool valid = __shfl_sync(kAllLanes, box.valid ? 1 : 0, lane * 8 / inputs.keys_per_box % 32) != 0;
         const unsigned bits = __ballot_sync(kAllLanes, valid || lane >= kKeys / 8);
-        if (lane == 0) control->valid_keys[ring.stage] = bits;
+        if (lane == 0) (kWiden ? control->narrow_valid_keys : control->valid_keys)[stage] = bits;
       }
-      copy_boxes<kHeadDim>(kIsK ? inputs.k : inputs.v, inputs.keys_per_box, device::shared_address(&full[ring.stage]),
-                           slots + static_cast<std::uint32_t>(ring.stage * Shape::kSlotBytes), slot.kv_head, box);
+      copy_boxes<Shape, kPanels, kPanelElements>(kIsK ? inputs.k : inputs.v, inputs.keys_per_box, full + stage * 8,
+                                                 slots + stage * (kPanels * Shape::kKeyPanelBytes), slot.kv_head, box);
       ring.advance();
       if (step == first) break;
       box = next;
@@ -150,43 +156,115 @@ __device__ void copy_steps(const Plan& plan, const WgmmaInputs& inputs, char* sh
   }
 }
 
+/// Four 8-bit elements as two pairs of 16-bit ones, in which every 8-bit value is exact.
+template <device::Byte kByte, bool kBf16>
+__device__ __forceinline__ uint2 widen_4(std::uint32_t packed) {
+  uint2 pairs;
+  device::dequantize_4<kByte>(packed, pairs.x, pairs.y);
+  if constexpr (kBf16) {
+    const auto to_bf16 = [](std::uint32_t bits) {
+      const float2 values = __half22float2(reinterpret_cast<const __half2&>(bits));
+      return device::pack_16<true>(values.x, values.y);
+    };
+    pairs = uint2{to_bf16(pairs.x), to_bf16(pairs.y)};
+  }
+  return pairs;
+}
+
+/// A warp of the second warpgroup widens its part of one step's K or V. Eight lanes take one chunk of 16 bytes of eight rows, so that neither
+/// loads nor stores meet in a bank.
+template <typename Shape, device::Byte kByte>
+__device__ __forceinline__ void widen_slot(const char* narrow, char* wide) {
+  constexpr int kQuarters = (Shape::kHeadDim + 63) / 64;  // of 64 columns: four chunks
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4;
+  static_assert(Shape::kKeys / 8 * kQuarters % 4 == 0);
+#pragma unroll 2
+  for (int i = warp; i < Shape::kKeys / 8 * kQuarters; i += 4) {
+    const int row = i / kQuarters * 8 + lane % 8, panel = i % kQuarters, chunk = panel % 2 * 4 + lane / 8;
+    const uint4 packed = *reinterpret_cast<const uint4*>(narrow + panel / 2 * Shape::kKeyPanelBytes + row * device::kPanelRowBytes +
+                                                         ((chunk ^ lane % 8) << 4));
+    const uint2 a = widen_4<kByte, Shape::kBf16>(packed.x), b = widen_4<kByte, Shape::kBf16>(packed.y);
+    const uint2 c = widen_4<kByte, Shape::kBf16>(packed.z), d = widen_4<kByte, Shape::kBf16>(packed.w);
+    char* const target = wide + panel * Shape::kKeyPanelBytes + row * device::kPanelRowBytes;
+    *reinterpret_cast<uint4*>(target + ((lane / 8 * 2 ^ lane % 8) << 4)) = uint4{a.x, a.y, b.x, b.y};
+    *reinterpret_cast<uint4*>(target + (((lane / 8 * 2 + 1) ^ lane % 8) << 4)) = uint4{c.x, c.y, d.x, d.y};
+  }
+}
+
+/// The second warpgroup of calls with 8-bit keys: each step's K, unless it is multiplied as it is, and V.
+template <typename Shape, device::Byte kByte>
+__device__ void widen_steps(char* shared, WgmmaControl<Shape>* control) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  Ring<kTileSlots> tiles;
+  Ring<Shape::kNarrowStages> from;
+  Ring<Shape::kStages> to;
+  const auto widen = [&]<bool kIsK>() {
+    const auto at = [](auto& barriers, int stage) { return device::shared_address(&barriers[stage]); };
+    device::barrier_wait(at(kIsK ? control->narrow_k_full : control->narrow_v_full, from.stage), from.parity);
+    device::barrier_wait(at(kIsK ? control->k_empty : control->v_empty, to.stage), to.parity ^ 1);
+    widen_slot<Shape, kByte>(shared + (kIsK ? Shape::kNarrowKOffset : Shape::kNarrowVOffset) + from.stage * Shape::kNarrowSlotBytes,
+                             shared + (kIsK ? to.stage * Shape::kKSlotBytes : Shape::kVOffset + to.stage * Shape::kVSlotBytes));
+    if (kIsK && threadIdx.x % 128 == 0) control->valid_keys[to.stage] = control->narrow_valid_keys[from.stage];
+    device::fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) {
+      device::barrier_arrive(at(kIsK ? control->narrow_k_empty : control->narrow_v_empty, from.stage));
+      device::barrier_arrive(at(kIsK ? control->k_full : control->v_full, to.stage));
+    }
+  };
+  for (;;) {
+    const TileSlot slot = take_tile<Shape>(control, tiles);
+    if (slot.kind == TileKind::kEnd) return;
+    if (slot.kind == TileKind::kNone) continue;
+    const int first = slot.tile.key_begin / Shape::kKeys;
+    for (int step = (slot.tile.key_end + Shape::kKeys - 1) / Shape::kKeys - 1; step >= first; --step) {
+      if constexpr (Shape::kWidenK) widen.template operator()<true>();
+      widen.template operator()<false>();
+      from.advance(), to.advance();
+    }
+  }
+}
+
 constexpr int kQueryLoaders = 32;  // one warp
 
 /// Warp 3: each tile's query rows.
-template <int kHeadDim>
-__device__ void gather_queries(const Plan& plan, char* shared, WgmmaControl<kHeadDim>* control) {
-  using Shape = WgmmaShape<kHeadDim>;
+template <typename Shape>
+__device__ void gather_queries(const Plan& plan, char* shared, WgmmaControl<Shape>* control) {
   const AttentionParams& p = plan.params;
-  constexpr int kChunks = Shape::kPanels * 8;
-  constexpr int kRowsAtOnce = 32 / kChunks;
+  constexpr int kItem = Shape::kNarrowQ ? 1 : 2;
+  constexpr int kChunks = Shape::kQkPanels * 8;
+  constexpr int kLanes = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;  // of a row
+  constexpr int kRowsAtOnce = 32 / kLanes;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto group = static_cast<int>(plan.group.divisor);
   const int head_step = kRowsAtOnce % group;
-  const std::int64_t row_step = (kRowsAtOnce / group * p.q_token_stride + head_step * p.q_head_stride) * 2;
-  const std::int64_t wrap_step = (p.q_token_stride - group * p.q_head_stride) * 2;
+  const std::int64_t row_step = (kRowsAtOnce / group * p.q_token_stride + head_step * p.q_head_stride) * kItem;
+  const std::int64_t wrap_step = (p.q_token_stride - group * p.q_head_stride) * kItem;
   Ring<kTileSlots> tiles;
   Ring<Shape::kQStages> queries;
   for (;;) {
-    const TileSlot slot = take_tile<kHeadDim>(control, tiles);
+    const TileSlot slot = take_tile<Shape>(control, tiles);
     if (slot.kind == TileKind::kEnd) return;
     if (slot.kind == TileKind::kNone || slot.tile.key_end == 0) continue;
     const std::uint32_t q = device::shared_address(shared + Shape::kQOffset + queries.stage * Shape::kQBytes);
     device::barrier_wait(device::shared_address(&control->q_empty[queries.stage]), queries.parity ^ 1);
     // A lane has the same columns of every kRowsAtOnce-th row.
-    const int chunk = lane % kChunks;
-    const bool has_columns = chunk * 8 < p.head_dim;
-    int token = plan.group.quotient(slot.tile.row_begin + lane / kChunks);
-    int head = plan.group.remainder(slot.tile.row_begin + lane / kChunks, token);
+    const int chunk = lane % kLanes;
+    const int num_bytes = min(max(static_cast<int>(p.head_dim) * kItem - chunk * 16, 0), 16);
+    int token = plan.group.quotient(slot.tile.row_begin + lane / kLanes);
+    int head = plan.group.remainder(slot.tile.row_begin + lane / kLanes, token);
     const char* source = static_cast<const char*>(p.q) +
                          ((static_cast<std::int64_t>(p.shared_queries > 0 ? 0 : slot.tile.first_token) + token) * p.q_token_stride +
-                          (slot.kv_head * group + head) * p.q_head_stride + chunk * 8) *
-                             2;
+                          (slot.kv_head * group + head) * p.q_head_stride) *
+                             kItem +
+                         chunk * 16;
 #pragma unroll 8
-    for (int row = lane / kChunks; row < Shape::kRows; row += kRowsAtOnce) {
-      const bool present = has_columns && row < slot.tile.num_rows;
+    for (int row = lane / kLanes; row < Shape::kRows; row += kRowsAtOnce) {
+      const int present = row < slot.tile.num_rows ? num_bytes : 0;
       const std::uint32_t target =
           q + static_cast<std::uint32_t>(chunk / 8 * Shape::kRowPanelBytes + row * device::kPanelRowBytes + ((chunk % 8 ^ row % 8) << 4));
-      device::copy_async_16(target, present ? source : static_cast<const char*>(p.q), present ? 16 : 0);
+      if (kChunks == kLanes || chunk < kChunks)
+        device::copy_async_16(target, present > 0 ? source : static_cast<const char*>(p.q), present);
       source += row_step, head += head_step;
       if (head >= group) head -= group, source += wrap_step;
     }

@@ -14,30 +14,58 @@ namespace quire::cuda::attn {
 struct WgmmaInputs {
   CUtensorMap k, v;
   int keys_per_box;
-  float log2_scale;  // of q k, to log2 units
+  float log2_scale;  // of q k, to log2 units; without scales that only the device knows
+  bool transform;    // scores are more than a factor times q k
 };
 
-template <int kHeadDim>
+/// kQ is what q is stored as: 16 bits, or float8_e4m3fn, whose K is of it too. K and V have 16 bits, of kQ then, or kNarrowKv: 8. Products of
+/// weights and values are of 16 bits: narrow values are widened before, and so are narrow keys of wide queries.
+template <DType kQ, bool kNarrowKv, int kDim>
 struct WgmmaShape {
-  static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;  // warpgroups with 64 rows each
-  static constexpr int kRows = 64 * kConsumers;
-  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static_assert(itemsize(kQ) == 2 || kNarrowKv);
+  static constexpr int kHeadDim = kDim;
+  static constexpr bool kNarrowQ = itemsize(kQ) == 1;
+  static constexpr bool kBf16 = kQ == DType::kBFloat16;  // of weights and values; else float16
+  static constexpr bool kWidenV = kNarrowKv, kWidenK = kNarrowKv && !kNarrowQ;
+
+  static constexpr int kRows = wgmma_rows(kDim, kNarrowKv);
+  static constexpr int kConsumers = kRows / 64;  // warpgroups with 64 rows each
   static constexpr int kConsumerWarps = 4 * kConsumers;
-  static constexpr int kKeys = kHeadDim > 128 ? 80 : 128;  // per step
+  static constexpr int kWidenerWarps = kNarrowKv ? 4 : 0;
+  static constexpr int kFirstConsumer = kNarrowKv ? 2 : 1;  // its warpgroup
+  static constexpr int kThreads = 128 * (kConsumers + kFirstConsumer);
+  static constexpr int kProducerRegisters = kConsumers == 3 || kNarrowKv ? 32 : 40;
+  static constexpr int kWidenerRegisters = 48;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kNarrowKv ? 216 : 232;
+  /// Warpgroups take turns at issuing products where that is faster.
+  static constexpr bool kTakeTurns = kDim <= 128 && !kNarrowKv;
+  /// ptxas counts 128 registers for a thread of four warpgroups, too few for one product with all columns.
+  static constexpr int kOutputParts = kNarrowKv && kDim > 128 ? 2 : 1;
+
+  static constexpr int kKeys = kDim <= 128 ? 128 : kNarrowKv ? 64 : kDim == 192 ? 112 : 80;  // per step
   static constexpr int kKeyUnit = kKeys & -kKeys;  // the largest box
   static constexpr int kStages = 2;
-  static constexpr int kQStages = kHeadDim > 128 ? 1 : 2;
-  static constexpr int kPanels = (kHeadDim + device::kPanelColumns - 1) / device::kPanelColumns;
+  static constexpr int kNarrowStages = kWidenK && kDim > 64 ? 1 : 2;
+  static constexpr int kQStages = kDim > (kNarrowQ ? 256 : 128) ? 1 : 2;
+
+  static constexpr int panels(int bytes) { return (bytes + device::kPanelRowBytes - 1) / device::kPanelRowBytes; }
+  static constexpr int kQkPanels = panels(kDim * static_cast<int>(itemsize(kQ)));  // of q and of K as it is multiplied
+  static constexpr int kVPanels = panels(kDim * 2);
+  static constexpr int kNarrowPanels = panels(kDim);
+  static constexpr int kQkSteps = kDim * static_cast<int>(itemsize(kQ)) / 32;  // of 32 bytes of a row
   static constexpr int kKeyPanelBytes = kKeys * device::kPanelRowBytes;
   static constexpr int kRowPanelBytes = kRows * device::kPanelRowBytes;
-  static constexpr int kSlotBytes = kPanels * kKeyPanelBytes;  // one step's K or V
-  static constexpr int kQBytes = kPanels * kRowPanelBytes;
-  static constexpr int kQOffset = 2 * kStages * kSlotBytes;
+  // Of one step's K or V, and of a tile's q.
+  static constexpr int kKSlotBytes = kQkPanels * kKeyPanelBytes;
+  static constexpr int kVSlotBytes = kVPanels * kKeyPanelBytes;
+  static constexpr int kNarrowSlotBytes = kNarrowPanels * kKeyPanelBytes;
+  static constexpr int kQBytes = kQkPanels * kRowPanelBytes;
+
+  static constexpr int kVOffset = kStages * kKSlotBytes;
+  static constexpr int kNarrowKOffset = kVOffset + kStages * kVSlotBytes;
+  static constexpr int kNarrowVOffset = kNarrowKOffset + (kWidenK ? kNarrowStages * kNarrowSlotBytes : 0);
+  static constexpr int kQOffset = kNarrowVOffset + (kWidenV ? kNarrowStages * kNarrowSlotBytes : 0);
   static constexpr int kControlOffset = kQOffset + kQStages * kQBytes;
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
-  /// Warpgroups take turns at issuing products where that is faster.
-  static constexpr bool kTakeTurns = kHeadDim <= 128;
 };
 
 enum class TileKind : int {
@@ -56,15 +84,16 @@ struct TileSlot {
 
 constexpr int kTileSlots = 3;
 
-template <int kHeadDim>
+template <typename Shape>
 struct WgmmaControl {
-  using Shape = WgmmaShape<kHeadDim>;
-  static constexpr int kStages = Shape::kStages;
+  static constexpr int kStages = Shape::kStages, kNarrowStages = Shape::kNarrowStages;
   std::uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  std::uint64_t narrow_k_full[kNarrowStages], narrow_k_empty[kNarrowStages], narrow_v_full[kNarrowStages], narrow_v_empty[kNarrowStages];
   std::uint64_t q_full[Shape::kQStages], q_empty[Shape::kQStages];
   std::uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
   TileSlot tiles[kTileSlots];
-  std::uint32_t valid_keys[kStages];  // a bit for each 8 keys of K's stage: they have a block
+  // A bit for each 8 keys of K's stage: they have a block.
+  std::uint32_t valid_keys[kStages], narrow_valid_keys[kNarrowStages];
   int any_again;
 };
 
@@ -72,16 +101,16 @@ struct WgmmaControl {
 constexpr int kWgmmaNotesOffset = 256;
 
 /// Where a CTA notes what it takes out of V, one row after the other; in the workspace, which always has as much.
-template <int kHeadDim>
+template <typename Shape>
 __device__ __forceinline__ std::uint32_t* wgmma_notes(const Plan& plan) {
-  constexpr int kWords = WgmmaShape<kHeadDim>::kRows * kNoteWords<kHeadDim>;
-  static_assert(kWords <= kPartialRowsPerSm * kHeadDim / 4);
+  constexpr int kWords = Shape::kRows * kNoteWords<Shape::kHeadDim>;
+  static_assert(kWords <= kPartialRowsPerSm * Shape::kHeadDim / 4);
   return reinterpret_cast<std::uint32_t*>(static_cast<char*>(plan.params.workspace) + kWgmmaNotesOffset) +
          static_cast<std::size_t>(blockIdx.x) * kWords;
 }
 
-template <int kHeadDim>
-constexpr int kWgmmaSharedBytes = WgmmaShape<kHeadDim>::kControlOffset + static_cast<int>(sizeof(WgmmaControl<kHeadDim>));
+template <typename Shape>
+constexpr int kWgmmaSharedBytes = Shape::kControlOffset + static_cast<int>(sizeof(WgmmaControl<Shape>));
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -96,8 +125,8 @@ struct Ring {
 };
 
 /// The next tile, for a whole warp, which is done with the slot. Every lane says so for itself.
-template <int kHeadDim>
-__device__ __forceinline__ TileSlot take_tile(WgmmaControl<kHeadDim>* control, Ring<kTileSlots>& ring) {
+template <typename Shape>
+__device__ __forceinline__ TileSlot take_tile(WgmmaControl<Shape>* control, Ring<kTileSlots>& ring) {
   device::barrier_wait(device::shared_address(&control->tile_full[ring.stage]), ring.parity);
   const TileSlot slot = control->tiles[ring.stage];
   device::barrier_arrive(device::shared_address(&control->tile_empty[ring.stage]));

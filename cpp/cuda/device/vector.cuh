@@ -45,6 +45,11 @@ __device__ __forceinline__ RawVector<kBytes> load_raw(const void* src) {
   }
 }
 
+/// 16 bytes to global memory by one instruction. Of a plain store the compiler may make four where it does not find registers in a row.
+__device__ __forceinline__ void store_global_16(void* dst, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(dst), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+}
+
 template <int kBytes>
 __device__ __forceinline__ void store_raw(void* dst, const RawVector<kBytes>& value) {
   if constexpr (kBytes > 4 && kBytes % 16 == 0) {

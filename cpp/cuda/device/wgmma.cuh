@@ -1,7 +1,8 @@
-// wgmma: a warpgroup's asynchronous 64 x N x 16 matrix products with float32 sums. sm_90a; elsewhere nothing here is compiled.
+// wgmma: a warpgroup's asynchronous 64 x N x 16 matrix products (x 32 of 8-bit operands) with float32 sums. sm_90a; elsewhere nothing here is
+// compiled.
 // SPDX-License-Identifier: Apache-2.0
 //
-// Operands in shared memory lie in panels of 64 16-bit columns: rows of 128 bytes, whose 16-byte chunks are exchanged by the exclusive or with
+// Operands in shared memory lie in panels of 64 16-bit or 128 8-bit columns: rows of 128 bytes, whose 16-byte chunks are exchanged by the exclusive or with
 // the row's number modulo 8, which is what the copy engine's 128-byte swizzle writes. A panel begins at a multiple of 1024 bytes.
 #pragma once
 
@@ -9,7 +10,7 @@
 
 namespace quire::cuda::device {
 
-constexpr int kPanelColumns = 64;
+constexpr int kPanelColumns = 64;  // of 16 bits
 constexpr int kPanelRowBytes = 128;
 
 /// The lower half of the descriptor of an operand in panels at a shared address, the same for the whole warp; advance by bytes / 16.
@@ -59,6 +60,7 @@ __device__ __forceinline__ void pin_registers(float (&values)[kCount]) {
 #define QUIRE_WGMMA_D_32 QUIRE_WGMMA_D0 ", " QUIRE_WGMMA_D8 ", " QUIRE_WGMMA_D16 ", " QUIRE_WGMMA_D24
 #define QUIRE_WGMMA_D_40 QUIRE_WGMMA_D_32 ", " QUIRE_WGMMA_D32
 #define QUIRE_WGMMA_D_48 QUIRE_WGMMA_D_40 ", " QUIRE_WGMMA_D40
+#define QUIRE_WGMMA_D_56 QUIRE_WGMMA_D_48 ", " QUIRE_WGMMA_D48
 #define QUIRE_WGMMA_D_64 QUIRE_WGMMA_D_48 ", " QUIRE_WGMMA_D48 ", " QUIRE_WGMMA_D56
 #define QUIRE_WGMMA_D_80 QUIRE_WGMMA_D_64 ", " QUIRE_WGMMA_D64 ", " QUIRE_WGMMA_D72
 #define QUIRE_WGMMA_D_96 QUIRE_WGMMA_D_80 ", " QUIRE_WGMMA_D80 ", " QUIRE_WGMMA_D88
@@ -66,6 +68,7 @@ __device__ __forceinline__ void pin_registers(float (&values)[kCount]) {
 #define QUIRE_WGMMA_O_32(d) QUIRE_WGMMA_O8(d, 0), QUIRE_WGMMA_O8(d, 8), QUIRE_WGMMA_O8(d, 16), QUIRE_WGMMA_O8(d, 24)
 #define QUIRE_WGMMA_O_40(d) QUIRE_WGMMA_O_32(d), QUIRE_WGMMA_O8(d, 32)
 #define QUIRE_WGMMA_O_48(d) QUIRE_WGMMA_O_40(d), QUIRE_WGMMA_O8(d, 40)
+#define QUIRE_WGMMA_O_56(d) QUIRE_WGMMA_O_48(d), QUIRE_WGMMA_O8(d, 48)
 #define QUIRE_WGMMA_O_64(d) QUIRE_WGMMA_O_48(d), QUIRE_WGMMA_O8(d, 48), QUIRE_WGMMA_O8(d, 56)
 #define QUIRE_WGMMA_O_80(d) QUIRE_WGMMA_O_64(d), QUIRE_WGMMA_O8(d, 64), QUIRE_WGMMA_O8(d, 72)
 #define QUIRE_WGMMA_O_96(d) QUIRE_WGMMA_O_80(d), QUIRE_WGMMA_O8(d, 80), QUIRE_WGMMA_O8(d, 88)
@@ -75,6 +78,9 @@ __device__ __forceinline__ void pin_registers(float (&values)[kCount]) {
 /// d = a b^T, or d += it: a [64, 16] and b [N, 16] in shared memory.
 template <int kN, bool kBf16>
 struct WgmmaShared;
+/// The same of float8_e4m3fn: a [64, 32] and b [N, 32]. Products are summed with about 14 bits.
+template <int kN>
+struct WgmmaShared8;
 /// d += a b: a [64, 16] in registers, as mma.sync has it, and b [16, N] in shared memory.
 template <int kN, bool kBf16>
 struct WgmmaRegisters;
@@ -93,6 +99,20 @@ struct WgmmaRegisters;
                    : "r"(a), "r"(b), "r"(accumulate), "n"(kDescriptorHigh));                                              \
     }                                                                                                                     \
   };
+#define QUIRE_WGMMA_SHARED_8(N, COUNT, A, B, ACCUMULATE, HIGH)                                                            \
+  template <>                                                                                                             \
+  struct WgmmaShared8<N> {                                                                                                \
+    __device__ __forceinline__ static void product(float (&d)[COUNT], std::uint32_t a, std::uint32_t b, int accumulate) { \
+      asm volatile("{\n.reg .pred p;\n.reg .b64 da, db;\nsetp.ne.b32 p, " ACCUMULATE ", 0;\nmov.b64 da, {" A ", " HIGH    \
+                   "};\nmov.b64 db, {" B ", " HIGH                                                                        \
+                   "};\n"                                                                                                 \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" QUIRE_WGMMA_D_##COUNT                     \
+                   "}, da, db"                                                                                            \
+                   ", p, 1, 1;\n}\n"                                                                                      \
+                   : QUIRE_WGMMA_O_##COUNT(d)                                                                             \
+                   : "r"(a), "r"(b), "r"(accumulate), "n"(kDescriptorHigh));                                              \
+    }                                                                                                                     \
+  };
 #define QUIRE_WGMMA_REGISTERS(N, COUNT, BF16, TYPE, A0, A1, A2, A3, B, ACCUMULATE, HIGH)                                              \
   template <>                                                                                                                         \
   struct WgmmaRegisters<N, BF16> {                                                                                                    \
@@ -106,14 +126,24 @@ struct WgmmaRegisters;
     }                                                                                                                                 \
   };
 
+QUIRE_WGMMA_SHARED(64, 32, true, "bf16", "%32", "%33", "%34", "%35")
+QUIRE_WGMMA_SHARED(64, 32, false, "f16", "%32", "%33", "%34", "%35")
 QUIRE_WGMMA_SHARED(80, 40, true, "bf16", "%40", "%41", "%42", "%43")
 QUIRE_WGMMA_SHARED(80, 40, false, "f16", "%40", "%41", "%42", "%43")
+QUIRE_WGMMA_SHARED(112, 56, true, "bf16", "%56", "%57", "%58", "%59")
+QUIRE_WGMMA_SHARED(112, 56, false, "f16", "%56", "%57", "%58", "%59")
 QUIRE_WGMMA_SHARED(128, 64, true, "bf16", "%64", "%65", "%66", "%67")
 QUIRE_WGMMA_SHARED(128, 64, false, "f16", "%64", "%65", "%66", "%67")
+QUIRE_WGMMA_SHARED_8(64, 32, "%32", "%33", "%34", "%35")
+QUIRE_WGMMA_SHARED_8(128, 64, "%64", "%65", "%66", "%67")
 QUIRE_WGMMA_REGISTERS(64, 32, true, "bf16", "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 QUIRE_WGMMA_REGISTERS(64, 32, false, "f16", "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+QUIRE_WGMMA_REGISTERS(96, 48, true, "bf16", "%48", "%49", "%50", "%51", "%52", "%53", "%54")
+QUIRE_WGMMA_REGISTERS(96, 48, false, "f16", "%48", "%49", "%50", "%51", "%52", "%53", "%54")
 QUIRE_WGMMA_REGISTERS(128, 64, true, "bf16", "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 QUIRE_WGMMA_REGISTERS(128, 64, false, "f16", "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+QUIRE_WGMMA_REGISTERS(192, 96, true, "bf16", "%96", "%97", "%98", "%99", "%100", "%101", "%102")
+QUIRE_WGMMA_REGISTERS(192, 96, false, "f16", "%96", "%97", "%98", "%99", "%100", "%101", "%102")
 QUIRE_WGMMA_REGISTERS(256, 128, true, "bf16", "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 QUIRE_WGMMA_REGISTERS(256, 128, false, "f16", "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 

@@ -67,7 +67,7 @@ _PREFILL_CUDA = [
     (8, 2048, 16, 8, 256),
     (2, 8192, 16, 8, 256),
 ]
-_PREFILL_FP8_CUDA = [(2, 8192, 32, 8, 128)]
+_PREFILL_FP8_CUDA = [(2, 8192, 32, 8, 128), (2, 8192, 32, 8, 64)]
 # (sequences, tokens of each, draft tokens of each), with a tree's mask and without
 _VERIFY_CUDA = [(1, 8192, 8), (32, 8192, 8), (32, 8192, 32)]
 # (sequences, tokens of the prefix that they share, own tokens of each)
@@ -131,23 +131,27 @@ def cases(context: Context) -> Iterator[Case]:
         verify, prefix = _VERIFY_CUDA, _PREFIX_CUDA
     yield from _verify_cases(context, [(2, 100, 5)] if context.quick else verify, heads)
     yield from _prefix_cases(context, [(3, 96, 16)] if context.quick else prefix, heads)
-    for kv_dtype, shapes in (("bfloat16", prefill), ("float8_e4m3fn", prefill_fp8)):
+    for q_dtype, kv_dtype, shapes in (
+        ("bfloat16", "bfloat16", prefill),
+        ("bfloat16", "float8_e4m3fn", prefill_fp8),
+        ("float8_e4m3fn", "float8_e4m3fn", prefill if prefill_fp8 else []),
+    ):
         for shape in shapes:
             batch, length, num_heads, num_kv_heads, head_dim = shape
             for causal in masks:
                 # By convention half of the score matrix counts under the causal mask.
                 flops = 4.0 * batch * length * length * num_heads * head_dim * (0.5 if causal else 1.0)
                 mask = "causal" if causal else "full"
-                keys = "" if kv_dtype == "bfloat16" else f", keys {kv_dtype}"
+                keys = "" if kv_dtype == q_dtype else f", keys {kv_dtype}"
                 held = on_cpu and length == 2048
                 yield Case(
-                    name=f"prefill B{batch} L{length} {num_heads}/{num_kv_heads} D{head_dim} {mask} bfloat16{keys}",
-                    prepare=partial(_prefill, context, shape, causal, kv_dtype),
+                    name=f"prefill B{batch} L{length} {num_heads}/{num_kv_heads} D{head_dim} {mask} {q_dtype}{keys}",
+                    prepare=partial(_prefill, context, shape, causal, q_dtype, kv_dtype),
                     num_flops=flops,
                     bound="matmul",
                     target=Target(min_speedup=0.5) if held else None,
                     op="attention_prefill",
-                    group=f"prefill, keys {kv_dtype}",
+                    group=f"prefill, keys {kv_dtype}" if q_dtype == "bfloat16" else f"prefill, {q_dtype}",
                 )
 
 
@@ -353,10 +357,10 @@ def _mixed(
     return Work(one_call, {"quire, two calls": two_calls, **peers})
 
 
-def _prefill(context: Context, shape: Shape, causal: bool, kv_dtype: str) -> Work:
+def _prefill(context: Context, shape: Shape, causal: bool, q_dtype: str, kv_dtype: str) -> Work:
     batch, length, num_heads, num_kv_heads, head_dim = shape
     arrays = context.arrays
-    q = arrays.random((batch * length, num_heads, head_dim), "bfloat16")
+    q = arrays.random((batch * length, num_heads, head_dim), q_dtype)
     k, v = (arrays.random((batch * length, num_kv_heads, head_dim), kv_dtype) for _ in range(2))
     starts = arrays.put(np.arange(batch + 1, dtype=np.int32) * np.int32(length))
     out = arrays.empty((batch * length, num_heads, head_dim), "bfloat16")

@@ -228,6 +228,8 @@ def _torch_prefill(
 
     if k.dtype != q.dtype:
         raise NotApplicable("keys of another dtype")
+    if q.dtype.itemsize == 1:
+        raise NotApplicable("float8 queries")
     query, key, value = (x.unflatten(0, (batch, length)).transpose(1, 2) for x in (q, k, v))
     return lambda: scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
 
@@ -244,6 +246,8 @@ def _torch_prefill_by(backend: str) -> Factory:
 
         if k.dtype != q.dtype:
             raise NotApplicable("keys of another dtype")
+        if q.dtype.itemsize == 1:
+            raise NotApplicable("float8 queries")
         group = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
         query, key, value = (x.unflatten(0, (batch, length)).transpose(1, 2) for x in (q, k, v))
@@ -497,7 +501,7 @@ def _fa3(
     scales: dict[str, Any] = {}
     if k.dtype == torch.int8:
         raise NotApplicable("keys of int8")
-    if k.dtype != q.dtype:
+    if k.dtype.itemsize == 1:
         q = q.to(k.dtype)
         one = torch.ones(starts.numel() - 1, k.shape[-2], device=q.device)
         scales = {"q_descale": one, "k_descale": one, "v_descale": one}
