@@ -97,13 +97,6 @@ __device__ __forceinline__ void prefetch_tensor_map(const void* tensor_map) {
 /// Orders this thread's ordinary accesses of shared memory before later ones of the copy engine and of wgmma.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
-/// Copies bytes to shared memory, counted at the barrier; a multiple of 16, as both addresses are.
-__device__ __forceinline__ void copy_bytes(std::uint32_t dst, const void* src, std::uint32_t barrier, int bytes) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(dst), "l"(src), "r"(bytes),
-               "r"(barrier)
-               : "memory");
-}
-
 /// The CTA's barrier number `id`, of which `threads` take part: 0 is __syncthreads'.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");

@@ -34,6 +34,35 @@ __global__ void __launch_bounds__(kGatherThreads)
       make_uint4(values[0] | values[1] << 16, values[2] | values[3] << 16, values[4] | values[5] << 16, values[6] | values[7] << 16);
 }
 
+constexpr int kMaxGatherBytes = 96 * 1024;
+
+/// The same for many tokens: a CTA has pieces_of_cta pieces of a token, and brings the token's row to shared memory first, which is read in any order
+/// at a better rate than L1.
+__global__ void __launch_bounds__(kGatherThreads)
+    gather_many_kernel(uint4* out, const std::uint16_t* x, const std::int32_t* permutation, std::int64_t x_stride, int num_columns,
+                       int num_source_columns, int num_pieces, int pieces_of_cta, bool is_aligned) {
+  extern __shared__ std::uint16_t row[];
+  const std::int64_t token = blockIdx.y;
+  const std::uint16_t* source_row = x + token * x_stride;
+  const int num_vectors = is_aligned ? num_source_columns / 8 : 0;
+  for (int i = static_cast<int>(threadIdx.x); i < num_vectors; i += kGatherThreads)
+    reinterpret_cast<uint4*>(row)[i] = reinterpret_cast<const uint4*>(source_row)[i];
+  for (int i = 8 * num_vectors + static_cast<int>(threadIdx.x); i < num_source_columns; i += kGatherThreads) row[i] = source_row[i];
+  __syncthreads();
+  const int first = static_cast<int>(blockIdx.x) * pieces_of_cta, last = min(first + pieces_of_cta, num_pieces);
+  for (int piece = first + static_cast<int>(threadIdx.x); piece < last; piece += kGatherThreads) {
+    std::uint32_t values[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int column = 8 * piece + i;
+      const int source = column < num_columns ? permutation[column] : -1;
+      values[i] = source >= 0 && source < num_source_columns ? row[source] : std::uint16_t{};
+    }
+    out[token * num_pieces + piece] =
+        make_uint4(values[0] | values[1] << 16, values[2] | values[3] << 16, values[4] | values[5] << 16, values[6] | values[7] << 16);
+  }
+}
+
 /// Whether the machine code in use is of sm_90a. Code made from sm_80 PTX has no wgmma and does not wait for a predecessor, on whatever device.
 bool has_hopper_code() {
   return known_of_device([] {
@@ -186,13 +215,27 @@ Columns order_columns(const QuantizedMatmulParams& params, Stream stream) {
     return Columns{params.x, params.x_stride, alignment, workspace};
   }
   const int num_pieces = static_cast<int>(ceil_div(format.num_rows, 8));
+  const auto num_source_columns = static_cast<int>(format.in_features), num_columns = static_cast<int>(format.num_rows);
+  const std::int64_t row_bytes = format.in_features * 2;
+  const bool many = params.num_tokens > 16 && row_bytes <= kMaxGatherBytes;
+  if (many) set_max_shared_bytes(reinterpret_cast<const void*>(gather_many_kernel), kMaxGatherBytes);
   for (std::int64_t first = 0; first < params.num_tokens; first += 65535) {
-    const dim3 grid(static_cast<unsigned>(ceil_div(num_pieces, kGatherThreads)),
-                    static_cast<unsigned>(std::min<std::int64_t>(params.num_tokens - first, 65535)));
-    gather_columns_kernel<<<grid, kGatherThreads, 0, cuda_stream(stream)>>>(
-        reinterpret_cast<uint4*>(workspace) + first * num_pieces, static_cast<const std::uint16_t*>(params.x) + first * params.x_stride,
-        params.weight.permutation, params.x_stride, static_cast<int>(format.num_rows), static_cast<int>(format.in_features), num_pieces);
-    QUIRE_CHECK_LAUNCH("gather_columns_kernel", stream);
+    const auto num_tokens = static_cast<unsigned>(std::min<std::int64_t>(params.num_tokens - first, 65535));
+    auto* out = reinterpret_cast<uint4*>(workspace) + first * num_pieces;
+    const auto* x = static_cast<const std::uint16_t*>(params.x) + first * params.x_stride;
+    if (many) {
+      const int pieces_of_cta = num_tokens >= 256 ? num_pieces : 2 * kGatherThreads;
+      const bool aligned = is_aligned(x, 16) && keeps_alignment(num_tokens, params.x_stride, 2, 16);
+      gather_many_kernel<<<dim3(static_cast<unsigned>(ceil_div(num_pieces, pieces_of_cta)), num_tokens), kGatherThreads,
+                           static_cast<std::size_t>(row_bytes), cuda_stream(stream)>>>(
+          out, x, params.weight.permutation, params.x_stride, num_columns, num_source_columns, num_pieces, pieces_of_cta, aligned);
+      QUIRE_CHECK_LAUNCH("gather_many_kernel", stream);
+    } else {
+      gather_columns_kernel<<<dim3(static_cast<unsigned>(ceil_div(num_pieces, kGatherThreads)), num_tokens), kGatherThreads, 0,
+                              cuda_stream(stream)>>>(out, x, params.weight.permutation, params.x_stride, num_columns, num_source_columns,
+                                                     num_pieces);
+      QUIRE_CHECK_LAUNCH("gather_columns_kernel", stream);
+    }
   }
   return Columns{workspace, std::int64_t{num_pieces} * 8, 16, workspace + gathered_bytes(params.num_tokens, format)};
 }
