@@ -177,8 +177,7 @@ Tensor narrow(const Tensor& self, nb::handle dim, nb::handle start, nb::handle l
                      ", " + std::to_string(count));
   Tensor result = self;
   result.view.shape[static_cast<std::size_t>(at)] = count;
-  result.view.data =
-      static_cast<std::byte*>(self.view.data) + first * self.view.stride(static_cast<int>(at)) * itemsize(self.view.dtype);
+  result.view.data = static_cast<std::byte*>(self.view.data) + first * self.view.stride(static_cast<int>(at)) * itemsize(self.view.dtype);
   return result;
 }
 

@@ -354,10 +354,9 @@ class Importer {
     if (view.device.type == DeviceType::kCUDA) note_device(view.device.index);
     if (tensor.access == Access::kWrite && view.read_only) {
       if (kinds_[i] == Kind::kJax)
-        throw std::invalid_argument(
-            message(args_.op_, tensor.name, "a writable tensor",
-                    std::string("a JAX array; JAX arrays are immutable: use quire.jax.") + args_.op_ +
-                        ", which returns what it wrote and takes donated arrays in place"));
+        throw std::invalid_argument(message(args_.op_, tensor.name, "a writable tensor",
+                                            std::string("a JAX array; JAX arrays are immutable: use quire.jax.") + args_.op_ +
+                                                ", which returns what it wrote and takes donated arrays in place"));
       throw std::invalid_argument(message(args_.op_, tensor.name, "a writable tensor", "a read-only one; copy it first"));
     }
   }
