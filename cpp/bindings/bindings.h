@@ -14,5 +14,6 @@ void bind_position_encoding(nanobind::module_& m);
 void bind_kv_cache(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_block_allocator(nanobind::module_& m);
+void bind_jax(nanobind::module_& m);
 
 }  // namespace quire::bindings

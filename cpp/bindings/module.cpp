@@ -15,4 +15,5 @@ NB_MODULE(_core, m) {
   bind_kv_cache(m);
   bind_attention(m);
   bind_block_allocator(m);
+  bind_jax(m);
 }

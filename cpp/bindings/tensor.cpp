@@ -164,6 +164,36 @@ Tensor transpose(const Tensor& self, nb::handle dim0, nb::handle dim1) {
   return result;
 }
 
+// A view of `length` entries of a dimension, from `start` on.
+Tensor narrow(const Tensor& self, nb::handle dim, nb::handle start, nb::handle length) {
+  const char* const op = "Tensor.narrow";
+  const std::int64_t at = to_int(op, "dim", dim), first = to_int(op, "start", start), count = to_int(op, "length", length);
+  if (at < 0 || at >= self.view.ndim)
+    throw IndexError("[Tensor.narrow] dim: expected 0 or more and less than " + std::to_string(self.view.ndim) + ", got " +
+                     std::to_string(at));
+  const std::int64_t extent = self.view.size(static_cast<int>(at));
+  if (first < 0 || count < 0 || first > extent || count > extent - first)
+    throw IndexError("[Tensor.narrow] start, length: expected a range within " + std::to_string(extent) + ", got " + std::to_string(first) +
+                     ", " + std::to_string(count));
+  Tensor result = self;
+  result.view.shape[static_cast<std::size_t>(at)] = count;
+  result.view.data =
+      static_cast<std::byte*>(self.view.data) + first * self.view.stride(static_cast<int>(at)) * itemsize(self.view.dtype);
+  return result;
+}
+
+// A view of the same memory as uint8; the last dimension, which is dense, grows by the size of an element.
+Tensor bytes(const Tensor& self) {
+  if (self.view.ndim == 0 || self.view.stride(-1) != 1)
+    throw std::invalid_argument("[Tensor.bytes] strides: expected a last dimension with stride 1, got " + describe(self.view));
+  Tensor result = self;
+  const std::int64_t item_bytes = itemsize(self.view.dtype);
+  for (int i = 0; i + 1 < result.view.ndim; ++i) result.view.strides[static_cast<std::size_t>(i)] *= item_bytes;
+  result.view.shape[static_cast<std::size_t>(result.view.ndim - 1)] *= item_bytes;
+  result.view.dtype = DType::kUInt8;
+  return result;
+}
+
 // A NumPy view. Dtypes that NumPy lacks come through an integer view and ml_dtypes.
 nb::object numpy(const Tensor& self) {
   if (self.view.device.type != DeviceType::kCPU)
@@ -248,6 +278,8 @@ void bind_tensor(nb::module_& m) {
            })
       .def("__getitem__", &select, nb::arg("index"), "Integer indices: a view of lower rank.")
       .def("transpose", &transpose, nb::arg("dim0"), nb::arg("dim1"), "A view with two dimensions exchanged.")
+      .def("narrow", &narrow, nb::arg("dim"), nb::arg("start"), nb::arg("length"), "A view of a part of a dimension.")
+      .def("bytes", &bytes, "A view of the same memory as uint8; the last dimension grows by the size of an element.")
       .def("numpy", &numpy, "A NumPy view of a tensor on the CPU (bfloat16 and float8 need ml_dtypes).")
       .def("__repr__", [](const Tensor& t) { return "quire.Tensor(" + describe(t.view) + " on " + describe(t.view.device) + ")"; })
       .def(

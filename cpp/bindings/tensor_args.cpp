@@ -356,8 +356,8 @@ class Importer {
       if (kinds_[i] == Kind::kJax)
         throw std::invalid_argument(
             message(args_.op_, tensor.name, "a writable tensor",
-                    "a JAX array; JAX arrays are immutable, so they cannot be outputs here; in-place updates of JAX "
-                    "arrays belong to the module quire.jax (FFI with donated buffers)"));
+                    std::string("a JAX array; JAX arrays are immutable: use quire.jax.") + args_.op_ +
+                        ", which returns what it wrote and takes donated arrays in place"));
       throw std::invalid_argument(message(args_.op_, tensor.name, "a writable tensor", "a read-only one; copy it first"));
     }
   }
@@ -382,6 +382,12 @@ class Importer {
     if (args_.views_[i].get().device.type == DeviceType::kCUDA) exchange_ = api;
   }
 
+  // Whether PyTorch records what is done with a tensor that requires gradients: not under no_grad and inference_mode.
+  static bool grad_mode() {
+    const nb::object torch = nb::steal(PyImport_GetModule(nb::str("torch").ptr()));
+    return !torch.is_valid() || nb::cast<bool>(torch.attr("is_grad_enabled")());
+  }
+
   // The exchange API looks at neither of these, and both change what the bytes mean.
   void check_autograd_flags(const TensorArg& tensor, const AutogradFlags& flags) {
     PyObject* const object = tensor.object.ptr();
@@ -389,9 +395,9 @@ class Importer {
                                                           : PyObject_GetAttr(object, names().requires_grad);
     if (grad == nullptr) drop_python_error();
     Py_XDECREF(grad);
-    if (grad == Py_True)
+    if (grad == Py_True && grad_mode())
       throw std::invalid_argument(message(args_.op_, tensor.name, "a tensor outside autograd (quire is for inference)",
-                                          "one with requires_grad; call .detach() first"));
+                                          "one with requires_grad; call .detach() first, or use torch.no_grad()"));
     PyObject* const negated = flags.is_neg != nullptr
                                   ? flags.is_neg(object, nullptr)
                                   : PyObject_VectorcallMethod(names().is_neg, &object, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);

@@ -10,6 +10,13 @@ namespace quire {
 namespace {
 
 thread_local Explanation* current = nullptr;
+thread_local Explanation validation;  // only its address counts
+
+struct Scope {
+  explicit Scope(Explanation* next) : previous(current) { current = next; }
+  ~Scope() { current = previous; }
+  Explanation* previous;
+};
 
 }  // namespace
 
@@ -17,14 +24,17 @@ Explanation* explaining() { return current; }
 
 Explanation explain(const std::function<void()>& call) {
   Explanation explanation;
-  struct Scope {
-    explicit Scope(Explanation* next) : previous(current) { current = next; }
-    ~Scope() { current = previous; }
-    Explanation* previous;
-  } const scope(&explanation);
+  const Scope scope(&explanation);
   call();
   return explanation;
 }
+
+void validate_only(const std::function<void()>& call) {
+  const Scope scope(&validation);
+  call();
+}
+
+bool is_validation(const Explanation* explanation) { return explanation == &validation; }
 
 void explain_cpu(Explanation& explanation, const std::string& kernel, bool has_amx) {
   const cpu::Isa level = has_amx ? cpu::isa() : std::min(cpu::isa(), cpu::Isa::kAvx512);

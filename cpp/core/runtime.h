@@ -54,6 +54,7 @@ void on_device(const char* op, Device device, Stream stream, Cpu&& cpu, Cuda&& c
 template <typename Cpu, typename Cuda>
 void dispatch_device(const char* op, Device device, Stream stream, Cpu&& cpu, Cuda&& cuda, Explains explains = Explains::kNeither) {
   if (Explanation* const explanation = explaining()) {
+    if (is_validation(explanation)) return;
     const bool is_cpu = device.type == DeviceType::kCPU;
     *explanation = Explanation{op, is_cpu ? "cpu" : "cuda:" + std::to_string(device.index), {}, {}};
     if (explains == Explains::kNeither || (is_cpu && explains == Explains::kCuda))

@@ -8,7 +8,6 @@
 #include "core/dispatch.h"
 #include "core/explain.h"
 #include "cuda/device/divisor.cuh"
-#include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
 #include "ops/kv_cache.h"
@@ -16,11 +15,14 @@
 namespace quire::cuda {
 namespace {
 
+// Threads of a CTA, or a few more.
 constexpr int kThreads = 128;
-// Vectors that a thread has in flight.
+// Vectors that a thread of copy_blocks has in flight.
 constexpr int kVectorsInFlight = 4;
-// Tokens per SM below which a token is spread over as many threads as it has vectors.
-constexpr int kManyTokensPerSm = 8;
+// Threads of an SM at once, about.
+constexpr int kResidentThreads = 1024;
+// No slot: there are fewer.
+constexpr std::uint32_t kSkipped = 0xffffffffu;
 
 // Where the elements of K, or of V, of one call lie.
 struct KvSide {
@@ -33,125 +35,140 @@ struct KvSide {
 struct KvKernelParams {
   KvSide sides[2];
   const void* slot_mapping;
-  std::int64_t slot_stride, num_tokens, num_slots, block_size;
-  std::uint32_t num_heads, head_dim;
+  std::int64_t slot_stride, first_token, num_tokens, num_slots;
+  std::uint32_t block_size, num_heads, head_dim;
   bool slots_are_int64;
   ErrorWord* error_word;
-  // A group of vector_lanes x head_lanes threads moves K or V of one token.
-  std::uint32_t vectors_per_head, vector_lanes, head_lanes;
+  std::uint32_t vectors_per_head, num_vectors;  // of K or V of one token
+  std::uint32_t num_chunks;                     // of blockDim.x vectors
+  std::uint32_t tokens_per_thread;              // blockDim.y apart
+  int block_shift;                              // block_size is two to this; -1: it is no power of two
 };
 
-// Grid: a CTA holds groups of threads; a group moves K or V of one token between its row and its slot, kVec elements at a time,
-// a thread always the same vectors of up to kUnroll heads at once. CTAs walk all (token, side) items. kRaw copies bits, between
-// types of one size; else values are converted, and scaled for the 8-bit types.
-template <bool kWrite, bool kRaw, typename T, typename CacheT, int kVec>
-__global__ void __launch_bounds__(kThreads) kv_kernel(const __grid_constant__ KvKernelParams p) {
+// Grid: a CTA moves one chunk of the vectors of K or V, kVec elements each, of blockDim.y * tokens_per_thread tokens between their
+// rows and their slots. A thread keeps its place within the row, and with it its scale. kRaw copies bits, between types of one size;
+// else values are converted, and scaled for the 8-bit types. Every load comes before the first store.
+template <bool kWrite, bool kRaw, typename T, typename CacheT, int kVec, int kUnroll, int kRegisters>
+__global__ void __maxnreg__(kRegisters) kv_kernel(const __grid_constant__ KvKernelParams p) {
   constexpr bool kIs8Bit = sizeof(CacheT) == 1;
-  // Rare pairs of types get less code, not less width.
-  constexpr int kUnroll = kVec > 1 && (kRaw || kIs8Bit) ? kVectorsInFlight : 1;
-  const std::uint32_t group_size = p.vector_lanes * p.head_lanes, groups_per_cta = kThreads / group_size;
-  const std::uint32_t group = threadIdx.x / group_size, lane = threadIdx.x - group * group_size;
-  const std::uint32_t first_head = lane / p.vector_lanes, first_vector = lane - first_head * p.vector_lanes;
-  if (group >= groups_per_cta) return;
-  const std::int64_t item_step = static_cast<std::int64_t>(gridDim.x) * groups_per_cta;
-  for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * groups_per_cta + group; item < 2 * p.num_tokens; item += item_step) {
-    const std::int64_t token = item >> 1;
-    const KvSide& side = p.sides[item & 1];
-    const std::int64_t slot = p.slots_are_int64 ? static_cast<const std::int64_t*>(p.slot_mapping)[token * p.slot_stride]
-                                                : static_cast<const std::int32_t*>(p.slot_mapping)[token * p.slot_stride];
-    const bool skipped = slot < 0 || slot >= p.num_slots;
-    const std::int64_t safe_slot = skipped ? 0 : slot;
-    const std::int64_t block_idx = divide(safe_slot, p.block_size);
-    T* const row = static_cast<T*>(side.tokens) + token * side.token_stride;
-    CacheT* const slot_row = static_cast<CacheT*>(side.cache) + block_idx * side.cache_block_stride +
-                             (safe_slot - block_idx * p.block_size) * side.cache_slot_stride;
-    const bool scale_per_head = kIs8Bit && side.scale_stride != 0;
-    const float common_scale = kIs8Bit && side.scale != nullptr ? side.scale[0] : 1.0f;
-    const Divisor common_divisor(common_scale);
+  using Source = std::conditional_t<kWrite, T, CacheT>;
+  const KvSide& side = p.sides[blockIdx.x % 2];
+  std::uint32_t tile = blockIdx.x / 2, chunk = 0;
+  if (p.num_chunks != 1) {
+    chunk = tile % p.num_chunks;
+    tile /= p.num_chunks;
+  }
+  const std::uint32_t vector = chunk * blockDim.x + threadIdx.x;
+  if (vector >= p.num_vectors) return;
+  const std::uint32_t head = p.num_heads == 1 ? 0 : vector / p.vectors_per_head;
+  const std::uint32_t element = (vector - head * p.vectors_per_head) * kVec;
+  const std::int64_t tile_tokens = blockDim.y * p.tokens_per_thread;
+  const std::int64_t token = p.first_token + tile * tile_tokens + threadIdx.y;
+  const std::int64_t end = min(p.first_token + (tile + 1) * tile_tokens, p.num_tokens);
+  const auto is_inside = [&](int u) { return token + u * blockDim.y < end; };
+  const auto slot_of = [&](std::int64_t at) {
+    return p.slots_are_int64 ? static_cast<const std::int64_t*>(p.slot_mapping)[at * p.slot_stride]
+                             : static_cast<const std::int32_t*>(p.slot_mapping)[at * p.slot_stride];
+  };
+  T* const row = static_cast<T*>(side.tokens) + token * side.token_stride + head * side.head_stride + element;
+  const std::int64_t row_step = blockDim.y * side.token_stride;
 
-    for (std::uint32_t vector = first_vector; vector < p.vectors_per_head; vector += p.vector_lanes) {
-      for (std::uint32_t head = first_head; head < p.num_heads; head += kUnroll * p.head_lanes) {
-        T* const row_at = row + vector * kVec + head * side.head_stride;
-        CacheT* const slot_at = slot_row + vector * kVec + head * side.cache_head_stride;
-        const std::int64_t row_step = p.head_lanes * side.head_stride, slot_step = p.head_lanes * side.cache_head_stride;
-        const auto is_inside = [&](int u) { return u == 0 || head + u * p.head_lanes < p.num_heads; };
+  // Load. Nothing looks at a slot before everything is on its way.
+  const float scale = kIs8Bit && side.scale != nullptr ? side.scale[head * side.scale_stride] : 1.0f;
+  Packed<Source, kVec> packed[kUnroll];
+  std::int64_t given_slots[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    given_slots[u] = -1;
+    packed[u] = {};
+    if (!is_inside(u)) continue;
+    given_slots[u] = slot_of(token + u * blockDim.y);
+    if constexpr (kWrite) packed[u] = load_packed<T, kVec>(row + u * row_step);
+  }
+  std::uint32_t slots[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u)
+    slots[u] = given_slots[u] >= 0 && given_slots[u] < p.num_slots ? static_cast<std::uint32_t>(given_slots[u]) : kSkipped;
+  const auto slot_row = [&](int u) {
+    const std::uint32_t block_idx = p.block_shift >= 0 ? slots[u] >> p.block_shift : slots[u] / p.block_size;
+    return static_cast<CacheT*>(side.cache) + block_idx * side.cache_block_stride +
+           (slots[u] - block_idx * p.block_size) * side.cache_slot_stride + head * side.cache_head_stride + element;
+  };
+  if constexpr (!kWrite) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      if (slots[u] != kSkipped) packed[u] = load_packed<CacheT, kVec>(slot_row(u));
+  }
 
-        // Load.
-        using Source = std::conditional_t<kWrite, T, CacheT>;
-        Packed<Source, kVec> packed[kUnroll];
-        float scales[kUnroll];
+  // Convert and store. What a skipped token gathers is zero.
+  const Divisor divisor(scale);
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          packed[u] = {};
-          scales[u] = common_scale;
-          if (!is_inside(u)) continue;
-          if (scale_per_head) scales[u] = side.scale[head + u * p.head_lanes];
-          if constexpr (kWrite) {
-            packed[u] = load_packed<T, kVec>(row_at + u * row_step);
-          } else if (!skipped) {
-            packed[u] = load_packed<CacheT, kVec>(slot_at + u * slot_step);
-          }
-        }
-        // Here, not before the loads, so that they do not wait for the slot.
-        if (kWrite && skipped) continue;
-
-        // Convert and store. What a skipped token gathers is zero.
+  for (int u = 0; u < kUnroll; ++u) {
+    if (kWrite ? slots[u] == kSkipped : !is_inside(u)) continue;
+    if constexpr (kRaw) {
+      store_raw(kWrite ? static_cast<void*>(slot_row(u)) : static_cast<void*>(row + u * row_step), packed[u]);
+    } else {
+      float v[kVec];
+      unpack<Source, kVec>(v, packed[u]);
+      if constexpr (kWrite && kIs8Bit) {
+        store_raw(slot_row(u), divisor.divide_and_pack<CacheT>(v));
+      } else if constexpr (kWrite) {
+        store_floats(slot_row(u), v);
+      } else {
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          if (!is_inside(u)) continue;
-          if constexpr (kRaw) {
-            store_raw(kWrite ? static_cast<void*>(slot_at + u * slot_step) : static_cast<void*>(row_at + u * row_step), packed[u]);
-          } else {
-            float v[kVec];
-            unpack<Source, kVec>(v, packed[u]);
-            if constexpr (kWrite && kIs8Bit) {
-              const Divisor divisor = scale_per_head ? Divisor(scales[u]) : common_divisor;
-              store_raw(slot_at + u * slot_step, divisor.divide_and_pack<CacheT>(v));
-            } else if constexpr (kWrite) {
-              store_floats(slot_at + u * slot_step, v);
-            } else {
-#pragma unroll
-              for (int e = 0; e < kVec; ++e) v[e] = skipped ? 0.0f : kIs8Bit ? v[e] * scales[u] : v[e];
-              store_floats(row_at + u * row_step, v);
-            }
-          }
-        }
+        for (int e = 0; e < kVec; ++e) v[e] = slots[u] == kSkipped ? 0.0f : kIs8Bit ? v[e] * scale : v[e];
+        store_floats(row + u * row_step, v);
       }
     }
-    if (skipped && slot != -1 && lane == 0 && (item & 1) == 0)
-      record_error(p.error_word, kWrite ? OpId::kWriteKv : OpId::kGatherKv, ArgId::kSlotMapping, token, slot);
+  }
+
+  if (vector != 0 || blockIdx.x % 2 != 0) return;
+#pragma unroll 1
+  for (int u = 0; is_inside(u); ++u) {
+    const std::int64_t slot = slot_of(token + u * blockDim.y);
+    if (slot < -1 || slot >= p.num_slots)
+      record_error(p.error_word, kWrite ? OpId::kWriteKv : OpId::kGatherKv, ArgId::kSlotMapping, token + u * blockDim.y, slot);
+  }
+}
+
+template <bool kWrite, bool kRaw, typename T, typename CacheT, int kVec, int kUnroll, int kRegisters>
+void launch_kv_of(KvKernelParams p, int threads, const char* name, Stream stream) {
+  p.vectors_per_head = p.head_dim / kVec;
+  p.num_vectors = p.num_heads * p.vectors_per_head;
+  p.num_chunks = static_cast<std::uint32_t>(ceil_div(p.num_vectors, 2 * threads));
+  const dim3 block(static_cast<unsigned>(ceil_div(p.num_vectors, p.num_chunks)));
+  const unsigned rows = std::max(1u, threads / block.x);
+  // As many tokens per thread as leave one round of threads to every SM.
+  const std::int64_t round = kResidentThreads * current_device_properties().num_sms;
+  p.tokens_per_thread =
+      static_cast<std::uint32_t>(std::clamp<std::int64_t>((2 * p.num_tokens * p.num_vectors + round / 2) / round, 1, kUnroll));
+  p.block_shift = std::has_single_bit(p.block_size) ? std::countr_zero(p.block_size) : -1;
+  const std::int64_t tile_tokens = rows * p.tokens_per_thread, tiles_per_launch = 0x7fffffff / (2 * p.num_chunks);
+  for (; p.first_token < p.num_tokens; p.first_token += tiles_per_launch * tile_tokens) {
+    const std::int64_t num_tiles = std::min(ceil_div(p.num_tokens - p.first_token, tile_tokens), tiles_per_launch);
+    kv_kernel<kWrite, kRaw, T, CacheT, kVec, kUnroll, kRegisters>
+        <<<static_cast<unsigned>(2 * p.num_chunks * num_tiles), dim3(block.x, rows), 0, cuda_stream(stream)>>>(p);
+    QUIRE_CHECK_LAUNCH(name, stream);
   }
 }
 
 template <bool kWrite, bool kRaw, typename T, typename CacheT, int kVec>
-void launch_kv(KvKernelParams p, const char* name, Stream stream) {
-  p.vectors_per_head = p.head_dim / kVec;
-  // A long head, as dense heads together are, becomes heads of one warp's width where that comes out even.
-  if (p.num_heads == 1 && p.vectors_per_head % kWarpSize == 0) {
-    p.num_heads = p.vectors_per_head / kWarpSize;
-    p.vectors_per_head = kWarpSize;
-    for (KvSide& side : p.sides) side.head_stride = side.cache_head_stride = kWarpSize * kVec;
-  }
-  const bool many_tokens = p.num_tokens >= kManyTokensPerSm * current_device_properties().num_sms;
-  const std::uint32_t wanted_head_lanes = many_tokens ? (p.num_heads + kVectorsInFlight - 1) / kVectorsInFlight : p.num_heads;
-  p.vector_lanes = std::min<std::uint32_t>(p.vectors_per_head, kThreads);
-  p.head_lanes = std::min<std::uint32_t>(wanted_head_lanes, kThreads / p.vector_lanes);
-  const std::int64_t num_ctas = ceil_div(2 * p.num_tokens, kThreads / (p.vector_lanes * p.head_lanes));
-  kv_kernel<kWrite, kRaw, T, CacheT, kVec>
-      <<<static_cast<unsigned>(std::min<std::int64_t>(num_ctas, 0x7fffffff)), kThreads, 0, cuda_stream(stream)>>>(p);
-  QUIRE_CHECK_LAUNCH(name, stream);
+void launch_kv(const KvKernelParams& p, const char* name, Stream stream) {
+  // Copies have the registers for many tokens. Conversions gain more from threads, and rare pairs of types get less code.
+  constexpr bool kCopiesVectors = kRaw && kVec > 1;
+  launch_kv_of<kWrite, kRaw, T, CacheT, kVec, kCopiesVectors ? 8 : 1, kCopiesVectors ? 72 : 40>(p, kThreads, name, stream);
 }
 
 template <bool kWrite, bool kRaw, typename T, typename CacheT>
 void launch_kv_vectors(const KvKernelParams& p, const char* name, Stream stream) {
-  constexpr int kVec = 16 / static_cast<int>(std::max(sizeof(T), sizeof(CacheT)));
+  // Both sides move in pieces of 16 bytes, or several times 16.
+  constexpr int kVec = 16 / static_cast<int>(std::min(sizeof(T), sizeof(CacheT)));
   const auto side_is_aligned = [&](const KvSide& side) {
-    constexpr std::int64_t kRowBytes = kVec * sizeof(T), kCacheBytes = kVec * sizeof(CacheT);
-    return is_aligned(side.tokens, kRowBytes) && keeps_alignment(p.num_tokens, side.token_stride, sizeof(T), kRowBytes) &&
-           keeps_alignment(p.num_heads, side.head_stride, sizeof(T), kRowBytes) && is_aligned(side.cache, kCacheBytes) &&
-           keeps_alignment(0, side.cache_block_stride, sizeof(CacheT), kCacheBytes) &&
-           keeps_alignment(p.block_size, side.cache_slot_stride, sizeof(CacheT), kCacheBytes) &&
-           keeps_alignment(p.num_heads, side.cache_head_stride, sizeof(CacheT), kCacheBytes);
+    return is_aligned(side.tokens, 16) && keeps_alignment(p.num_tokens, side.token_stride, sizeof(T), 16) &&
+           keeps_alignment(p.num_heads, side.head_stride, sizeof(T), 16) && is_aligned(side.cache, 16) &&
+           keeps_alignment(0, side.cache_block_stride, sizeof(CacheT), 16) &&
+           keeps_alignment(p.block_size, side.cache_slot_stride, sizeof(CacheT), 16) &&
+           keeps_alignment(p.num_heads, side.cache_head_stride, sizeof(CacheT), 16);
   };
   const char* const obstacle = p.head_dim % kVec != 0         ? "head_dim"
                                : !side_is_aligned(p.sides[0]) ? "k or k_cache"
@@ -171,26 +188,31 @@ void move_kv(const KvParams& params, const char* name, Stream stream) {
   if (params.num_kv_heads > 0x40000000 / params.head_dim)
     throw UnsupportedError(std::string("[") + name + "] k: expected at most 2^30 elements per token, got " +
                            std::to_string(params.num_kv_heads) + " x " + std::to_string(params.head_dim));
+  const std::int64_t num_slots = params.num_blocks * params.block_size;
+  if (num_slots >= kSkipped)
+    throw UnsupportedError(std::string("[") + name + "] k_cache: expected fewer than 2^32 - 1 slots, got " + std::to_string(num_slots));
   KvKernelParams p{{{params.k, params.k_cache, params.k_scale, params.k_scale_stride, params.k_token_stride, params.k_head_stride,
                      params.k_cache_block_stride, params.k_cache_slot_stride, params.k_cache_head_stride},
                     {params.v, params.v_cache, params.v_scale, params.v_scale_stride, params.v_token_stride, params.v_head_stride,
                      params.v_cache_block_stride, params.v_cache_slot_stride, params.v_cache_head_stride}},
                    params.slot_mapping,
                    params.slot_stride,
+                   0,
                    params.num_tokens,
-                   params.num_blocks * params.block_size,
-                   params.block_size,
+                   num_slots,
+                   // An empty cache may have block_size 0, by which nothing can be divided.
+                   num_slots == 0 ? 1 : static_cast<std::uint32_t>(params.block_size),
                    static_cast<std::uint32_t>(params.num_kv_heads),
                    static_cast<std::uint32_t>(params.head_dim),
                    params.slot_dtype == DType::kInt64,
                    error_word(),
                    0,
                    0,
+                   0,
+                   0,
                    0};
   for (KvSide& side : p.sides)
     if (side.scale == nullptr || p.num_heads == 1) side.scale_stride = 0;
-  // An empty cache may have block_size 0, by which nothing can be divided.
-  p.block_size = std::max<std::int64_t>(p.block_size, 1);
   // Heads that lie side by side under one scale are one long head.
   const auto heads_are_dense = [&](const KvSide& side) {
     return side.head_stride == p.head_dim && side.cache_head_stride == p.head_dim && side.scale_stride == 0;
@@ -212,52 +234,58 @@ void move_kv(const KvParams& params, const char* name, Stream stream) {
   });
 }
 
-// Grid: work item = one pair x one chunk of kThreads * kVectorsInFlight vectors of kBytes; CTAs walk all items.
+// Grid: a CTA copies one chunk of blockDim.x * kVectorsInFlight vectors of kBytes of the block of one pair.
 template <int kBytes, typename Index>
-__global__ void __launch_bounds__(kThreads)
-    copy_blocks_kernel(const __grid_constant__ CopyBlocksParams p, const std::int64_t num_chunks, ErrorWord* const error_word) {
-  const std::int64_t vectors_per_segment = p.segment_bytes / kBytes;
-  const std::int64_t num_vectors = p.num_segments * vectors_per_segment;
+__global__ void __launch_bounds__(kThreads) copy_blocks_kernel(const __grid_constant__ CopyBlocksParams p, const std::int64_t first_pair,
+                                                               const std::uint32_t num_chunks, ErrorWord* const error_word) {
+  const std::uint32_t vectors_per_segment = static_cast<std::uint32_t>(p.segment_bytes / kBytes);
+  const std::uint32_t num_vectors = static_cast<std::uint32_t>(p.num_segments) * vectors_per_segment;
+  const std::uint32_t pair_of_launch = blockIdx.x / num_chunks, chunk = blockIdx.x - pair_of_launch * num_chunks;
+  const std::int64_t pair = first_pair + pair_of_launch;
   const auto* const pairs = static_cast<const Index*>(p.pairs);
-  for (std::int64_t item = blockIdx.x; item < p.num_pairs * num_chunks; item += gridDim.x) {
-    const std::int64_t pair = divide(item, num_chunks);
-    const std::int64_t chunk = item - pair * num_chunks;
-    const std::int64_t src = pairs[2 * pair], dst = pairs[2 * pair + 1];
-    const bool src_is_valid = src >= 0 && src < p.num_blocks, dst_is_valid = dst >= 0 && dst < p.num_blocks;
-    if (!src_is_valid || !dst_is_valid) {
-      if (chunk == 0 && threadIdx.x == 0) {
-        if (!src_is_valid && src != -1) record_error(error_word, OpId::kCopyBlocks, ArgId::kPairs, 2 * pair, src);
-        if (!dst_is_valid && dst != -1) record_error(error_word, OpId::kCopyBlocks, ArgId::kPairs, 2 * pair + 1, dst);
-      }
-      continue;
+  const std::int64_t src = pairs[2 * pair], dst = pairs[2 * pair + 1];
+  const bool src_is_valid = src >= 0 && src < p.num_blocks, dst_is_valid = dst >= 0 && dst < p.num_blocks;
+  if (!src_is_valid || !dst_is_valid) {
+    if (chunk == 0 && threadIdx.x == 0) {
+      if (!src_is_valid && src != -1) record_error(error_word, OpId::kCopyBlocks, ArgId::kPairs, 2 * pair, src);
+      if (!dst_is_valid && dst != -1) record_error(error_word, OpId::kCopyBlocks, ArgId::kPairs, 2 * pair + 1, dst);
     }
-    const char* const from = static_cast<const char*>(p.cache) + src * p.block_stride_bytes;
-    char* const to = static_cast<char*>(p.cache) + dst * p.block_stride_bytes;
-    RawVector<kBytes> vectors[kVectorsInFlight];
-    std::int64_t offsets[kVectorsInFlight];
-#pragma unroll
-    for (int u = 0; u < kVectorsInFlight; ++u) {
-      const std::int64_t vector = (chunk * kVectorsInFlight + u) * kThreads + threadIdx.x;
-      offsets[u] = -1;
-      if (vector >= num_vectors) continue;
-      const std::int64_t segment = p.num_segments == 1 ? 0 : divide(vector, vectors_per_segment);
-      offsets[u] = segment * p.segment_stride_bytes + (vector - segment * vectors_per_segment) * kBytes;
-      vectors[u] = load_raw<kBytes>(from + offsets[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kVectorsInFlight; ++u)
-      if (offsets[u] >= 0) store_raw(to + offsets[u], vectors[u]);
+    return;
   }
+  const char* const from = static_cast<const char*>(p.cache) + src * p.block_stride_bytes;
+  char* const to = static_cast<char*>(p.cache) + dst * p.block_stride_bytes;
+  const std::uint32_t first = chunk * kVectorsInFlight * kThreads + threadIdx.x;
+  const auto offset_of = [&](std::uint32_t vector) -> std::int64_t {
+    if (p.num_segments == 1) return static_cast<std::int64_t>(vector) * kBytes;
+    const std::uint32_t segment = vector / vectors_per_segment;
+    return segment * p.segment_stride_bytes + static_cast<std::int64_t>(vector - segment * vectors_per_segment) * kBytes;
+  };
+  RawVector<kBytes> vectors[kVectorsInFlight];
+#pragma unroll
+  for (int u = 0; u < kVectorsInFlight; ++u)
+    if (first + u * kThreads < num_vectors) vectors[u] = load_raw<kBytes>(from + offset_of(first + u * kThreads));
+#pragma unroll
+  for (int u = 0; u < kVectorsInFlight; ++u)
+    if (first + u * kThreads < num_vectors) store_raw(to + offset_of(first + u * kThreads), vectors[u]);
 }
 
 template <int kBytes>
 void launch_copy_blocks(const CopyBlocksParams& p, Stream stream) {
-  const std::int64_t num_chunks = ceil_div(p.num_segments * (p.segment_bytes / kBytes), std::int64_t{kThreads} * kVectorsInFlight);
-  const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(p.num_pairs * num_chunks, 0x7fffffff));
+  const std::int64_t num_vectors = p.num_segments * (p.segment_bytes / kBytes);
+  // A kernel counts them in 32 bits, with room for a step past the end.
+  if (num_vectors > 0x40000000)
+    throw UnsupportedError("[copy_blocks] cache: expected blocks of at most 2^30 aligned pieces, got " + std::to_string(num_vectors) +
+                           " of " + std::to_string(kBytes) + " bytes");
+  const std::int64_t num_chunks = ceil_div(num_vectors, std::int64_t{kThreads} * kVectorsInFlight);
+  const std::int64_t pairs_per_launch = 0x7fffffff / num_chunks;
   dispatch_index(p.pair_dtype, "copy_blocks", [&](auto index) {
-    copy_blocks_kernel<kBytes, decltype(index)><<<num_ctas, kThreads, 0, cuda_stream(stream)>>>(p, num_chunks, error_word());
+    for (std::int64_t first_pair = 0; first_pair < p.num_pairs; first_pair += pairs_per_launch) {
+      const auto num_ctas = static_cast<unsigned>(std::min(p.num_pairs - first_pair, pairs_per_launch) * num_chunks);
+      copy_blocks_kernel<kBytes, decltype(index)>
+          <<<num_ctas, kThreads, 0, cuda_stream(stream)>>>(p, first_pair, static_cast<std::uint32_t>(num_chunks), error_word());
+      QUIRE_CHECK_LAUNCH("copy_blocks", stream);
+    }
   });
-  QUIRE_CHECK_LAUNCH("copy_blocks", stream);
 }
 
 }  // namespace

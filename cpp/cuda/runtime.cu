@@ -34,12 +34,6 @@ DeviceState& device_state(int device_index) {
   return states[device_index];
 }
 
-int current_device() {
-  int device = 0;
-  QUIRE_CUDA_CHECK(cudaGetDevice(&device));
-  return device;
-}
-
 // Lets allocation calls through while the thread captures a stream: they are no part of the graph.
 class RelaxedCapture {
  public:
@@ -93,6 +87,12 @@ void check_launch(const char* kernel, Stream stream, const char* file, int line)
 DeviceGuard::DeviceGuard(int device_index) : previous_(exchange_device(device_index)), changed_(previous_ >= 0) {}
 DeviceGuard::~DeviceGuard() {
   if (changed_) restore_device(previous_);
+}
+
+int current_device() {
+  int device = 0;
+  QUIRE_CUDA_CHECK(cudaGetDevice(&device));
+  return device;
 }
 
 int exchange_device(int device_index) {

@@ -11,6 +11,7 @@ namespace quire::cuda {
 
 /// Makes a device current; returns the previous one, or -1 if it already was. Throws CudaError for a device that is not there.
 int exchange_device(int device_index);
+int current_device();
 void restore_device(int device_index) noexcept;
 
 /// Waits for the device's work so far, then takes and clears its error word.

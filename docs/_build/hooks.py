@@ -23,6 +23,8 @@ def on_config(config):
             index = pages[0] if isinstance(pages, list) else ""
             if index in ("design/index.md", "concepts/index.md"):
                 pages += sorted(
-                    str(path.relative_to(docs)) for path in (docs / index).parent.glob("*.md") if path.name != "index.md"
+                    str(path.relative_to(docs))
+                    for path in (docs / index).parent.glob("*.md")
+                    if path.name != "index.md"
                 )
     return config

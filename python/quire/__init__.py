@@ -68,7 +68,15 @@ else:
     )
     from quire.block_allocator import BlockAllocator, OutOfBlocksError
     from quire.explain import Explanation, explain
-    from quire.kv_cache import KVCache, copy_blocks, gather_kv, swap_blocks, write_kv
+    from quire.kv_cache import (
+        KVBlocks,
+        KVCache,
+        KVCacheDescription,
+        copy_blocks,
+        gather_kv,
+        swap_blocks,
+        write_kv,
+    )
     from quire.norm import fused_add_rms_norm, layer_norm, rms_norm
     from quire.position_encoding import qk_norm_rope, rope_and_write_kv, rope_cache, rotary_embedding
 
@@ -78,7 +86,9 @@ __all__ = [
     "BlockAllocator",
     "CudaError",
     "Explanation",
+    "KVBlocks",
     "KVCache",
+    "KVCacheDescription",
     "OutOfBlocksError",
     "Tensor",
     "UnsupportedError",

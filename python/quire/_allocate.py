@@ -64,8 +64,8 @@ def _check_jax(op: str, arg: str, x: Array) -> None:
     jax = sys.modules["jax"]
     if isinstance(x, jax.core.Tracer):
         raise TypeError(
-            f"[{op}] {arg}: expected a JAX array with data, got a tracer: JAX tracers cannot be taken here, "
-            "call outside jax.jit (quire.jax to come)"
+            f"[{op}] {arg}: expected a JAX array with data, got a tracer; inside jax.jit and other "
+            f"transformations use quire.jax.{op}"
         )
     if not isinstance(x, jax.Array):
         return

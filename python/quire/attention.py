@@ -33,6 +33,17 @@ Variant = Literal[
 ]
 
 
+def split_window(op: str, window: Window) -> tuple[int, int]:
+    """``(left, right)`` of a window as callers give it; -1 for no limit."""
+    if window is None:
+        return -1, -1
+    if isinstance(window, (tuple, list)):
+        if len(window) != 2:
+            raise ValueError(f"[{op}] window: expected an int or (left, right), got {window}")
+        return int(window[0]), int(window[1])
+    return int(window), -1
+
+
 @overload
 def paged_attention(
     q: Array,

@@ -6,11 +6,13 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 from quire import _core
 from quire._allocate import Array, dtype_name, empty, finish, shape_of
+from quire.kv_transfer import KVBlocks, KVCacheDescription, export_blocks, import_blocks
 
-__all__ = ["KVCache", "copy_blocks", "gather_kv", "swap_blocks", "write_kv"]
+__all__ = ["KVBlocks", "KVCache", "KVCacheDescription", "copy_blocks", "gather_kv", "swap_blocks", "write_kv"]
 
 _ITEM_BYTES = {
     "float32": 4,
@@ -329,6 +331,89 @@ class KVCache:
         if src.num_layers != self.num_layers:
             raise ValueError(f"[KVCache] src: expected {self.num_layers} layers, got {src.num_layers}")
         swap_blocks(self._blocks(), src._blocks(), pairs, stream=stream)
+
+    def describe(self) -> KVCacheDescription:
+        """Where every byte of the pool lies, for those who move it: see :class:`KVCacheDescription`."""
+        return KVCacheDescription(
+            base=self._pool.data_ptr,
+            num_bytes=self._num_bytes,
+            device=self.device,
+            dtype=self.dtype,
+            shape=self._pool.shape,
+            strides_bytes=tuple(s * _ITEM_BYTES[self.dtype] for s in self._pool.strides),
+        )
+
+    def export_blocks(
+        self,
+        block_ids: Sequence[int],
+        *,
+        head_start: int = 0,
+        total_kv_heads: int | None = None,
+        keys: Sequence[int] | None = None,
+        device: object = None,
+        pinned: bool = False,
+        stream: object = None,
+    ) -> KVBlocks:
+        """Copies blocks of every layer's K and V into one contiguous buffer, with a header that says what it holds.
+
+        Args:
+            block_ids: The blocks.
+            head_start: The number, in the model, of this cache's first head: where heads are spread over several caches.
+            total_kv_heads: Heads of the model; None: this cache's.
+            keys: A number below 2**128 for each block that names its contents, as ``BlockAllocator.hash_blocks`` gives them. They
+                travel in the header.
+            device: Where the buffer is made: "cpu", "cuda:<index>"; None: where the cache is.
+            pinned: On the CPU: page-locked memory.
+            stream: An int, an object with ``__cuda_stream__``, or None for the current stream. The copy is ordered on it; wait for
+                it before the buffer is read elsewhere.
+
+        Returns:
+            :class:`KVBlocks`.
+
+        Raises:
+            ValueError: The heads do not fit into the model's, or there are more or fewer keys than blocks.
+            IndexError: A block is out of range.
+
+        Example:
+            >>> import quire
+            >>> a, b = (quire.KVCache(2, 8, 16, 4, 64, "bfloat16") for _ in range(2))
+            >>> blocks = a.export_blocks([5, 3])
+            >>> b.import_blocks(blocks.to_bytes(), [0, 1])
+            (0, 4)
+        """
+        return export_blocks(self, block_ids, head_start, total_kv_heads, keys, device, pinned, stream)
+
+    def import_blocks(
+        self,
+        blocks: KVBlocks | bytes | bytearray | memoryview | Array,
+        block_ids: Sequence[int],
+        *,
+        head_start: int = 0,
+        total_kv_heads: int | None = None,
+        stream: object = None,
+    ) -> tuple[int, int]:
+        """Copies blocks that were exported, here or elsewhere, into this cache: those heads that both have.
+
+        A cache with a part of the heads takes its part of a buffer with all of them, and a cache with all heads is filled by one
+        call for each part.
+
+        Args:
+            blocks: :class:`KVBlocks`, or a host buffer that ``KVBlocks.to_bytes`` made.
+            block_ids: Where each block goes.
+            head_start: The number, in the model, of this cache's first head.
+            total_kv_heads: Heads of the model; None: this cache's.
+            stream: As in :meth:`export_blocks`.
+
+        Returns:
+            The heads that were copied, ``(first, behind the last)``, counted in the model.
+
+        Raises:
+            ValueError: The buffer is truncated, altered or foreign, of another model or block size, or has none of this cache's
+                heads. Nothing was written.
+            TypeError: The dtypes differ.
+            IndexError: A block is out of range. Nothing was written.
+        """
+        return import_blocks(self, blocks, block_ids, head_start, total_kv_heads, stream)
 
     def _blocks(self) -> _core.Tensor:
         """The pool by blocks, ``[num_blocks, 2, num_layers, block_size, num_kv_heads, head_dim]``."""

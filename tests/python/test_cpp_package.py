@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CONSUMER = ROOT / "tests" / "cpp" / "consumer"
+C_CONSUMER = ROOT / "tests" / "cpp" / "c_consumer"
 TOOLS = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 CMAKE = shutil.which("cmake", path=TOOLS)
 GENERATOR = ["-G", "Ninja"] if shutil.which("ninja", path=TOOLS) else []
@@ -61,6 +62,19 @@ def test_consumer(prefix, tmp_path):
     ]
 
 
+def test_c_consumer(prefix, tmp_path):
+    """A project that knows no C++."""
+    run(CMAKE, "-S", C_CONSUMER, "-B", tmp_path, *GENERATOR, f"-DCMAKE_PREFIX_PATH={prefix}")
+    run(CMAKE, "--build", tmp_path)
+    lines = run(tmp_path / "c_consumer").splitlines()
+    assert re.fullmatch(r"quire \d+\.\d+\.\d+, ABI 1", lines[0])
+    assert lines[1:] == [
+        "rms_norm: 0.8485 1.1314",
+        "paged_attention: 2.0000",
+        "2: [rms_norm] x: expected float32, float16 or bfloat16, got int32 [1]",
+    ]
+
+
 def test_contents(prefix):
     files = {str(path.relative_to(prefix)) for path in prefix.rglob("*") if path.is_file()}
     expected = {f"include/quire/{path.name}" for path in (ROOT / "include" / "quire").iterdir()}
@@ -81,7 +95,8 @@ def test_no_path_of_the_build(prefix, build):
 def test_headers_include_only_the_standard_library(prefix):
     for header in (prefix / "include" / "quire").iterdir():
         for name in re.findall(r"^\s*#\s*include\s+(.*)$", header.read_text(), re.MULTILINE):
-            assert re.fullmatch(r'"quire/[a-z_]+\.h"|<[a-z_]+>', name.strip()), (
+            standard = r"<[a-z_]+\.h>" if header.name == "c_api.h" else "<[a-z_]+>"
+            assert re.fullmatch(rf'"quire/[a-z_]+\.h"|{standard}', name.strip()), (
                 f"{header.name} includes {name}"
             )
 

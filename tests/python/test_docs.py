@@ -8,6 +8,7 @@ The blocks below one second-level heading share a namespace. A ```text block rig
 import contextlib
 import doctest
 import importlib
+import importlib.util
 import io
 import re
 from pathlib import Path
@@ -19,8 +20,20 @@ import pytest
 import quire
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "docs/quickstart.md", "docs/concepts/index.md", "docs/building.md", "docs/debugging.md"]
-FRAMEWORKS = ["torch", "cupy", "jax", "ml_dtypes"]
+PAGES = [
+    "README.md",
+    "docs/quickstart.md",
+    "docs/concepts/index.md",
+    "docs/concepts/kv_transfer.md",
+    "docs/building.md",
+    "docs/debugging.md",
+    "docs/c.md",
+    "docs/frameworks/cupy.md",
+    "docs/frameworks/jax.md",
+    "docs/frameworks/numpy.md",
+    "docs/frameworks/pytorch.md",
+]
+FRAMEWORKS = ["torch", "cupy", "jax", "ml_dtypes", "transformers"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -70,7 +83,9 @@ def cases():
 
 def skip_what_is_absent(code):
     for name in FRAMEWORKS:
-        if re.search(rf"^\s*import {name}\b", code, re.MULTILINE) and not frameworks.has_module(name):
+        if re.search(
+            rf"^\s*(?:import|from) (?:quire\.)?{name}\b", code, re.MULTILINE
+        ) and not frameworks.has_module(name):
             pytest.skip(f"{name} is not installed")
     if "import cupy" in code and not frameworks.has_gpu():
         pytest.skip("cupy: no CUDA device, or a CPU-only build")
@@ -94,15 +109,45 @@ def test_every_page_is_found():
     assert [page for page in PAGES if not sections(page)] == []
 
 
-@pytest.mark.parametrize("name", [name for name in quire.__all__ if not name.startswith("__")])
+NAMES = [f"quire.{name}" for name in quire.__all__ if not name.startswith("__")]
+
+
+def names_of(module):
+    """The public names of a module whose framework is here."""
+    if not frameworks.has_module(module.rpartition(".")[2]):
+        return []
+    return [f"{module}.{name}" for name in importlib.import_module(module).__all__]
+
+
+@pytest.mark.parametrize("name", NAMES + names_of("quire.jax"))
 def test_docstring_examples(name):
-    item = getattr(quire, name)
-    assert item.__doc__, f"quire.{name} has no docstring"
+    module, _, attribute = name.rpartition(".")
+    item = getattr(importlib.import_module(module), attribute)
+    assert item.__doc__, f"{name} has no docstring"
     examples = doctest.DocTestParser().get_doctest(item.__doc__, {}, name, None, 0)
     printed = io.StringIO()
     with np.printoptions(legacy=False):
         doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(examples, out=printed.write)
     assert printed.getvalue() == ""
+
+
+def test_support_matrix():
+    """The CPU table of the page is what running it gives, for the frameworks that are here."""
+    page = ROOT / "docs" / "frameworks" / "index.md"
+    if not page.exists():
+        pytest.skip("the source tree is not there")
+    spec = importlib.util.spec_from_file_location(
+        "support_matrix", ROOT / "docs" / "_build" / "support_matrix.py"
+    )
+    matrix = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(matrix)
+    made = [
+        line for line in matrix.table("CPU").splitlines() if line.startswith("| ") and "not run" not in line
+    ]
+    shown = page.read_text(encoding="utf-8").splitlines()
+    assert len(made) > 1
+    assert [line for line in made if line not in shown] == []
+    assert "wrong" not in "".join(made)
 
 
 def test_api_pages_are_complete():

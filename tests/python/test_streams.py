@@ -575,9 +575,12 @@ def first_capture(name: str) -> None:
     """In a fresh process: no call of the library comes before the capture."""
     work, op = TorchWork(), OPS[name]
     tensors, new = (work.upload(op.make(np.random.default_rng(seed), work.dtype)) for seed in (1, 2))
+    old = work.copy(tensors)
     replay = work.capture(lambda: op.call(tensors))
-    work.assign(tensors, new)
-    replay()
+    for _ in range(500):  # a thousand replays, on other contents each time
+        for contents in (old, new):
+            work.assign(tensors, contents)
+            replay()
     work.synchronize()
     op.call(new)
     assert_same(work, tensors, new)
@@ -598,6 +601,8 @@ def first_capture(name: str) -> None:
         "paged_mixed",
         "paged_long",
         "attention",
+        "shared_prefix_attention",
+        "merge_attention",
     ],
 )
 def test_capture_as_the_first_call(torch_work, name):

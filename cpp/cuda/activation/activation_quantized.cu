@@ -15,24 +15,26 @@ namespace quire::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-// Pairs of vectors that a thread has in flight.
-constexpr int kUnroll = 4;
+// Elements of a vector: the result is written 16 bytes at a time.
+constexpr int kVec = 16;
+// Vectors of a row that a thread holds.
+constexpr int kVectorsPerThread = 2;
 // Threads of a CTA that holds a whole row.
 constexpr int kMaxRowThreads = 1024;
 
 // The result's vector from its gate and its up.
-template <Activation kActivation, typename T, int kVec>
-__device__ __forceinline__ void gated(float (&v)[kVec], const Packed<T, kVec>& gate, const Packed<T, kVec>& up) {
-  float factor[kVec];
-  unpack<T, kVec>(v, gate);
-  unpack<T, kVec>(factor, up);
+template <Activation kActivation, typename T, int kCount>
+__device__ __forceinline__ void gated(float (&v)[kCount], const Packed<T, kCount>& gate, const Packed<T, kCount>& up) {
+  float factor[kCount];
+  unpack<T, kCount>(v, gate);
+  unpack<T, kCount>(factor, up);
 #pragma unroll
-  for (int e = 0; e < kVec; ++e) v[e] = activate<kActivation, sizeof(T) == 4>(v[e]) * factor[e];
+  for (int e = 0; e < kCount; ++e) v[e] = activate<kActivation, sizeof(T) == 4>(v[e]) * factor[e];
 }
 
-// One scale, or one per group. Grid: work item = blockDim.y rows x one chunk of blockDim.x * kUnroll vectors; gridDim.x CTAs walk all
-// items. A group's vectors lie in `group_lanes` neighbouring lanes, a power of two up to 32 that divides blockDim.x.
-template <Activation kActivation, typename T, int kVec>
+// One scale, or one per group. Grid: work item = blockDim.y rows x one chunk of blockDim.x vectors; gridDim.x CTAs walk all items. A
+// group's vectors lie in `group_lanes` neighbouring lanes, a power of two up to 32 that divides blockDim.x.
+template <Activation kActivation, typename T>
 __global__ void __launch_bounds__(kThreads) activation_group_kernel(const __grid_constant__ ActivationParams p, const int group_lanes,
                                                                     const std::int64_t num_chunks, const std::int64_t num_items) {
   const bool per_group = p.quant.granularity == ScaleGranularity::kGroup, is_int8 = p.quant.dtype == DType::kInt8;
@@ -41,53 +43,41 @@ __global__ void __launch_bounds__(kThreads) activation_group_kernel(const __grid
     const std::int64_t row_group = num_chunks == 1 ? item : divide(item, num_chunks);
     const std::int64_t chunk = item - row_group * num_chunks;
     const std::int64_t row = row_group * blockDim.y + threadIdx.y;
-    const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
-    const std::int64_t out_at = p.out_rows.offset(row);
-    const std::int64_t first = (chunk * blockDim.x * kUnroll + threadIdx.x) * kVec;
-    const std::int64_t step = static_cast<std::int64_t>(blockDim.x) * kVec;
+    const std::int64_t at = (chunk * blockDim.x + threadIdx.x) * kVec;
     // Every lane takes part in the maxima, also one with nothing to do.
-    const std::int64_t end = row < p.num_rows ? p.width : 0;
+    const bool inside = row < p.num_rows && at < p.width;
 
-    // Load.
-    Packed<T, kVec> gates[kUnroll], ups[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const std::int64_t at = first + u * step;
-      gates[u] = ups[u] = {};
-      if (at >= end) continue;
-      gates[u] = load_packed<T, kVec>(x + at);
-      ups[u] = load_packed<T, kVec>(x + p.width + at);
+    Packed<T, kVec> gate{}, up{};
+    if (inside) {
+      const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row) + at;
+      gate = load_packed<T, kVec>(x);
+      up = load_packed<T, kVec>(x + p.width);
     }
-
-    // Compute and store.
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const std::int64_t at = first + u * step;
-      float v[kVec];
-      gated<kActivation, T, kVec>(v, gates[u], ups[u]);
-      if (per_group) {
-        const float scale = computed_scale(warp_max(at < end ? largest_of(v) : 0.0f, group_lanes), largest_quantized(p.quant.dtype));
-        if (at >= end) continue;
-        if (static_cast<int>(threadIdx.x) % group_lanes == 0) *p.quant.scale_at(row, divide(at, p.quant.group_size)) = scale;
-        store_quantized(p.out, out_at + at, is_int8, v, Divisor(scale));
-      } else if (at < end) {
-        store_quantized(p.out, out_at + at, is_int8, v, given);
-      }
+    float v[kVec];
+    gated<kActivation, T, kVec>(v, gate, up);
+    if (per_group) {
+      const float scale = computed_scale(warp_max(largest_of(v), group_lanes), is_int8);
+      if (!inside) continue;
+      if (static_cast<int>(threadIdx.x) % group_lanes == 0) *p.quant.scale_at(row, divide(at, p.quant.group_size)) = scale;
+      store_quantized<true>(p.out, p.out_rows.offset(row) + at, is_int8, v, Divisor(scale));
+    } else if (inside) {
+      store_quantized<false>(p.out, p.out_rows.offset(row) + at, is_int8, v, given);
     }
   }
 }
 
-// One scale per row. Grid: one CTA per row and step; a thread keeps up to kUnroll vectors of results.
-template <Activation kActivation, typename T, int kVec>
+// One scale per row. Grid: one CTA per row and step; a thread keeps up to kVectorsPerThread vectors of results.
+template <Activation kActivation, typename T>
 __global__ void __launch_bounds__(kMaxRowThreads) activation_token_kernel(const __grid_constant__ ActivationParams p) {
   __shared__ float scratch[2][kWarpSize];
+  const bool is_int8 = p.quant.dtype == DType::kInt8;
   const std::int64_t first = static_cast<std::int64_t>(threadIdx.x) * kVec, step = static_cast<std::int64_t>(blockDim.x) * kVec;
   int turn = 0;
   for (std::int64_t row = blockIdx.x; row < p.num_rows; row += gridDim.x, turn ^= 1) {
     const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
-    Packed<T, kVec> gates[kUnroll], ups[kUnroll];
+    Packed<T, kVec> gates[kVectorsPerThread], ups[kVectorsPerThread];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kVectorsPerThread; ++u) {
       gates[u] = ups[u] = {};
       if (first + u * step >= p.width) continue;
       gates[u] = load_packed<T, kVec>(x + first + u * step);
@@ -95,21 +85,20 @@ __global__ void __launch_bounds__(kMaxRowThreads) activation_token_kernel(const 
     }
 
     // Compute.
-    float v[kUnroll][kVec], largest = 0.0f;
+    float v[kVectorsPerThread][kVec], largest = 0.0f;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kVectorsPerThread; ++u) {
       gated<kActivation, T, kVec>(v[u], gates[u], ups[u]);
       if (first + u * step < p.width) largest = fmaxf(largest, largest_of(v[u]));
     }
 
     // Scale and store. The scratch memory alternates, so that the barrier of the next row's maximum guards this one's.
-    const float scale = computed_scale(cta_max(largest, scratch[turn]), largest_quantized(p.quant.dtype));
+    const float scale = computed_scale(cta_max(largest, scratch[turn]), is_int8);
     if (threadIdx.x == 0) *p.quant.scale_at(row, 0) = scale;
     const Divisor divisor(scale);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      if (first + u * step < p.width)
-        store_quantized(p.out, p.out_rows.offset(row) + first + u * step, p.quant.dtype == DType::kInt8, v[u], divisor);
+    for (int u = 0; u < kVectorsPerThread; ++u)
+      if (first + u * step < p.width) store_quantized<true>(p.out, p.out_rows.offset(row) + first + u * step, is_int8, v[u], divisor);
   }
 }
 
@@ -117,6 +106,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) activation_token_kernel(const 
 template <Activation kActivation, typename T>
 __global__ void __launch_bounds__(kMaxRowThreads) activation_element_kernel(const __grid_constant__ ActivationParams p) {
   __shared__ float scratch[kWarpSize];
+  const bool is_int8 = p.quant.dtype == DType::kInt8;
   for (std::int64_t row = blockIdx.x; row < p.num_rows; row += gridDim.x) {
     const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
     const auto result = [&](float (&v)[1], std::int64_t at) {
@@ -136,14 +126,13 @@ __global__ void __launch_bounds__(kMaxRowThreads) activation_element_kernel(cons
       for (std::int64_t at = first; at < end; at += step) {
         float v[1];
         result(v, at);
-        store_quantized(p.out, p.out_rows.offset(row) + at, p.quant.dtype == DType::kInt8, v, divisor);
+        store_quantized<false>(p.out, p.out_rows.offset(row) + at, is_int8, v, divisor);
       }
     };
-    const float largest_stored = largest_quantized(p.quant.dtype);
     if (p.quant.granularity == ScaleGranularity::kTensor) {
       store(threadIdx.x, p.width, blockDim.x, p.quant.scales[0]);
     } else if (p.quant.granularity == ScaleGranularity::kToken) {
-      const float scale = computed_scale(cta_max(largest_in(threadIdx.x, p.width, blockDim.x), scratch), largest_stored);
+      const float scale = computed_scale(cta_max(largest_in(threadIdx.x, p.width, blockDim.x), scratch), is_int8);
       if (threadIdx.x == 0) *p.quant.scale_at(row, 0) = scale;
       store(threadIdx.x, p.width, blockDim.x, scale);
       // The next row's maximum uses the same scratch memory.
@@ -152,7 +141,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) activation_element_kernel(cons
       const std::int64_t lane = threadIdx.x % kWarpSize, num_warps = blockDim.x / kWarpSize;
       for (std::int64_t group = threadIdx.x / kWarpSize; group * p.quant.group_size < p.width; group += num_warps) {
         const std::int64_t first = group * p.quant.group_size + lane, end = (group + 1) * p.quant.group_size;
-        const float scale = computed_scale(warp_max(largest_in(first, end, kWarpSize)), largest_stored);
+        const float scale = computed_scale(warp_max(largest_in(first, end, kWarpSize)), is_int8);
         if (lane == 0) *p.quant.scale_at(row, group) = scale;
         store(first, end, kWarpSize, scale);
       }
@@ -166,32 +155,30 @@ std::int64_t whole_warps(std::int64_t num_threads) {
 
 template <Activation kActivation, typename T>
 void launch_quantized(const ActivationParams& p, Stream stream) {
-  constexpr int kVec = kElementsPer16Bytes<T>;
   const auto num_row_ctas = static_cast<unsigned>(std::min<std::int64_t>(p.num_rows, 0x7fffffff));
-  // kVec bytes of the result at a time.
-  const bool out_is_vectors = is_aligned(p.out, kVec) && p.out_rows.strides[0] % kVec == 0 && p.out_rows.strides[1] % kVec == 0 &&
-                              p.out_rows.strides[2] % kVec == 0;
+  const bool out_is_vectors = p.width % kVec == 0 && is_aligned(p.out, kVec) && p.out_rows.strides[0] % kVec == 0 &&
+                              p.out_rows.strides[1] % kVec == 0 && p.out_rows.strides[2] % kVec == 0;
   const std::int64_t num_vectors = p.width / kVec;
   const bool per_token = p.quant.granularity == ScaleGranularity::kToken;
   const std::int64_t group_lanes = p.quant.granularity == ScaleGranularity::kTensor ? 1 : p.quant.group_size / kVec;
   const bool lanes_fit = p.quant.granularity == ScaleGranularity::kTensor || (p.quant.group_size % kVec == 0 && group_lanes <= kWarpSize &&
                                                                               std::has_single_bit(static_cast<std::uint64_t>(group_lanes)));
-  const char* const obstacle = !rows_are_vectors<T>(p.x, p.x_rows, p.width)          ? "x"
-                               : !out_is_vectors                                     ? "out"
-                               : per_token && num_vectors > kMaxRowThreads * kUnroll ? "a row of this length"
-                               : !per_token && !lanes_fit                            ? "group_size"
-                                                                                     : nullptr;
+  const char* const obstacle = !rows_are_vectors<T>(p.x, p.x_rows, p.width)                    ? "x"
+                               : !out_is_vectors                                               ? "out"
+                               : per_token && num_vectors > kMaxRowThreads * kVectorsPerThread ? "a row of this length"
+                               : !per_token && !lanes_fit                                      ? "group_size"
+                                                                                               : nullptr;
   if (explain_vectors(obstacle)) return;
   if (obstacle == nullptr && per_token) {
-    const std::int64_t num_threads = whole_warps(ceil_div(num_vectors, kUnroll));
-    activation_token_kernel<kActivation, T, kVec><<<num_row_ctas, static_cast<unsigned>(num_threads), 0, cuda_stream(stream)>>>(p);
+    const std::int64_t num_threads = whole_warps(ceil_div(num_vectors, kVectorsPerThread));
+    activation_token_kernel<kActivation, T><<<num_row_ctas, static_cast<unsigned>(num_threads), 0, cuda_stream(stream)>>>(p);
   } else if (obstacle == nullptr) {
-    const std::int64_t wanted = std::clamp<std::int64_t>(ceil_div(num_vectors, kUnroll), group_lanes, kThreads);
+    const std::int64_t wanted = std::clamp<std::int64_t>(num_vectors, group_lanes, kThreads);
     const dim3 block(std::bit_ceil(static_cast<unsigned>(wanted)), kThreads / std::bit_ceil(static_cast<unsigned>(wanted)));
-    const std::int64_t num_chunks = ceil_div(num_vectors, std::int64_t{block.x} * kUnroll);
+    const std::int64_t num_chunks = ceil_div(num_vectors, block.x);
     const std::int64_t num_items = ceil_div(p.num_rows, block.y) * num_chunks;
     const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(num_items, 0x7fffffff));
-    activation_group_kernel<kActivation, T, kVec>
+    activation_group_kernel<kActivation, T>
         <<<num_ctas, block, 0, cuda_stream(stream)>>>(p, static_cast<int>(group_lanes), num_chunks, num_items);
   } else {
     activation_element_kernel<kActivation, T><<<num_row_ctas, static_cast<unsigned>(whole_warps(p.width)), 0, cuda_stream(stream)>>>(p);

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <type_traits>
 
 #include "core/dispatch.h"
 #include "core/explain.h"
@@ -19,34 +18,12 @@ namespace norm {
 
 enum class NormKind { kRms, kAddRms, kLayer };
 
-// Few threads with many registers: per row there is less to add up across warps than with many threads.
-inline constexpr int kMaxThreads = 512;
-// Threads of a kernel that an SM holds at once: the registers allow no more.
-inline constexpr int kResidentThreads = 512;
+// Threads of a CTA at most.
+inline constexpr int kMaxThreads = 1024;
 // Threads of a CTA that holds several rows.
-inline constexpr int kNarrowThreads = 128;
-// Threads of a CTA whose row no registers hold.
-inline constexpr int kLongRowThreads = 1024;
+inline constexpr int kNarrowThreads = 256;
 // Rows per SM from which the device counts as full.
 inline constexpr int kManyRowsPerSm = 4;
-// Shared memory that every GPU from compute capability 8.0 on has, less what the runtime keeps.
-inline constexpr int kPortableSharedBytes = 98 * 1024;
-// Shared memory of two sums over a CTA.
-inline constexpr int kScratchBytes = 2 * kWarpSize * static_cast<int>(sizeof(float));
-
-// Rows of a CTA that are in flight through shared memory; 0: rows are loaded as they are needed. It takes two to cover the
-// latency of device memory and the sums.
-template <NormKind kKind, int kVec, int kVectors>
-__host__ __device__ constexpr int num_stages() {
-  if (kVec == 1) return 0;
-  const int vectors = kVectors * (kKind == NormKind::kAddRms ? 2 : 1);
-  return vectors <= 2 ? 4 : vectors == 4 ? 3 : kKind == NormKind::kAddRms && vectors == 8 ? 2 : 0;
-}
-
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
-}
 
 // The rounded sum of the fused form.
 template <typename T, int kVec>
@@ -72,7 +49,7 @@ __device__ __forceinline__ void normalise(float (&v)[kVec], const float (&weight
   }
 }
 
-// Weight (its offset added) and bias of kVectors vectors, `width` vectors apart.
+// Weight (its offset added) and bias of kVectors vectors, `stride` elements apart.
 template <NormKind kKind, int kVectors, int kVec>
 __device__ __forceinline__ void load_weights(float (&weight)[kVectors][kVec], float (&bias)[kVectors][kVec], const NormParams& p,
                                              std::int64_t first, std::int64_t stride) {
@@ -88,180 +65,135 @@ __device__ __forceinline__ void load_weights(float (&weight)[kVectors][kVec], fl
   }
 }
 
-// Grid: a CTA takes blockDim.y rows at a time, gridDim.x CTAs walk all rows. A row lies in the registers of its blockDim.x
-// threads, kVectors vectors of kVec elements each: one read, one write, and out may be x. The rows to come are on their way
-// through shared memory, where a thread meets only what it copied itself, so that no barrier guards it.
+// Where a row begins. Rows are counted in 32 bits: a 64-bit division is a call, around which registers are saved.
+__device__ __forceinline__ std::int64_t row_offset(const RowLayout& rows, std::uint32_t row) {
+  if (rows.inner_extents[0] == 1 && rows.inner_extents[1] == 1) return row * rows.strides[0];
+  const auto middle_extent = static_cast<std::uint32_t>(rows.inner_extents[0]),
+             inner_extent = static_cast<std::uint32_t>(rows.inner_extents[1]);
+  const std::uint32_t outer = row / inner_extent, outermost = outer / middle_extent;
+  return outermost * rows.strides[0] + (outer - outermost * middle_extent) * rows.strides[1] +
+         (row - outer * inner_extent) * rows.strides[2];
+}
+
+// Grid: one CTA per blockDim.y rows, of fewer than 2^31. A row lies in the registers of its blockDim.x threads, kVectors vectors of
+// kVec elements each: one read, one write, and out may be x. Every load of a row comes first. Few rows: the weights are read with
+// them, which saves a latency. Many: after the sum, which saves registers, for it is the number of resident threads that covers the
+// latency of memory.
 // blockDim.x is a power of two up to 32, or whole warps with blockDim.y = 1. Quantized with a scale per group: a group's vectors
 // lie in as many neighbouring lanes, a power of two up to 32 that divides blockDim.x.
-template <NormKind kKind, bool kQuantizes, typename T, int kVec, int kVectors>
-__global__ void __launch_bounds__(kMaxThreads, 1) norm_kernel(const __grid_constant__ NormParams p) {
+template <NormKind kKind, bool kQuantizes, typename T, int kVec, int kVectors, bool kManyRows, int kRegisters>
+__global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ NormParams p) {
   constexpr bool kAdds = kKind == NormKind::kAddRms, kIsLayer = kKind == NormKind::kLayer;
-  constexpr int kStages = num_stages<kKind, kVec, kVectors>();
-  // What 128 registers have room for.
-  constexpr bool kHoldWeights = kVec > 1 && kVec * kVectors * (kIsLayer ? 2 : 1) <= 32;
-  constexpr int kHeld = kHoldWeights ? kVectors : 1;
-  extern __shared__ uint4 shared[];
-  const auto scratch = reinterpret_cast<float (*)[kWarpSize]>(shared);
+  __shared__ float scratch[kIsLayer ? 2 : 1][kWarpSize], max_scratch[kQuantizes ? kWarpSize : 1];
   const int num_vectors = static_cast<int>(p.hidden) / kVec;
   const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
-  const float inverse_hidden = 1.0f / static_cast<float>(p.hidden);
-  // Two sums in a row use different scratch memory, so that the barrier inside the second protects the first.
-  int turn = 0;
-  const auto row_sum = [&](float value) {
-    turn ^= 1;
-    return width <= kWarpSize ? warp_sum(value, width) : cta_sum(value, scratch[turn]);
-  };
-  const bool is_int8 = p.quant.dtype == DType::kInt8;
-  const float largest_stored = largest_quantized(p.quant.dtype);
-  const auto row_max = [&](float value) {
-    turn ^= 1;
-    return width <= kWarpSize ? warp_max(value, width) : cta_max(value, scratch[turn]);
-  };
+  const auto row_sum = [&](float value, float* memory) { return width <= kWarpSize ? warp_sum(value, width) : cta_sum(value, memory); };
+  const std::uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
+  // A row past the end has no vectors, but its threads take part in the sums.
+  const int limit = row < p.num_rows ? num_vectors : 0;
 
-  // Stages: [kStages, kVectors * (kAdds ? 2 : 1), threads], 16 bytes each.
-  const unsigned vector_bytes = 16 * blockDim.x * blockDim.y;
-  const unsigned stage_bytes = vector_bytes * kVectors * (kAdds ? 2 : 1);
-  char* const first_slot = reinterpret_cast<char*>(shared) + kScratchBytes + 16 * (threadIdx.y * blockDim.x + threadIdx.x);
-  // Every call closes one group of copies, also for a row past the end.
-  const auto fetch = [&](char* slot, std::int64_t row) {
-    if (row < p.num_rows) {
-      const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row) + lane * kVec;
-      const T* const residual = kAdds ? static_cast<const T*>(p.residual) + p.residual_rows.offset(row) + lane * kVec : nullptr;
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        if (lane + i * width >= num_vectors) continue;
-        copy_async(slot + i * vector_bytes, x + i * width * kVec);
-        if constexpr (kAdds) copy_async(slot + (kVectors + i) * vector_bytes, residual + i * width * kVec);
-      }
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-  };
+  // Load.
   Packed<T, kVec> current[kVectors], addend[kAdds ? kVectors : 1];
-  const auto take = [&](const char* slot, std::int64_t row) {
-    const T *x = nullptr, *residual = nullptr;
-    if constexpr (kStages == 0) {
-      x = static_cast<const T*>(p.x) + p.x_rows.offset(row) + lane * kVec;
-      if constexpr (kAdds) residual = static_cast<const T*>(p.residual) + p.residual_rows.offset(row) + lane * kVec;
-    }
+  const T* const x = static_cast<const T*>(p.x) + row_offset(p.x_rows, row) + lane * kVec;
+  T* const residual = kAdds ? static_cast<T*>(p.residual) + row_offset(p.residual_rows, row) + lane * kVec : nullptr;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    current[i] = {};
+    if constexpr (kAdds) addend[i] = {};
+    if (lane + i * width >= limit) continue;
+    current[i] = load_packed<T, kVec>(x + i * width * kVec);
+    if constexpr (kAdds) addend[i] = load_packed<T, kVec>(residual + i * width * kVec);
+  }
+  constexpr int kHeld = kManyRows ? 1 : kVectors;
+  float weight[kHeld][kVec], bias[kHeld][kVec] = {};
+  if constexpr (!kManyRows) load_weights<kKind>(weight, bias, p, lane * kVec, width * kVec);
+
+  if constexpr (kAdds) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      current[i] = {};
-      if constexpr (kAdds) addend[i] = {};
-      if (lane + i * width >= num_vectors || row >= p.num_rows) continue;
-      if constexpr (kStages > 0) {
-        current[i] = load_packed<T, kVec>(reinterpret_cast<const T*>(slot + i * vector_bytes));
-        if constexpr (kAdds) addend[i] = load_packed<T, kVec>(reinterpret_cast<const T*>(slot + (kVectors + i) * vector_bytes));
-      } else {
-        current[i] = load_packed<T, kVec>(x + i * width * kVec);
-        if constexpr (kAdds) addend[i] = load_packed<T, kVec>(residual + i * width * kVec);
-      }
+      current[i] = add<T, kVec>(current[i], addend[i]);
+      if (lane + i * width < limit) store_raw(residual + i * width * kVec, current[i]);
     }
-  };
+  }
 
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.y;
-  std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  // Statistics. A sum of its own for each vector keeps the chains of dependent additions short.
+  const float inverse_hidden = 1.0f / static_cast<float>(p.hidden);
+  float sum = 0.0f;
 #pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) fetch(first_slot + stage * stage_bytes, row + stage * step);
-  float weight[kHeld][kVec], bias[kHeld][kVec] = {};
-  if constexpr (kHoldWeights) load_weights<kKind>(weight, bias, p, lane * kVec, width * kVec);
-
-  // The condition is on the CTA's first row: all its threads take part in the sums.
-  char* slot = first_slot;
-  for (; row - threadIdx.y < p.num_rows; row += step) {
-    if constexpr (kStages > 0) asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
-    take(slot, row);
-    const int limit = row < p.num_rows ? num_vectors : 0;
-
-    if constexpr (kAdds) {
-      T* const residual = static_cast<T*>(p.residual) + p.residual_rows.offset(row) + lane * kVec;
+  for (int i = 0; i < kVectors; ++i) {
+    float v[kVec], vector_sum = 0.0f;
+    unpack<T, kVec>(v, current[i]);
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        current[i] = add<T, kVec>(current[i], addend[i]);
-        if (lane + i * width < limit) store_raw(residual + i * width * kVec, current[i]);
-      }
-    }
-
-    // Statistics. A sum of its own for each vector keeps the chains of dependent additions short.
-    float sum = 0.0f;
+    for (int e = 0; e < kVec; ++e) vector_sum = kIsLayer ? vector_sum + v[e] : fmaf(v[e], v[e], vector_sum);
+    sum += vector_sum;
+  }
+  float mean = 0.0f, variance = row_sum(sum, scratch[0]) * inverse_hidden;
+  if constexpr (kIsLayer) {
+    mean = variance;
+    float squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       float v[kVec], vector_sum = 0.0f;
       unpack<T, kVec>(v, current[i]);
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) vector_sum = kIsLayer ? vector_sum + v[e] : fmaf(v[e], v[e], vector_sum);
-      sum += vector_sum;
+      for (int e = 0; e < kVec; ++e) vector_sum = fmaf(v[e] - mean, v[e] - mean, vector_sum);
+      if (lane + i * width < limit) squares += vector_sum;
     }
-    float mean = 0.0f, variance = row_sum(sum) * inverse_hidden;
-    // The stage may be written again only now that the sum has used what was in it.
-    if constexpr (kStages > 0) {
-      fetch(slot, row + kStages * step);
-      slot += stage_bytes;
-      if (slot == first_slot + kStages * stage_bytes) slot = first_slot;
-    }
-    if constexpr (kIsLayer) {
-      mean = variance;
-      float squares = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        float v[kVec], vector_sum = 0.0f;
-        unpack<T, kVec>(v, current[i]);
-#pragma unroll
-        for (int e = 0; e < kVec; ++e) vector_sum = fmaf(v[e] - mean, v[e] - mean, vector_sum);
-        if (lane + i * width < limit) squares += vector_sum;
-      }
-      variance = row_sum(squares) * inverse_hidden;
-    }
-    const float inverse = __frsqrt_rn(variance + p.eps);
+    variance = row_sum(squares, scratch[1]) * inverse_hidden;
+  }
+  const float inverse = __frsqrt_rn(variance + p.eps);
 
-    const auto normalised = [&](float (&v)[kVec], int i) {
-      if constexpr (!kHoldWeights) load_weights<kKind>(weight, bias, p, (lane + i * width) * kVec, 0);
-      unpack<T, kVec>(v, current[i]);
-      constexpr bool kOwn = kHoldWeights;
-      normalise<kKind>(v, weight[kOwn ? i : 0], bias[kOwn ? i : 0], mean, inverse);
-    };
-    if constexpr (!kQuantizes) {
-      // Output.
-      T* const out = static_cast<T*>(p.out) + p.out_rows.offset(row) + lane * kVec;
+  const auto normalised = [&](float (&v)[kVec], int i) {
+    if constexpr (kManyRows) load_weights<kKind>(weight, bias, p, (lane + i * width) * kVec, 0);
+    unpack<T, kVec>(v, current[i]);
+    normalise<kKind>(v, weight[kManyRows ? 0 : i], bias[kManyRows ? 0 : i], mean, inverse);
+  };
+  if constexpr (!kQuantizes) {
+    // Output.
+    T* const out = static_cast<T*>(p.out) + row_offset(p.out_rows, row) + lane * kVec;
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        float v[kVec];
-        normalised(v, i);
-        if (lane + i * width < limit) store_floats(out + i * width * kVec, v);
-      }
-    } else {
-      // Scale of the row. The results are computed twice: there is no room to keep them.
-      float scale = 1.0f;
-      if (p.quant.granularity == ScaleGranularity::kTensor) {
-        scale = p.quant.scales[0];
-      } else if (p.quant.granularity == ScaleGranularity::kToken) {
-        float largest = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-          float v[kVec];
-          normalised(v, i);
-          if (lane + i * width < limit) largest = fmaxf(largest, largest_of(v));
-        }
-        scale = computed_scale(row_max(largest), largest_stored);
-        if (lane == 0 && row < p.num_rows) *p.quant.scale_at(row, 0) = scale;
-      }
-
-      // Output.
-      const std::int64_t out_at = p.out_rows.offset(row) + lane * kVec;
-      const bool per_group = p.quant.granularity == ScaleGranularity::kGroup;
+    for (int i = 0; i < kVectors; ++i) {
+      float v[kVec];
+      normalised(v, i);
+      if (lane + i * width < limit) store_floats(out + i * width * kVec, v);
+    }
+  } else {
+    const bool is_int8 = p.quant.dtype == DType::kInt8;
+    const std::int64_t out_at = row_offset(p.out_rows, row) + lane * kVec;
+    if (p.quant.granularity == ScaleGranularity::kGroup) {
       const int group_lanes = static_cast<int>(p.quant.group_size) / kVec;
-      const Divisor row_divisor(scale);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         float v[kVec];
         normalised(v, i);
         const bool inside = lane + i * width < limit;
-        if (per_group) {
-          const float group_scale = computed_scale(warp_max(inside ? largest_of(v) : 0.0f, group_lanes), largest_stored);
-          if (inside && lane % group_lanes == 0) *p.quant.scale_at(row, (lane + i * width) / group_lanes) = group_scale;
-          if (inside) store_quantized(p.out, out_at + i * width * kVec, is_int8, v, Divisor(group_scale));
-        } else if (inside) {
-          store_quantized(p.out, out_at + i * width * kVec, is_int8, v, row_divisor);
-        }
+        const float scale = computed_scale(warp_max(inside ? largest_of(v) : 0.0f, group_lanes), is_int8);
+        if (!inside) continue;
+        if (lane % group_lanes == 0)
+          p.quant.scales[row_offset(p.quant.scale_rows, row) + (lane + i * width) / group_lanes * p.quant.group_stride] = scale;
+        store_quantized<true>(p.out, out_at + i * width * kVec, is_int8, v, Divisor(scale));
+      }
+    } else if (p.quant.granularity == ScaleGranularity::kToken) {
+      float v[kVectors][kVec], largest = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        normalised(v[i], i);
+        if (lane + i * width < limit) largest = fmaxf(largest, largest_of(v[i]));
+      }
+      largest = width <= kWarpSize ? warp_max(largest, width) : cta_max(largest, max_scratch);
+      const float scale = computed_scale(largest, is_int8);
+      if (lane == 0 && row < p.num_rows) p.quant.scales[row_offset(p.quant.scale_rows, row)] = scale;
+      const Divisor divisor(scale);
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i)
+        if (lane + i * width < limit) store_quantized<true>(p.out, out_at + i * width * kVec, is_int8, v[i], divisor);
+    } else {
+      const Divisor divisor(p.quant.scales[0]);
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        float v[kVec];
+        normalised(v, i);
+        if (lane + i * width < limit) store_quantized<false>(p.out, out_at + i * width * kVec, is_int8, v, divisor);
       }
     }
   }
@@ -271,7 +203,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_kernel(const __grid_const
 // elements, so out may be x and the residual is read back by the thread that wrote it. Quantized, it is also the kernel of whatever
 // layout has no vectors: each warp takes whole groups, whose elements others may have written.
 template <NormKind kKind, bool kQuantizes, typename T, int kVec>
-__global__ void __launch_bounds__(kLongRowThreads, 1) norm_long_row_kernel(const __grid_constant__ NormParams p) {
+__global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __grid_constant__ NormParams p) {
   __shared__ float scratch[3][kWarpSize];
   const std::int64_t lane = static_cast<std::int64_t>(threadIdx.x) * kVec, step = static_cast<std::int64_t>(blockDim.x) * kVec;
   for (std::int64_t row = blockIdx.x; row < p.num_rows; row += gridDim.x) {
@@ -328,13 +260,12 @@ __global__ void __launch_bounds__(kLongRowThreads, 1) norm_long_row_kernel(const
     } else {
       const std::int64_t out_at = p.out_rows.offset(row);
       const bool is_int8 = p.quant.dtype == DType::kInt8;
-      const float largest_stored = largest_quantized(p.quant.dtype);
       const auto quantize = [&](std::int64_t first, std::int64_t end, std::int64_t stride, float scale) {
         const Divisor divisor(scale);
         for (std::int64_t at = first; at < end; at += stride) {
           float v[kVec];
           normalised(v, at);
-          store_quantized(p.out, out_at + at, is_int8, v, divisor);
+          store_quantized<false>(p.out, out_at + at, is_int8, v, divisor);
         }
       };
       const auto largest_in = [&](std::int64_t first, std::int64_t end, std::int64_t stride) {
@@ -350,7 +281,7 @@ __global__ void __launch_bounds__(kLongRowThreads, 1) norm_long_row_kernel(const
         quantize(lane, p.hidden, step, p.quant.scales[0]);
       } else if (p.quant.granularity == ScaleGranularity::kToken) {
         // The barrier at the row's end and the statistics' own order the uses of this scratch memory.
-        const float scale = computed_scale(cta_max(largest_in(lane, p.hidden, step), scratch[2]), largest_stored);
+        const float scale = computed_scale(cta_max(largest_in(lane, p.hidden, step), scratch[2]), is_int8);
         if (threadIdx.x == 0) *p.quant.scale_at(row, 0) = scale;
         quantize(lane, p.hidden, step, scale);
       } else {
@@ -360,7 +291,7 @@ __global__ void __launch_bounds__(kLongRowThreads, 1) norm_long_row_kernel(const
         const std::int64_t warp_lane = static_cast<std::int64_t>(threadIdx.x % kWarpSize) * kVec;
         for (std::int64_t group = warp; group * p.quant.group_size < p.hidden; group += num_warps) {
           const std::int64_t first = group * p.quant.group_size + warp_lane, end = (group + 1) * p.quant.group_size;
-          const float scale = computed_scale(warp_max(largest_in(first, end, kWarpSize * kVec)), largest_stored);
+          const float scale = computed_scale(warp_max(largest_in(first, end, kWarpSize * kVec)), is_int8);
           if (warp_lane == 0) *p.quant.scale_at(row, group) = scale;
           quantize(first, end, kWarpSize * kVec, scale);
         }
@@ -382,59 +313,63 @@ void launch_long_rows(const NormParams& p, const char* name, Stream stream) {
   const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(p.num_rows, 0x7fffffff));
   // Quantized rows of any length come here.
   const std::int64_t num_threads =
-      kQuantizes ? std::min<std::int64_t>(ceil_div(p.hidden, kWarpSize) * kWarpSize, kLongRowThreads) : kLongRowThreads;
+      kQuantizes ? std::min<std::int64_t>(ceil_div(p.hidden, kWarpSize) * kWarpSize, kMaxThreads) : kMaxThreads;
   norm_long_row_kernel<kKind, kQuantizes, T, kVec><<<num_ctas, static_cast<unsigned>(num_threads), 0, cuda_stream(stream)>>>(p);
+  QUIRE_CHECK_LAUNCH(name, stream);
+}
+
+template <NormKind kKind, bool kQuantizes, typename T, int kVec, int kVectors, bool kManyRows, int kRegisters>
+void launch_rows_of(const NormParams& p, const char* name, Stream stream) {
+  const std::int64_t threads = ceil_div(p.hidden / kVec, kVectors);
+  const std::int64_t width = threads <= kWarpSize ? static_cast<std::int64_t>(std::bit_ceil(static_cast<unsigned>(threads)))
+                                                  : ceil_div(threads, kWarpSize) * kWarpSize;
+  const std::int64_t rows_per_cta = width > kWarpSize ? 1 : kNarrowThreads / width;
+  const auto num_ctas = static_cast<unsigned>(ceil_div(p.num_rows, rows_per_cta));
+  norm_kernel<kKind, kQuantizes, T, kVec, kVectors, kManyRows, kRegisters>
+      <<<num_ctas, dim3(static_cast<unsigned>(width), static_cast<unsigned>(rows_per_cta)), 0, cuda_stream(stream)>>>(p);
   QUIRE_CHECK_LAUNCH(name, stream);
 }
 
 template <NormKind kKind, bool kQuantizes, typename T, int kVec>
 void launch_rows(const NormParams& p, const char* name, Stream stream) {
-  constexpr bool kStagesPairs = kKind == NormKind::kAddRms && kVec > 1;
-  constexpr int kMaxVectors = kStagesPairs ? 4 : 8;
-  const DeviceProperties& device = current_device_properties();
+  constexpr bool kIsLayer = kKind == NormKind::kLayer;
+  constexpr int kMaxVectors = kQuantizes ? 2 : 4;
   const std::int64_t num_vectors = p.hidden / kVec;
-  // Four vectors of two tensors take more shared memory than every GPU has.
-  const bool has_large_shared = device.max_shared_bytes_per_cta >= 2 * kPortableSharedBytes;
   const bool per_group = kQuantizes && p.quant.granularity == ScaleGranularity::kGroup;
   const std::int64_t group_lanes = per_group ? lanes_of_group<kVec>(p.quant) : 1;
-  if (group_lanes == 0 || num_vectors > (kStagesPairs && !has_large_shared ? 2 : kMaxVectors) * kMaxThreads) {
+  if (group_lanes == 0 || num_vectors > kMaxVectors * kMaxThreads || p.num_rows > 0x7fffffff) {
     launch_long_rows<kKind, kQuantizes, T, kQuantizes ? 1 : kVec>(p, name, stream);
     return;
   }
-  const bool many_rows = p.num_rows >= kManyRowsPerSm * device.num_sms;
-  const auto launch = [&](auto vectors_constant) {
-    constexpr int kVectors = decltype(vectors_constant)::value;
-    const std::int64_t threads = ceil_div(num_vectors, kVectors);
-    const std::int64_t width = threads <= kWarpSize ? static_cast<std::int64_t>(std::bit_ceil(static_cast<unsigned>(threads)))
-                                                    : ceil_div(threads, kWarpSize) * kWarpSize;
-    const std::int64_t rows_per_cta = width > kWarpSize ? 1 : kNarrowThreads / width;
-    // Many rows are walked by as many CTAs as fit the device, which keep their stages full.
-    const std::int64_t limit = many_rows ? device.num_sms * (kResidentThreads / (width * rows_per_cta)) : 0x7fffffff;
-    const auto num_ctas = static_cast<unsigned>(std::min(ceil_div(p.num_rows, rows_per_cta), limit));
-    constexpr int kThreadBytes = 16 * num_stages<kKind, kVec, kVectors>() * kVectors * (kKind == NormKind::kAddRms ? 2 : 1);
-    const int shared_bytes = kScratchBytes + kThreadBytes * static_cast<int>(width * rows_per_cta);
-    const auto kernel = norm_kernel<kKind, kQuantizes, T, kVec, kVectors>;
-    set_max_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
-    kernel<<<num_ctas, dim3(static_cast<unsigned>(width), static_cast<unsigned>(rows_per_cta)), static_cast<std::size_t>(shared_bytes),
-             cuda_stream(stream)>>>(p);
-    QUIRE_CHECK_LAUNCH(name, stream);
-  };
-  std::int64_t vectors = ceil_div(num_vectors, kMaxThreads);
   if constexpr (kVec == 1) {
-    vectors <= 2 ? launch(std::integral_constant<int, 2>{}) : launch(std::integral_constant<int, 8>{});
+    launch_rows_of<kKind, false, T, 1, kMaxVectors, false, 64>(p, name, stream);
   } else {
-    // Few rows: threads enough for one vector each. Many: as many vectors per thread as can be in flight, but not fewer than
-    // four threads, so that accesses stay whole sectors.
-    if (many_rows) {
-      const std::int64_t preferred = kKind == NormKind::kLayer || (kStagesPairs && !has_large_shared) ? 2 : 4;
-      vectors = std::max(vectors, std::min(preferred, ceil_div(num_vectors, 4)));
+    const bool many_rows = p.num_rows >= kManyRowsPerSm * current_device_properties().num_sms;
+    // Few rows: as many threads as there are. Many: two vectors in flight per thread, but not fewer than four threads, so that accesses
+    // stay whole sectors; and a group's lanes must be there.
+    std::int64_t vectors = ceil_div(num_vectors, kMaxThreads);
+    if (many_rows) vectors = std::max(vectors, std::min({std::int64_t{2}, ceil_div(num_vectors, 4), num_vectors / group_lanes}));
+    if constexpr (kQuantizes) {
+      if (!many_rows && vectors == 1) return launch_rows_of<kKind, true, T, kVec, 1, false, 64>(p, name, stream);
+      if constexpr (kKind == NormKind::kRms) {
+        // The work per group is shared by twice as many elements.
+        if (per_group && p.hidden % (2 * kVec) == 0 && lanes_of_group<2 * kVec>(p.quant) != 0)
+          return launch_rows_of<kKind, true, T, 2 * kVec, 1, true, 64>(p, name, stream);
+      }
+      if (vectors == 1) return launch_rows_of<kKind, true, T, kVec, 1, true, 48>(p, name, stream);
+      if constexpr (kIsLayer) {
+        // As many registers as it wants, where a CTA has threads for which there are as many.
+        if (num_vectors <= kMaxThreads) return launch_rows_of<kKind, true, T, kVec, 2, true, 80>(p, name, stream);
+      }
+      launch_rows_of<kKind, true, T, kVec, 2, true, 64>(p, name, stream);
+    } else {
+      if (!many_rows && vectors == 1) return launch_rows_of<kKind, false, T, kVec, 1, false, 64>(p, name, stream);
+      if (!many_rows && vectors == 2) return launch_rows_of<kKind, false, T, kVec, 2, false, 64>(p, name, stream);
+      // CTAs of more than 512 threads leave parts of an SM empty, and the second sum of a layer norm is cheaper over fewer threads.
+      if (num_vectors > (kIsLayer ? 512 : 1024)) return launch_rows_of<kKind, false, T, kVec, 4, true, 64>(p, name, stream);
+      if (vectors == 1) return launch_rows_of<kKind, false, T, kVec, 1, true, 40>(p, name, stream);
+      launch_rows_of<kKind, false, T, kVec, 2, true, 40>(p, name, stream);
     }
-    // A group's lanes must be there.
-    if (per_group) vectors = std::max(ceil_div(num_vectors, kMaxThreads), std::min(vectors, num_vectors / group_lanes));
-    if (vectors == 1) return launch(std::integral_constant<int, 1>{});
-    if (vectors == 2) return launch(std::integral_constant<int, 2>{});
-    if (vectors <= 4) return launch(std::integral_constant<int, 4>{});
-    if constexpr (kMaxVectors == 8) launch(std::integral_constant<int, 8>{});
   }
 }
 
@@ -442,11 +377,11 @@ template <NormKind kKind, bool kQuantizes>
 void launch_norm(const NormParams& p, const char* name, Stream stream) {
   dispatch_float(p.dtype, name, [&](auto dtype) {
     using T = Element<decltype(dtype)::value>;
-    constexpr int kVec = kElementsPer16Bytes<T>;
+    // Quantized: the result is written 16 bytes at a time.
+    constexpr int kVec = kQuantizes ? 16 : kElementsPer16Bytes<T>;
     const auto outputs_are_vectors = [&] {
       if constexpr (kQuantizes) {
-        // kVec bytes at a time.
-        return is_aligned(p.out, kVec) && p.out_rows.strides[0] % kVec == 0 && p.out_rows.strides[1] % kVec == 0 &&
+        return p.hidden % kVec == 0 && is_aligned(p.out, kVec) && p.out_rows.strides[0] % kVec == 0 && p.out_rows.strides[1] % kVec == 0 &&
                p.out_rows.strides[2] % kVec == 0;
       } else {
         return rows_are_vectors<T>(p.out, p.out_rows, p.hidden);

@@ -1,9 +1,7 @@
 // Rotary position encoding on CUDA.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <bit>
 #include <string>
-#include <type_traits>
 
 #include "core/dispatch.h"
 #include "core/explain.h"
@@ -111,17 +109,7 @@ void launch_rotary(const RotaryParams& p, Stream stream) {
   QUIRE_CHECK_LAUNCH("rotary_embedding", stream);
 }
 
-// ---- A norm of each head, rotation, and the write to the cache, in one pass ----
-
-// Registers of a thread of this kernel: more than rotary_embedding's, or it spills.
-constexpr int kRopeResidentThreads = 768;
-
-// What becomes of keys and values.
-enum class CacheForm {
-  kNone,       // there is no cache
-  kRaw,        // it has the dtype of k and v
-  kConverted,  // another one
-};
+// ---- A norm of each head, rotation, and the write to the cache, for layouts that have no vectors ----
 
 // One head of a call: where it is read and written at token 0 and slot 0.
 template <typename T>
@@ -190,135 +178,17 @@ __device__ __forceinline__ float head_weight(const RopeParams& p, bool is_query,
   return weight[0][0] + p.norm.weight_offset;
 }
 
-// Grid: gridDim.x is a multiple of the chunks of heads, so that a thread keeps its heads; the CTAs of a chunk walk the tokens,
-// blockDim.z at a time. Thread (x, y, z) has two vectors of kVec elements of up to kHeadsPerThread heads: those that rotate with
-// each other, and past rotary_dim those that follow each other. blockDim.x, a power of two up to 32, covers a head. Position and
-// slot of the next token are read ahead. The weights lie in shared memory, head_dim floats for q and as many for k.
-template <CacheForm kForm, typename T, int kVec>
-__global__ void __launch_bounds__(kThreads, kRopeResidentThreads / kThreads)
-    head_norm_rope_kernel(const __grid_constant__ RopeParams p, ErrorWord* const error_word, const int num_head_chunks) {
-  constexpr bool kWrites = kForm != CacheForm::kNone;
-  extern __shared__ float4 shared[];
-  float* const weights = reinterpret_cast<float*>(shared);
-  bool has_weights = false;
-  const RotaryParams& r = p.rotary;
-  const int head_dim = static_cast<int>(r.head_dim), half = static_cast<int>(r.rotary_dim) / 2;
-  const int num_all_heads = static_cast<int>(r.num_heads + (kWrites ? 2 : 1) * p.kv.num_kv_heads);
-  const int num_head_groups = static_cast<int>(gridDim.x) / num_head_chunks, group = static_cast<int>(blockIdx.x) / num_head_chunks;
-  const int head_chunk = static_cast<int>(blockIdx.x) - group * num_head_chunks;
-  const bool is_neox = r.style == RopeStyle::kNeox;
-  const int angle = static_cast<int>(threadIdx.x) * kVec;
-  const bool rotates = angle < half;
-  const int first_at = rotates && is_neox ? angle : 2 * angle, second_at = rotates && is_neox ? angle + half : 2 * angle + kVec;
-  const bool has_first = first_at < head_dim, has_second = second_at < head_dim;
-  const std::int64_t num_slots = p.kv.num_blocks * p.kv.block_size;
-  const float inverse_head_dim = 1.0f / static_cast<float>(head_dim);
-  const unsigned lane = ((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x) % kWarpSize;
-  // The lanes of a head.
-  const unsigned lane_mask = blockDim.x == kWarpSize ? kFullMask : ((1u << blockDim.x) - 1) << (lane & ~(blockDim.x - 1));
-  const auto number_of = [&](int i) {
-    return (head_chunk * kHeadsPerThread + i) * static_cast<int>(blockDim.y) + static_cast<int>(threadIdx.y);
-  };
-  const Head<T> heads[kHeadsPerThread] = {Head<T>(p, number_of(0)), Head<T>(p, number_of(1))};
-  static_assert(kHeadsPerThread == 2);
-
-  const auto read_ahead = [&](std::int64_t token, std::int64_t& position, std::int64_t& slot) {
-    if (token >= r.num_tokens) return;
-    position = read_index(r.positions, r.position_dtype, token * r.position_stride);
-    if (kWrites) slot = read_index(p.kv.slot_mapping, p.kv.slot_dtype, token * p.kv.slot_stride);
-  };
-  const std::int64_t step = static_cast<std::int64_t>(num_head_groups) * blockDim.z;
-  std::int64_t first_token = static_cast<std::int64_t>(group) * blockDim.z;
-  std::int64_t next_position = -1, next_slot = -1;
-  read_ahead(first_token + threadIdx.z, next_position, next_slot);
-  for (; first_token < r.num_tokens; first_token += step) {
-    const std::int64_t token = first_token + threadIdx.z;
-    const std::int64_t position = next_position, slot = next_slot;
-    read_ahead(token + step, next_position, next_slot);
-    const bool is_token = token < r.num_tokens;
-
-    // Load.
-    Packed<T, kVec> firsts[kHeadsPerThread], seconds[kHeadsPerThread];
-#pragma unroll
-    for (int i = 0; i < kHeadsPerThread; ++i) {
-      firsts[i] = seconds[i] = {};
-      if (!is_token || number_of(i) >= num_all_heads) continue;
-      const T* const source = heads[i].source_at(p, token);
-      if (has_first) firsts[i] = load_packed<T, kVec>(source + first_at);
-      if (has_second) seconds[i] = load_packed<T, kVec>(source + second_at);
-    }
-    if (!has_weights) {
-      // After the first loads, so that both are under way together.
-      const int num_threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
-      const int thread = static_cast<int>((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x);
-      for (int i = thread; i < head_dim; i += num_threads) {
-        weights[i] = head_weight(p, true, i);
-        if (p.norm.k_weight != nullptr) weights[head_dim + i] = head_weight(p, false, i);
-      }
-      __syncthreads();
-      has_weights = true;
-    }
-    if (!is_token) continue;
-    const bool known = is_known(p, position);
-    const bool in_cache = kWrites && slot >= 0 && slot < num_slots;
-    if (head_chunk == 0 && threadIdx.x == 0 && threadIdx.y == 0) record_bad_indices(p, error_word, token, position, slot);
-    float cos_sin[2][kVec];
-    if (known && rotates && heads[0].kind != HeadKind::kValue)
-      load_parameter(cos_sin, r.cos_sin_cache, r.cache_dtype, position * r.rotary_dim + angle, half, r.max_position * r.rotary_dim);
-    const std::int64_t block_idx = in_cache ? divide(slot, p.kv.block_size) : 0, offset = slot - block_idx * p.kv.block_size;
-
-#pragma unroll
-    for (int i = 0; i < kHeadsPerThread; ++i) {
-      if (number_of(i) >= num_all_heads) continue;
-
-      // Normalise and rotate.
-      if (known && heads[i].kind != HeadKind::kValue) {
-        float x[2 * kVec];
-        unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[0]), firsts[i]);
-        unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[kVec]), seconds[i]);
-        float sum = 0.0f;
-#pragma unroll
-        for (int e = 0; e < 2 * kVec; ++e) sum = fmaf(x[e], x[e], sum);
-        for (unsigned distance = blockDim.x / 2; distance > 0; distance /= 2)
-          sum += __shfl_xor_sync(lane_mask, sum, static_cast<int>(distance));
-        const float inverse = __frsqrt_rn(fmaf(sum, inverse_head_dim, p.norm.eps));
-        const float* const weight = weights + (heads[i].kind == HeadKind::kQuery ? 0 : head_dim);
-        float factors[2 * kVec] = {};
-        if (has_first) load_floats(reinterpret_cast<float (&)[kVec]>(factors[0]), weight + first_at);
-        if (has_second) load_floats(reinterpret_cast<float (&)[kVec]>(factors[kVec]), weight + second_at);
-#pragma unroll
-        for (int e = 0; e < 2 * kVec; ++e) x[e] = x[e] * inverse * factors[e];
-        if (rotates) {
-#pragma unroll
-          for (int e = 0; e < kVec; ++e) {
-            if (is_neox) {
-              rotate(x[e], x[e + kVec], cos_sin[0][e], cos_sin[1][e]);
-            } else {
-              rotate(x[2 * e], x[2 * e + 1], cos_sin[0][e], cos_sin[1][e]);
-            }
-          }
-        }
-        firsts[i] = pack<T, kVec>(reinterpret_cast<const float (&)[kVec]>(x[0]));
-        seconds[i] = pack<T, kVec>(reinterpret_cast<const float (&)[kVec]>(x[kVec]));
-      }
-
-      // Store.
-      if (heads[i].target != nullptr) {
-        T* const target = heads[i].target_at(p, token);
-        if (has_first) store_raw(target + first_at, firsts[i]);
-        if (has_second) store_raw(target + second_at, seconds[i]);
-      }
-      if (!kWrites || heads[i].kind == HeadKind::kQuery || !in_cache) continue;
-      const std::int64_t element = heads[i].cache_element_at(p, block_idx, offset);
-      if constexpr (kForm == CacheForm::kRaw) {
-        if (has_first) store_raw(static_cast<T*>(heads[i].cache) + element + first_at, firsts[i]);
-        if (has_second) store_raw(static_cast<T*>(heads[i].cache) + element + second_at, seconds[i]);
-      } else if constexpr (kForm == CacheForm::kConverted) {
-        const Divisor divisor(cache_scale(p, heads[i].kind, number_of(i)));
-        if (has_first) store_converted<T, kVec>(heads[i].cache, p.kv.cache_dtype, element + first_at, firsts[i], divisor);
-        if (has_second) store_converted<T, kVec>(heads[i].cache, p.kv.cache_dtype, element + second_at, seconds[i], divisor);
-      }
-    }
+// x at `element` of a cache of any dtype.
+template <typename T>
+__device__ __forceinline__ void store_converted(void* cache, DType dtype, std::int64_t element, const Packed<T, 1>& x,
+                                                const Divisor& divisor) {
+  float v[1];
+  unpack<T, 1>(v, x);
+  switch (dtype) {
+    case DType::kFloat8E4M3FN: return store_raw(static_cast<__nv_fp8_e4m3*>(cache) + element, divisor.divide_and_pack<__nv_fp8_e4m3>(v));
+    case DType::kFloat8E5M2: return store_raw(static_cast<__nv_fp8_e5m2*>(cache) + element, divisor.divide_and_pack<__nv_fp8_e5m2>(v));
+    case DType::kInt8: return store_raw(static_cast<std::int8_t*>(cache) + element, divisor.divide_and_pack<std::int8_t>(v));
+    default: return store_as_float<T, 1>(cache, dtype, element, x);
   }
 }
 
@@ -378,34 +248,11 @@ __global__ void __launch_bounds__(kThreads) rope_element_kernel(const __grid_con
         if (p.kv.cache_dtype == r.dtype) {
           store_raw(static_cast<T*>(head.cache) + element + at[i], packed);
         } else {
-          store_converted<T, 1>(head.cache, p.kv.cache_dtype, element + at[i], packed, divisor);
+          store_converted<T>(head.cache, p.kv.cache_dtype, element + at[i], packed, divisor);
         }
       }
     }
   }
-}
-
-template <CacheForm kForm, typename T, int kVec>
-void launch_head_norm_rope(const RopeParams& p, const char* name, Stream stream) {
-  const RotaryParams& r = p.rotary;
-  const std::int64_t lanes = std::bit_ceil(static_cast<std::uint64_t>(ceil_div(r.head_dim / kVec, 2)));
-  const std::int64_t num_all_heads = r.num_heads + (kForm == CacheForm::kNone ? 1 : 2) * p.kv.num_kv_heads;
-  const DeviceProperties& device = current_device_properties();
-  const bool many_tokens = r.num_tokens >= kManyTokensPerSm * device.num_sms;
-  const std::int64_t head_lanes = std::min(many_tokens ? ceil_div(num_all_heads, kHeadsPerThread) : num_all_heads, kThreads / lanes);
-  // z is limited to 64 by the hardware.
-  const std::int64_t tokens_per_cta = many_tokens ? std::min<std::int64_t>(kThreads / (lanes * head_lanes), 64) : 1;
-  const std::int64_t num_head_chunks = ceil_div(num_all_heads, head_lanes * kHeadsPerThread);
-  const dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(head_lanes), static_cast<unsigned>(tokens_per_cta));
-  // CTAs of a chunk; all of them together fit the device, so that they walk the tokens.
-  const std::int64_t resident_ctas = device.num_sms * (kRopeResidentThreads / (lanes * head_lanes * tokens_per_cta));
-  const std::int64_t ctas_per_chunk = std::min(ceil_div(r.num_tokens, tokens_per_cta),
-                                               many_tokens ? ceil_div(resident_ctas, num_head_chunks) : 0x7fffffff / num_head_chunks);
-  const std::size_t shared_bytes = 2 * static_cast<std::size_t>(r.head_dim) * sizeof(float);
-  head_norm_rope_kernel<kForm, T, kVec>
-      <<<static_cast<unsigned>(ctas_per_chunk * num_head_chunks), block, shared_bytes, cuda_stream(stream)>>>(
-          p, error_word(), static_cast<int>(num_head_chunks));
-  QUIRE_CHECK_LAUNCH(name, stream);
 }
 
 template <typename T>
@@ -451,6 +298,10 @@ void rope(const RopeParams& params, Stream stream) {
   if (r.head_dim > kMost || r.num_heads > kMost || kv.num_kv_heads > kMost)
     throw UnsupportedError(std::string("[") + name + "] q, k: expected at most 2^28 heads of at most 2^28 elements, got " +
                            std::to_string(r.num_heads) + ", " + std::to_string(kv.num_kv_heads) + " of " + std::to_string(r.head_dim));
+  // Slots likewise.
+  if (kv.num_blocks * kv.block_size >= 0xffffffff)
+    throw UnsupportedError(std::string("[") + name + "] k_cache: expected fewer than 2^32 - 1 slots, got " +
+                           std::to_string(kv.num_blocks * kv.block_size));
   dispatch_float(r.dtype, name, [&](auto dtype) {
     using T = Element<decltype(dtype)::value>;
     constexpr int kVec = kElementsPer16Bytes<T>;
@@ -468,11 +319,11 @@ void rope(const RopeParams& params, Stream stream) {
     const bool norm_is_vectors = parameter_is_vectors(params.norm.q_weight, params.norm.q_weight_dtype, kVec) &&
                                  parameter_is_vectors(params.norm.k_weight, params.norm.k_weight_dtype, kVec);
     const char* const obstacle =
-        r.head_dim % kVec != 0 || ceil_div(r.head_dim / kVec, 2) > kWarpSize      ? "head_dim"
-        : r.rotary_dim / 2 % kVec != 0                                            ? "rotary_dim"
-        : !parameter_is_vectors(r.cos_sin_cache, r.cache_dtype, kVec)             ? "cos_sin_cache"
-        : !norm_is_vectors                                                        ? "a norm's weight"
-        : !heads_are_vectors(r.q, r.num_heads, r.q_token_stride, r.q_head_stride) ? "q"
+        r.head_dim % kVec != 0 || r.head_dim > (params.norm.q_weight == nullptr ? 512 : 256) ? "head_dim"
+        : r.rotary_dim / 2 % kVec != 0                                                       ? "rotary_dim"
+        : !parameter_is_vectors(r.cos_sin_cache, r.cache_dtype, kVec)                        ? "cos_sin_cache"
+        : !norm_is_vectors                                                                   ? "a norm's weight"
+        : !heads_are_vectors(r.q, r.num_heads, r.q_token_stride, r.q_head_stride)            ? "q"
         : !heads_are_vectors(r.k, kv.num_kv_heads, r.k_token_stride, r.k_head_stride) ||
                 !heads_are_vectors(kv.k, kv.num_kv_heads, kv.k_token_stride, kv.k_head_stride)
             ? "k"
@@ -482,15 +333,7 @@ void rope(const RopeParams& params, Stream stream) {
                                                                                                                   : nullptr;
     if (explain_vectors(obstacle)) return;
     if (obstacle != nullptr) return launch_rope_elements<T>(params, name, stream);
-    // Without norms there is always a cache.
-    if (params.norm.q_weight == nullptr) return rope_and_write_vectors(params, name, stream);
-    if (kv.k_cache == nullptr) {
-      launch_head_norm_rope<CacheForm::kNone, T, kVec>(params, name, stream);
-    } else if (kv.cache_dtype == r.dtype) {
-      launch_head_norm_rope<CacheForm::kRaw, T, kVec>(params, name, stream);
-    } else {
-      launch_head_norm_rope<CacheForm::kConverted, T, kVec>(params, name, stream);
-    }
+    rope_vectors(params, name, stream);
   });
 }
 

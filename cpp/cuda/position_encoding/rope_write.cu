@@ -1,201 +1,280 @@
-// Rotation of q and k and the write to the cache, in one pass, on CUDA.
+// A norm of each head, rotation, and the write to the cache, in one pass, on CUDA.
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <bit>
 #include <type_traits>
 
 #include "core/dispatch.h"
+#include "cuda/device/reduce.cuh"
 #include "cuda/position_encoding/shared.cuh"
 
 namespace quire::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Heads that a thread takes at once.
-constexpr int kHeadsPerThread = 2;
-// Threads of this kernel that an SM holds at once: with the registers that more of them would leave, it spills.
-constexpr int kResidentThreads = 768;
-// Tokens per SM below which heads are spread over as many threads as there are.
+// Tokens per SM below which a row is one head.
 constexpr int kManyTokensPerSm = 8;
 
-struct Head {
-  HeadKind kind;
-  int index;  // within its tensor
+struct RopeRows {
+  std::uint32_t query_rows, kv_rows;  // rows of a token: of q; of k, and as many of v
+  std::uint32_t block_size;
+  int block_shift;  // block_size is two to this; -1: it is no power of two
+  std::int64_t first_token;
 };
 
-__device__ __forceinline__ Head head_of(const RopeParams& p, int number) {
-  const int num_heads = static_cast<int>(p.rotary.num_heads), num_kv_heads = static_cast<int>(p.kv.num_kv_heads);
-  if (number < num_heads) return {HeadKind::kQuery, number};
-  if (number < num_heads + num_kv_heads) return {HeadKind::kKey, number - num_heads};
-  return {HeadKind::kValue, number - num_heads - num_kv_heads};
-}
+// The element type of a cache that there is none of, and of one of any float dtype.
+struct NoCache {};
+struct AnyFloat {};
 
-template <typename T>
-__device__ __forceinline__ const T* head_source(const RopeParams& p, Head head, std::int64_t token) {
-  if (head.kind == HeadKind::kQuery)
-    return static_cast<const T*>(p.rotary.q) + token * p.rotary.q_token_stride + head.index * p.rotary.q_head_stride;
-  if (head.kind == HeadKind::kKey) return static_cast<const T*>(p.kv.k) + token * p.kv.k_token_stride + head.index * p.kv.k_head_stride;
-  return static_cast<const T*>(p.kv.v) + token * p.kv.v_token_stride + head.index * p.kv.v_head_stride;
-}
-
-// Where a rotated head goes besides the cache; null: nowhere.
-template <typename T>
-__device__ __forceinline__ T* head_target(const RopeParams& p, Head head, std::int64_t token) {
-  if (head.kind == HeadKind::kQuery)
-    return static_cast<T*>(p.rotary.q) + token * p.rotary.q_token_stride + head.index * p.rotary.q_head_stride;
-  if (head.kind == HeadKind::kValue || p.rotary.k == nullptr) return nullptr;
-  return static_cast<T*>(p.rotary.k) + token * p.rotary.k_token_stride + head.index * p.rotary.k_head_stride;
-}
-
-// A head of K or V in its slot.
-struct CacheHead {
-  void* data;            // the cache
-  std::int64_t element;  // of the head's first element
-};
-
-__device__ __forceinline__ CacheHead cache_head(const RopeParams& p, Head head, std::int64_t slot) {
-  const KvParams& kv = p.kv;
-  const std::int64_t block_idx = divide(slot, kv.block_size), offset = slot - block_idx * kv.block_size;
-  if (head.kind == HeadKind::kKey)
-    return {kv.k_cache, block_idx * kv.k_cache_block_stride + offset * kv.k_cache_slot_stride + head.index * kv.k_cache_head_stride};
-  return {kv.v_cache, block_idx * kv.v_cache_block_stride + offset * kv.v_cache_slot_stride + head.index * kv.v_cache_head_stride};
-}
-
-__device__ __forceinline__ float cache_scale(const RopeParams& p, Head head) {
-  const bool is_key = head.kind == HeadKind::kKey;
-  const float* const scale = is_key ? p.kv.k_scale : p.kv.v_scale;
-  return scale == nullptr ? 1.0f : scale[head.index * (is_key ? p.kv.k_scale_stride : p.kv.v_scale_stride)];
-}
-
-// x in the cache's dtype.
-template <typename T, int kVec>
-__device__ __forceinline__ void store_to_cache(const RopeParams& p, CacheHead to, int at, const Packed<T, kVec>& x,
-                                               const Divisor& divisor) {
-  if (p.kv.cache_dtype == p.rotary.dtype) {
-    store_raw(static_cast<T*>(to.data) + to.element + at, x);
-  } else {
-    store_converted<T, kVec>(to.data, p.kv.cache_dtype, to.element + at, x, divisor);
-  }
-}
-
-// Grid: work item = blockDim.z tokens x one chunk of heads; gridDim.x CTAs walk all items. Thread (x, y, z) has two vectors of kVec
-// elements of up to kHeadsPerThread heads: those that rotate with each other, and past rotary_dim those that follow each other.
-// blockDim.x, a power of two up to 32, covers a head. Position and slot of the next item are read ahead.
-template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
-    rope_and_write_kernel(const __grid_constant__ RopeParams p, ErrorWord* const error_word, const int num_head_chunks,
-                          const std::int64_t num_items) {
+// Grid: CTAs of blockDim.y rows; the rows of all tokens are one list. A row is up to kHeads heads of one of q, k and v of one token, a
+// thread of which has two vectors of kVec elements of each head: those that rotate with each other, and past rotary_dim those that
+// follow each other. blockDim.x, a power of two, covers a head; with norms it is at most 32. Every load of a row comes first.
+template <bool kNorms, typename CacheT, typename T, int kVec, int kHeads, int kRegisters>
+__global__ void __maxnreg__(kRegisters)
+    rope_kernel(const __grid_constant__ RopeParams p, const __grid_constant__ RopeRows rows, ErrorWord* const error_word) {
+  constexpr bool kWrites = !std::is_same_v<CacheT, NoCache>;
   const RotaryParams& r = p.rotary;
+  const KvParams& kv = p.kv;
+  const std::uint32_t rows_per_token = rows.query_rows + (kWrites ? 2 : 1) * rows.kv_rows;
+  const std::uint32_t item = blockIdx.x * blockDim.y + threadIdx.y, token_of_launch = item / rows_per_token;
+  std::uint32_t row = item - token_of_launch * rows_per_token;
+  const std::int64_t token = rows.first_token + token_of_launch;
+  if (token >= r.num_tokens) return;
+  const bool is_first_row = row == 0;
+
+  // The row's heads.
+  const HeadKind kind = row < rows.query_rows ? HeadKind::kQuery : row < rows.query_rows + rows.kv_rows ? HeadKind::kKey : HeadKind::kValue;
+  const T* source;
+  std::int64_t head_stride;
+  int num_heads = static_cast<int>(kv.num_kv_heads);
+  if (kind == HeadKind::kQuery) {
+    num_heads = static_cast<int>(r.num_heads);
+    head_stride = r.q_head_stride;
+    source = static_cast<const T*>(r.q) + token * r.q_token_stride;
+  } else if (kind == HeadKind::kKey) {
+    row -= rows.query_rows;
+    head_stride = kv.k_head_stride;
+    source = static_cast<const T*>(kv.k) + token * kv.k_token_stride;
+  } else {
+    row -= rows.query_rows + rows.kv_rows;
+    head_stride = kv.v_head_stride;
+    source = static_cast<const T*>(kv.v) + token * kv.v_token_stride;
+  }
+  const int head = static_cast<int>(row * kHeads);
+  const int count = min(kHeads, num_heads - head);
+
+  // The thread's vectors in a head.
   const int head_dim = static_cast<int>(r.head_dim), half = static_cast<int>(r.rotary_dim) / 2;
-  const int num_all_heads = static_cast<int>(r.num_heads + 2 * p.kv.num_kv_heads);
   const bool is_neox = r.style == RopeStyle::kNeox;
   const int angle = static_cast<int>(threadIdx.x) * kVec;
   const bool rotates = angle < half;
   const int first_at = rotates && is_neox ? angle : 2 * angle, second_at = rotates && is_neox ? angle + half : 2 * angle + kVec;
   const bool has_first = first_at < head_dim, has_second = second_at < head_dim;
-  const std::int64_t num_slots = p.kv.num_blocks * p.kv.block_size;
-  const auto token_of = [&](std::int64_t item) {
-    return (num_head_chunks == 1 ? item : divide(item, num_head_chunks)) * blockDim.z + threadIdx.z;
-  };
-  const auto read_ahead = [&](std::int64_t item, std::int64_t& position, std::int64_t& slot) {
-    const std::int64_t token = token_of(item);
-    if (item >= num_items || token >= r.num_tokens) return;
-    position = read_index(r.positions, r.position_dtype, token * r.position_stride);
-    slot = read_index(p.kv.slot_mapping, p.kv.slot_dtype, token * p.kv.slot_stride);
-  };
+  source += head * head_stride;
 
-  std::int64_t next_position = -1, next_slot = -1;
-  read_ahead(blockIdx.x, next_position, next_slot);
-  for (std::int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
-    const std::int64_t position = next_position, slot = next_slot, token = token_of(item);
-    read_ahead(item + gridDim.x, next_position, next_slot);
-    const int head_chunk = num_head_chunks == 1 ? 0 : static_cast<int>(item - divide(item, num_head_chunks) * num_head_chunks);
-    if (token >= r.num_tokens) continue;
-    const auto number_of = [&](int i) { return static_cast<int>((head_chunk * kHeadsPerThread + i) * blockDim.y + threadIdx.y); };
-
-    // Load.
-    Packed<T, kVec> firsts[kHeadsPerThread], seconds[kHeadsPerThread];
+  // Load.
+  Packed<T, kVec> firsts[kHeads], seconds[kHeads];
 #pragma unroll
-    for (int i = 0; i < kHeadsPerThread; ++i) {
-      firsts[i] = seconds[i] = {};
-      if (number_of(i) >= num_all_heads) continue;
-      const T* const source = head_source<T>(p, head_of(p, number_of(i)), token);
-      if (has_first) firsts[i] = load_packed<T, kVec>(source + first_at);
-      if (has_second) seconds[i] = load_packed<T, kVec>(source + second_at);
-    }
-    const bool known = is_known(p, position);
-    const bool in_cache = slot >= 0 && slot < num_slots;
-    if (head_chunk == 0 && threadIdx.x == 0 && threadIdx.y == 0) record_bad_indices(p, error_word, token, position, slot);
+  for (int i = 0; i < kHeads; ++i) {
+    firsts[i] = seconds[i] = {};
+    if (i >= count) continue;
+    if (has_first) firsts[i] = load_packed<T, kVec>(source + i * head_stride + first_at);
+    if (has_second) seconds[i] = load_packed<T, kVec>(source + i * head_stride + second_at);
+  }
+  constexpr bool kIs8Bit = kWrites && !std::is_same_v<CacheT, AnyFloat> && sizeof(CacheT) == 1;
+  const float* const scale = kind == HeadKind::kKey ? kv.k_scale : kv.v_scale;
+  const std::int64_t scale_stride = kind == HeadKind::kKey ? kv.k_scale_stride : kv.v_scale_stride;
+  float head_scale = 1.0f;
+  if (kIs8Bit && kind != HeadKind::kQuery && scale != nullptr) head_scale = scale[head * scale_stride];
+  // One head leaves registers for the weights of its norm from the start.
+  constexpr bool kEarlyWeights = kHeads == 1;
+  float first_weight[1][kVec], second_weight[1][kVec];
+  const auto load_weights = [&] {
+    const bool is_query = kind == HeadKind::kQuery;
+    const void* const weight = is_query ? p.norm.q_weight : p.norm.k_weight;
+    const DType weight_dtype = is_query ? p.norm.q_weight_dtype : p.norm.k_weight_dtype;
+    load_parameter(first_weight, weight, weight_dtype, first_at, 0, head_dim);
+    load_parameter(second_weight, weight, weight_dtype, second_at, 0, head_dim);
+  };
+  if constexpr (kNorms && kEarlyWeights) {
+    if (kind != HeadKind::kValue) load_weights();
+  }
+  std::int64_t position = -1, slot = -1;
+  if (kind != HeadKind::kValue || is_first_row) position = read_index(r.positions, r.position_dtype, token * r.position_stride);
+  if (kWrites && (kind != HeadKind::kQuery || is_first_row)) slot = read_index(kv.slot_mapping, kv.slot_dtype, token * kv.slot_stride);
+  const bool known = is_known(p, position) && kind != HeadKind::kValue;
+  const bool in_cache = kWrites && kind != HeadKind::kQuery && slot >= 0 && slot < kv.num_blocks * kv.block_size;
+  if (is_first_row && threadIdx.x == 0) record_bad_indices(p, error_word, token, position, slot);
+
+  if (known) {
     float cos_sin[2][kVec];
-    if (known && rotates && head_of(p, number_of(0)).kind != HeadKind::kValue)
+    if (rotates)
       load_parameter(cos_sin, r.cos_sin_cache, r.cache_dtype, position * r.rotary_dim + angle, half, r.max_position * r.rotary_dim);
 
+    // Normalise.
+    float inverse[kHeads];
+    if constexpr (kNorms) {
+      if constexpr (!kEarlyWeights) load_weights();
 #pragma unroll
-    for (int i = 0; i < kHeadsPerThread; ++i) {
-      if (number_of(i) >= num_all_heads) continue;
-      const Head head = head_of(p, number_of(i));
+      for (int i = 0; i < kHeads; ++i) {
+        float x[kVec], y[kVec];
+        unpack<T, kVec>(x, firsts[i]);
+        unpack<T, kVec>(y, seconds[i]);
+        inverse[i] = 0.0f;
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) inverse[i] = fmaf(x[e], x[e], fmaf(y[e], y[e], inverse[i]));
+      }
+      const unsigned lane = (threadIdx.y * blockDim.x + threadIdx.x) % kWarpSize;
+      // The lanes of a head.
+      const unsigned lane_mask = blockDim.x == kWarpSize ? kFullMask : ((1u << blockDim.x) - 1) << (lane & ~(blockDim.x - 1));
+#pragma unroll
+      for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+        if (distance >= static_cast<int>(blockDim.x)) continue;
+#pragma unroll
+        for (int i = 0; i < kHeads; ++i) inverse[i] += __shfl_xor_sync(lane_mask, inverse[i], distance);
+      }
+#pragma unroll
+      for (int i = 0; i < kHeads; ++i) inverse[i] = __frsqrt_rn(fmaf(inverse[i], 1.0f / static_cast<float>(head_dim), p.norm.eps));
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) {
+        first_weight[0][e] += p.norm.weight_offset;
+        second_weight[0][e] += p.norm.weight_offset;
+      }
+    }
 
-      // Rotate.
-      if (known && head.kind != HeadKind::kValue) {
-        float x[2 * kVec];
-        unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[0]), firsts[i]);
-        unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[kVec]), seconds[i]);
-        if (rotates) {
+    // Rotate.
 #pragma unroll
-          for (int e = 0; e < kVec; ++e) {
-            if (is_neox) {
-              rotate(x[e], x[e + kVec], cos_sin[0][e], cos_sin[1][e]);
-            } else {
-              rotate(x[2 * e], x[2 * e + 1], cos_sin[0][e], cos_sin[1][e]);
-            }
+    for (int i = 0; i < kHeads; ++i) {
+      float x[2 * kVec];
+      unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[0]), firsts[i]);
+      unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[kVec]), seconds[i]);
+      if constexpr (kNorms) {
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) {
+          x[e] = x[e] * inverse[i] * first_weight[0][e];
+          x[kVec + e] = x[kVec + e] * inverse[i] * second_weight[0][e];
+        }
+      }
+      if (rotates) {
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) {
+          if (is_neox) {
+            rotate(x[e], x[e + kVec], cos_sin[0][e], cos_sin[1][e]);
+          } else {
+            rotate(x[2 * e], x[2 * e + 1], cos_sin[0][e], cos_sin[1][e]);
           }
         }
-        firsts[i] = pack<T, kVec>(reinterpret_cast<const float (&)[kVec]>(x[0]));
-        seconds[i] = pack<T, kVec>(reinterpret_cast<const float (&)[kVec]>(x[kVec]));
       }
+      firsts[i] = pack<T, kVec>(reinterpret_cast<const float (&)[kVec]>(x[0]));
+      seconds[i] = pack<T, kVec>(reinterpret_cast<const float (&)[kVec]>(x[kVec]));
+    }
+  }
 
-      // Store.
-      T* const target = head_target<T>(p, head, token);
-      if (target != nullptr) {
-        if (has_first) store_raw(target + first_at, firsts[i]);
-        if (has_second) store_raw(target + second_at, seconds[i]);
-      }
-      if (head.kind != HeadKind::kQuery && in_cache) {
-        const CacheHead to = cache_head(p, head, slot);
-        const Divisor divisor(cache_scale(p, head));
-        if (has_first) store_to_cache<T, kVec>(p, to, first_at, firsts[i], divisor);
-        if (has_second) store_to_cache<T, kVec>(p, to, second_at, seconds[i], divisor);
+  // Store.
+  T* target = nullptr;
+  std::int64_t target_stride = r.q_head_stride;
+  if (kind == HeadKind::kQuery) {
+    target = static_cast<T*>(r.q) + token * r.q_token_stride + head * r.q_head_stride;
+  } else if (kind == HeadKind::kKey && r.k != nullptr) {
+    target = static_cast<T*>(r.k) + token * r.k_token_stride + head * r.k_head_stride;
+    target_stride = r.k_head_stride;
+  }
+  if (target != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kHeads; ++i) {
+      if (i >= count) continue;
+      if (has_first) store_raw(target + i * target_stride + first_at, firsts[i]);
+      if (has_second) store_raw(target + i * target_stride + second_at, seconds[i]);
+    }
+  }
+  if constexpr (kWrites) {
+    if (!in_cache) return;
+    const bool is_key = kind == HeadKind::kKey;
+    const auto known_slot = static_cast<std::uint32_t>(slot);
+    const std::uint32_t block_idx = rows.block_shift >= 0 ? known_slot >> rows.block_shift : known_slot / rows.block_size;
+    const std::uint32_t offset = known_slot - block_idx * rows.block_size;
+    const std::int64_t cache_head_stride = is_key ? kv.k_cache_head_stride : kv.v_cache_head_stride;
+    const std::int64_t element = block_idx * (is_key ? kv.k_cache_block_stride : kv.v_cache_block_stride) +
+                                 offset * (is_key ? kv.k_cache_slot_stride : kv.v_cache_slot_stride) + head * cache_head_stride;
+    void* const cache = is_key ? kv.k_cache : kv.v_cache;
+#pragma unroll
+    for (int i = 0; i < kHeads; ++i) {
+      if (i >= count) continue;
+      const std::int64_t at = element + i * cache_head_stride;
+      if constexpr (std::is_same_v<CacheT, T>) {
+        if (has_first) store_raw(static_cast<T*>(cache) + at + first_at, firsts[i]);
+        if (has_second) store_raw(static_cast<T*>(cache) + at + second_at, seconds[i]);
+      } else if constexpr (std::is_same_v<CacheT, AnyFloat>) {
+        if (has_first) store_as_float<T, kVec>(cache, kv.cache_dtype, at + first_at, firsts[i]);
+        if (has_second) store_as_float<T, kVec>(cache, kv.cache_dtype, at + second_at, seconds[i]);
+      } else {
+        if (i > 0 && scale != nullptr && scale_stride != 0) head_scale = scale[(head + i) * scale_stride];
+        const Divisor divisor(head_scale);
+        float x[kVec];
+        unpack<T, kVec>(x, firsts[i]);
+        if (has_first) store_raw(static_cast<CacheT*>(cache) + at + first_at, divisor.divide_and_pack<CacheT>(x));
+        unpack<T, kVec>(x, seconds[i]);
+        if (has_second) store_raw(static_cast<CacheT*>(cache) + at + second_at, divisor.divide_and_pack<CacheT>(x));
       }
     }
   }
 }
 
-template <typename T, int kVec>
-void launch_rope_and_write(const RopeParams& p, const char* name, Stream stream) {
+template <bool kNorms, typename CacheT, typename T, int kVec, int kHeads, int kRegisters>
+void launch_rope_of(const RopeParams& p, const char* name, Stream stream) {
   const RotaryParams& r = p.rotary;
+  constexpr bool kWrites = !std::is_same_v<CacheT, NoCache>;
   const std::int64_t lanes = std::bit_ceil(static_cast<std::uint64_t>(ceil_div(r.head_dim / kVec, 2)));
-  const std::int64_t num_all_heads = r.num_heads + 2 * p.kv.num_kv_heads;
-  const DeviceProperties& device = current_device_properties();
-  const bool many_tokens = r.num_tokens >= kManyTokensPerSm * device.num_sms;
-  const std::int64_t head_lanes = std::min(many_tokens ? ceil_div(num_all_heads, kHeadsPerThread) : num_all_heads, kThreads / lanes);
-  // z is limited to 64 by the hardware.
-  const std::int64_t tokens_per_cta = many_tokens ? std::min<std::int64_t>(kThreads / (lanes * head_lanes), 64) : 1;
-  const std::int64_t num_head_chunks = ceil_div(num_all_heads, head_lanes * kHeadsPerThread);
-  const std::int64_t num_items = ceil_div(r.num_tokens, tokens_per_cta) * num_head_chunks;
-  const dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(head_lanes), static_cast<unsigned>(tokens_per_cta));
-  const std::int64_t limit = many_tokens ? device.num_sms * (kResidentThreads / (lanes * head_lanes * tokens_per_cta)) : 0x7fffffff;
-  const auto num_ctas = static_cast<unsigned>(std::min(num_items, limit));
-  rope_and_write_kernel<T, kVec>
-      <<<num_ctas, block, 0, cuda_stream(stream)>>>(p, error_word(), static_cast<int>(num_head_chunks), num_items);
-  QUIRE_CHECK_LAUNCH(name, stream);
+  const std::int64_t query_rows = ceil_div(r.num_heads, kHeads), kv_rows = ceil_div(p.kv.num_kv_heads, kHeads);
+  const std::int64_t rows_per_token = query_rows + (kWrites ? 2 : 1) * kv_rows, rows_per_cta = kThreads / lanes;
+  const auto block_size = static_cast<std::uint32_t>(std::max<std::int64_t>(p.kv.block_size, 1));
+  RopeRows rows{static_cast<std::uint32_t>(query_rows), static_cast<std::uint32_t>(kv_rows), block_size,
+                std::has_single_bit(block_size) ? std::countr_zero(block_size) : -1, 0};
+  const std::int64_t tokens_per_launch = std::max<std::int64_t>(0x7fffffff / rows_per_token, 1);
+  for (; rows.first_token < r.num_tokens; rows.first_token += tokens_per_launch) {
+    const std::int64_t num_rows = std::min(r.num_tokens - rows.first_token, tokens_per_launch) * rows_per_token;
+    rope_kernel<kNorms, CacheT, T, kVec, kHeads, kRegisters>
+        <<<static_cast<unsigned>(ceil_div(num_rows, rows_per_cta)), dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(rows_per_cta)),
+           0, cuda_stream(stream)>>>(p, rows, error_word());
+    QUIRE_CHECK_LAUNCH(name, stream);
+  }
+}
+
+template <bool kNorms, typename CacheT, typename T>
+void launch_rope(const RopeParams& p, const char* name, Stream stream) {
+  // Registers are better spent on more heads, which share angles, than on longer vectors, unless those are to be quantized.
+  constexpr bool kQuantizes = !std::is_same_v<CacheT, NoCache> && !std::is_same_v<CacheT, AnyFloat> && sizeof(CacheT) == 1;
+  constexpr bool kLong = kQuantizes && !kNorms;
+  if (p.rotary.num_tokens < kManyTokensPerSm * current_device_properties().num_sms) {
+    launch_rope_of<kNorms, CacheT, T, 4, 1, 48>(p, name, stream);
+  } else {
+    launch_rope_of<kNorms, CacheT, T, kLong ? kElementsPer16Bytes<T> : 4, kLong ? 2 : 4, 64>(p, name, stream);
+  }
 }
 
 }  // namespace
 
-void rope_and_write_vectors(const RopeParams& params, const char* name, Stream stream) {
+void rope_vectors(const RopeParams& params, const char* name, Stream stream) {
   dispatch_float(params.rotary.dtype, name, [&](auto dtype) {
     using T = Element<decltype(dtype)::value>;
-    launch_rope_and_write<T, kElementsPer16Bytes<T>>(params, name, stream);
+    const auto launch = [&](auto norms) {
+      constexpr bool kNorms = decltype(norms)::value;
+      if (params.kv.cache_dtype == params.rotary.dtype) return launch_rope<kNorms, T, T>(params, name, stream);
+      switch (params.kv.cache_dtype) {
+        case DType::kFloat8E4M3FN: return launch_rope<kNorms, __nv_fp8_e4m3, T>(params, name, stream);
+        case DType::kFloat8E5M2: return launch_rope<kNorms, __nv_fp8_e5m2, T>(params, name, stream);
+        case DType::kInt8: return launch_rope<kNorms, std::int8_t, T>(params, name, stream);
+        default: return launch_rope<kNorms, AnyFloat, T>(params, name, stream);
+      }
+    };
+    if (params.norm.q_weight == nullptr) {
+      // Without norms there is always a cache.
+      launch(std::false_type{});
+    } else if (params.kv.k_cache == nullptr) {
+      launch_rope<true, NoCache, T>(params, name, stream);
+    } else {
+      launch(std::true_type{});
+    }
   });
 }
 

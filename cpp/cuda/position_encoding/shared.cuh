@@ -9,8 +9,8 @@
 
 namespace quire::cuda {
 
-/// rope_write.cu: rotates q in place and writes k and v to the cache, without norms. For layouts that have vectors.
-void rope_and_write_vectors(const RopeParams& params, const char* name, Stream stream);
+/// rope_write.cu: qk_norm_rope and rope_and_write_kv for layouts that have vectors.
+void rope_vectors(const RopeParams& params, const char* name, Stream stream);
 
 /// Heads of q, then of k, then of v, numbered as one list.
 enum class HeadKind { kQuery, kKey, kValue };
@@ -37,20 +37,15 @@ __device__ __forceinline__ void record_bad_indices(const RopeParams& p, ErrorWor
   if (slot < -1 || slot >= p.kv.num_blocks * p.kv.block_size) record_error(error_word, p.op, ArgId::kSlotMapping, token, slot);
 }
 
-/// x at `element` of a cache whose dtype is a run-time value: its branch is uniform, and keys and values are the smaller part of what
-/// moves.
+/// x at `element` of a cache of any float dtype, which is a run-time value: its branch is uniform.
 template <typename T, int kVec>
-__device__ __forceinline__ void store_converted(void* cache, DType dtype, std::int64_t element, const Packed<T, kVec>& x,
-                                                const Divisor& divisor) {
+__device__ __forceinline__ void store_as_float(void* cache, DType dtype, std::int64_t element, const Packed<T, kVec>& x) {
   float v[kVec];
   unpack<T, kVec>(v, x);
   switch (dtype) {
     case DType::kFloat32: return store_floats(static_cast<float*>(cache) + element, v);
     case DType::kFloat16: return store_floats(static_cast<__half*>(cache) + element, v);
-    case DType::kBFloat16: return store_floats(static_cast<__nv_bfloat16*>(cache) + element, v);
-    case DType::kFloat8E4M3FN: return store_raw(static_cast<__nv_fp8_e4m3*>(cache) + element, divisor.divide_and_pack<__nv_fp8_e4m3>(v));
-    case DType::kFloat8E5M2: return store_raw(static_cast<__nv_fp8_e5m2*>(cache) + element, divisor.divide_and_pack<__nv_fp8_e5m2>(v));
-    default: return store_raw(static_cast<std::int8_t*>(cache) + element, divisor.divide_and_pack<std::int8_t>(v));
+    default: return store_floats(static_cast<__nv_bfloat16*>(cache) + element, v);
   }
 }
 

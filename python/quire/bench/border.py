@@ -41,7 +41,7 @@ def _makers(context: Context) -> dict[str, Make]:
 
 
 def cases(context: Context) -> Iterator[Case]:
-    """Six tensors imported and dropped; rms_norm on one row of 64 numbers. Host time, also on a GPU."""
+    """Six tensors imported and dropped; rms_norm on one row of 64 numbers, also under jax.jit. Host time, also on a GPU."""
     import_target = {"torch": 0.7, "NumPy": 1.0}
     for library, make in _makers(context).items():
         for dtype in ("float32",) if library == "CuPy" else ("float32", "bfloat16"):
@@ -58,6 +58,13 @@ def cases(context: Context) -> Iterator[Case]:
             name=f"rms_norm of 64 {library} numbers into out=",
             prepare=partial(_rms_norm, context, library, make),
             target=None if context.is_cuda or library == "quire" else Target(max_us=2.0),
+            timer="host",
+            op="rms_norm",
+        )
+    if available("jax"):
+        yield Case(
+            name="rms_norm of 64 JAX numbers under jax.jit",
+            prepare=partial(_jax_rms_norm, context),
             timer="host",
             op="rms_norm",
         )
@@ -82,3 +89,15 @@ def _rms_norm(context: Context, library: str, make: Make) -> Work:
 
         peers["NumPy"] = numpy_rms_norm
     return Work(partial(quire.rms_norm, x, weight, out=out), peers)
+
+
+def _jax_rms_norm(context: Context) -> Work:
+    """Beside a jitted op of the same arity: what is left is the price of the call into the library."""
+    import jax
+
+    import quire.jax
+
+    device = jax.devices("cuda" if context.is_cuda else "cpu")[0]
+    x, weight = (jax.device_put(np.ones(shape, np.float32), device) for shape in ((1, 64), (64,)))
+    ours, product = jax.jit(lambda x, w: quire.jax.rms_norm(x, w)), jax.jit(lambda x, w: x * w)
+    return Work(partial(ours, x, weight), {"JAX product": partial(product, x, weight)})

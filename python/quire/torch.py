@@ -1,0 +1,569 @@
+"""quire inside PyTorch: eager calls go straight to the library; ``torch.compile`` and ``torch.export`` see them as ``quire::*`` operators.
+
+SPDX-License-Identifier: Apache-2.0
+
+The functions are quire's own, with the same arguments, results and exceptions. Outside a trace they cost no more. Traced, each is
+an operator that declares what it writes, so that compilers keep, order and capture it. Gradients are not computed. Inside
+``torch.autocast`` attention takes float32 queries, keys and values in the autocast dtype; the other ops compute in float32 and keep
+their dtypes anyway.
+"""
+
+# The traced forms have the arguments of the documented functions.
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+
+from quire import _core
+from quire import activation as _activation
+from quire import kv_cache as _kv_cache
+from quire import norm as _norm
+from quire import position_encoding as _position_encoding
+from quire.attention import attention as _attention
+from quire.attention import merge_attention as _merge_attention
+from quire.attention import paged_attention as _paged_attention
+from quire.attention import shared_prefix_attention as _shared_prefix_attention
+from quire.attention import split_window
+
+__all__ = [
+    "attention",
+    "copy_blocks",
+    "fused_add_rms_norm",
+    "gather_kv",
+    "gelu_and_mul",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_quick",
+    "gelu_tanh_and_mul",
+    "layer_norm",
+    "merge_attention",
+    "paged_attention",
+    "qk_norm_rope",
+    "relu_squared",
+    "rms_norm",
+    "rope_and_write_kv",
+    "rotary_embedding",
+    "shared_prefix_attention",
+    "silu_and_mul",
+    "swap_blocks",
+    "write_kv",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+Tensor = torch.Tensor
+_is_compiling = torch.compiler.is_compiling
+_raw: Any = _core
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_QUANTIZED_DTYPES: dict[object, torch.dtype] = {
+    name: dtype
+    for dtype in (torch.float8_e4m3fn, torch.int8)
+    for name in (dtype, str(dtype).removeprefix("torch."))
+}
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------------
+
+_torch_library: Any = torch.library
+_library = _torch_library.Library("quire", "DEF")
+_ops = torch.ops.quire
+
+
+def _define(name: str, arguments: str, call: Callable[..., None]) -> None:
+    """An operator that returns nothing: what it writes is among its arguments, and marked so."""
+    _library.define(f"{name}({arguments}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, call, key)
+    _torch_library.register_fake(f"quire::{name}", lambda *args: None, lib=_library)
+
+
+def _core_call(op: Callable[..., None]) -> Callable[..., None]:
+    return lambda *args: op(*args, None)  # None: the current stream
+
+
+_define(
+    "rms_norm",
+    "Tensor(a!) out, Tensor x, Tensor weight, float eps, float weight_offset",
+    _core_call(_core.rms_norm),
+)
+_define(
+    "fused_add_rms_norm",
+    "Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps, float weight_offset",
+    _core_call(_core.fused_add_rms_norm),
+)
+_define(
+    "layer_norm",
+    "Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, float eps",
+    _core_call(_core.layer_norm),
+)
+
+_SCALES = "Tensor(a!) out, Tensor(b!)? scales"
+_SCALING = "Tensor? scale, str granularity, int group_size"
+
+
+def _choose(scales: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    return scale if scales is None else scales
+
+
+_define(
+    "rms_norm_quantized",
+    f"{_SCALES}, Tensor x, Tensor weight, float eps, float weight_offset, {_SCALING}",
+    lambda out, scales, x, weight, eps, offset, scale, granularity, size: _core.rms_norm_quantized(
+        out, _choose(scales, scale), x, weight, eps, offset, granularity, size, None
+    ),
+)
+_define(
+    "fused_add_rms_norm_quantized",
+    f"{_SCALES}, Tensor x, Tensor(c!) residual, Tensor weight, float eps, float weight_offset, {_SCALING}",
+    lambda out, scales, x, residual, weight, eps, offset, scale, granularity, size: (
+        _core.fused_add_rms_norm_quantized(
+            out, _choose(scales, scale), x, residual, weight, eps, offset, granularity, size, None
+        )
+    ),
+)
+_define(
+    "layer_norm_quantized",
+    f"{_SCALES}, Tensor x, Tensor weight, Tensor? bias, float eps, {_SCALING}",
+    lambda out, scales, x, weight, bias, eps, scale, granularity, size: _core.layer_norm_quantized(
+        out, _choose(scales, scale), x, weight, bias, eps, granularity, size, None
+    ),
+)
+
+
+def _gated_call(op: Callable[..., None]) -> Callable[..., None]:
+    return lambda out, scales, x, scale, *scaling: op(out, _choose(scales, scale), x, *scaling, None)
+
+
+_GATED = ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")
+for _name in (*_GATED, "gelu_new", "gelu_fast", "gelu_quick", "relu_squared"):
+    _define(_name, "Tensor(a!) out, Tensor x", _core_call(getattr(_core, _name)))
+for _name in _GATED:
+    _define(
+        f"{_name}_quantized",
+        f"{_SCALES}, Tensor x, {_SCALING}",
+        _gated_call(getattr(_core, f"{_name}_quantized")),
+    )
+_define(
+    "rotary_embedding",
+    "Tensor positions, Tensor(a!) q, Tensor(b!)? k, Tensor cos_sin_cache, str style",
+    _core_call(_core.rotary_embedding),
+)
+_define(
+    "qk_norm_rope",
+    "Tensor positions, Tensor(a!) q, Tensor(b!)? k, Tensor q_weight, Tensor? k_weight, Tensor cos_sin_cache, float eps, "
+    "float weight_offset, str style",
+    _core_call(_core.qk_norm_rope),
+)
+_define(
+    "rope_and_write_kv",
+    "Tensor positions, Tensor(a!) q, Tensor k, Tensor v, Tensor cos_sin_cache, Tensor(b!) k_cache, Tensor(c!) v_cache, "
+    "Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale, Tensor(d!)? k_out, Tensor? q_weight, Tensor? k_weight, float eps, "
+    "float weight_offset, str style",
+    _core_call(_core.rope_and_write_kv),
+)
+_define(
+    "write_kv",
+    "Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale",
+    _core_call(_core.write_kv),
+)
+_define(
+    "gather_kv",
+    "Tensor(a!) k, Tensor(b!) v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale",
+    _core_call(_core.gather_kv),
+)
+_define("copy_blocks", "Tensor(a!) cache, Tensor pairs", _core_call(_core.copy_blocks))
+_define("swap_blocks", "Tensor(a!) dst, Tensor src, Tensor pairs", _core_call(_core.swap_blocks))
+
+_OPTIONS = (
+    "float? scale, bool causal, int window_left, int window_right, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? k_scale, "
+    "Tensor? v_scale, Tensor? mask, Tensor? mask_start"
+)
+_define(
+    "paged_attention",
+    "Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor seq_lens, "
+    f"Tensor? query_start_loc, Tensor(c!)? workspace, {_OPTIONS}, str? variant",
+    lambda *a: _raw.paged_attention(*a[:11], (a[11], a[12]), *a[13:], "shape", None),
+)
+_define(
+    "shared_prefix_attention",
+    "Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k_cache, Tensor v_cache, Tensor prefix_blocks, Tensor block_tables, "
+    f"Tensor seq_lens, Tensor? query_start_loc, Tensor(c!)? workspace, {_OPTIONS}",
+    lambda *a: _raw.shared_prefix_attention(*a[:12], (a[12], a[13]), *a[14:], "shape", None),
+)
+_define(
+    "attention",
+    "Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, Tensor? query_start_loc, Tensor? kv_start_loc, "
+    f"Tensor(c!)? workspace, {_OPTIONS}, str? variant",
+    lambda *a: _raw.attention(*a[:10], (a[10], a[11]), *a[12:], "shape", None),
+)
+_define(
+    "merge_attention",
+    "Tensor(a!) out, Tensor(b!) out_lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b",
+    _core_call(_core.merge_attention),
+)
+
+
+# ---- functions -------------------------------------------------------------------------------------------------------------
+
+
+def _function(eager: F) -> Callable[[Callable[..., Any]], F]:
+    """Makes a function that is ``eager`` outside a trace, and the decorated one inside."""
+
+    def decorate(traced: Callable[..., Any]) -> F:
+        @functools.wraps(eager)
+        def function(first: Any, *args: Any, **kwargs: Any) -> Any:
+            # A subclass is a fake or functional tensor, or one that dispatches in its own way: operators know how.
+            if _is_compiling() or (isinstance(first, torch.Tensor) and type(first) not in _PLAIN):
+                _check_traced(eager.__name__, kwargs)
+                return traced(first, *args, **kwargs)
+            return eager(first, *args, **kwargs)
+
+        function.__module__ = __name__
+        return cast(F, function)
+
+    return decorate
+
+
+def _check_traced(op: str, kwargs: dict[str, Any]) -> None:
+    if kwargs.pop("stream", None) is not None:
+        raise ValueError(
+            f"[{op}] stream: expected none in a compiled function, which runs on the current stream, got one"
+        )
+    if kwargs.pop("validate", "shape") != "shape":
+        raise ValueError(f'[{op}] validate: expected "shape" in a compiled function, got another')
+
+
+def _quantized(
+    op: str, x: Tensor, shape: Sequence[int], dtype: object, scale: Any, granularity: str, size: int, out: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``out``, its scales, and the scales if they are computed; as quire._quantized, in terms that can be traced."""
+    if granularity == "tensor":
+        if scale is None:
+            raise ValueError(f'[{op}] scale: expected one for granularity "tensor", got none')
+        return (_empty(op, x, shape, dtype) if out is None else out), scale, None
+    if scale is not None:
+        raise ValueError(
+            f'[{op}] scale: expected none for granularity "{granularity}", which computes its own, got one'
+        )
+    if out is None:
+        groups = shape[-1] // size if granularity == "group" and size > 0 else 1
+        out = _empty(op, x, shape, dtype), x.new_empty((*shape[:-1], groups), dtype=torch.float32)
+    result, scales = out
+    return result, scales, scales
+
+
+def _empty(op: str, x: Tensor, shape: Sequence[int], dtype: object) -> Tensor:
+    if dtype not in _QUANTIZED_DTYPES:
+        raise TypeError(f"[{op}] out_dtype: expected float8_e4m3fn or int8, got {dtype}")
+    return x.new_empty(tuple(shape), dtype=_QUANTIZED_DTYPES[dtype])
+
+
+@_function(_norm.rms_norm)
+def rms_norm(
+    x,
+    weight,
+    eps=1e-6,
+    *,
+    weight_offset=0.0,
+    out=None,
+    out_dtype=None,
+    scale=None,
+    granularity="tensor",
+    group_size=128,
+):
+    """Traced."""
+    if out_dtype is not None:
+        q, scale_out, scales = _quantized(
+            "rms_norm", x, x.shape, out_dtype, scale, granularity, group_size, out
+        )
+        _ops.rms_norm_quantized(q, scales, x, weight, eps, weight_offset, scale, granularity, group_size)
+        return q, scale_out
+    result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    _ops.rms_norm(result, x, weight, eps, weight_offset)
+    return result
+
+
+@_function(_norm.fused_add_rms_norm)
+def fused_add_rms_norm(
+    x,
+    residual,
+    weight,
+    eps=1e-6,
+    *,
+    weight_offset=0.0,
+    out=None,
+    out_dtype=None,
+    scale=None,
+    granularity="tensor",
+    group_size=128,
+):
+    """Traced."""
+    if out_dtype is not None:
+        q, scale_out, scales = _quantized(
+            "fused_add_rms_norm", x, x.shape, out_dtype, scale, granularity, group_size, out
+        )
+        _ops.fused_add_rms_norm_quantized(
+            q, scales, x, residual, weight, eps, weight_offset, scale, granularity, group_size
+        )
+        return q, scale_out
+    _ops.fused_add_rms_norm(x, residual, weight, eps, weight_offset)
+    return x, residual
+
+
+@_function(_norm.layer_norm)
+def layer_norm(
+    x,
+    weight,
+    bias=None,
+    eps=1e-5,
+    *,
+    out=None,
+    out_dtype=None,
+    scale=None,
+    granularity="tensor",
+    group_size=128,
+):
+    """Traced."""
+    if out_dtype is not None:
+        q, scale_out, scales = _quantized(
+            "layer_norm", x, x.shape, out_dtype, scale, granularity, group_size, out
+        )
+        _ops.layer_norm_quantized(q, scales, x, weight, bias, eps, scale, granularity, group_size)
+        return q, scale_out
+    result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    _ops.layer_norm(result, x, weight, bias, eps)
+    return result
+
+
+def _gated(name: str) -> Callable[..., Any]:
+    def traced(x, *, out=None, out_dtype=None, scale=None, granularity="tensor", group_size=128):
+        shape = (*x.shape[:-1], x.shape[-1] // 2)
+        if out_dtype is not None:
+            q, scale_out, scales = _quantized(name, x, shape, out_dtype, scale, granularity, group_size, out)
+            getattr(_ops, f"{name}_quantized")(q, scales, x, scale, granularity, group_size)
+            return q, scale_out
+        result = x.new_empty(shape) if out is None else out
+        getattr(_ops, name)(result, x)
+        return result
+
+    return traced
+
+
+def _plain(name: str) -> Callable[..., Any]:
+    def traced(x, *, out=None):
+        result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+        getattr(_ops, name)(result, x)
+        return result
+
+    return traced
+
+
+silu_and_mul = _function(_activation.silu_and_mul)(_gated("silu_and_mul"))
+gelu_and_mul = _function(_activation.gelu_and_mul)(_gated("gelu_and_mul"))
+gelu_tanh_and_mul = _function(_activation.gelu_tanh_and_mul)(_gated("gelu_tanh_and_mul"))
+gelu_new = _function(_activation.gelu_new)(_plain("gelu_new"))
+gelu_fast = _function(_activation.gelu_fast)(_plain("gelu_fast"))
+gelu_quick = _function(_activation.gelu_quick)(_plain("gelu_quick"))
+relu_squared = _function(_activation.relu_squared)(_plain("relu_squared"))
+
+
+@_function(_position_encoding.rotary_embedding)
+def rotary_embedding(positions, q, k, cos_sin_cache, *, style="neox"):
+    """Traced."""
+    _ops.rotary_embedding(positions, q, k, cos_sin_cache, style)
+    return q, k
+
+
+@_function(_position_encoding.qk_norm_rope)
+def qk_norm_rope(
+    positions, q, k, q_weight, k_weight, cos_sin_cache, eps=1e-6, *, weight_offset=0.0, style="neox"
+):
+    """Traced."""
+    _ops.qk_norm_rope(positions, q, k, q_weight, k_weight, cos_sin_cache, eps, weight_offset, style)
+    return q, k
+
+
+@_function(_position_encoding.rope_and_write_kv)
+def rope_and_write_kv(
+    positions, q, k, v, cos_sin_cache, k_cache, v_cache, slot_mapping, *, style="neox", k_scale=None, v_scale=None, k_out=None,
+    q_weight=None, k_weight=None, eps=1e-6, weight_offset=0.0,
+):  # fmt: skip
+    """Traced."""
+    _ops.rope_and_write_kv(
+        positions, q, k, v, cos_sin_cache, k_cache, v_cache, slot_mapping, k_scale, v_scale, k_out, q_weight, k_weight, eps,
+        weight_offset, style,
+    )  # fmt: skip
+    return q
+
+
+@_function(_kv_cache.write_kv)
+def write_kv(k, v, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scale=None):
+    """Traced."""
+    _ops.write_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+
+
+@_function(_kv_cache.gather_kv)
+def gather_kv(k_cache, v_cache, slot_mapping, *, k_scale=None, v_scale=None, out=None):
+    """Traced."""
+    if out is None:
+        dtype = torch.float32 if k_cache.itemsize == 1 else k_cache.dtype
+        shape = (slot_mapping.shape[0], *k_cache.shape[2:])
+        out = k_cache.new_empty(shape, dtype=dtype), k_cache.new_empty(shape, dtype=dtype)
+    k, v = out
+    _ops.gather_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    return k, v
+
+
+@_function(_kv_cache.copy_blocks)
+def copy_blocks(cache, pairs):
+    """Traced."""
+    _ops.copy_blocks(cache, pairs)
+
+
+@_function(_kv_cache.swap_blocks)
+def swap_blocks(dst, src, pairs):
+    """Traced."""
+    _ops.swap_blocks(dst, src, pairs)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------------
+
+
+def _autocast(q: Any, k: Any, v: Any, is_cache: bool) -> tuple[Any, Any, Any]:
+    """Float32 tensors in the autocast dtype; q in that of a cache, which is not converted."""
+    if not isinstance(q, torch.Tensor) or q.dtype is not torch.float32:
+        return q, k, v
+    kind = q.device.type
+    if not torch.is_autocast_enabled(kind):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    if is_cache:
+        own = getattr(k, "dtype", None)
+        same = own in (torch.float32, torch.float16, torch.bfloat16)
+        return q.to(cast(torch.dtype, own) if same else dtype), k, v
+    return q.to(dtype), *(x.to(dtype) if x.dtype is torch.float32 else x for x in (k, v))
+
+
+def _attention_function(eager: F, is_cache: bool) -> Callable[[Callable[..., Any]], F]:
+    """As _function, with autocast."""
+
+    def decorate(traced: Callable[..., Any]) -> F:
+        function = _function(eager)(traced)
+
+        @functools.wraps(eager)
+        def with_autocast(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
+            return function(*_autocast(q, k, v, is_cache), *args, **kwargs)
+
+        with_autocast.__module__ = __name__
+        return cast(F, with_autocast)
+
+    return decorate
+
+
+def _outputs(q: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    result = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    return result, q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None
+
+
+def _options(op: str, scale, causal, window, softcap, *tensors):
+    return (scale, bool(causal), *split_window(op, window), float(softcap or 0.0), *tensors)
+
+
+@_attention_function(_paged_attention, True)
+def paged_attention(
+    q, k_cache, v_cache, block_tables, seq_lens, *, query_start_loc=None, scale=None, causal=True, window=None, softcap=None,
+    alibi_slopes=None, sinks=None, k_scale=None, v_scale=None, mask=None, mask_start=None, out=None, return_lse=False, workspace=None,
+    variant=None,
+):  # fmt: skip
+    """Traced."""
+    result, lse = _outputs(q, out, return_lse)
+    options = _options(
+        "paged_attention",
+        scale,
+        causal,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        k_scale,
+        v_scale,
+        mask,
+        mask_start,
+    )
+    _ops.paged_attention(
+        result,
+        lse,
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        workspace,
+        *options,
+        variant,
+    )
+    return (result, lse) if return_lse else result
+
+
+@_attention_function(_shared_prefix_attention, True)
+def shared_prefix_attention(
+    q, k_cache, v_cache, prefix_blocks, block_tables, seq_lens, *, query_start_loc=None, scale=None, causal=True, window=None,
+    softcap=None, alibi_slopes=None, sinks=None, k_scale=None, v_scale=None, mask=None, mask_start=None, out=None, return_lse=False,
+    workspace=None,
+):  # fmt: skip
+    """Traced."""
+    result, lse = _outputs(q, out, return_lse)
+    options = _options(
+        "shared_prefix_attention",
+        scale,
+        causal,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        k_scale,
+        v_scale,
+        mask,
+        mask_start,
+    )
+    _ops.shared_prefix_attention(
+        result,
+        lse,
+        q,
+        k_cache,
+        v_cache,
+        prefix_blocks,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        workspace,
+        *options,
+    )
+    return (result, lse) if return_lse else result
+
+
+@_attention_function(_attention, False)
+def attention(
+    q, k, v, *, query_start_loc=None, kv_start_loc=None, scale=None, causal=True, window=None, softcap=None, alibi_slopes=None,
+    sinks=None, k_scale=None, v_scale=None, mask=None, mask_start=None, out=None, return_lse=False, workspace=None, variant=None,
+):  # fmt: skip
+    """Traced."""
+    result, lse = _outputs(q, out, return_lse)
+    options = _options(
+        "attention", scale, causal, window, softcap, alibi_slopes, sinks, k_scale, v_scale, mask, mask_start
+    )
+    _ops.attention(result, lse, q, k, v, query_start_loc, kv_start_loc, workspace, *options, variant)
+    return (result, lse) if return_lse else result
+
+
+@_function(_merge_attention)
+def merge_attention(out_a, lse_a, out_b, lse_b, *, out=None, out_lse=None):
+    """Traced."""
+    result = torch.empty_like(out_a, memory_format=torch.contiguous_format) if out is None else out
+    lse = torch.empty_like(lse_a) if out_lse is None else out_lse
+    _ops.merge_attention(result, lse, out_a, lse_a, out_b, lse_b)
+    return result, lse

@@ -1,0 +1,153 @@
+"""Attention for transformers: importing this module makes ``attn_implementation="quire"`` known to Hugging Face transformers.
+
+SPDX-License-Identifier: Apache-2.0
+
+The keys and values of transformers' own cache, ``[batch, num_kv_heads, num_keys, head_dim]``, are read where they are, as a paged
+cache with one block for each sequence. Causal and sliding-window masks are computed by the kernel; any other (padding, packed
+sequences, chunks, prefixes that see both ways) is handed over as bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import prepare_padding_mask, sdpa_mask
+
+import quire.torch
+
+__all__ = ["attention_forward", "attention_mask"]
+
+_WEIGHTS_OF_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    config: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The mask that transformers hands to :func:`attention_forward`: None where causality and the layer's window say everything.
+
+    Returns:
+        None, or bool ``[batch_size, 1, q_length, kv_length]``.
+    """
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    # A window is the layer's own argument; a chunk of the same name is not.
+    is_plain = local_size is None or local_size == getattr(config, "sliding_window", None)
+    ends_together = q_offset + q_length == kv_offset + kv_length
+    unpadded = padding is None or (not torch.compiler.is_compiling() and bool(padding.all()))
+    if allow_is_causal_skip and is_plain and ends_together and unpadded:
+        return None
+    mask: torch.Tensor | None = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        **kwargs,
+    )
+    return mask
+
+
+def _pack(mask: torch.Tensor) -> torch.Tensor:
+    """uint8 ``[batch * q_length, mask_bytes]`` of bool ``[batch, 1, q_length, kv_length]``."""
+    if mask.shape[1] != 1 or mask.dtype is not torch.bool:
+        raise ValueError(
+            f"[quire.transformers] attention_mask: expected bool [batch, 1, q_length, kv_length], got {mask.dtype} {list(mask.shape)}"
+        )
+    rows = mask.reshape(-1, mask.shape[-1])
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8))
+    weights = torch.tensor(_WEIGHTS_OF_BITS, dtype=torch.uint8, device=mask.device)
+    return (rows.view(rows.shape[0], -1, 8) * weights).sum(-1, dtype=torch.uint8)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention in the form in which transformers' models call it.
+
+    Args:
+        module: The attention layer.
+        query: ``[batch, num_heads, q_length, head_dim]``, any strides with a unit inner one.
+        key: ``[batch, num_kv_heads, kv_length, head_dim]``, likewise.
+        value: As ``key``; its head_dim may be smaller.
+        attention_mask: None, or bool ``[batch, 1, q_length, kv_length]``.
+        scaling: Default ``1 / sqrt(head_dim)``.
+        dropout: 0: there is none here.
+        is_causal: None: the module's.
+        sliding_window: Keys that a query sees, its own included.
+        softcap: None for none.
+        s_aux: Attention sinks ``[num_heads]``.
+        kwargs: What other implementations take.
+
+    Returns:
+        ``[batch, q_length, num_heads, head_dim]``, and None for the weights, which are never made.
+
+    Raises:
+        quire.UnsupportedError: Dropout, or a bias of positions.
+    """
+    if dropout:
+        raise quire.UnsupportedError(
+            f"[quire.transformers] dropout: expected 0 (quire is for inference), got {dropout}"
+        )
+    if kwargs.get("position_bias") is not None:
+        raise quire.UnsupportedError("[quire.transformers] position_bias: expected none, got one")
+    batch, num_heads, q_length, head_dim = query.shape
+    kv_length, device = key.shape[2], query.device
+    value_dim = value.shape[-1]
+    if value_dim != head_dim:
+        value = torch.nn.functional.pad(value, (0, head_dim - value_dim))
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    window = (
+        None if sliding_window is None else sliding_window - 1
+    )  # quire counts the keys before the query's own
+    mask = mask_start = None
+    if attention_mask is not None:
+        mask = _pack(attention_mask[..., :kv_length])
+        mask_start = torch.zeros(batch, dtype=torch.int32, device=device)
+        causal, window = False, None
+    sequences = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    out = quire.torch.paged_attention(
+        query.transpose(1, 2).reshape(batch * q_length, num_heads, head_dim),
+        key.transpose(1, 2),  # one block of kv_length slots for each sequence
+        value.transpose(1, 2),
+        sequences[:batch, None],
+        torch.full((batch,), kv_length, dtype=torch.int32, device=device),
+        query_start_loc=None if q_length == 1 else sequences * q_length,
+        scale=scaling,
+        causal=bool(causal),
+        window=window if causal or window is None else (window, window),
+        softcap=softcap,
+        sinks=None if s_aux is None else s_aux.detach().float(),
+        mask=mask,
+        mask_start=mask_start,
+    )
+    return out.view(batch, q_length, num_heads, head_dim)[..., :value_dim], None
+
+
+AttentionInterface.register("quire", attention_forward)
+AttentionMaskInterface.register("quire", attention_mask)

@@ -1,0 +1,146 @@
+"""Calls of every op with their arrays, for the tests of the ways into the library: the answer is quire's own on NumPy arrays.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+from frameworks import np_dtype
+
+import quire
+
+
+def rng():
+    return np.random.default_rng(7)
+
+
+def normal(*shape, dtype=np.float32):
+    return rng().standard_normal(shape).astype(dtype)
+
+
+BF16 = ml_dtypes.bfloat16
+ROPE = quire.rope_cache(32, 64)
+TABLES = np.array([[3, 0, 5], [1, -1, -1], [2, 4, 6]], np.int32)
+LENS = np.array([37, 9, 40], np.int32)
+LOC = np.array([0, 3, 4, 9], np.int32)
+MASK = np.full((9, 1), 0b10110101, np.uint8)
+
+
+def functional(module, empty, cast=np_dtype):
+    """The ops of a module whose ops work in place, in the form of functions that return what they wrote.
+
+    empty(shape, dtype, like) allocates.
+    """
+
+    def write_kv(k, v, k_cache, v_cache, slots, **options):
+        module.write_kv(k, v, k_cache, v_cache, slots, **options)
+        return k_cache, v_cache
+
+    def rope_and_write_kv(p, q, k, v, table, k_cache, v_cache, slots, return_k=False, **options):
+        k_out = empty(k.shape, k.dtype, k) if return_k else None
+        module.rope_and_write_kv(p, q, k, v, table, k_cache, v_cache, slots, k_out=k_out, **options)
+        return (q, k_cache, v_cache, k_out) if return_k else (q, k_cache, v_cache)
+
+    def copy_blocks(cache, pairs):
+        module.copy_blocks(cache, pairs)
+        return cache
+
+    def gather_kv(k_cache, v_cache, slots, dtype=None, **options):
+        shape = (len(slots), *k_cache.shape[2:])
+        out = None if dtype is None else tuple(empty(shape, cast(dtype), k_cache) for _ in "kv")
+        return module.gather_kv(k_cache, v_cache, slots, out=out, **options)
+
+    def fused_add_rms_norm(x, residual, weight, **options):
+        first = module.fused_add_rms_norm(x, residual, weight, **options)
+        return (*first, residual) if "out_dtype" in options else first
+
+    own = locals()
+    names = ("write_kv", "rope_and_write_kv", "copy_blocks", "gather_kv", "fused_add_rms_norm")
+    return lambda op: own[op] if op in names else getattr(module, op)
+
+
+OURS = functional(quire, lambda shape, dtype, like: np.empty(shape, dtype))
+
+x, w = normal(2, 5, 64), normal(64)
+q, k, v = normal(9, 4, 32), normal(9, 2, 32, dtype=np.float32) + 1, normal(9, 2, 32) - 1
+k_cache, v_cache = normal(7, 16, 2, 32), normal(7, 16, 2, 32) * 2
+slots, positions = np.array([0, 17, -1, 33, 50, 64, 81, 99, 111], np.int32), np.arange(9, dtype=np.int32)
+scales, heads = np.array([0.03, 0.04], np.float32), np.array([0.5, -1, 2, 0.1], np.float32)
+one = np.array([0.05], np.float32)
+int8_cache = rng().integers(-100, 100, (7, 16, 2, 32)).astype(np.int8)
+fp8_cache = k_cache.astype(ml_dtypes.float8_e4m3fn)
+
+#: id, op, arrays, options. Arrays among the options are operands too.
+CASES = [
+    ("rms_norm", [x, w], {"eps": 1e-5, "weight_offset": 1.0}),
+    ("rms_norm", [x.astype(BF16), w], {}),
+    ("rms_norm", [x.astype(np.float16), w], {}),
+    ("rms_norm", [x, w], {"out_dtype": "int8", "granularity": "token"}),
+    ("rms_norm", [x, w], {"out_dtype": "float8_e4m3fn", "granularity": "group", "group_size": 16}),
+    ("rms_norm", [x, w], {"out_dtype": "float8_e4m3fn", "scale": one}),
+    ("fused_add_rms_norm", [x, x * 2, w], {}),
+    ("fused_add_rms_norm", [x, x * 2, w], {"out_dtype": "int8", "granularity": "token"}),
+    ("fused_add_rms_norm", [x, x * 2, w], {"out_dtype": "int8", "scale": one}),
+    ("layer_norm", [x, w, w], {}),
+    ("layer_norm", [x, w], {"eps": 1e-3}),
+    ("layer_norm", [x, w, w], {"out_dtype": "int8", "granularity": "group", "group_size": 32}),
+    ("silu_and_mul", [x], {}),
+    ("gelu_and_mul", [x.astype(BF16)], {}),
+    ("gelu_tanh_and_mul", [x], {}),
+    ("silu_and_mul", [x], {"out_dtype": "int8", "granularity": "token"}),
+    ("silu_and_mul", [x], {"out_dtype": "float8_e4m3fn", "granularity": "token"}),
+    ("gelu_and_mul", [x], {"out_dtype": "int8", "scale": one}),
+    ("gelu_tanh_and_mul", [x], {"out_dtype": "int8", "granularity": "group", "group_size": 8}),
+    ("gelu_new", [x], {}),
+    ("gelu_fast", [x], {}),
+    ("gelu_quick", [x], {}),
+    ("relu_squared", [x], {}),
+    ("rotary_embedding", [positions, q, k, ROPE], {}),
+    ("rotary_embedding", [positions, q, None, ROPE[:, :16].copy()], {"style": "gptj"}),
+    ("qk_norm_rope", [positions, q, k, w[:32], w[32:], ROPE], {"weight_offset": 1.0}),
+    ("qk_norm_rope", [positions, q, None, w[:32], None, ROPE], {}),
+    ("write_kv", [k, v, k_cache, v_cache, slots], {}),
+    ("write_kv", [k, v, int8_cache, int8_cache + 1, slots], {"k_scale": scales, "v_scale": one}),
+    ("write_kv", [k.astype(BF16), v.astype(BF16), fp8_cache, fp8_cache, slots], {"k_scale": one}),
+    ("rope_and_write_kv", [positions, q, k, v, ROPE, k_cache, v_cache, slots], {}),
+    ("rope_and_write_kv", [positions, q, k, v, ROPE, k_cache, v_cache, slots], {"return_k": True}),
+    ("rope_and_write_kv", [positions, q, k, v, ROPE, k_cache, v_cache, slots], {"q_weight": w[:32], "k_weight": w[32:]}),
+    ("gather_kv", [k_cache, v_cache, slots], {}),
+    ("gather_kv", [int8_cache, int8_cache, slots], {"k_scale": scales, "v_scale": scales, "dtype": "float16"}),
+    ("copy_blocks", [k_cache, np.array([[0, 3], [1, 6]], np.int32)], {}),
+    ("paged_attention", [q, k_cache, v_cache, TABLES, LENS], {"query_start_loc": LOC}),
+    ("paged_attention", [q[:3], k_cache, v_cache, TABLES, LENS], {"return_lse": True}),
+    ("paged_attention", [q[:3].astype(BF16), k_cache.astype(BF16), v_cache.astype(BF16), TABLES, LENS], {"scale": 0.3}),
+    ("paged_attention", [q[:3], int8_cache, int8_cache, TABLES, LENS], {"k_scale": scales, "v_scale": one}),
+    ("paged_attention", [q, k_cache, v_cache, TABLES, LENS], {"query_start_loc": LOC, "window": (5, 0), "softcap": 20.0}),
+    ("paged_attention", [q, k_cache, v_cache, TABLES, LENS], {"query_start_loc": LOC, "alibi_slopes": heads, "causal": False}),
+    ("paged_attention", [q, k_cache, v_cache, TABLES, LENS], {"query_start_loc": LOC, "sinks": heads, "mask": MASK}),
+    ("paged_attention", [q, k_cache, v_cache, TABLES, LENS], {"query_start_loc": LOC, "mask": MASK, "mask_start": LENS - 9, "window": 8}),
+    (
+        "shared_prefix_attention",
+        [q, k_cache, v_cache, np.array([6, 2], np.int32), TABLES % 5, LENS // 2],
+        {"query_start_loc": LOC, "return_lse": True, "sinks": heads},
+    ),
+    ("attention", [q, k, v], {"return_lse": True}),
+    ("attention", [q, k, v], {"query_start_loc": LOC, "kv_start_loc": np.array([0, 5, 6, 9], np.int32)}),
+    ("attention", [q, k, v], {"query_start_loc": LOC, "window": 3, "mask": MASK}),
+    ("merge_attention", [q, q[..., 0].copy(), q + 1, q[..., 1].copy()], {}),
+]  # fmt: skip
+IDS = [f"{i}-{case[0]}" for i, case in enumerate(CASES)]
+
+
+def flat(result):
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def expected_of(op, arrays, options):
+    """The library's own answer on the CPU."""
+    copies = [None if a is None else a.copy() for a in arrays]
+    return flat(OURS(op)(*copies, **options))
+
+
+def split_options(options):
+    arrays = {name: value for name, value in options.items() if isinstance(value, np.ndarray)}
+    return arrays, {name: value for name, value in options.items() if name not in arrays}

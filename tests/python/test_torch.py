@@ -1,0 +1,340 @@
+"""quire.torch: eager calls, compiled and exported ones, the operators behind them, and PyTorch's modes.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+import re
+import subprocess
+import sys
+
+import frameworks
+import numpy as np
+import pytest
+from op_cases import CASES, IDS, expected_of, flat, functional, normal, split_options
+
+import quire
+
+torch = pytest.importorskip("torch")
+
+import quire.torch  # noqa: E402
+
+
+@pytest.fixture(params=["cpu", "cuda:0"])
+def framework(request):
+    made = frameworks.make("torch", request.param)
+    if isinstance(made, str):
+        pytest.skip(f"torch on {request.param}: {made}")
+    return made
+
+
+def call_of(framework, module=quire.torch):
+    return functional(
+        module,
+        lambda shape, dtype, like: torch.empty(tuple(shape), dtype=dtype, device=like.device),
+        lambda name: getattr(torch, name),
+    )
+
+
+def tensors_of(framework, arrays, operands):
+    return (
+        [None if a is None else framework.array(a) for a in arrays],
+        {name: framework.array(a) for name, a in operands.items()},
+    )
+
+
+def compare(framework, got, expected):
+    got, expected = flat(got), flat(expected)
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected):
+        if b is None:
+            assert a is None
+            continue
+        a, b = framework.numpy(a), np.asarray(b)
+        assert (a.dtype.name, a.shape) == (b.dtype.name, b.shape)
+        if framework.device == "cpu":  # the same kernel
+            np.testing.assert_array_equal(
+                np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8)
+            )
+        else:
+            a, b = frameworks.as_float64(a), frameworks.as_float64(b)
+            np.testing.assert_allclose(a, b, rtol=0.13, atol=2e-2 * max(1.0, np.abs(b[np.isfinite(b)]).max()))
+
+
+@pytest.mark.parametrize(("op", "arrays", "options"), CASES, ids=IDS)
+def test_eager(framework, op, arrays, options):
+    operands, static = split_options(options)
+    tensors, named = tensors_of(framework, arrays, operands)
+    compare(framework, call_of(framework)(op)(*tensors, **named, **static), expected_of(op, arrays, options))
+
+
+@pytest.mark.parametrize(("op", "arrays", "options"), CASES, ids=IDS)
+def test_compiled(framework, op, arrays, options):
+    """In one graph; what is written is written in the caller's tensors too."""
+    operands, static = split_options(options)
+    torch._dynamo.reset()
+    function = call_of(framework)(op)
+    compiled = torch.compile(lambda a, o: function(*a, **o, **static), fullgraph=True, backend="aot_eager")
+    tensors, named = tensors_of(framework, arrays, operands)
+    compare(framework, compiled(tensors, named), expected_of(op, arrays, options))
+    written, _ = tensors_of(framework, arrays, operands)
+    function(*written, **named, **static)
+    compare(framework, tensors, [None if a is None else framework.numpy(a) for a in written])
+
+
+@pytest.mark.slow
+def test_inductor(framework):
+    """A step of a decoder layer, with the default backend."""
+
+    def step(x, residual, weight, positions, table, k_cache, v_cache, slots, tables, lens):
+        x, residual = quire.torch.fused_add_rms_norm(x * 2, residual.clone(), weight)
+        q = x.view(3, 4, 16)
+        k = q[:, :2].contiguous()
+        q = quire.torch.rope_and_write_kv(positions, q.clone(), k, k + 1, table, k_cache, v_cache, slots)
+        out = quire.torch.paged_attention(q, k_cache, v_cache, tables, lens) + 1
+        return quire.torch.silu_and_mul(out.view(3, 64)), residual
+
+    def inputs():
+        cache = [framework.array(normal(4, 8, 2, 16)) for _ in "kv"]
+        arrays = normal(3, 64), normal(3, 64), normal(64), np.arange(3), quire.rope_cache(16, 32)
+        index = (
+            np.array([1, 9, 17]),
+            np.array([[0, 3], [1, 3], [2, 3]], np.int32),
+            np.array([2, 2, 10], np.int32),
+        )
+        return [*map(framework.array, arrays), *cache, *map(framework.array, index)]
+
+    torch._dynamo.reset()
+    a, b = inputs(), inputs()
+    got, want = torch.compile(step, fullgraph=True)(*a), step(*b)
+    for left, right in zip((*got, *a[5:7]), (*want, *b[5:7])):
+        torch.testing.assert_close(left, right, rtol=2e-5, atol=2e-5)
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------------
+
+
+def defined():
+    return {
+        name.removeprefix("quire::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("quire::")
+    }
+
+
+class Recorder:
+    """Stands in for torch.ops.quire and keeps the calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        def record(*args):
+            # A copy of what is to be checked, with one tensor for each that was one.
+            copies = {id(a): a.clone() for a in args if isinstance(a, torch.Tensor)}
+            self.calls.append((name, tuple(copies.get(id(a), a) for a in args)))
+            getattr(torch.ops.quire, name)(*args)
+
+        return record
+
+
+def recorded(monkeypatch, framework, op, arrays, options):
+    operands, static = split_options(options)
+    recorder = Recorder()
+    monkeypatch.setattr(quire.torch, "_ops", recorder)
+    monkeypatch.setattr(quire.torch, "_is_compiling", lambda: True)
+    tensors, named = tensors_of(framework, arrays, operands)
+    got = call_of(framework)(op)(*tensors, **named, **static)
+    return recorder.calls, got
+
+
+def has_float8(arrays, options):
+    return "float8" in str(options.get("out_dtype")) or any(
+        a is not None and "float8" in a.dtype.name for a in arrays
+    )
+
+
+#: PyTorch cannot compare float8 tensors, which opcheck does.
+OPCHECK_CASES = [case for case in CASES if not has_float8(*case[1:])]
+
+
+@pytest.mark.parametrize(("op", "arrays", "options"), OPCHECK_CASES)
+def test_opcheck(monkeypatch, framework, op, arrays, options):
+    calls, got = recorded(monkeypatch, framework, op, arrays, options)
+    compare(framework, got, expected_of(op, arrays, options))
+    assert calls
+    for name, args in calls:
+        result = torch.library.opcheck(getattr(torch.ops.quire, name).default, args)
+        assert set(result.values()) == {"SUCCESS"}
+
+
+def test_every_operator_is_checked(monkeypatch):
+    framework = frameworks.make("torch", "cpu")
+    seen = set()
+    for op, arrays, options in OPCHECK_CASES:
+        with monkeypatch.context() as patch:
+            seen |= {name for name, _ in recorded(patch, framework, op, arrays, options)[0]}
+    assert seen | {"swap_blocks"} == defined()
+
+
+def test_opcheck_of_swap_blocks():
+    dst, src = torch.zeros(4, 8), torch.ones(2, 8)
+    result = torch.library.opcheck(torch.ops.quire.swap_blocks.default, (dst, src, torch.tensor([[0, 3]])))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_functions_are_quires():
+    """Every op, with the same signature and documentation."""
+    import inspect
+
+    ops = {
+        name
+        for name in quire.__all__
+        if "stream" in (getattr(getattr(quire, name), "__kwdefaults__", None) or ())
+    }
+    assert ops == set(quire.torch.__all__)
+    for name in quire.torch.__all__:
+        own = inspect.signature(getattr(quire.torch, name))
+        assert own == inspect.signature(getattr(quire, name))
+        traced = getattr(quire.torch, name)
+        assert traced.__doc__ == getattr(quire, name).__doc__
+
+
+def test_export():
+    class Step(torch.nn.Module):
+        def forward(self, x, weight, cache, pairs):
+            quire.torch.copy_blocks(cache, pairs)
+            return quire.torch.rms_norm(x, weight)
+
+    inputs = torch.randn(2, 64), torch.ones(64), torch.randn(4, 8), torch.tensor([[0, 3]])
+    program = torch.export.export(Step(), tuple(a.clone() for a in inputs))
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert [t for t in targets if t.startswith("quire")] == [
+        "quire.copy_blocks.default",
+        "quire.rms_norm.default",
+    ]
+    x, weight, cache, pairs = inputs
+    out = program.module()(x, weight, cache, pairs)
+    assert torch.equal(out, quire.rms_norm(x, weight))
+    assert torch.equal(cache[3], cache[0])
+
+
+def test_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, weight = torch.empty(4, 64, dtype=torch.bfloat16), torch.empty(64)
+        assert quire.torch.rms_norm(x, weight).shape == (4, 64)
+        out, scales = quire.torch.rms_norm(x, weight, out_dtype="int8", granularity="token")
+        assert (out.dtype, scales.shape) == (torch.int8, (4, 1))
+        assert quire.torch.gelu_and_mul(x).shape == (4, 32)
+
+
+def test_dynamic_shapes():
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, w: quire.torch.rms_norm(x, w), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    weight = torch.randn(64)
+    for num_tokens in (2, 3, 17):
+        x = torch.randn(num_tokens, 64)
+        assert torch.equal(compiled(x, weight), quire.rms_norm(x, weight))
+
+
+# ---- modes -----------------------------------------------------------------------------------------------------------------
+
+
+def test_inference_mode_and_no_grad(framework):
+    x, weight = framework.array(normal(2, 64)), torch.nn.Parameter(framework.array(normal(64)))
+    with pytest.raises(
+        ValueError, match=r"requires_grad; call \.detach\(\) first, or use torch\.no_grad\(\)"
+    ):
+        quire.torch.rms_norm(x, weight)
+    want = quire.rms_norm(x, weight.detach())
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert torch.equal(quire.torch.rms_norm(x, weight), want)
+            torch._dynamo.reset()
+            compiled = torch.compile(
+                lambda: quire.torch.rms_norm(x, weight), fullgraph=True, backend="aot_eager"
+            )
+            assert torch.equal(compiled(), want)
+
+
+def test_autocast(framework):
+    kind = framework.device.partition(":")[0]
+    q, k = framework.array(normal(3, 4, 16)), framework.array(normal(3, 2, 16))
+    cache = framework.array(normal(4, 8, 2, 16))
+    tables, lens = framework.array(np.zeros((3, 1), np.int32)), framework.array(np.full(3, 5, np.int32))
+    half = torch.bfloat16
+    with torch.autocast(kind, half):
+        assert quire.torch.attention(q, k, k).dtype is half
+        assert quire.torch.paged_attention(q, cache.to(half), cache.to(half), tables, lens).dtype is half
+        assert quire.torch.paged_attention(q, cache, cache, tables, lens).dtype is torch.float32
+        int8 = (cache * 10).to(torch.int8)
+        assert quire.torch.paged_attention(q, int8, int8, tables, lens).dtype is half
+        assert quire.torch.rms_norm(q, k[0, 0]).dtype is torch.float32
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda q, k: quire.torch.attention(q, k, k), fullgraph=True, backend="aot_eager"
+        )
+        assert torch.equal(compiled(q, k), quire.torch.attention(q, k, k))
+    want = quire.attention(q.to(half), k.to(half), k.to(half))
+    with torch.autocast(kind, half):
+        assert torch.equal(quire.torch.attention(q, k, k), want)
+
+
+def test_refusals_in_a_trace():
+    x, weight = torch.randn(2, 64), torch.ones(64)
+    torch._dynamo.reset()
+    for kwargs, text in (
+        ({"stream": 1}, "stream: expected none"),
+        ({"validate": "full"}, "validate: expected"),
+    ):
+        function = lambda x, w, kwargs=kwargs: quire.torch.rms_norm(x, w, **kwargs)  # noqa: E731
+        with pytest.raises(Exception, match=re.escape(text)):
+            torch.compile(function, fullgraph=True, backend="aot_eager")(x, weight)
+    with pytest.raises(ValueError, match=r"\[rms_norm\] weight: expected float32 \[64\], got float32 \[63\]"):
+        torch.compile(quire.torch.rms_norm, fullgraph=True, backend="aot_eager")(x, weight[:63])
+    with pytest.raises(TypeError, match=r"\[gelu_new\] x: expected float32"):
+        torch.compile(quire.torch.gelu_new, fullgraph=True, backend="aot_eager")(x.int())
+
+
+def test_current_stream():
+    framework = frameworks.make("torch", "cuda:0")
+    if isinstance(framework, str):
+        pytest.skip(f"torch on cuda: {framework}")
+    x, weight = framework.array(normal(64, 4096)), framework.array(normal(4096))
+    want = quire.rms_norm(x * 3, weight)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    torch._dynamo.reset()
+    for function in (
+        quire.torch.rms_norm,
+        torch.compile(quire.torch.rms_norm, fullgraph=True, backend="aot_eager"),
+    ):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            late = x * 3  # ready only after the sleep, on this stream
+            got = function(late, weight)
+        stream.synchronize()
+        assert torch.equal(got, want)
+
+
+def test_cuda_graph_of_a_compiled_step():
+    framework = frameworks.make("torch", "cuda:0")
+    if isinstance(framework, str):
+        pytest.skip(f"torch on cuda: {framework}")
+    weight = framework.array(normal(4096))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: quire.torch.rms_norm(x, weight) + 1, fullgraph=True, mode="reduce-overhead"
+    )
+    for seed in range(4):
+        x = torch.randn(8, 4096, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(compiled(x), quire.rms_norm(x, weight) + 1)
+
+
+def test_importing_quire_imports_no_torch():
+    code = "import sys, quire; assert 'torch' not in sys.modules; import quire.torch; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
