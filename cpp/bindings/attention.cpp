@@ -11,9 +11,13 @@
 namespace quire::bindings {
 namespace {
 
-constexpr AttentionVariant kVariants[] = {AttentionVariant::kMmaSplitKeys8, AttentionVariant::kMmaSplitKeys16,
-                                          AttentionVariant::kMmaSplitRows,  AttentionVariant::kMmaSplitRows128,
-                                          AttentionVariant::kWgmma,         AttentionVariant::kMmaSplitKeys8Small,
+constexpr AttentionVariant kVariants[] = {AttentionVariant::kMmaSplitKeys8,
+                                          AttentionVariant::kMmaSplitKeys16,
+                                          AttentionVariant::kMmaSplitRows,
+                                          AttentionVariant::kMmaSplitRows128,
+                                          AttentionVariant::kWgmma,
+                                          AttentionVariant::kMmaSplitKeys8Small,
+                                          AttentionVariant::kMmaSplitRowsSmall,
                                           AttentionVariant::kSimt};
 
 // The scalar options; the tensor options are set once they are imported.

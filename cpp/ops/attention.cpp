@@ -335,6 +335,7 @@ const char* name(AttentionVariant variant) {
     case AttentionVariant::kMmaSplitRows128: return "mma_split_rows_128";
     case AttentionVariant::kWgmma: return "wgmma";
     case AttentionVariant::kMmaSplitKeys8Small: return "mma_split_keys_8_small";
+    case AttentionVariant::kMmaSplitRowsSmall: return "mma_split_rows_small";
     case AttentionVariant::kSimt: return "simt";
   }
   return "unknown";

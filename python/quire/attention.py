@@ -34,6 +34,7 @@ Variant = Literal[
     "mma_split_rows_128",
     "wgmma",
     "mma_split_keys_8_small",
+    "mma_split_rows_small",
     "simt",
 ]
 

@@ -97,7 +97,7 @@ TEST(CudaAttentionConfig, hopper_takes_many_rows_unless_something_prevents_it) {
 TEST(CudaAttentionConfig, a_variant_that_is_asked_for_runs_or_is_refused) {
   AttentionParams params = dense(paged(4, 1024, 32, 8, 128));
   for (const Variant variant : {Variant::kMmaSplitKeys8, Variant::kMmaSplitKeys16, Variant::kMmaSplitRows, Variant::kMmaSplitRows128,
-                                Variant::kWgmma, Variant::kMmaSplitKeys8Small, Variant::kSimt}) {
+                                Variant::kWgmma, Variant::kMmaSplitKeys8Small, Variant::kMmaSplitRowsSmall, Variant::kSimt}) {
     params.variant = variant;
     if (obstacle(variant, params, kDevice, true) == nullptr) {
       EXPECT_EQ(configure(params, kDevice, true).variant, variant);
@@ -153,8 +153,18 @@ TEST(CudaAttentionConfig, small_shared_memory_gets_variants_that_fit) {
   EXPECT_EQ(configure(paged(4, 1024, 32, 8, 128), kSmall).variant, Variant::kMmaSplitKeys8);
   EXPECT_EQ(configure(paged(4, 1024, 16, 1, 128), kSmall).variant, Variant::kMmaSplitKeys8);
   EXPECT_EQ(configure(paged(4, 1024, 16, 2, 256), kSmall).variant, Variant::kMmaSplitKeys8Small);
-  EXPECT_EQ(configure(ragged_queries(paged(4, 1024, 16, 2, 256), 4096), kSmall).variant, Variant::kMmaSplitKeys8Small);
-  EXPECT_EQ(configure(ragged_queries(paged(4, 1024, 32, 8, 128), 4096), kSmall).variant, Variant::kMmaSplitRows);
+  const AttentionParams wide = ragged_queries(paged(4, 1024, 16, 2, 256), 4096);
+  EXPECT_EQ(configure(wide, kSmall).variant, Variant::kMmaSplitRowsSmall);
+  EXPECT_EQ(configure(ragged_queries(paged(4, 1024, 32, 8, 128), 4096), kSmall).variant, Variant::kMmaSplitRows128);
+  // Enough for one CTA of the larger one, not for two.
+  constexpr DeviceProperties kMiddle{108, 80, 166912, 41943040};
+  EXPECT_EQ(configure(wide, kMiddle).variant, Variant::kMmaSplitRowsSmall);
+  EXPECT_EQ(configure(wide, kDevice).variant, Variant::kMmaSplitRows);
+  AttentionParams narrow = wide;
+  narrow.kv_dtype = DType::kInt8;
+  EXPECT_EQ(configure(narrow, kSmall).variant, Variant::kMmaSplitRows);
+  narrow.variant = Variant::kMmaSplitRowsSmall;
+  EXPECT_THROW(configure(narrow, kSmall), UnsupportedError);
 }
 
 TEST(CudaAttentionConfig, few_tiles_are_split_and_many_are_not) {

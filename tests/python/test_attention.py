@@ -908,6 +908,7 @@ def test_masks_with_options(backend, rng, option, q_lens, dtype):
         "mma_split_rows_128",
         "mma_split_keys_8_small",
         "wgmma",
+        "mma_split_rows_small",
     ],
 )
 def test_masks_in_every_kernel(backend, rng, variant, dim):
@@ -936,6 +937,55 @@ def test_masks_in_every_kernel(backend, rng, variant, dim):
             pytest.skip(str(error))
         assert_close("attention", backend.numpy(out), want)
         assert_lse_close(backend.numpy(lse), want_lse, "bfloat16")
+
+
+@pytest.mark.parametrize("dim", [40, 64, 96, 128, 200, 256])
+@pytest.mark.parametrize("variant", ["mma_split_rows", "mma_split_rows_128", "mma_split_rows_small"])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_rows_kernels(backend, rng, variant, dim, kv_dtype):
+    """Blocks that a warp copies by groups of keys and blocks that it does not, with and without holes in the table."""
+    if backend.device == "cpu":
+        pytest.skip("the variants are CUDA kernels")
+    q_lens, kv_lens = [70, 0, 130, 1], [200, 5, 130, 333]
+    for block_size, holes in [
+        (8, True),
+        (16, False),
+        (16, True),
+        (64, True),
+        (5, False),
+        (12, True),
+        (1, True),
+    ]:
+        batch = Batch.make(
+            rng,
+            q_lens=q_lens,
+            kv_lens=kv_lens,
+            heads=8,
+            kv_heads=2,
+            dim=dim,
+            block_size=block_size,
+            dtype="bfloat16",
+            kv_dtype=kv_dtype,
+            scales=2 if kv_dtype == "int8" else 0,
+        )
+        positional, keywords = batch.arguments(backend)
+        seen = {}
+        if holes:
+            # To the reference, keys of a hole are keys that a mask hides.
+            hole = rng.random(batch.block_tables.shape) < 0.2
+            positional[3] = backend.array(np.where(hole, np.int32(-1), batch.block_tables))
+            bits = np.packbits(~np.repeat(hole, block_size, axis=1)[:, :336], axis=1, bitorder="little")
+            seen = {"mask": np.repeat(bits, q_lens, axis=0), "mask_start": np.zeros(4, np.int32)}
+        for options in ({}, {"causal": False, "window": (37, 9)}, {"softcap": 5.0, "window": (100, -1)}):
+            try:
+                out, lse = quire.paged_attention(
+                    *positional, return_lse=True, variant=variant, **keywords, **options
+                )
+            except quire.UnsupportedError as error:
+                pytest.skip(str(error))
+            want, want_lse = batch.reference(**options, **seen)
+            assert_close("attention", backend.numpy(out), want)
+            assert_lse_close(backend.numpy(lse), want_lse, "bfloat16")
 
 
 @pytest.mark.parametrize("q_len", [1, 6, 70])

@@ -22,6 +22,7 @@ VARIANTS = (
     "mma_split_rows_128",
     "wgmma",
     "mma_split_keys_8_small",
+    "mma_split_rows_small",
     "simt",
 )
 

@@ -40,6 +40,7 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   plan.num_splits = config.num_splits;
   plan.keys_per_split_min = config.keys_per_split_min;
   plan.tile_rows = config.tile_rows;
+  plan.rows_of_tile = Divisor::make(plan.tile_rows);
   plan.num_tiles = static_cast<int>(config.num_tiles);
   plan.tiles_per_seq = static_cast<int>(config.tiles_per_seq);
   plan.key_capacity = static_cast<int>(key_capacity(params));
@@ -59,6 +60,7 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   };
   plan.chunk_strides_exist = plan.kv_alignment == 16 && chunk_strides(params.k_block_stride, params.k_token_stride, plan.k_chunk_strides) &&
                              chunk_strides(params.v_block_stride, params.v_token_stride, plan.v_chunk_strides);
+  plan.groups_exist = plan.chunk_strides_exist && (params.block_tables == nullptr || params.block_size % 8 == 0);
   plan.q_alignment = common_alignment({address(params.q), params.q_token_stride * q_bytes, params.q_head_stride * q_bytes});
   plan.out_aligned = common_alignment({address(params.out), params.out_token_stride * out_bytes, params.out_head_stride * out_bytes}) == 16;
   plan.op = params.op;

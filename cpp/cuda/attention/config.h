@@ -27,7 +27,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int tile_rows(Variant variant) {
   switch (variant) {
     case Variant::kMmaSplitKeys16: return 16;
-    case Variant::kMmaSplitRows: return 64;
+    case Variant::kMmaSplitRows:
+    case Variant::kMmaSplitRowsSmall: return 64;
     case Variant::kMmaSplitRows128: return 128;
     default: return 8;
   }
@@ -63,7 +64,6 @@ constexpr bool needs_large_shared(Variant variant, int bucket, std::int64_t kv_i
     case Variant::kMmaSplitKeys8: return bucket == 256;
     case Variant::kMmaSplitKeys16: return true;
     case Variant::kMmaSplitRows: return bucket == 256 && kv_itemsize == 2;
-    case Variant::kMmaSplitRows128: return bucket == 128 && kv_itemsize == 2;
     default: return false;
   }
 }
@@ -90,7 +90,13 @@ constexpr std::int64_t workspace_bytes(std::int64_t num_tokens, std::int64_t num
 }
 
 /// CTAs of a variant that an SM holds together, by registers and shared memory.
-constexpr int ctas_per_sm(Variant variant, int bucket) { return variant == Variant::kMmaSplitKeys8 && bucket < 256 ? 4 : 2; }
+constexpr int ctas_per_sm(Variant variant, int bucket) {
+  switch (variant) {
+    case Variant::kMmaSplitKeys8: return bucket < 256 ? 4 : 2;
+    case Variant::kMmaSplitRows: return bucket < 256 ? 3 : 2;
+    default: return 2;
+  }
+}
 
 /// How many CTAs share a tile's keys. The cost that it minimises: CTAs run in rounds of ctas_per_sm on each SM; a last round of fewer
 /// than about 1.6 per SM cannot draw the whole memory bandwidth; and splitting has a price of its own. Of equals, the fewest splits.
@@ -156,6 +162,8 @@ inline const char* obstacle(Variant variant, const AttentionParams& params, cons
     case Variant::kWgmma: return has_wgmma ? wgmma_obstacle(params) : "the device is no Hopper, or this build has no code for it";
     case Variant::kMmaSplitRows128: return bucket == 256 ? "head_dim is over 128" : nullptr;
     case Variant::kMmaSplitKeys8Small: return bucket == 256 ? nullptr : "head_dim is at most 128";
+    case Variant::kMmaSplitRowsSmall:
+      return bucket != 256 ? "head_dim is at most 128" : itemsize(params.kv_dtype) != 2 ? "keys and values are not 16-bit" : nullptr;
     default: return nullptr;
   }
 }
@@ -184,6 +192,7 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
     because("up to 32 rows the warps take turns at the keys: the larger tiles of mma_split_rows and wgmma would be mostly empty");
   if (const char* reason = prevents(variant)) {
     because(std::string("not ") + name(variant) + ": " + reason);
+    if (variant == Variant::kMmaSplitRows) return Variant::kMmaSplitRowsSmall;
     variant = variant == Variant::kMmaSplitKeys16 && prevents(Variant::kMmaSplitKeys8) == nullptr ? Variant::kMmaSplitKeys8
                                                                                                   : Variant::kMmaSplitKeys8Small;
   }
@@ -203,6 +212,10 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
     because("not mma_split_rows_128: its tiles would be fewer than two for each SM, or half empty");
   } else {
     return Variant::kMmaSplitRows128;
+  }
+  if (device.max_shared_bytes_per_cta < 2 * kLargeSharedBytes && prevents(Variant::kMmaSplitRowsSmall) == nullptr) {
+    because("not mma_split_rows: an SM has too little shared memory for two of its CTAs at this head_dim");
+    return Variant::kMmaSplitRowsSmall;
   }
   return variant;
 }
@@ -233,8 +246,8 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
 
   // At least one step of 16 or 32 keys for each of the four warps that take turns, or a few steps that they share.
   const bool narrow = head_dim_bucket(config.variant, params.head_dim) * itemsize(params.kv_dtype) <= 128;
-  const bool shared_steps =
-      config.variant == Variant::kMmaSplitRows || config.variant == Variant::kMmaSplitRows128 || config.variant == Variant::kSimt;
+  const bool shared_steps = config.variant == Variant::kMmaSplitRows || config.variant == Variant::kMmaSplitRows128 ||
+                            config.variant == Variant::kMmaSplitRowsSmall || config.variant == Variant::kSimt;
   if (hopper) {
     config.num_splits = 1;
     config.keys_per_split_min = 1;

@@ -31,6 +31,9 @@ void launch_mma(const Plan& plan, const Config& config, Stream stream) {
     case Variant::kMmaSplitRows128:
       if constexpr (kHeadDim <= 128) return launch_split_rows.template operator()<Variant::kMmaSplitRows128>();
       [[fallthrough]];
+    case Variant::kMmaSplitRowsSmall:
+      if constexpr (kHeadDim == 256 && itemsize(kKvDType) == 2) return launch_split_rows.template operator()<Variant::kMmaSplitRowsSmall>();
+      [[fallthrough]];
     default: return launch_split_rows.template operator()<Variant::kMmaSplitRows>();
   }
 }

@@ -42,6 +42,7 @@ struct MmaTypes {
   static constexpr device::Byte kByte = kKvDType == DType::kFloat8E4M3FN ? device::Byte::kE4M3
                                         : kKvDType == DType::kFloat8E5M2 ? device::Byte::kE5M2
                                                                          : device::Byte::kInt8;
+  static constexpr int kElements = 16 / static_cast<int>(itemsize(kKvDType));  // of a 16-byte chunk
   static constexpr int kElementBytes = static_cast<int>(itemsize(kKvDType));
   static constexpr int kKvRowBytes = kHeadDim * kElementBytes;
   static constexpr int kQRowBytes = kHeadDim * 2;
@@ -340,12 +341,16 @@ __device__ __forceinline__ void take_out_not_finite(const AttentionParams& p, ch
   }
 }
 
+/// A value with what two bits of a note say.
+__device__ __forceinline__ float noted(float value, std::uint32_t note) {
+  return value + (note & 1u ? INFINITY : 0.0f) - (note & 2u ? INFINITY : 0.0f);
+}
+
 /// The four columns of a row from `column`, with what was noted for them.
 template <int kHeadDim>
 __device__ __forceinline__ float4 with_notes(float4 value, const std::uint32_t* notes, int row, int column) {
   const std::uint32_t bits = notes[row * kNoteWords<kHeadDim> + column / 16] >> (column % 16 * 2);
-  const auto apply = [](float x, std::uint32_t note) { return x + (note & 1u ? INFINITY : 0.0f) - (note & 2u ? INFINITY : 0.0f); };
-  return float4{apply(value.x, bits), apply(value.y, bits >> 2), apply(value.z, bits >> 4), apply(value.w, bits >> 6)};
+  return float4{noted(value.x, bits), noted(value.y, bits >> 2), noted(value.z, bits >> 4), noted(value.w, bits >> 6)};
 }
 
 }  // namespace quire::cuda::attn

@@ -49,6 +49,7 @@ struct Plan {
   int num_splits;
   int keys_per_split_min;
   int tile_rows;
+  Divisor rows_of_tile;
   int num_tiles;      // per kv head
   int tiles_per_seq;  // 0 with query_start_loc
   int key_capacity;
@@ -56,6 +57,7 @@ struct Plan {
   // With kv_alignment 16 and every offset below 2^32 chunks of 16 bytes, strides in such chunks: {block, token}.
   bool chunk_strides_exist;
   uint2 k_chunk_strides, v_chunk_strides;
+  bool groups_exist;  // the same, and 8 keys from a multiple of 8 on are never in two blocks
   int q_alignment;   // of every row of q
   bool out_aligned;  // every row of out is aligned to 16 bytes
   OpId op;
@@ -125,8 +127,8 @@ __device__ inline bool find_sequence(const Plan& plan, int tile_idx, Tile& tile)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int limit = static_cast<int>(p.num_tokens);
   const auto num_seqs = static_cast<int>(p.num_seqs);
-  const auto first_tile = [&](int loc, int seq) {
-    return static_cast<std::int64_t>(loc) * plan.group.divisor / static_cast<unsigned>(plan.tile_rows) + seq;
+  const auto first_tile = [&](int loc, int seq) {  // loc times the group is below 2^31
+    return static_cast<std::int64_t>(plan.rows_of_tile.quotient(loc * static_cast<int>(plan.group.divisor))) + seq;
   };
   const std::int32_t first = p.query_start_loc[0];
   int carry = min(max(first, 0), limit);
@@ -219,6 +221,7 @@ struct SplitRange {
 
 __device__ __forceinline__ SplitRange active_splits(const Plan& plan, const Tile& tile) {
   const int keys = tile.key_end - tile.key_begin;
+  if (plan.num_splits == 1) return SplitRange{1, keys};
   const int unit = plan.keys_per_split_min;
   const int per_split = keys / plan.num_splits + (keys % plan.num_splits != 0);
   const int units = max(per_split / unit + (per_split % unit != 0), 1);
