@@ -41,6 +41,15 @@ enum class AttentionVariant : std::uint8_t {
   kSimt,  ///< 8 rows, float32 throughout: float32 queries.
 };
 
+inline constexpr AttentionVariant kAttentionVariants[] = {AttentionVariant::kMmaSplitKeys8,
+                                                          AttentionVariant::kMmaSplitKeys16,
+                                                          AttentionVariant::kMmaSplitRows,
+                                                          AttentionVariant::kMmaSplitRows128,
+                                                          AttentionVariant::kWgmma,
+                                                          AttentionVariant::kMmaSplitKeys8Small,
+                                                          AttentionVariant::kMmaSplitRowsSmall,
+                                                          AttentionVariant::kSimt};
+
 /// "mma_split_keys_8" and so on.
 QUIRE_API const char* name(AttentionVariant variant);
 
@@ -64,6 +73,9 @@ struct AttentionOptions {
   /// The kernel to run, for measurements and to work around trouble; none: the fastest, as far as known. UnsupportedError where it cannot run.
   std::optional<AttentionVariant> variant;
   Validate validate = Validate::kShape;
+  /// A row's bits depend on its own query and on the keys that it sees alone: not on the batch, the other rows, whether it comes in a decode or
+  /// a prefill, the physical blocks, or the device's number of SMs. Slower where many rows of a sequence come together. Not with `variant`.
+  bool batch_invariant = false;
 };
 
 /// Attention of every query over its sequence's keys and values in a paged cache: decode, prefill and mixed batches.

@@ -100,19 +100,6 @@ __device__ __forceinline__ float transformed_score(float product, const RowParam
   return value * kLog2E - row.slope * static_cast<float>(row.position - key);
 }
 
-/// The tile's first and last key that every row of it sees, up to the mask's first; keys outside need to be looked at.
-struct FullRange {
-  int begin, end;
-};
-
-__device__ __forceinline__ FullRange full_range(const Plan& plan, const Tile& tile) {
-  const int first = plan.group.quotient(tile.row_begin);
-  const int last = plan.group.quotient(tile.row_begin + tile.num_rows - 1);
-  FullRange range{visible_keys(plan.params, tile, last).begin, visible_keys(plan.params, tile, first).end};
-  if (plan.params.mask != nullptr) range.end = min(range.end, max(mask_first_key(plan.params, tile), 0));
-  return range;
-}
-
 /// What copy_q does with float8_e4m3fn queries, at once: float16 in shared memory.
 template <typename Types>
 __device__ __noinline__ void widen_q(const Plan& plan, const Tile& tile, int kv_head, int first_row, int num_rows, int first_pass,
@@ -250,13 +237,13 @@ __device__ __forceinline__ KvView v_view(const AttentionParams& p, const Plan& p
 /// was there could be NaN.
 template <typename Types, int kKeys>
 __device__ __forceinline__ void copy_rows(const Plan& plan, const KvView& view, const KeyLocation& location, std::uint32_t valid,
-                                          int first_lane, std::uint32_t slot, int first_row) {
+                                          int first_lane, std::uint32_t slot, int first_row,
+                                          int lane = static_cast<int>(threadIdx.x) % 32) {
   using KvRows = Rows<Types::kKvRowBytes>;
   constexpr int kRowsPerPass = 32 / KvRows::kChunks;
   constexpr int kPasses = kKeys / kRowsPerPass;
   constexpr std::uint32_t kAll = kKeys == 32 ? 0xffffffffu : (1u << (kKeys % 32)) - 1;
   static_assert(kPasses * kRowsPerPass == kKeys && kKeys % 8 == 0);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
   const int chunk = lane % KvRows::kChunks;
   const int pass_lane = first_lane + lane / KvRows::kChunks;
   const int bytes = min(max(view.row_bytes - chunk * 16, 0), 16);
