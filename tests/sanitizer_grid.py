@@ -81,6 +81,13 @@ def attention_portable(kv: torch.dtype) -> None:
         paged(None, [1, 700, 0, 33], (8, 2), head_dim, dtype, kv)  # decode
         paged([2, 5, 1], [40, 300, 1], (8, 2), head_dim, dtype, kv, window=50, softcap=20.0)  # 16 rows
         paged([70, 1, 30], [170, 64, 30], (4, 2), head_dim, dtype, kv, block_size=7)  # 64 rows
+        paged([70, 1, 30], [170, 64, 30], (4, 2), head_dim, dtype, kv)
+        if head_dim <= 128:
+            paged(
+                [70, 1], [170, 64], (4, 2), head_dim, dtype, kv, variant="mma_split_rows_128", window=(50, 0)
+            )
+        elif kv == dtype:
+            paged([70, 1], [170, 64], (4, 2), head_dim, dtype, kv, variant="mma_split_rows_small")
         mask = put(torch.randint(0, 256, (8, 3), dtype=torch.uint8))
         paged([2, 5, 1], [40, 300, 1], (8, 2), head_dim, dtype, kv, mask=mask)
         mask = put(torch.randint(0, 256, (101, 30), dtype=torch.uint8))

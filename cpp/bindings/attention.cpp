@@ -11,19 +11,18 @@
 namespace quire::bindings {
 namespace {
 
-constexpr AttentionVariant kVariants[] = {AttentionVariant::kMmaSplitKeys8, AttentionVariant::kMmaSplitKeys16,
-                                          AttentionVariant::kMmaSplitRows,  AttentionVariant::kMmaSplitRows128,
-                                          AttentionVariant::kWgmma,         AttentionVariant::kMmaSplitKeys8Small,
-                                          AttentionVariant::kSimt};
-
 // The scalar options; the tensor options are set once they are imported.
 AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle causal, nb::handle window, nb::handle softcap,
-                               nb::handle variant, nb::handle validate) {
+                               nb::handle variant, nb::handle batch_invariant, nb::handle validate) {
   AttentionOptions options;
   options.scale = to_optional_double(op, "scale", scale);
-  const int truth = PyObject_IsTrue(causal.ptr());
-  if (truth < 0) throw nb::python_error();
-  options.causal = truth == 1;
+  const auto truth = [](nb::handle value) {
+    const int answer = PyObject_IsTrue(value.ptr());
+    if (answer < 0) throw nb::python_error();
+    return answer == 1;
+  };
+  options.causal = truth(causal);
+  options.batch_invariant = truth(batch_invariant);
   if (nb::isinstance<nb::tuple>(window) || nb::isinstance<nb::list>(window)) {
     if (nb::len(window) != 2)
       throw std::invalid_argument(std::string("[") + op + "] window: expected an int or (left, right), got " + nb::str(window).c_str());
@@ -36,7 +35,7 @@ AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle caus
   if (!variant.is_none()) {
     const std::string wanted = nb::str(variant).c_str();
     std::string names;
-    for (const AttentionVariant known : kVariants) {
+    for (const AttentionVariant known : kAttentionVariants) {
       if (wanted == name(known)) options.variant = known;
       names += std::string(names.empty() ? "\"" : ", \"") + name(known) + '"';
     }
@@ -75,8 +74,8 @@ void bind_attention(nb::module_& m) {
       [](nb::handle out, nb::handle lse, nb::handle q, nb::handle k_cache, nb::handle v_cache, nb::handle block_tables, nb::handle seq_lens,
          nb::handle query_start_loc, nb::handle workspace, nb::handle scale, nb::handle causal, nb::handle window, nb::handle softcap,
          nb::handle alibi_slopes, nb::handle sinks, nb::handle q_scale, nb::handle k_scale, nb::handle v_scale, nb::handle mask,
-         nb::handle mask_start, nb::handle variant, nb::handle validate, nb::handle stream) {
-        AttentionOptions options = parse_options("paged_attention", scale, causal, window, softcap, variant, validate);
+         nb::handle mask_start, nb::handle variant, nb::handle batch_invariant, nb::handle validate, nb::handle stream) {
+        AttentionOptions options = parse_options("paged_attention", scale, causal, window, softcap, variant, batch_invariant, validate);
         Args args("paged_attention", stream,
                   {{out, "out", Access::kWrite},
                    {lse, "lse", Access::kWrite, true},
@@ -113,7 +112,7 @@ void bind_attention(nb::module_& m) {
       nb::arg("scale").none(), nb::arg("causal").none(), nb::arg("window").none(), nb::arg("softcap").none(),
       nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("q_scale").none(), nb::arg("k_scale").none(),
       nb::arg("v_scale").none(), nb::arg("mask").none(), nb::arg("mask_start").none(), nb::arg("variant").none(),
-      nb::arg("validate").none(), nb::arg("stream").none());
+      nb::arg("batch_invariant").none(), nb::arg("validate").none(), nb::arg("stream").none());
 
   m.def(
       "shared_prefix_attention",
@@ -121,7 +120,8 @@ void bind_attention(nb::module_& m) {
          nb::handle block_tables, nb::handle seq_lens, nb::handle query_start_loc, nb::handle workspace, nb::handle scale,
          nb::handle causal, nb::handle window, nb::handle softcap, nb::handle alibi_slopes, nb::handle sinks, nb::handle q_scale,
          nb::handle k_scale, nb::handle v_scale, nb::handle mask, nb::handle mask_start, nb::handle validate, nb::handle stream) {
-        AttentionOptions options = parse_options("shared_prefix_attention", scale, causal, window, softcap, nb::none(), validate);
+        AttentionOptions options =
+            parse_options("shared_prefix_attention", scale, causal, window, softcap, nb::none(), nb::bool_(false), validate);
         Args args("shared_prefix_attention", stream,
                   {{out, "out", Access::kWrite},
                    {lse, "lse", Access::kWrite, true},
@@ -168,8 +168,8 @@ void bind_attention(nb::module_& m) {
       [](nb::handle out, nb::handle lse, nb::handle q, nb::handle k, nb::handle v, nb::handle query_start_loc, nb::handle kv_start_loc,
          nb::handle workspace, nb::handle scale, nb::handle causal, nb::handle window, nb::handle softcap, nb::handle alibi_slopes,
          nb::handle sinks, nb::handle q_scale, nb::handle k_scale, nb::handle v_scale, nb::handle mask, nb::handle mask_start,
-         nb::handle variant, nb::handle validate, nb::handle stream) {
-        AttentionOptions options = parse_options("attention", scale, causal, window, softcap, variant, validate);
+         nb::handle variant, nb::handle batch_invariant, nb::handle validate, nb::handle stream) {
+        AttentionOptions options = parse_options("attention", scale, causal, window, softcap, variant, batch_invariant, validate);
         Args args("attention", stream,
                   {{out, "out", Access::kWrite},
                    {lse, "lse", Access::kWrite, true},
@@ -208,7 +208,8 @@ void bind_attention(nb::module_& m) {
       nb::arg("query_start_loc").none(), nb::arg("kv_start_loc").none(), nb::arg("workspace").none(), nb::arg("scale").none(),
       nb::arg("causal").none(), nb::arg("window").none(), nb::arg("softcap").none(), nb::arg("alibi_slopes").none(),
       nb::arg("sinks").none(), nb::arg("q_scale").none(), nb::arg("k_scale").none(), nb::arg("v_scale").none(), nb::arg("mask").none(),
-      nb::arg("mask_start").none(), nb::arg("variant").none(), nb::arg("validate").none(), nb::arg("stream").none());
+      nb::arg("mask_start").none(), nb::arg("variant").none(), nb::arg("batch_invariant").none(), nb::arg("validate").none(),
+      nb::arg("stream").none());
 
   m.def(
       "merge_attention",

@@ -156,9 +156,7 @@ RopeStyle style_of(const char* op, int style) {
 }
 
 AttentionVariant variant_of(const char* op, const char* wanted) {
-  for (const AttentionVariant known :
-       {AttentionVariant::kMmaSplitKeys8, AttentionVariant::kMmaSplitKeys16, AttentionVariant::kMmaSplitRows,
-        AttentionVariant::kMmaSplitRows128, AttentionVariant::kWgmma, AttentionVariant::kMmaSplitKeys8Small, AttentionVariant::kSimt})
+  for (const AttentionVariant known : quire::kAttentionVariants)
     if (std::strcmp(wanted, quire::name(known)) == 0) return known;
   fail_value(op, "variant", "null or a name of AttentionVariant", wanted);
 }
@@ -188,6 +186,7 @@ AttentionOptions options_of(const char* op, const QuireAttentionOptions* given, 
   options.mask_start = views.optional(full.mask_start, "mask_start");
   options.validate = full.validate == QUIRE_VALIDATE_FULL ? quire::Validate::kFull : quire::Validate::kShape;
   if (full.variant != nullptr) options.variant = variant_of(op, full.variant);
+  options.batch_invariant = full.batch_invariant != 0;
   return options;
 }
 

@@ -50,6 +50,8 @@ constexpr std::int64_t kMaxTaskRows = 256;
 constexpr std::int64_t kMaxDecodeGroup = 16;
 constexpr std::int64_t kMinKeysPerSplit = 256;
 constexpr std::int64_t kTasksPerThread = 4;
+// Batch-invariant tasks have one query each and are cut at every so many of its keys, whatever the batch and the number of threads.
+constexpr std::int64_t kInvariantSplitKeys = 2048;
 // In units of cost(): below it, waking the other threads costs more than they save.
 constexpr std::int64_t kMinParallelCost = 4096;
 
@@ -114,7 +116,7 @@ std::int64_t cost(const AttentionTask& task) {
   return (task.key_end - task.key_begin) * (rows_of(task) + 8 * (task.kv_head_end - task.kv_head_begin)) + 64;
 }
 
-// The plan depends on the batch and on the number of threads, never on timing: neither does any sum's order.
+// The plan depends on the batch and on the number of threads, or on neither, but never on timing: no more does any sum's order.
 Plan make_plan(const AttentionParams& p, const std::vector<AttentionSequence>& sequences, std::int64_t threads) {
   const std::int64_t group = p.num_heads / p.num_kv_heads;
   const auto kv_dtype = static_cast<std::size_t>(p.kv_dtype);
@@ -126,7 +128,7 @@ Plan make_plan(const AttentionParams& p, const std::vector<AttentionSequence>& s
   for (const AttentionSequence& sequence : sequences) num_rows += sequence.num_queries * p.num_heads;
   std::int64_t task_rows = kMaxTaskRows;
   while (task_rows > kMinTaskRows && num_rows < task_rows * threads * kTasksPerThread) task_rows /= 2;
-  const std::int64_t task_queries = std::max<std::int64_t>(1, task_rows / group);
+  const std::int64_t task_queries = p.batch_invariant ? 1 : std::max<std::int64_t>(1, task_rows / group);
 
   // A key's kv heads are near each other in memory: decode takes them together unless the threads need more tasks.
   std::int64_t decode_heads = p.num_kv_heads;
@@ -152,17 +154,18 @@ Plan make_plan(const AttentionParams& p, const std::vector<AttentionSequence>& s
   }
 
   // A task that would keep one thread busy while the others have run out is split along its keys.
-  if (threads > 1 && plan.total_cost >= kMinParallelCost) {
+  if (p.batch_invariant || (threads > 1 && plan.total_cost >= kMinParallelCost)) {
     const std::int64_t max_cost = plan.total_cost / (threads * kTasksPerThread / 2) + 1;
     std::vector<Work> works;
     for (const Work& work : plan.works) {
       const std::int64_t num_keys = work.task.key_end - work.task.key_begin;
-      const std::int64_t num_parts = std::min(ceil_div(cost(work.task), max_cost), num_keys / kMinKeysPerSplit);
+      const std::int64_t num_parts = p.batch_invariant ? ceil_div(num_keys, kInvariantSplitKeys)
+                                                       : std::min(ceil_div(cost(work.task), max_cost), num_keys / kMinKeysPerSplit);
       if (num_parts < 2) {
         works.push_back(work);
         continue;
       }
-      const std::int64_t part_keys = ceil_div(ceil_div(num_keys, num_parts), 64) * 64;
+      const std::int64_t part_keys = p.batch_invariant ? kInvariantSplitKeys : ceil_div(ceil_div(num_keys, num_parts), 64) * 64;
       Split split = {works.size(), 0, plan.partial_size};
       for (std::int64_t key = work.task.key_begin; key < work.task.key_end; key += part_keys) {
         works.push_back(work);
@@ -189,8 +192,9 @@ void explain_plan(const AttentionParams& p, const Plan& plan, std::int64_t threa
   explain_cpu(explanation, num_decode == num_works ? "decode" : num_decode == 0 ? "prefill" : "decode_and_prefill", amx);
   explanation.reasons.push_back(std::to_string(num_decode) + " of " + std::to_string(num_works) + " tasks have one query and at most " +
                                 std::to_string(kMaxDecodeGroup) + " heads for each kv head: decode");
-  explanation.reasons.push_back(std::to_string(plan.splits.size()) + " ranges of keys are split, for " + std::to_string(threads) +
-                                " threads");
+  explanation.reasons.push_back(std::to_string(plan.splits.size()) + " ranges of keys are split" +
+                                (p.batch_invariant ? ", every " + std::to_string(kInvariantSplitKeys) + " keys (batch_invariant)"
+                                                   : ", for " + std::to_string(threads) + " threads"));
 }
 
 // Memory that a calling thread keeps from call to call, cache-line aligned.

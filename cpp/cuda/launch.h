@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 
 #include "core/error_word.h"
@@ -50,6 +51,10 @@ const DeviceProperties& current_device_properties();
 
 /// The current device's error word, in device memory. Made on first use, also inside a stream capture.
 ErrorWord* error_word();
+
+/// Memory of the current device, all zero, for the library's own use until the process ends. Also inside a stream capture; once made it is
+/// ready for every stream.
+void* allocate_zeroed(std::size_t num_bytes);
 
 /// Raises a kernel's dynamic shared memory limit, once per kernel and device; `Kernel` is the kernel itself.
 void set_max_shared_bytes(const void* kernel, int shared_bytes);

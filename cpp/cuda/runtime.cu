@@ -124,17 +124,19 @@ const DeviceProperties& device_properties(int device_index) {
 
 const DeviceProperties& current_device_properties() { return device_properties(current_device()); }
 
+void* allocate_zeroed(std::size_t num_bytes) {
+  const RelaxedCapture relaxed;
+  const SideStream side;
+  void* memory = nullptr;
+  QUIRE_CUDA_CHECK(cudaMalloc(&memory, num_bytes));
+  QUIRE_CUDA_CHECK(cudaMemsetAsync(memory, 0, num_bytes, side.get()));
+  QUIRE_CUDA_CHECK(cudaStreamSynchronize(side.get()));
+  return memory;
+}
+
 ErrorWord* error_word() {
   DeviceState& state = device_state(current_device());
-  std::call_once(state.word_once, [&] {
-    const RelaxedCapture relaxed;
-    const SideStream side;
-    void* word = nullptr;
-    QUIRE_CUDA_CHECK(cudaMalloc(&word, sizeof(ErrorWord)));
-    QUIRE_CUDA_CHECK(cudaMemsetAsync(word, 0, sizeof(ErrorWord), side.get()));
-    QUIRE_CUDA_CHECK(cudaStreamSynchronize(side.get()));
-    state.word = static_cast<ErrorWord*>(word);
-  });
+  std::call_once(state.word_once, [&] { state.word = static_cast<ErrorWord*>(allocate_zeroed(sizeof(ErrorWord))); });
   return state.word;
 }
 

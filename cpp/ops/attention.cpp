@@ -145,7 +145,10 @@ void check_mask(const Check& check, const AttentionOptions& options, const Tenso
 void check_variant(const Check& check, const AttentionOptions& options, const TensorView& q, AttentionParams& params) {
   if (options.variant && q.device.type == DeviceType::kCPU)
     check.fail_unsupported("variant", "none for CPU tensors", name(*options.variant));
+  if (options.variant && options.batch_invariant)
+    check.fail_value("variant", "none with batch_invariant, which has a kernel of its own", name(*options.variant));
   params.variant = options.variant;
+  params.batch_invariant = options.batch_invariant;
 }
 
 const std::int32_t* check_start_loc(const Check& check, const TensorView& t, const char* arg, std::int64_t num_seqs, Device device) {
@@ -335,6 +338,7 @@ const char* name(AttentionVariant variant) {
     case AttentionVariant::kMmaSplitRows128: return "mma_split_rows_128";
     case AttentionVariant::kWgmma: return "wgmma";
     case AttentionVariant::kMmaSplitKeys8Small: return "mma_split_keys_8_small";
+    case AttentionVariant::kMmaSplitRowsSmall: return "mma_split_rows_small";
     case AttentionVariant::kSimt: return "simt";
   }
   return "unknown";
@@ -390,6 +394,8 @@ void shared_prefix_attention(const TensorView& out, const TensorView* lse, const
     check.fail_unsupported("alibi_slopes", "none, since the prefix is read once for all queries (paged_attention takes slopes)",
                            describe(*options.alibi_slopes));
   if (options.variant) check.fail_unsupported("variant", "none, since two kernels run", name(*options.variant));
+  if (options.batch_invariant)
+    check.fail_unsupported("batch_invariant", "false, since the rows of a batch share the pass over the prefix", "true");
   SharedPrefixParams params;
   params.own = check_paged(check, out, lse, q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, workspace, options);
   params.own.op = OpId::kSharedPrefixAttention;

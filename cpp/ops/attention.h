@@ -53,6 +53,7 @@ struct AttentionParams {
   std::int64_t window_left = -1;  // negative: no limit
   std::int64_t window_right = -1;
   std::optional<AttentionVariant> variant;  // asked for
+  bool batch_invariant = false;             // a row's bits depend on its own query and keys alone
   OpId op = OpId::kNone;
   // > 0, paged and without query_start_loc and seq_lens: all sequences have the first shared_queries rows of q, and sequence s has rows
   // [s * shared_queries, (s + 1) * shared_queries) of out and lse, num_tokens in all. Their keys are consecutive parts of total_keys,

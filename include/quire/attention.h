@@ -37,23 +37,33 @@ enum class AttentionVariant : std::uint8_t {
   kMmaSplitRows128,     ///< The same with 128 rows, 32 to each warp: prefill of enough rows, head_dim up to 128.
   kWgmma,               ///< 128 rows, 192 at head_dim 64; 64 to each warpgroup: prefill on Hopper.
   kMmaSplitKeys8Small,  ///< kMmaSplitKeys8 for a head_dim over 128 where a CTA has little shared memory.
-  kSimt,                ///< 8 rows, float32 throughout: float32 queries.
+  kMmaSplitRowsSmall,  ///< kMmaSplitRows for a head_dim over 128 and 16-bit keys where a CTA can have less than 216 KiB of shared memory.
+  kSimt,  ///< 8 rows, float32 throughout: float32 queries.
 };
+
+inline constexpr AttentionVariant kAttentionVariants[] = {AttentionVariant::kMmaSplitKeys8,
+                                                          AttentionVariant::kMmaSplitKeys16,
+                                                          AttentionVariant::kMmaSplitRows,
+                                                          AttentionVariant::kMmaSplitRows128,
+                                                          AttentionVariant::kWgmma,
+                                                          AttentionVariant::kMmaSplitKeys8Small,
+                                                          AttentionVariant::kMmaSplitRowsSmall,
+                                                          AttentionVariant::kSimt};
 
 /// "mma_split_keys_8" and so on.
 QUIRE_API const char* name(AttentionVariant variant);
 
 struct AttentionOptions {
-  std::optional<double> scale;     ///< Default 1 / sqrt(head_dim).
-  bool causal = true;              ///< Keys after the query's position are not seen.
-  std::int64_t window_left = -1;   ///< Keys before position - window_left are not seen; negative: no limit.
+  std::optional<double> scale;  ///< Default 1 / sqrt(head_dim).
+  bool causal = true;  ///< Keys after the query's position are not seen.
+  std::int64_t window_left = -1;  ///< Keys before position - window_left are not seen; negative: no limit.
   std::int64_t window_right = -1;  ///< Keys after position + window_right are not seen; negative: no limit.
-  double softcap = 0.0;            ///< 0: none.
+  double softcap = 0.0;  ///< 0: none.
   const TensorView* alibi_slopes = nullptr;  ///< float32 [num_heads], or null.
-  const TensorView* sinks = nullptr;         ///< float32 [num_heads], or null.
-  const TensorView* q_scale = nullptr;       ///< float32 [1] or [num_kv_heads], or null for 1; only for float8 queries.
-  const TensorView* k_scale = nullptr;       ///< Likewise; only for float8 and int8 keys.
-  const TensorView* v_scale = nullptr;       ///< Likewise.
+  const TensorView* sinks = nullptr;  ///< float32 [num_heads], or null.
+  const TensorView* q_scale = nullptr;  ///< float32 [1] or [num_kv_heads], or null for 1; only for float8 queries.
+  const TensorView* k_scale = nullptr;  ///< Likewise; only for float8 and int8 keys.
+  const TensorView* v_scale = nullptr;  ///< Likewise.
   /// uint8 [num_tokens, mask_bytes], unit inner stride, or null. Row t belongs to row t of q. Its bit b, which is bit b % 8 of byte b / 8,
   /// says whether key mask_start[s] + b may be seen; keys that the row has no bit for may. Everything else that hides a key still does.
   const TensorView* mask = nullptr;
@@ -63,6 +73,9 @@ struct AttentionOptions {
   /// The kernel to run, for measurements and to work around trouble; none: the fastest, as far as known. UnsupportedError where it cannot run.
   std::optional<AttentionVariant> variant;
   Validate validate = Validate::kShape;
+  /// A row's bits depend on its own query and on the keys that it sees alone: not on the batch, the other rows, whether it comes in a decode or
+  /// a prefill, the physical blocks, or the device's number of SMs. Slower where many rows of a sequence come together. Not with `variant`.
+  bool batch_invariant = false;
 };
 
 /// Attention of every query over its sequence's keys and values in a paged cache: decode, prefill and mixed batches.

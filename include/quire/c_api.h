@@ -81,10 +81,11 @@ typedef struct {
   const QuireTensor* mask_start;
   const char* variant; /* null: the fastest kernel, as far as known; else a name of AttentionVariant such as "wgmma" */
   const QuireTensor* q_scale; /* of float8 queries */
+  int64_t batch_invariant;    /* 1: a row's bits depend on its own tokens alone */
 } QuireAttentionOptions;
 
 #define QUIRE_ATTENTION_OPTIONS_INIT \
-  {sizeof(QuireAttentionOptions), 0.0, 1, QUIRE_VALIDATE_SHAPE, -1, -1, 0.0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL}
+  {sizeof(QuireAttentionOptions), 0.0, 1, QUIRE_VALIDATE_SHAPE, -1, -1, 0.0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0}
 
 /* ---- the library ---- */
 

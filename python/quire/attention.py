@@ -34,6 +34,7 @@ Variant = Literal[
     "mma_split_rows_128",
     "wgmma",
     "mma_split_keys_8_small",
+    "mma_split_rows_small",
     "simt",
 ]
 
@@ -73,6 +74,7 @@ def paged_attention(
     return_lse: Literal[False] = ...,
     workspace: Array | None = ...,
     variant: Variant | None = ...,
+    batch_invariant: bool = ...,
     validate: Literal["shape", "full"] = ...,
     stream: object = ...,
 ) -> Array: ...
@@ -100,6 +102,7 @@ def paged_attention(
     return_lse: Literal[True],
     workspace: Array | None = ...,
     variant: Variant | None = ...,
+    batch_invariant: bool = ...,
     validate: Literal["shape", "full"] = ...,
     stream: object = ...,
 ) -> tuple[Array, Array]: ...
@@ -126,6 +129,7 @@ def paged_attention(
     return_lse: bool = False,
     workspace: Array | None = None,
     variant: Variant | None = None,
+    batch_invariant: bool = False,
     validate: Literal["shape", "full"] = "shape",
     stream: object = None,
 ) -> Array | tuple[Array, Array]:
@@ -172,6 +176,10 @@ def paged_attention(
             and stream.
         variant: The CUDA kernel to run, for measurements and to work around trouble; None: the fastest, as far as known.
             :func:`quire.explain` says which and why.
+        batch_invariant: Whether a row's bits shall depend on its own query and on the keys that it sees alone: not on the batch, the
+            other rows, the blocks that its keys lie in, or whether it comes in a decode or a prefill. A batch of many decodes hardly
+            pays for it; a prefill, whose rows then share less, takes several times as long. Bits differ between devices' kinds,
+            between the CPU and CUDA, and from those of a call without it. Not with ``variant``.
         validate: "shape" checks shapes and skips bad index contents on the device, recording them for
             :func:`quire.check_errors`; "full" checks index contents first, which waits for the device.
         stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
@@ -223,6 +231,7 @@ def paged_attention(
         mask,
         mask_start,
         variant,
+        batch_invariant,
         validate,
         stream,
     )
@@ -364,6 +373,7 @@ def attention(
     return_lse: bool = False,
     workspace: Array | None = None,
     variant: Variant | None = None,
+    batch_invariant: bool = False,
     validate: Literal["shape", "full"] = "shape",
     stream: object = None,
 ) -> Array | tuple[Array, Array]:
@@ -390,6 +400,7 @@ def attention(
         return_lse: Also return the log-sum-exp, float32 ``[num_tokens, num_heads]``, natural log.
         workspace: uint8 ``[n]`` with n of at least :func:`attention_workspace_size`, or None.
         variant: The CUDA kernel to run, or None.
+        batch_invariant: As in :func:`paged_attention`.
         validate: "shape" or "full".
         stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
@@ -432,6 +443,7 @@ def attention(
         mask,
         mask_start,
         variant,
+        batch_invariant,
         validate,
         stream,
     )

@@ -184,7 +184,7 @@ _OPTIONS = (
 _define(
     "paged_attention",
     "Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor seq_lens, "
-    f"Tensor? query_start_loc, Tensor(c!)? workspace, {_OPTIONS}, str? variant",
+    f"Tensor? query_start_loc, Tensor(c!)? workspace, {_OPTIONS}, str? variant, bool batch_invariant",
     lambda *a: _raw.paged_attention(*a[:11], (a[11], a[12]), *a[13:], "shape", None),
 )
 _define(
@@ -196,7 +196,7 @@ _define(
 _define(
     "attention",
     "Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, Tensor? query_start_loc, Tensor? kv_start_loc, "
-    f"Tensor(c!)? workspace, {_OPTIONS}, str? variant",
+    f"Tensor(c!)? workspace, {_OPTIONS}, str? variant, bool batch_invariant",
     lambda *a: _raw.attention(*a[:10], (a[10], a[11]), *a[12:], "shape", None),
 )
 _define(
@@ -478,7 +478,7 @@ def _options(op: str, scale, causal, window, softcap, *tensors):
 def paged_attention(
     q, k_cache, v_cache, block_tables, seq_lens, *, query_start_loc=None, scale=None, causal=True, window=None, softcap=None,
     alibi_slopes=None, sinks=None, q_scale=None, k_scale=None, v_scale=None, mask=None, mask_start=None, out=None, return_lse=False,
-    workspace=None, variant=None,
+    workspace=None, variant=None, batch_invariant=False,
 ):  # fmt: skip
     """Traced."""
     result, lse = _outputs(q, out, return_lse)
@@ -508,6 +508,7 @@ def paged_attention(
         workspace,
         *options,
         variant,
+        bool(batch_invariant),
     )
     return (result, lse) if return_lse else result
 
@@ -554,7 +555,7 @@ def shared_prefix_attention(
 def attention(
     q, k, v, *, query_start_loc=None, kv_start_loc=None, scale=None, causal=True, window=None, softcap=None, alibi_slopes=None,
     sinks=None, q_scale=None, k_scale=None, v_scale=None, mask=None, mask_start=None, out=None, return_lse=False,
-    workspace=None, variant=None,
+    workspace=None, variant=None, batch_invariant=False,
 ):  # fmt: skip
     """Traced."""
     result, lse = _outputs(q, out, return_lse)
@@ -572,7 +573,19 @@ def attention(
         mask,
         mask_start,
     )
-    _ops.attention(result, lse, q, k, v, query_start_loc, kv_start_loc, workspace, *options, variant)
+    _ops.attention(
+        result,
+        lse,
+        q,
+        k,
+        v,
+        query_start_loc,
+        kv_start_loc,
+        workspace,
+        *options,
+        variant,
+        bool(batch_invariant),
+    )
     return (result, lse) if return_lse else result
 
 

@@ -97,7 +97,7 @@ TEST(CudaAttentionConfig, hopper_takes_many_rows_unless_something_prevents_it) {
 TEST(CudaAttentionConfig, a_variant_that_is_asked_for_runs_or_is_refused) {
   AttentionParams params = dense(paged(4, 1024, 32, 8, 128));
   for (const Variant variant : {Variant::kMmaSplitKeys8, Variant::kMmaSplitKeys16, Variant::kMmaSplitRows, Variant::kMmaSplitRows128,
-                                Variant::kWgmma, Variant::kMmaSplitKeys8Small, Variant::kSimt}) {
+                                Variant::kWgmma, Variant::kMmaSplitKeys8Small, Variant::kMmaSplitRowsSmall, Variant::kSimt}) {
     params.variant = variant;
     if (obstacle(variant, params, kDevice, true) == nullptr) {
       EXPECT_EQ(configure(params, kDevice, true).variant, variant);
@@ -153,16 +153,101 @@ TEST(CudaAttentionConfig, small_shared_memory_gets_variants_that_fit) {
   EXPECT_EQ(configure(paged(4, 1024, 32, 8, 128), kSmall).variant, Variant::kMmaSplitKeys8);
   EXPECT_EQ(configure(paged(4, 1024, 16, 1, 128), kSmall).variant, Variant::kMmaSplitKeys8);
   EXPECT_EQ(configure(paged(4, 1024, 16, 2, 256), kSmall).variant, Variant::kMmaSplitKeys8Small);
-  EXPECT_EQ(configure(ragged_queries(paged(4, 1024, 16, 2, 256), 4096), kSmall).variant, Variant::kMmaSplitKeys8Small);
-  EXPECT_EQ(configure(ragged_queries(paged(4, 1024, 32, 8, 128), 4096), kSmall).variant, Variant::kMmaSplitRows);
+  const AttentionParams wide = ragged_queries(paged(4, 1024, 16, 2, 256), 4096);
+  EXPECT_EQ(configure(wide, kSmall).variant, Variant::kMmaSplitRowsSmall);
+  EXPECT_EQ(configure(ragged_queries(paged(4, 1024, 32, 8, 128), 4096), kSmall).variant, Variant::kMmaSplitRows128);
+  // Enough for one CTA of the larger one, not for two.
+  constexpr DeviceProperties kMiddle{108, 80, 166912, 41943040};
+  EXPECT_EQ(configure(wide, kMiddle).variant, Variant::kMmaSplitRowsSmall);
+  EXPECT_EQ(configure(wide, kDevice).variant, Variant::kMmaSplitRows);
+  AttentionParams narrow = wide;
+  narrow.kv_dtype = DType::kInt8;
+  EXPECT_EQ(configure(narrow, kSmall).variant, Variant::kMmaSplitRows);
+  narrow.variant = Variant::kMmaSplitRowsSmall;
+  EXPECT_THROW(configure(narrow, kSmall), UnsupportedError);
 }
 
-TEST(CudaAttentionConfig, few_tiles_are_split_and_many_are_not) {
-  EXPECT_GE(configure(paged(1, 65536, 32, 8, 128), kDevice).num_splits, 16);
-  EXPECT_GT(configure(paged(8, 4096, 32, 8, 128), kDevice).num_splits, 1);
-  EXPECT_EQ(configure(paged(32, 8192, 32, 8, 128), kDevice).num_splits, 1);
-  EXPECT_EQ(configure(paged(4096, 8192, 32, 8, 128), kDevice).num_splits, 1);
-  EXPECT_EQ(configure(paged(1, 16, 32, 8, 128), kDevice).num_splits, 1);
+TEST(CudaAttentionConfig, decode_fills_the_device_whatever_the_batch) {
+  EXPECT_EQ(configure(paged(1, 65536, 32, 8, 128), kDevice).num_ctas, 132);  // of four times as many warps
+  EXPECT_TRUE(configure(paged(1, 65536, 32, 8, 128), kDevice).wide);
+  EXPECT_EQ(configure(paged(32, 8192, 32, 8, 128), kDevice).num_ctas, 4 * 132);
+  EXPECT_FALSE(configure(paged(32, 8192, 32, 8, 128), kDevice).wide);
+  EXPECT_EQ(configure(paged(4096, 8192, 32, 8, 128), kDevice).num_ctas, 4 * 132);
+  EXPECT_LE(configure(paged(1, 16, 8, 1, 128), kDevice).num_ctas, 4);
+  AttentionParams invariant = paged(1, 65536, 32, 8, 128);
+  invariant.batch_invariant = true;
+  EXPECT_FALSE(configure(invariant, kDevice).wide);
+}
+
+TEST(CudaAttentionConfig, rows_of_many_queries_are_split_where_tiles_are_few) {
+  EXPECT_GT(configure(ragged_queries(paged(1, 65536, 32, 8, 128), 64), kDevice).num_splits, 1);
+  EXPECT_EQ(configure(ragged_queries(paged(32, 8192, 32, 8, 128), 4096), kDevice).num_splits, 1);
+}
+
+TEST(CudaAttentionConfig, the_line_of_all_keys_fits_31_bits) {
+  EXPECT_EQ(configure(paged(1024, 131072, 64, 8, 128), kDevice).line_shift, 0);
+  for (std::int64_t num_seqs : {1, 1000, 100000})
+    for (std::int64_t capacity : {16, 100000, 1 << 30}) {
+      const Config config = configure(paged(num_seqs, capacity, 64, 8, 128), kDevice);
+      const double steps = std::ceil(static_cast<double>(capacity) / 16 / static_cast<double>(1 << config.line_shift));
+      EXPECT_LT(static_cast<double>(num_seqs) * 8 * (steps + kTileCost), static_cast<double>(std::numeric_limits<std::int32_t>::max()));
+    }
+}
+
+TEST(CudaAttentionConfig, batch_invariant_parts_are_at_most_a_quarter_of_the_keys_before) {
+  EXPECT_EQ(part_begin(0), 0);
+  EXPECT_EQ(part_begin(8), 4096);
+  EXPECT_EQ(part_begin(9), 5120);
+  EXPECT_EQ(part_begin(12), 8192);
+  EXPECT_EQ(part_begin(84), std::numeric_limits<std::int32_t>::max());
+  for (int part = 0; part < 83; ++part) {
+    EXPECT_EQ(part_begin(part) % 512, 0);
+    EXPECT_LE(part_begin(part + 1) - part_begin(part), std::max(512, part_begin(part) / 4));
+    EXPECT_GT(part_begin(part + 1), part_begin(part));
+  }
+}
+
+TEST(CudaAttentionConfig, batch_invariant_calls_are_configured_alike) {
+  for (std::int64_t group : {1, 4, 8, 12, 71}) {
+    AttentionParams params = paged(1, 4096, 8 * group, 8, 128);
+    params.batch_invariant = true;
+    const Variant variant = configure(params, kDevice, true).variant;
+    EXPECT_EQ(variant, group <= 8 ? Variant::kMmaSplitKeys8 : Variant::kMmaSplitKeys16);
+    for (std::int64_t num_seqs : {2, 64, 257})
+      for (std::int64_t num_tokens : {1, 9, 3000}) {
+        AttentionParams other = ragged_queries(dense(paged(num_seqs, 100000, 8 * group, 8, 128)), num_seqs * num_tokens);
+        other.batch_invariant = true;
+        const Launches launches = choose_launches(other, kDevice, true);
+        ASSERT_EQ(launches.count, 1);
+        EXPECT_EQ(launches.configs[0].variant, variant);
+        EXPECT_FALSE(launches.configs[0].wide);
+      }
+  }
+}
+
+TEST(CudaAttentionConfig, decodes_beside_prefills_have_a_launch_of_their_own) {
+  const auto launches = [](const AttentionParams& params) { return choose_launches(params, kDevice, true); };
+  const AttentionParams mixed = dense(ragged_queries(paged(32, 2048, 32, 8, 128), 28 + 4 * 512));
+  const Launches of_mixed = launches(mixed);
+  ASSERT_EQ(of_mixed.count, 2);
+  const Config* const configs = of_mixed.configs;
+  EXPECT_EQ(configs[0].variant, Variant::kMmaSplitKeys8);
+  EXPECT_EQ(configs[1].variant, Variant::kWgmma);
+  EXPECT_EQ(configs[0].min_rows, 0);
+  EXPECT_EQ(configs[0].max_rows + 1, configs[1].min_rows);
+  // Not where decodes are enough for Hopper's kernel.
+  const AttentionParams many = dense(ragged_queries(paged(256, 2048, 32, 8, 128), 252 + 4 * 512));
+  ASSERT_EQ(launches(many).count, 1);
+  EXPECT_EQ(launches(many).configs[0].variant, Variant::kWgmma);
+  EXPECT_EQ(choose_launches(many, kDevice, false).count, 2);
+  // One chunk among many decodes, too.
+  EXPECT_EQ(launches(dense(ragged_queries(paged(256, 2048, 32, 8, 128), 255 + 512))).count, 2);
+  EXPECT_EQ(launches(dense(paged(256, 2048, 32, 8, 128))).count, 1);
+  EXPECT_EQ(launches(dense(ragged_queries(paged(256, 2048, 32, 8, 128), 256 * 4))).count, 1);  // drafts
+  EXPECT_EQ(launches(dense(ragged_queries(paged(1, 2048, 32, 8, 128), 2048))).count, 1);
+  AttentionParams asked = mixed;
+  asked.variant = Variant::kMmaSplitRows;
+  EXPECT_EQ(launches(asked).count, 1);
 }
 
 TEST(CudaAttentionConfig, tiles_cover_every_row) {
@@ -197,12 +282,16 @@ TEST(CudaAttentionConfig, partial_results_fit_the_workspace_of_any_larger_batch)
     AttentionParams params = paged(pick(5000.0), pick(2e6), num_kv_heads * pick(64.0), num_kv_heads, 8 * pick(32.9));
     if (repeat % 3 == 0) params.dtype = params.kv_dtype = DType::kFloat32;
     if (repeat % 2 == 0) params = ragged_queries(params, pick(20000.0));
+    params.batch_invariant = repeat % 5 == 0;
     const Config config = configure(params, kDevice);
-    const std::int64_t bytes = config.num_splits * params.num_tokens * params.num_heads * (params.head_dim + 2) * 4;
+    const std::int64_t rows = shares_keys(config.variant) ? std::int64_t{config.num_ctas} * config.slots_per_cta * tile_rows(config.variant)
+                                                          : config.num_splits * params.num_tokens * params.num_heads;
+    const std::int64_t bytes = rows * (params.head_dim + 2) * 4;
     const std::int64_t limit = workspace_bytes(params.num_tokens, params.num_heads, params.head_dim, kDevice.num_sms);
     ASSERT_GE(config.num_splits, 1);
     ASSERT_LE(config.num_splits, kMaxSplits);
-    if (config.num_splits > 1) {
+    // A single CTA leaves nothing there.
+    if (shares_keys(config.variant) ? config.num_ctas > 1 || params.batch_invariant : config.num_splits > 1) {
       ASSERT_LE(bytes, limit);
     }
     ASSERT_GE(workspace_bytes(params.num_tokens + pick(100.0), params.num_heads, params.head_dim, kDevice.num_sms), limit);

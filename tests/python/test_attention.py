@@ -127,8 +127,9 @@ class Batch:
             **options,
         )
 
-    def check(self, backend, **options):
+    def check(self, backend, *, batch_invariant=False, **options):
         positional, keywords = self.arguments(backend)
+        keywords["batch_invariant"] = batch_invariant
         converted = {
             name: backend.array(value) if isinstance(value, np.ndarray) else value
             for name, value in options.items()
@@ -265,16 +266,21 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("option", list(OPTIONS))
-@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
-def test_options(backend, rng, decode, option, dtype):
+def drawn_options(rng, option, heads):
     options = dict(OPTIONS[option])
-    heads = 6
     if "alibi_slopes" in options:
         options["alibi_slopes"] = (2.0 ** -np.arange(1, heads + 1)).astype(np.float32)
     if "sinks" in options:
         options["sinks"] = rng.standard_normal(heads).astype(np.float32)
+    return options
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", list(OPTIONS))
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_options(backend, rng, decode, option, dtype):
+    heads = 6
+    options = drawn_options(rng, option, heads)
     q_lens = [1, 1, 1] if decode else [21, 1, 80]
     batch = Batch.make(
         rng,
@@ -809,6 +815,148 @@ def test_workspace(backend, rng):
             )
 
 
+# ---- batch invariance --------------------------------------------------------------------------------------------------
+
+
+def bits(array):
+    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+
+
+@dataclasses.dataclass
+class Watched:
+    """A sequence that is put into several batches."""
+
+    q: np.ndarray  # [q_len, heads, dim]
+    k: np.ndarray  # [kv_len, kv_heads, dim], as stored
+    v: np.ndarray
+
+    def put(self, batch, seq):
+        starts = batch.query_start_loc
+        first = seq if starts is None else starts[seq]
+        batch.q[first : first + len(self.q)] = self.q
+        slots = np.arange(len(self.k))
+        block_size = batch.k_cache.shape[1]
+        where = batch.block_tables[seq][slots // block_size], slots % block_size
+        batch.k_cache[where], batch.v_cache[where] = self.k, self.v
+        return slice(first, first + len(self.q))
+
+
+def invariant_rows(backend, rng, watched, num_others, *, dtype, kv_dtype, q_lens=None, **options):
+    """The bits of each watched sequence's rows, among others at random places, in blocks of random numbers."""
+    num_seqs = len(watched) + num_others
+    places = rng.permutation(num_seqs)[: len(watched)]
+    decode = all(len(w.q) == 1 for w in watched) and q_lens is None
+    lens, queries = rng.integers(1, 90, num_seqs), np.ones(num_seqs, int)
+    if q_lens is not None:
+        queries = rng.choice(q_lens, num_seqs)
+    for place, w in zip(places, watched, strict=True):
+        lens[place], queries[place] = len(w.k), len(w.q)
+    heads, dim = watched[0].q.shape[1:]
+    batch = Batch.make(
+        rng,
+        q_lens=queries,
+        kv_lens=lens,
+        heads=heads,
+        kv_heads=watched[0].k.shape[1],
+        dim=dim,
+        block_size=16,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        decode=decode,
+    )
+    rows = [w.put(batch, place) for place, w in zip(places, watched, strict=True)]
+    positional, keywords = batch.arguments(backend)
+    out, lse = quire.paged_attention(
+        *positional, **keywords, return_lse=True, batch_invariant=True, **options
+    )
+    return [(bits(backend.numpy(out)[r]), bits(backend.numpy(lse)[r])) for r in rows]
+
+
+def assert_same_bits(got, want):
+    for (out, lse), (want_out, want_lse) in zip(got, want, strict=True):
+        np.testing.assert_array_equal(out, want_out)
+        np.testing.assert_array_equal(lse, want_lse)
+
+
+def draw_stored(rng, shape, dtype):
+    x = rng.standard_normal(shape).astype(np.float32)
+    return kv_cache.store(x, None, dtype) if dtype in QUANTIZED else x.astype(np_dtype(dtype))
+
+
+@pytest.mark.parametrize("group", [4, 20])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "dim"),
+    [
+        ("float32", "float32", 64),
+        ("bfloat16", "bfloat16", 128),
+        ("float16", "float16", 256),
+        ("bfloat16", "float8_e4m3fn", 64),
+        ("float16", "int8", 40),
+    ],
+)
+def test_batch_invariance(backend, rng, dtype, kv_dtype, dim, group):
+    watched = [
+        Watched(
+            draw(rng, (1, 2 * group, dim), dtype),
+            draw_stored(rng, (n, 2, dim), kv_dtype),
+            draw_stored(rng, (n, 2, dim), kv_dtype),
+        )
+        for n in (1, 600, 5000)
+    ]
+    options = {"dtype": dtype, "kv_dtype": kv_dtype}
+    want = [invariant_rows(backend, rng, [w], 0, **options)[0] for w in watched]
+    for num_seqs in (2, 3, 8, 64, 257):
+        some = [int(i) for i in rng.permutation(3)[: min(num_seqs, 3)]]
+        got = invariant_rows(backend, rng, [watched[i] for i in some], num_seqs - len(some), **options)
+        assert_same_bits(got, [want[i] for i in some])
+    # Beside prefills.
+    assert_same_bits(invariant_rows(backend, rng, watched, 5, q_lens=[1, 1, 30], **options), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "option", [{}, {"window": 700}, {"softcap": 5.0}, {"causal": False, "window": (300, 4)}], ids=str
+)
+def test_a_row_has_the_same_bits_in_decode_and_prefill(backend, rng, option, dtype):
+    """Query i of a chunk sees what a decode sees whose sequence ends there."""
+    num_keys, q_len = 1500, 37
+    q = draw(rng, (q_len, 8, 64), dtype)
+    k, v = (draw(rng, (num_keys, 2, 64), dtype) for _ in "kv")
+    options = {"dtype": dtype, "kv_dtype": dtype, **option}
+    (out, lse) = invariant_rows(backend, rng, [Watched(q, k, v)], 2, q_lens=[1, 50], **options)[0]
+    right = option["window"][1] if isinstance(option.get("window"), tuple) else 0
+    for i in (0, 1, 17, 35, 36):
+        end = num_keys - q_len + i + 1
+        if right > 0:
+            # The query and those that follow it, as a chunk of another length.
+            chunk = Watched(q[i : i + right + 1], k[: end + right], v[: end + right])
+            if len(chunk.q) <= right:
+                continue
+        else:
+            chunk = Watched(q[i : i + 1], k[:end], v[:end])
+        got = invariant_rows(backend, rng, [chunk], 1, **options)[0]
+        np.testing.assert_array_equal(got[0][0], out[i])
+        np.testing.assert_array_equal(got[1][0], lse[i])
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+@pytest.mark.parametrize("option", list(OPTIONS))
+def test_batch_invariant_options(backend, rng, option, decode):
+    """Right, not only the same."""
+    batch = Batch.make(
+        rng,
+        q_lens=[1, 1, 1] if decode else [3, 0, 20],
+        kv_lens=[2500, 0, 90],
+        heads=6,
+        kv_heads=2,
+        dim=64,
+        block_size=16,
+        dtype="float16",
+        decode=decode,
+    )
+    batch.check(backend, batch_invariant=True, **drawn_options(rng, option, 6))
+
+
 # ---- masks -------------------------------------------------------------------------------------------------------------
 
 
@@ -908,6 +1056,7 @@ def test_masks_with_options(backend, rng, option, q_lens, dtype):
         "mma_split_rows_128",
         "mma_split_keys_8_small",
         "wgmma",
+        "mma_split_rows_small",
     ],
 )
 def test_masks_in_every_kernel(backend, rng, variant, dim):
@@ -936,6 +1085,55 @@ def test_masks_in_every_kernel(backend, rng, variant, dim):
             pytest.skip(str(error))
         assert_close("attention", backend.numpy(out), want)
         assert_lse_close(backend.numpy(lse), want_lse, "bfloat16")
+
+
+@pytest.mark.parametrize("dim", [40, 64, 96, 128, 200, 256])
+@pytest.mark.parametrize("variant", ["mma_split_rows", "mma_split_rows_128", "mma_split_rows_small"])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_rows_kernels(backend, rng, variant, dim, kv_dtype):
+    """Blocks that a warp copies by groups of keys and blocks that it does not, with and without holes in the table."""
+    if backend.device == "cpu":
+        pytest.skip("the variants are CUDA kernels")
+    q_lens, kv_lens = [70, 0, 130, 1], [200, 5, 130, 333]
+    for block_size, holes in [
+        (8, True),
+        (16, False),
+        (16, True),
+        (64, True),
+        (5, False),
+        (12, True),
+        (1, True),
+    ]:
+        batch = Batch.make(
+            rng,
+            q_lens=q_lens,
+            kv_lens=kv_lens,
+            heads=8,
+            kv_heads=2,
+            dim=dim,
+            block_size=block_size,
+            dtype="bfloat16",
+            kv_dtype=kv_dtype,
+            scales=2 if kv_dtype == "int8" else 0,
+        )
+        positional, keywords = batch.arguments(backend)
+        seen = {}
+        if holes:
+            # To the reference, keys of a hole are keys that a mask hides.
+            hole = rng.random(batch.block_tables.shape) < 0.2
+            positional[3] = backend.array(np.where(hole, np.int32(-1), batch.block_tables))
+            bits = np.packbits(~np.repeat(hole, block_size, axis=1)[:, :336], axis=1, bitorder="little")
+            seen = {"mask": np.repeat(bits, q_lens, axis=0), "mask_start": np.zeros(4, np.int32)}
+        for options in ({}, {"causal": False, "window": (37, 9)}, {"softcap": 5.0, "window": (100, -1)}):
+            try:
+                out, lse = quire.paged_attention(
+                    *positional, return_lse=True, variant=variant, **keywords, **options
+                )
+            except quire.UnsupportedError as error:
+                pytest.skip(str(error))
+            want, want_lse = batch.reference(**options, **seen)
+            assert_close("attention", backend.numpy(out), want)
+            assert_lse_close(backend.numpy(lse), want_lse, "bfloat16")
 
 
 @pytest.mark.parametrize("q_len", [1, 6, 70])

@@ -22,6 +22,7 @@ VARIANTS = (
     "mma_split_rows_128",
     "wgmma",
     "mma_split_keys_8_small",
+    "mma_split_rows_small",
     "simt",
 )
 
@@ -118,23 +119,24 @@ def shape(q_lens, **changes):
 def cuda_variants(rng):
     """(batch, options, the variant on a Hopper, a reason)."""
     no_tma = "block_size is not a multiple of 8"
+    mixed = "mma_split_keys_8+"  # the sequences of few rows have a launch of their own
     return [
         (shape([1, 1], decode=True), {}, "mma_split_keys_8", "8 rows|4 rows"),
         (shape([2, 2]), {}, "mma_split_keys_8", "8 rows"),
         (shape([8, 8]), {}, "mma_split_keys_16", "32 rows"),
-        (shape([20, 20]), {}, "mma_split_rows", "fewer than a third of the SMs"),
-        (shape([3000, 200]), {}, "wgmma", ""),
-        (shape([3000, 200], block_size=12), {}, "mma_split_rows", no_tma),
-        (shape([6000, 200], block_size=12), {}, "mma_split_rows_128", no_tma),
-        (shape([3000, 200], kv_dtype="int8", scales=2), {}, "wgmma", ""),
-        (shape([3000, 200], dtype="float8_e4m3fn"), {}, "wgmma", ""),
+        (shape([20, 20]), {}, mixed + "mma_split_rows", "fewer than a third of the SMs"),
+        (shape([3000, 200]), {}, mixed + "wgmma", ""),
+        (shape([3000, 200], block_size=12), {}, mixed + "mma_split_rows", no_tma),
+        (shape([6000, 200], block_size=12), {}, mixed + "mma_split_rows_128", no_tma),
+        (shape([3000, 200], kv_dtype="int8", scales=2), {}, mixed + "wgmma", ""),
+        (shape([3000, 200], dtype="float8_e4m3fn"), {}, mixed + "wgmma", ""),
         (
             shape([3000, 200], dtype="float8_e4m3fn", kv_dtype="int8"),
             {},
-            "mma_split_rows",
+            mixed + "mma_split_rows",
             "keys and values are not",
         ),
-        (shape([3000, 200]), {"mask": np.zeros((3200, 1), np.uint8)}, "wgmma", ""),
+        (shape([3000, 200]), {"mask": np.zeros((3200, 1), np.uint8)}, mixed + "wgmma", ""),
         (shape([3, 2], dtype="float32"), {}, "simt", "float32"),
     ]
 
@@ -167,11 +169,22 @@ def test_cuda_attention(backend, rng, torch):
             call()
             torch.cuda.synchronize()
         names = [event.name for event in profile.events() if "attention" in event.name]
-        kernel = "attention_" + re.sub(r"(_\d+)?(_small)?$", "", variant) + "_kernel"
-        assert sum(kernel in name for name in names) == 1, names
-        if "split" in variant:
-            index = VARIANTS.index(variant)
-            assert any(f"AttentionVariant){index}" in name for name in names if kernel in name), names
+        for launched in variant.split("+"):
+            kernel = "attention_" + re.sub(r"(_\d+)?(_small)?$", "", launched) + "_kernel"
+            assert sum(kernel in name for name in names) == 1, names
+            if "split" in launched:
+                index = VARIANTS.index(launched)
+                assert any(f"AttentionVariant){index}" in name for name in names if kernel in name), names
+
+
+def test_cuda_batch_invariant_attention(backend, rng):
+    """One kernel for every batch."""
+    cuda_backend(backend)
+    for made, options, _, _ in cuda_variants(rng):
+        explanation, _ = explained(Batch.make(rng, **made), backend, batch_invariant=True, **options)
+        assert explanation.variant == ("simt" if made["dtype"] == "float32" else "mma_split_keys_8"), (
+            explanation
+        )
 
 
 @pytest.mark.parametrize("dim", [64, 128, 200])

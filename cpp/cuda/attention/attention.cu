@@ -3,6 +3,8 @@
 #include <cmath>
 #include <initializer_list>
 #include <limits>
+#include <mutex>
+#include <unordered_map>
 
 #include "core/dispatch.h"
 #include "core/explain.h"
@@ -30,15 +32,40 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   const std::int64_t q_bytes = params.float8_queries ? 1 : itemsize(params.dtype), out_bytes = itemsize(params.dtype);
   Plan plan{};
   plan.params = params;
-  plan.group = Divisor::make(params.num_heads / params.num_kv_heads);
+  if (config.paired) {
+    plan.params.num_kv_heads /= 2;
+    plan.params.k_head_stride *= 2;
+    plan.params.v_head_stride *= 2;
+  }
+  plan.group = Divisor::make(params.num_heads / plan.params.num_kv_heads);
+  plan.kv_group = Divisor::make(params.num_heads / params.num_kv_heads);
   plan.block_size = Divisor::make(params.block_size);
   plan.error_word = error_word();
   plan.num_rows = params.num_tokens * params.num_heads;
   plan.partial_out = static_cast<float*>(params.workspace);
-  plan.partial_stats = reinterpret_cast<float2*>(plan.partial_out + config.num_splits * plan.num_rows * params.head_dim);
+  const std::int64_t rows = config.tile_rows;
+  const std::int64_t num_partial_rows =
+      shares_keys(config.variant) ? config.num_ctas * config.slots_per_cta * rows : config.num_splits * plan.num_rows;
+  plan.partial_stats = reinterpret_cast<float2*>(plan.partial_out + num_partial_rows * params.head_dim);
   plan.num_splits = config.num_splits;
   plan.keys_per_split_min = config.keys_per_split_min;
-  plan.tile_rows = config.tile_rows;
+  plan.rows_of_tile = Divisor::make(rows);
+  plan.tile_rows = static_cast<int>(rows);
+  plan.min_rows = config.min_rows;
+  plan.max_rows = config.max_rows;
+  plan.slots_per_cta = config.slots_per_cta;
+  plan.batch_invariant = params.batch_invariant;
+  plan.key_span = std::numeric_limits<std::int32_t>::max();
+  plan.line_shift = config.line_shift;
+  plan.ctas_per_tile = Divisor::make(std::max(config.ctas_per_tile, 1));
+  plan.tiles_per_cta = config.tiles_per_cta;
+  plan.tiles_of_seq = Divisor::make(std::max<std::int64_t>(config.tiles_per_seq * plan.params.num_kv_heads, 1));
+  plan.kv_heads = Divisor::make(plan.params.num_kv_heads);
+  if (params.window_left >= 0 && (params.causal || params.window_right >= 0) && !params.batch_invariant) {
+    const std::int64_t tokens = (rows - 1) / plan.group.divisor + 2;  // that a tile has rows of, at most
+    const std::int64_t span = params.window_left + (params.causal ? 0 : params.window_right) + tokens;
+    plan.key_span = static_cast<int>(std::min<std::int64_t>(span, plan.key_span));
+  }
   plan.num_tiles = static_cast<int>(config.num_tiles);
   plan.tiles_per_seq = static_cast<int>(config.tiles_per_seq);
   plan.key_capacity = static_cast<int>(key_capacity(params));
@@ -58,6 +85,7 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   };
   plan.chunk_strides_exist = plan.kv_alignment == 16 && chunk_strides(params.k_block_stride, params.k_token_stride, plan.k_chunk_strides) &&
                              chunk_strides(params.v_block_stride, params.v_token_stride, plan.v_chunk_strides);
+  plan.groups_exist = plan.chunk_strides_exist && (params.block_tables == nullptr || params.block_size % 8 == 0);
   plan.q_alignment = common_alignment({address(params.q), params.q_token_stride * q_bytes, params.q_head_stride * q_bytes});
   plan.out_aligned = common_alignment({address(params.out), params.out_token_stride * out_bytes, params.out_head_stride * out_bytes}) == 16;
   plan.op = params.op;
@@ -72,6 +100,34 @@ bool combine_waits() {
     QUIRE_CUDA_CHECK(cudaFuncGetAttributes(&attributes, attention_combine_kernel));
     return attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
   });
+}
+
+/// Counters for the CTAs of a launch, zero between launches. Launches that may run at once have different workspaces, as everything that
+/// they write there is theirs alone: each workspace has counters of its own.
+unsigned* counters_of(const void* workspace) {
+  constexpr int kPerAllocation = 256, kEach = kMaxCtas + 32;  // and one for tickets (next_tile)
+  struct Counters {
+    std::unordered_map<const void*, unsigned*> of;
+    unsigned* next = nullptr;
+    int num_left = 0;
+  };
+  static std::mutex mutex;
+  static std::unordered_map<int, Counters>& of_device = *new std::unordered_map<int, Counters>;  // outlives whoever calls at exit
+  int device = 0;
+  QUIRE_CUDA_CHECK(cudaGetDevice(&device));
+  const std::lock_guard lock(mutex);
+  Counters& counters = of_device[device];
+  const auto known = counters.of.find(workspace);
+  if (known != counters.of.end()) return known->second;
+  if (counters.num_left == 0) {
+    counters.next = static_cast<unsigned*>(allocate_zeroed(std::size_t{kPerAllocation} * kEach * sizeof(unsigned)));
+    counters.num_left = kPerAllocation;
+  }
+  --counters.num_left;
+  unsigned* const mine = counters.next;
+  counters.next += kEach;
+  counters.of.emplace(workspace, mine);
+  return mine;
 }
 
 bool has_wgmma(const DeviceProperties& device) {
@@ -95,7 +151,18 @@ void launch_combine(const Plan& plan, dim3 grid, Stream stream) {
 }  // namespace
 
 void launch(const AttentionParams& params, const Config& config, Stream stream) {
-  const Plan plan = make_plan(params, config);
+  Plan plan = make_plan(params, config);
+  if (shares_keys(config.variant)) {
+    plan.counters = counters_of(params.workspace);
+    return dispatch_kv(params.kv_dtype, "attention", [&](auto kv) {
+      constexpr DType kKvDType = decltype(kv)::value;
+      if constexpr (kKvDType != DType::kFloat32) {
+        launch_split_keys<kKvDType>(plan, config, stream);
+      } else {
+        throw UnsupportedError("[attention] k: expected q's dtype, float8_e4m3fn, float8_e5m2 or int8");
+      }
+    });
+  }
   if (config.variant == Variant::kWgmma) {
     const auto launch = [&]<DType kQ, bool kNarrowKv>() {
       if constexpr (!kNarrowKv) {
@@ -141,6 +208,10 @@ void launch(const AttentionParams& params, const Config& config, Stream stream) 
 namespace {
 
 std::string tiles_text(const Config& config, std::int64_t num_kv_heads) {
+  if (shares_keys(config.variant))
+    return "the keys of all tiles, of " + std::to_string(config.tile_rows) + " rows by one kv head, shared evenly by " +
+           std::to_string(config.num_ctas) + (config.wide ? " CTAs of many warps" : " CTAs") +
+           (config.paired ? ", two kv heads at a time" : "");
   return std::to_string(config.num_tiles * num_kv_heads) + " tiles of " + std::to_string(config.tile_rows) +
          " rows by one kv head at most" +
          (config.num_splits > 1 ? ", the keys of each split over up to " + std::to_string(config.num_splits) + " CTAs" : "");
@@ -354,12 +425,16 @@ void attention(const AttentionParams& params, Stream stream) {
   const DeviceProperties& device = current_device_properties();
   const bool has_wgmma = attn::has_wgmma(device);
   if (Explanation* const explanation = explaining()) {
-    const attn::Config config = attn::choose_config(params, device, has_wgmma, &explanation->reasons);
-    explanation->variant = name(config.variant);
-    explanation->reasons.push_back(attn::tiles_text(config, params.num_kv_heads));
+    const attn::Launches launches = attn::choose_launches(params, device, has_wgmma, &explanation->reasons);
+    explanation->variant.clear();
+    for (int i = 0; i < launches.count; ++i) {
+      explanation->variant += std::string(i > 0 ? "+" : "") + name(launches.configs[i].variant);
+      explanation->reasons.push_back(attn::tiles_text(launches.configs[i], params.num_kv_heads));
+    }
     return;
   }
-  attn::launch(params, attn::choose_config(params, device, has_wgmma), stream);
+  const attn::Launches launches = attn::choose_launches(params, device, has_wgmma);
+  for (int i = 0; i < launches.count; ++i) attn::launch(params, launches.configs[i], stream);
 }
 
 void merge_attention(const MergeParams& params, Stream stream) {

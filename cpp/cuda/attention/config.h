@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -27,7 +28,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int tile_rows(Variant variant) {
   switch (variant) {
     case Variant::kMmaSplitKeys16: return 16;
-    case Variant::kMmaSplitRows: return 64;
+    case Variant::kMmaSplitRows:
+    case Variant::kMmaSplitRowsSmall: return 64;
     case Variant::kMmaSplitRows128: return 128;
     default: return 8;
   }
@@ -63,34 +65,75 @@ constexpr bool needs_large_shared(Variant variant, int bucket, std::int64_t kv_i
     case Variant::kMmaSplitKeys8: return bucket == 256;
     case Variant::kMmaSplitKeys16: return true;
     case Variant::kMmaSplitRows: return bucket == 256 && kv_itemsize == 2;
-    case Variant::kMmaSplitRows128: return bucket == 128 && kv_itemsize == 2;
     default: return false;
   }
+}
+
+/// What a tile costs besides its keys, in steps.
+constexpr int kTileCost = 4;
+
+/// Whether a variant's CTAs share the batch's keys on the device (share.cuh), so that the host splits nothing.
+constexpr bool shares_keys(Variant variant) {
+  return variant == Variant::kMmaSplitKeys8 || variant == Variant::kMmaSplitKeys16 || variant == Variant::kMmaSplitKeys8Small;
+}
+
+/// Batch-invariant calls cut a tile's keys at these places alone, which depend on nothing: eight parts of 512 keys, then four to each octave,
+/// so that a part is at most a quarter of the keys before it. Part `index` begins there.
+__host__ __device__ constexpr int part_begin(int index) {
+  constexpr int kLast = 84;  // would begin at 2^31
+  if (index < 8) return index * 512;
+  if (index >= kLast) return INT_MAX;
+  const int octave = (index - 8) / 4;
+  return (4096 << octave) + (index - 8) % 4 * (1024 << octave);
 }
 
 struct Config {
   Variant variant;
   int head_dim_bucket;
   int tile_rows;
+  // If shares_keys.
+  int num_ctas;
+  bool paired;        // two neighbouring kv heads are one: params.num_kv_heads and the heads' strides are as if
+  bool wide;          // one CTA with all warps to an SM, instead of several
+  int slots_per_cta;  // of partial results, each of a tile's rows
+  int ctas_per_tile, tiles_per_cta;  // if all tiles have one length; 0: that makes no difference
+  int line_shift;                    // see Plan
+  // If not.
   int num_splits;          // CTAs that share one tile's keys; > 1 needs the workspace and the combine kernel
   int keys_per_split_min;  // a split is at least this long, and a multiple of it
+  int min_rows = 0, max_rows = std::numeric_limits<int>::max();  // of a sequence; others are not this launch's
   std::int64_t tiles_per_seq;  // without query_start_loc; else 0
   std::int64_t num_tiles;      // per kv head; with query_start_loc an upper bound
 };
 
-/// Partial results never take more rows than this, whatever the batch.
-constexpr int kPartialRowsPerSm = 256;
+/// Partial results never take more rows than this, whatever the batch; nor than kPartialsPerRow for each row of it.
+constexpr int kPartialRowsPerSm = 416;
+constexpr int kPartialsPerRow = 1024;
 constexpr int kMaxSplits = 256;
+/// The most CTAs that share keys.
+constexpr int kMaxCtas = 640;
+/// Only the last so many parts of a batch-invariant tile may be another CTA's than its beginning.
+constexpr int kCutParts = 12;
+constexpr int kWideSharedBytes = 226 * 1024;
 constexpr int kMaxPrefixRanges = 16;
+
+constexpr std::int64_t partial_rows(std::int64_t num_tokens, std::int64_t num_heads, int num_sms) {
+  return std::min(num_tokens * num_heads * kPartialsPerRow, std::int64_t{kPartialRowsPerSm} * num_sms);
+}
 
 /// Bytes of partial results (output rows and their two softmax terms) of any call of at most this size.
 constexpr std::int64_t workspace_bytes(std::int64_t num_tokens, std::int64_t num_heads, std::int64_t head_dim, int num_sms) {
-  const std::int64_t rows = std::min(num_tokens * num_heads * kMaxSplits, std::int64_t{kPartialRowsPerSm} * num_sms);
-  return rows * (head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
+  return partial_rows(num_tokens, num_heads, num_sms) * (head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
 }
 
 /// CTAs of a variant that an SM holds together, by registers and shared memory.
-constexpr int ctas_per_sm(Variant variant, int bucket) { return variant == Variant::kMmaSplitKeys8 && bucket < 256 ? 4 : 2; }
+constexpr int ctas_per_sm(Variant variant, int bucket) {
+  switch (variant) {
+    case Variant::kMmaSplitKeys8: return bucket < 256 ? 4 : 2;
+    case Variant::kMmaSplitRows: return bucket < 256 ? 3 : 2;
+    default: return 2;
+  }
+}
 
 /// How many CTAs share a tile's keys. The cost that it minimises: CTAs run in rounds of ctas_per_sm on each SM; a last round of fewer
 /// than about 1.6 per SM cannot draw the whole memory bandwidth; and splitting has a price of its own. Of equals, the fewest splits.
@@ -156,6 +199,8 @@ inline const char* obstacle(Variant variant, const AttentionParams& params, cons
     case Variant::kWgmma: return has_wgmma ? wgmma_obstacle(params) : "the device is no Hopper, or this build has no code for it";
     case Variant::kMmaSplitRows128: return bucket == 256 ? "head_dim is over 128" : nullptr;
     case Variant::kMmaSplitKeys8Small: return bucket == 256 ? nullptr : "head_dim is at most 128";
+    case Variant::kMmaSplitRowsSmall:
+      return bucket != 256 ? "head_dim is at most 128" : itemsize(params.kv_dtype) != 2 ? "keys and values are not 16-bit" : nullptr;
     default: return nullptr;
   }
 }
@@ -178,12 +223,21 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
     because("q is float32, which tensor cores would round");
     return Variant::kSimt;
   }
+  if (params.batch_invariant) {
+    // By what is the same for every batch.
+    because("batch_invariant: the kernel, and where it divides keys, do not depend on the batch");
+    for (const Variant variant : {Variant::kMmaSplitKeys16, Variant::kMmaSplitKeys8})
+      if (prevents(variant) == nullptr && (variant == Variant::kMmaSplitKeys8 || params.num_heads / params.num_kv_heads > 8))
+        return variant;
+    return Variant::kMmaSplitKeys8Small;
+  }
   because(std::to_string(rows) + " rows of each sequence and kv head (queries times heads of the group)");
   Variant variant = rows <= 8 ? Variant::kMmaSplitKeys8 : rows <= 32 ? Variant::kMmaSplitKeys16 : Variant::kMmaSplitRows;
   if (rows <= 32)
     because("up to 32 rows the warps take turns at the keys: the larger tiles of mma_split_rows and wgmma would be mostly empty");
   if (const char* reason = prevents(variant)) {
     because(std::string("not ") + name(variant) + ": " + reason);
+    if (variant == Variant::kMmaSplitRows) return Variant::kMmaSplitRowsSmall;
     variant = variant == Variant::kMmaSplitKeys16 && prevents(Variant::kMmaSplitKeys8) == nullptr ? Variant::kMmaSplitKeys8
                                                                                                   : Variant::kMmaSplitKeys8Small;
   }
@@ -204,19 +258,30 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
   } else {
     return Variant::kMmaSplitRows128;
   }
+  if (device.max_shared_bytes_per_cta < 2 * kLargeSharedBytes && prevents(Variant::kMmaSplitRowsSmall) == nullptr) {
+    because("not mma_split_rows: an SM has too little shared memory for two of its CTAs at this head_dim");
+    return Variant::kMmaSplitRowsSmall;
+  }
   return variant;
 }
 
-/// `why`, unless null, gets the reasons for the variant.
+/// Whether decode may take two neighbouring kv heads of 64 columns as one: their rows are twice as long a piece of memory.
+inline bool may_pair_heads(const AttentionParams& params) {
+  return params.head_dim == 64 && params.num_kv_heads % 2 == 0 && params.num_heads / params.num_kv_heads <= 4 &&
+         params.k_head_stride == 64 && params.v_head_stride == 64 && params.block_tables != nullptr && params.query_start_loc == nullptr &&
+         params.shared_queries == 0 && !params.batch_invariant && !params.float8_queries;
+}
+
+/// `why`, unless null, gets the reasons for the variant. `rows_of_sequence` is what to choose for; 0: the mean.
 inline Config choose_config(const AttentionParams& params, const DeviceProperties& device, bool has_wgmma,
-                            std::vector<std::string>* why = nullptr) {
+                            std::vector<std::string>* why = nullptr, std::int64_t rows_of_sequence = 0) {
   const std::int64_t group = params.num_heads / params.num_kv_heads;
   const bool ragged = params.query_start_loc != nullptr;
   const std::int64_t query_len =
       params.shared_queries > 0 || ragged || params.block_tables == nullptr ? ceil_div(params.num_tokens, params.num_seqs) : 1;
 
   Config config{};
-  config.variant = choose_variant(params, device, has_wgmma, query_len * group, why);
+  config.variant = choose_variant(params, device, has_wgmma, rows_of_sequence > 0 ? rows_of_sequence : query_len * group, why);
   const bool hopper = config.variant == Variant::kWgmma;
   config.head_dim_bucket =
       hopper ? wgmma_head_dim_bucket(params.head_dim, itemsize(params.kv_dtype) == 1) : head_dim_bucket(config.variant, params.head_dim);
@@ -226,27 +291,101 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
   config.tiles_per_seq = ragged ? 0 : ceil_div(query_len * group, rows);
   config.num_tiles = ragged ? params.num_tokens * group / rows + params.num_seqs : config.tiles_per_seq * params.num_seqs;
 
-  const std::int64_t num_ctas = config.num_tiles * params.num_kv_heads;
+  config.paired = config.variant == Variant::kMmaSplitKeys8 && may_pair_heads(params);
+  if (config.paired) config.head_dim_bucket = 128;
+  const std::int64_t num_ctas = config.num_tiles * (config.paired ? params.num_kv_heads / 2 : params.num_kv_heads);
   const std::int64_t limit = std::numeric_limits<std::int32_t>::max();
   if (num_ctas > limit || params.num_tokens * group > limit - 64)
     throw UnsupportedError("[attention] num_tokens * num_heads: expected less than 2^31 query rows in one call");
 
-  // At least one step of 16 or 32 keys for each of the four warps that take turns, or a few steps that they share.
-  const bool narrow = head_dim_bucket(config.variant, params.head_dim) * itemsize(params.kv_dtype) <= 128;
-  const bool shared_steps =
-      config.variant == Variant::kMmaSplitRows || config.variant == Variant::kMmaSplitRows128 || config.variant == Variant::kSimt;
-  if (hopper) {
-    config.num_splits = 1;
-    config.keys_per_split_min = 1;
+  config.num_splits = 1;
+  config.keys_per_split_min = 1;
+  if (hopper || (params.batch_invariant && config.variant == Variant::kSimt)) return config;
+  if (shares_keys(config.variant)) {
+    // One CTA to an SM where tiles are so few that each has many parts: then it has fewer.
+    config.wide = !params.batch_invariant && config.variant != Variant::kMmaSplitKeys8Small && num_ctas * 2 <= device.num_sms &&
+                  key_capacity(params) > 2048 && device.max_shared_bytes_per_cta >= kWideSharedBytes;
+    config.slots_per_cta = params.batch_invariant ? kCutParts + 1 : 2;
+    const int per_sm = config.wide ? 1 : ctas_per_sm(config.variant, config.head_dim_bucket);
+    const std::int64_t fitting = partial_rows(params.num_tokens, params.num_heads, device.num_sms) / (config.slots_per_cta * rows);
+    const auto longest = static_cast<double>(num_ctas) * (static_cast<double>(key_capacity(params)) / 16 + kTileCost + 1);
+    while (std::ldexp(longest, -config.line_shift) + static_cast<double>(num_ctas) * (kTileCost + 1) > 1 << 30) ++config.line_shift;
+    // A CTA has 64 keys or more.
+    const std::int64_t useful = num_ctas * (key_capacity(params) / 64 + 2);
+    config.num_ctas = static_cast<int>(
+        std::max<std::int64_t>(std::min({std::int64_t{per_sm} * device.num_sms, std::int64_t{kMaxCtas}, fitting, useful}), 1));
+    if (!ragged && params.block_tables != nullptr && !params.batch_invariant) {
+      // More parts of a tile would cost more to put together. Not if more than a tenth of the CTAs were left without work.
+      constexpr std::int64_t kMaxParts = 32;
+      const std::int64_t parts = std::clamp<std::int64_t>(config.num_ctas / num_ctas, 1, kMaxParts);
+      const std::int64_t tiles = ceil_div(num_ctas, config.num_ctas);
+      if (tiles > 1 ? num_ctas * 10 >= tiles * config.num_ctas * 9
+                    : parts == kMaxParts || num_ctas * parts * 10 >= std::int64_t{config.num_ctas} * 9) {
+        config.ctas_per_tile = static_cast<int>(parts);
+        config.tiles_per_cta = static_cast<int>(tiles);
+      }
+    }
     return config;
   }
-  config.keys_per_split_min = shared_steps ? 256 : narrow ? 128 : 64;
+  config.keys_per_split_min = 256;
 
   const std::int64_t max_splits =
       std::min({std::int64_t{kMaxSplits}, ceil_div(std::max<std::int64_t>(key_capacity(params), 1), config.keys_per_split_min),
                 std::int64_t{kPartialRowsPerSm} * device.num_sms / (num_ctas * rows)});
   config.num_splits = choose_num_splits(num_ctas, device.num_sms, ctas_per_sm(config.variant, config.head_dim_bucket), max_splits);
   return config;
+}
+
+/// The launches of a call: one, or one for the sequences of few rows (decode) and one for those of many (prefill), each of which leaves out
+/// the other's sequences on the device.
+struct Launches {
+  int count = 0;
+  Config configs[2] = {};
+};
+
+inline Launches choose_launches(const AttentionParams& params, const DeviceProperties& device, bool has_wgmma,
+                                std::vector<std::string>* why = nullptr) {
+  Launches launches;
+  const std::int64_t group = params.num_heads / params.num_kv_heads;
+  // What the kernels of few rows do well: two of the smaller tiles to a sequence.
+  const std::int64_t few = group <= 8 ? 16 : 32;
+  const std::int64_t mean_rows = params.num_tokens * group / params.num_seqs;
+  // Sequences of equally few queries (drafts to verify) are one launch's; what the lengths are the host cannot know.
+  const bool alike = params.num_tokens % params.num_seqs == 0 && mean_rows <= 32;
+  const bool may_be_mixed = params.query_start_loc != nullptr && params.block_tables != nullptr && params.num_seqs > 1 &&
+                            params.dtype != DType::kFloat32 && !params.variant && !params.batch_invariant && group <= few && !alike &&
+                            (params.num_tokens - params.num_seqs) * group > 128;
+  if (!may_be_mixed) {
+    launches.configs[launches.count++] = choose_config(params, device, has_wgmma, why);
+    return launches;
+  }
+  // As many rows as one sequence can have.
+  std::vector<std::string> why_many;
+  Config prefill =
+      choose_config(params, device, has_wgmma, why != nullptr ? &why_many : nullptr, (params.num_tokens - params.num_seqs + 1) * group);
+  if (mean_rows > 32 && prefill.variant == Variant::kWgmma && params.num_seqs * params.num_kv_heads >= std::int64_t{4} * device.num_sms) {
+    // Then decodes, too, have tiles for all SMs, and their reading goes on beside the prefills' products.
+    if (why != nullptr) why->insert(why->end(), why_many.begin(), why_many.end());
+    launches.configs[launches.count++] = prefill;
+    return launches;
+  }
+  if (why != nullptr)
+    why->push_back("the batch may hold decodes and prefills: sequences of up to " + std::to_string(few) +
+                   " rows for each kv head are one launch's, the others another's");
+  AttentionParams of_few = params;
+  of_few.variant = group <= 8 ? Variant::kMmaSplitKeys8 : Variant::kMmaSplitKeys16;
+  for (const Variant smaller : {Variant::kMmaSplitKeys8, Variant::kMmaSplitKeys8Small})
+    if (obstacle(*of_few.variant, params, device, has_wgmma) != nullptr) of_few.variant = smaller;
+  Config decode = choose_config(of_few, device, has_wgmma);
+  decode.max_rows = static_cast<int>(few);
+  prefill.min_rows = decode.max_rows + 1;
+  if (why != nullptr) {
+    why->push_back(std::string(name(decode.variant)) + " for the sequences of few rows");
+    why->insert(why->end(), why_many.begin(), why_many.end());
+  }
+  launches.configs[launches.count++] = decode;
+  launches.configs[launches.count++] = prefill;
+  return launches;
 }
 
 /// Into how many ranges of keys, each with its own result, the pass over a shared prefix is divided, so that Hopper's kernel, which does

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cuda/attention/launch.h"
-#include "cuda/attention/mma_split_keys.cuh"
 #include "cuda/attention/mma_split_rows.cuh"
 
 namespace quire::cuda::attn {
@@ -16,20 +15,15 @@ void launch_mma(const Plan& plan, const Config& config, Stream stream) {
     kernel<<<grid, kThreads, static_cast<std::size_t>(shared_bytes), cuda_stream(stream)>>>(plan);
     QUIRE_CHECK_LAUNCH("attention_mma_kernel", stream);
   };
-  const auto launch_split_keys = [&]<Variant kVariant>() {
-    launch(attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant>, SplitKeysShape<kKvDType, kHeadDim, kVariant>::kSharedBytes);
-  };
   const auto launch_split_rows = [&]<Variant kVariant>() {
     launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim, kVariant>, SplitRowsShape<kKvDType, kHeadDim, kVariant>::kSharedBytes);
   };
   switch (config.variant) {
-    case Variant::kMmaSplitKeys8: return launch_split_keys.template operator()<Variant::kMmaSplitKeys8>();
-    case Variant::kMmaSplitKeys16: return launch_split_keys.template operator()<Variant::kMmaSplitKeys16>();
-    case Variant::kMmaSplitKeys8Small:
-      if constexpr (kHeadDim == 256) return launch_split_keys.template operator()<Variant::kMmaSplitKeys8Small>();
-      [[fallthrough]];
     case Variant::kMmaSplitRows128:
       if constexpr (kHeadDim <= 128) return launch_split_rows.template operator()<Variant::kMmaSplitRows128>();
+      [[fallthrough]];
+    case Variant::kMmaSplitRowsSmall:
+      if constexpr (kHeadDim == 256 && itemsize(kKvDType) == 2) return launch_split_rows.template operator()<Variant::kMmaSplitRowsSmall>();
       [[fallthrough]];
     default: return launch_split_rows.template operator()<Variant::kMmaSplitRows>();
   }

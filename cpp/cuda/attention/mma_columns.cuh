@@ -9,7 +9,9 @@
 
 namespace quire::cuda::attn {
 
-template <DType kKvDType, int kHeadDim, int kTiles>
+/// kPaired: K and V rows hold two kv heads, and a query is one of either half of head_dim's. The halves' scores are summed apart, so that what
+/// is not finite in one head does not reach the other.
+template <DType kKvDType, int kHeadDim, int kTiles, bool kPaired>
 struct MmaColumns {
   using Types = MmaTypes<kKvDType, kHeadDim>;
   using KvRows = Rows<Types::kKvRowBytes>;
@@ -24,6 +26,7 @@ struct MmaColumns {
   float sum[kQueries];           // the thread's part
   std::uint32_t q[kQInRegisters ? kSteps / 2 : 1][kTiles][4];  // two steps' b0, b1
   std::uint32_t q_address;                                    // the thread's, for step 0
+  bool upper[kPaired ? kQueries : 1];                         // whether the query is of the second half
 
   /// The tile row of the thread's query i.
   __device__ __forceinline__ static int query(int i) { return i / 2 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2; }
@@ -74,6 +77,8 @@ struct MmaColumns {
   __device__ __forceinline__ void multiply_qk(float (&scores)[kKeys / 16][kTiles][4], std::uint32_t k_address) const {
     // Products that wait for one another are slow; few keys make few independent ones, so that steps take turns at several sums.
     constexpr int kSums = kKeys / 16 * kTiles >= 4 ? 1 : kKeys / 16 * kTiles == 2 ? 2 : 4;
+    static_assert(!kPaired || kSums > 1);
+    const auto sum_of = [](int step) { return kPaired ? step / (kSteps / 2) * (kSums / 2) + step % (kSums / 2) : step % kSums; };
     float parts[kSums][kKeys / 16][kTiles][4];
 #pragma unroll
     for (int s = 0; s < kSums; ++s)
@@ -110,8 +115,7 @@ struct MmaColumns {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
 #pragma unroll
-          for (int t = 0; t < kTiles; ++t)
-            device::mma_16816<kBf16>(parts[(2 * pair + i) % kSums][m][t], a[i], b[t][2 * i], b[t][2 * i + 1]);
+          for (int t = 0; t < kTiles; ++t) device::mma_16816<kBf16>(parts[sum_of(2 * pair + i)][m][t], a[i], b[t][2 * i], b[t][2 * i + 1]);
       }
     }
 #pragma unroll
@@ -120,9 +124,20 @@ struct MmaColumns {
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          scores[m][t][i] = parts[0][m][t][i];
+          if constexpr (kPaired) {
+            float halves[2];
 #pragma unroll
-          for (int s = 1; s < kSums; ++s) scores[m][t][i] += parts[s][m][t][i];
+            for (int h = 0; h < 2; ++h) {
+              halves[h] = parts[h * (kSums / 2)][m][t][i];
+#pragma unroll
+              for (int s = 1; s < kSums / 2; ++s) halves[h] += parts[h * (kSums / 2) + s][m][t][i];
+            }
+            scores[m][t][i] = upper[2 * t + i % 2] ? halves[1] : halves[0];
+          } else {
+            scores[m][t][i] = parts[0][m][t][i];
+#pragma unroll
+            for (int s = 1; s < kSums; ++s) scores[m][t][i] += parts[s][m][t][i];
+          }
         }
   }
 

@@ -9,27 +9,35 @@ namespace quire::cuda::attn {
 /// The state of one warp's kTiles * 16 rows: output sums, the base of the exponentials, and the thread's part of their sum. A row tile's
 /// thread has rows lane / 4 and lane / 4 + 8; arrays over rows have them at 2 * tile and 2 * tile + 1. What is read of K and V serves all row
 /// tiles.
-template <DType kKvDType, int kHeadDim, int kTiles>
+template <DType kKvDType, int kHeadDim, int kTiles, int kQSteps>
 struct MmaRows {
   using Types = MmaTypes<kKvDType, kHeadDim>;
   static constexpr bool kBf16 = Types::kBf16;
-  static constexpr bool kQInRegisters = kHeadDim <= 128 && kTiles == 1;
   static constexpr int kSteps = kHeadDim / 16;  // of the q k product
   static constexpr int kRows = 2 * kTiles;      // of a thread
+  /// With 8-bit keys each row has a scale of its own; else a CTA has one.
+  static constexpr int kScales = Types::kQuantized ? kRows : 1;
   /// Weights of one step and thread that add up to less are kept as they are: float16 holds them.
   static constexpr float kLargeWeights = 16384.0f;
 
   float out[kTiles][kHeadDim / 8][4];
   float base[kRows];  // what weights are relative to, in log2 units; -inf while a row that sees keys has none
   float sum[kRows];
-  std::uint32_t q[kQInRegisters ? kSteps : 1][4];
+  std::uint32_t q[kTiles][kQSteps > 0 ? kQSteps : 1][4];  // of the first kQSteps steps
   std::uint32_t q_address;  // the thread's, for step 0
 
   template <int kKeys>
   using Scores = float[kTiles][kKeys / 8][4];
+  /// The left operands of the product with V: of 16 keys each.
+  template <int kKeys>
+  using Weights = std::uint32_t[kTiles][kKeys / 16][4];
 
   /// The thread's row i, of the warp's.
-  __device__ __forceinline__ static int row(int i) { return i / 2 * 16 + static_cast<int>(threadIdx.x) % 32 / 4 + i % 2 * 8; }
+  __device__ __forceinline__ static int row(int i) { return i / 2 * 16 + static_cast<int>(threadIdx.x % 32 / 4) + i % 2 * 8; }
+
+  __device__ __forceinline__ static float log2_scale(const ScoreScale<kScales>& score, int i) {
+    return score.log2_scale[Types::kQuantized ? i : 0];
+  }
 
   using KvRows = Rows<Types::kKvRowBytes>;
 
@@ -54,26 +62,26 @@ struct MmaRows {
   }
 
   __device__ __forceinline__ void q_step(std::uint32_t (&fragment)[4], int tile, int step) const {
-    if constexpr (kQInRegisters) {
+    if (step < kQSteps) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) fragment[i] = q[step][i];
+      for (int i = 0; i < 4; ++i) fragment[i] = q[tile][step][i];
     } else {
       load_q_step(fragment, tile, step);
     }
   }
 
   __device__ __forceinline__ void attach_q(std::uint32_t address, int first_row) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
     q_address = Rows<Types::kQRowBytes>::address(address, first_row + lane % 16, lane / 16);
-    if constexpr (kQInRegisters) {
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) load_q_step(q[step], 0, step);
-    }
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int step = 0; step < kQSteps; ++step) load_q_step(q[t][step], t, step);
   }
 
   /// Where the thread's part of K begins in a slot at address 0: its row and chunk of the first ldmatrix.
   __device__ __forceinline__ static std::uint32_t k_thread_offset() {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
     // 16-bit: (keys 0 to 7, chunk 0), (same, 1), (keys 8 to 15, 0), (same, 1). 8-bit: (0 to 7, 0), (8 to 15, 0), (0 to 7, 1), ...
     return Types::kQuantized ? KvRows::address(0, lane % 16, lane / 16) : KvRows::address(0, lane / 16 * 8 + lane % 8, lane / 8 % 2);
   }
@@ -88,22 +96,30 @@ struct MmaRows {
 #pragma unroll
         for (int i = 0; i < 4; ++i) scores[t][n][i] = 0.0f;
     if constexpr (!Types::kQuantized) {
+      // Fragments are loaded one product ahead.
+      constexpr int kPairs = kKeys / 16;
+      std::uint32_t a[2][kTiles][4], b[2][4];
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        std::uint32_t a[kTiles][4];
+      for (int t = 0; t < kTiles; ++t) q_step(a[0][t], t, 0);
+      device::load_matrix_x4(b[0], k_address);
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) q_step(a[t], t, step);
+      for (int step = 0; step < kSteps; ++step)
 #pragma unroll
-        for (int pair = 0; pair < kKeys / 16; ++pair) {
-          std::uint32_t b[4];
-          device::load_matrix_x4(b, KvRows::advance(k_address, 16 * pair, 2 * step));
+        for (int pair = 0; pair < kPairs; ++pair) {
+          const int i = step * kPairs + pair;
+          if (pair + 1 < kPairs) {
+            device::load_matrix_x4(b[(i + 1) % 2], KvRows::advance(k_address, 16 * (pair + 1), 2 * step));
+          } else if (step + 1 < kSteps) {
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t) q_step(a[(step + 1) % 2][t], t, step + 1);
+            device::load_matrix_x4(b[(i + 1) % 2], KvRows::advance(k_address, 0, 2 * (step + 1)));
+          }
 #pragma unroll
           for (int t = 0; t < kTiles; ++t) {
-            device::mma_16816<kBf16>(scores[t][2 * pair], a[t], b[0], b[1]);
-            device::mma_16816<kBf16>(scores[t][2 * pair + 1], a[t], b[2], b[3]);
+            device::mma_16816<kBf16>(scores[t][2 * pair], a[step % 2][t], b[i % 2][0], b[i % 2][1]);
+            device::mma_16816<kBf16>(scores[t][2 * pair + 1], a[step % 2][t], b[i % 2][2], b[i % 2][3]);
           }
         }
-      }
     } else {
 #pragma unroll
       for (int step = 0; step < kSteps; step += 2) {
@@ -134,7 +150,7 @@ struct MmaRows {
   template <int kKeys>
   __device__ __forceinline__ static void transform_scores(Scores<kKeys>& scores, const RowParams* row_params, float softcap,
                                                           int first_key) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const RowParams params = row_params[row(i)];
@@ -152,7 +168,7 @@ struct MmaRows {
   template <int kKeys>
   __device__ __forceinline__ static void mask_scores(Scores<kKeys>& scores, const RowParams* row_params, int first_key,
                                                      const std::uint32_t (&valid)[(kKeys + 31) / 32]) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int begin = row_params[row(i)].begin, end = row_params[row(i)].end;
@@ -172,7 +188,7 @@ struct MmaRows {
   template <int kKeys>
   __device__ __forceinline__ static void apply_mask(Scores<kKeys>& scores, const AttentionParams& p, const RowParams* row_params,
                                                     int first_key) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       const std::uint32_t mine = mask_bits(p, row_params[16 * t + lane % 16], first_key + (kKeys > 32 ? lane / 16 * 32 : 0));
@@ -191,10 +207,11 @@ struct MmaRows {
   }
 
   /// Scores become weights relative to `base`, which need not be the maximum: as long as weights are not large, nothing depends on it.
-  /// `added` is what they come to in this thread's columns. True if they are large, or not numbers, in some row of the warp. `raised`: after
-  /// raise_base; then a row without a base has no weights.
+  /// `added` is what they come to in this thread's columns. Bit i of the result: they are large, or not numbers, in the thread's row i.
+  /// `raised`: after raise_base; then a row without a base has no weights.
   template <int kKeys>
-  __device__ __forceinline__ bool weigh(Scores<kKeys>& scores, const ScoreScale<kRows>& score, bool raised, float (&added)[kRows]) const {
+  __device__ __forceinline__ unsigned weigh(Weights<kKeys>& weights, const Scores<kKeys>& scores, const ScoreScale<kScales>& score,
+                                            bool raised, float (&added)[kRows]) const {
     float shift[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -206,21 +223,24 @@ struct MmaRows {
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int r = 2 * t + i / 2;
-          scores[t][n][i] = device::exp2_approx(fmaf(scores[t][n][i], score.log2_scale[r], -shift[r]));
-          added[r] += scores[t][n][i];
+        for (int half = 0; half < 2; ++half) {
+          const int r = 2 * t + half;
+          const float low = device::exp2_approx(fmaf(scores[t][n][2 * half], log2_scale(score, r), -shift[r]));
+          const float high = device::exp2_approx(fmaf(scores[t][n][2 * half + 1], log2_scale(score, r), -shift[r]));
+          added[r] += low;
+          added[r] += high;
+          weights[t][n / 2][n % 2 * 2 + half] = device::pack_16<kBf16>(low, high);
         }
-    bool large = false;
+    unsigned large = 0;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) large |= !(added[i] < kLargeWeights);
-    return __any_sync(kAllLanes, large);
+    for (int i = 0; i < kRows; ++i) large |= added[i] < kLargeWeights ? 0u : 1u << i;
+    return large;
   }
 
   /// Makes the maximum of the scores the base of rows whose weights came to too much, by their own scores alone, and rescales what was summed
   /// so far.
   template <int kKeys>
-  __device__ __forceinline__ void raise_base(const Scores<kKeys>& scores, const ScoreScale<kRows>& score, const float (&added)[kRows]) {
+  __device__ __forceinline__ void raise_base(const Scores<kKeys>& scores, const ScoreScale<kScales>& score, unsigned large) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       float top = -INFINITY;
@@ -228,10 +248,10 @@ struct MmaRows {
       for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(scores[i / 2][n][i % 2 * 2], scores[i / 2][n][i % 2 * 2 + 1]));
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-      const unsigned large = __ballot_sync(kAllLanes, !(added[i] < kLargeWeights)) >> (threadIdx.x % 32 & ~3u) & 15u;
-      const float raised = fmaxf(base[i], top * score.log2_scale[i]);
+      const unsigned of_row = __ballot_sync(kAllLanes, (large >> i & 1u) != 0) >> (threadIdx.x % 32 & ~3u) & 15u;
+      const float raised = fmaxf(base[i], top * log2_scale(score, i));
       float factor = 1.0f;
-      if (large != 0 && raised != -INFINITY) {
+      if (of_row != 0 && raised != -INFINITY) {
         factor = device::exp2_approx(base[i] - raised);
         base[i] = raised;
       }
@@ -248,7 +268,7 @@ struct MmaRows {
 
   /// As k_thread_offset, for V: (keys 0 to 7, chunk 0), (keys 8 to 15, chunk 0), (0 to 7, 1), (8 to 15, 1).
   __device__ __forceinline__ static std::uint32_t v_thread_offset() {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
     return KvRows::address(0, lane % 16, lane / 16);
   }
 
@@ -268,27 +288,22 @@ struct MmaRows {
 
   /// out += weights v for kKeys keys; `v_address` is v_thread_offset() in their slot.
   template <int kKeys>
-  __device__ __forceinline__ void multiply_pv(const Scores<kKeys>& weights, std::uint32_t v_address) {
+  __device__ __forceinline__ void multiply_pv(const Weights<kKeys>& weights, std::uint32_t v_address) {
+    constexpr int kPairs = kHeadDim / 32;
+    constexpr int kCount = kKeys / 16 * kPairs;
+    std::uint32_t b[2][2][4];  // loaded one product ahead
+    load_v(b[0], v_address, 0, 0);
 #pragma unroll
-    for (int step = 0; step < kKeys / 16; ++step) {
-      std::uint32_t a[kTiles][4];
+    for (int i = 0; i < kCount; ++i) {
+      if (i + 1 < kCount) load_v(b[(i + 1) % 2], v_address, (i + 1) / kPairs * 16, (i + 1) % kPairs * 2);
+      const int step = i / kPairs, pair = i % kPairs * 2;
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          a[t][i] = device::pack_16<kBf16>(weights[t][2 * step + i / 2][i % 2 * 2], weights[t][2 * step + i / 2][i % 2 * 2 + 1]);
-#pragma unroll
-      for (int pair = 0; pair < kHeadDim / 16; pair += 2) {
-        std::uint32_t b[2][4];
-        load_v(b, v_address, 16 * step, pair);
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            device::mma_16816<kBf16>(out[t][2 * (pair + i)], a[t], b[i][0], b[i][1]);
-            device::mma_16816<kBf16>(out[t][2 * (pair + i) + 1], a[t], b[i][2], b[i][3]);
-          }
-      }
+        for (int j = 0; j < 2; ++j) {
+          device::mma_16816<kBf16>(out[t][2 * (pair + j)], weights[t][step], b[i % 2][j][0], b[i % 2][j][1]);
+          device::mma_16816<kBf16>(out[t][2 * (pair + j) + 1], weights[t][step], b[i % 2][j][2], b[i % 2][j][3]);
+        }
     }
   }
 
@@ -301,38 +316,46 @@ struct MmaRows {
     }
   }
 
-  /// Four consecutive columns of the thread's row `of`, and the first one, for i below kHeadDim / 16.
-  /// 16-bit V: the thread's pairs of n-tiles 2 i and 2 i + 1 are exchanged with the neighbour's.
-  __device__ __forceinline__ float4 columns(int i, int of, int& column) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+  /// Two consecutive columns of the thread's row `of`, and the first one, for j below kHeadDim / 8.
+  __device__ __forceinline__ float2 columns(int j, int of, int& column) const {
+    const int quad = static_cast<int>(threadIdx.x % 4);
     const int r = of % 2;
     const auto& tile = out[of / 2];
     if constexpr (Types::kQuantized) {
-      column = 16 * i + 4 * (lane % 4);
-      return float4{tile[2 * i][2 * r], tile[2 * i + 1][2 * r], tile[2 * i][2 * r + 1], tile[2 * i + 1][2 * r + 1]};
+      column = 16 * (j / 2) + 4 * quad + j % 2 * 2;
+      return float2{tile[j & ~1][2 * r + j % 2], tile[j | 1][2 * r + j % 2]};
     } else {
-      // Even quads end up with the first n-tile's columns, odd ones with the second's.
-      const bool odd = lane % 2 != 0;
-      const float give0 = odd ? tile[2 * i][2 * r] : tile[2 * i + 1][2 * r];
-      const float give1 = odd ? tile[2 * i][2 * r + 1] : tile[2 * i + 1][2 * r + 1];
-      const float got0 = __shfl_xor_sync(kAllLanes, give0, 1);
-      const float got1 = __shfl_xor_sync(kAllLanes, give1, 1);
-      column = 16 * i + (odd ? 8 : 0) + (lane % 4 / 2) * 4;
-      return odd ? float4{got0, got1, tile[2 * i + 1][2 * r], tile[2 * i + 1][2 * r + 1]}
-                 : float4{tile[2 * i][2 * r], tile[2 * i][2 * r + 1], got0, got1};
+      column = 8 * j + 2 * quad;
+      return float2{tile[j][2 * r], tile[j][2 * r + 1]};
     }
+  }
+
+  /// Puts back into the output sums what was noted of the rows of the tile from first_row on.
+  __device__ __forceinline__ void add_notes(const std::uint32_t* notes, int first_row) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 8; ++j) {
+        int column;
+        columns(j, i, column);
+        const std::uint32_t note = notes[(first_row + row(i)) * kNoteWords<kHeadDim> + column / 16] >> (column % 16 * 2);
+        float& first = Types::kQuantized ? out[i / 2][j & ~1][i % 2 * 2 + j % 2] : out[i / 2][j][i % 2 * 2];
+        float& second = Types::kQuantized ? out[i / 2][j | 1][i % 2 * 2 + j % 2] : out[i / 2][j][i % 2 * 2 + 1];
+        first = noted(first, note);
+        second = noted(second, note >> 2);
+      }
   }
 
   /// Whether any output sum is infinite or NaN.
   __device__ __forceinline__ bool not_finite() const {
-    float probe = 0.0f;
+    float probe[4] = {};
 #pragma unroll
     for (int t = 0; t < kTiles; ++t)
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) probe = fmaf(out[t][n][i], 0.0f, probe);
-    return probe != 0.0f;
+        for (int i = 0; i < 4; ++i) probe[i] = fmaf(out[t][n][i], 0.0f, probe[i]);
+    return probe[0] + probe[1] + probe[2] + probe[3] != 0.0f;
   }
 };
 

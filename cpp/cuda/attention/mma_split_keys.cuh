@@ -3,273 +3,492 @@
 #pragma once
 
 #include "cuda/attention/mma_columns.cuh"
-#include "cuda/device/dependent_launch.cuh"
+#include "cuda/attention/share.cuh"
 
 namespace quire::cuda::attn {
 
-template <DType kKvDType, int kHeadDim, Variant kVariant>
+/// kWide: the warps of all CTAs that an SM could hold are one CTA, for batches that are so small that the parts of a tile are many.
+/// kPaired: two neighbouring kv heads of half of kHeadDim are one. Memory gives what lies in longer pieces faster, and a tile has room.
+template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, bool kPaired>
 struct SplitKeysShape {
   using Types = MmaTypes<kKvDType, kHeadDim>;
   static constexpr int kRows = tile_rows(kVariant);
   static constexpr int kTiles = kRows / 8;
-  static constexpr int kCtasPerSm = ctas_per_sm(kVariant, kHeadDim);
+  static constexpr int kCtasPerSm = kWide ? 1 : ctas_per_sm(kVariant, kHeadDim);
+  static constexpr int kCtaWarps = kWide ? kWarps * ctas_per_sm(kVariant, kHeadDim) : kWarps;
+  static constexpr int kCtaThreads = 32 * kCtaWarps;
   static constexpr int kKeys = Types::kKvRowBytes >= 256 ? 16 : 32;  // per step of a warp
   static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;      // one step's K or V
   // 192 KiB for all warps of an SM, or 64 KiB for a CTA.
-  static constexpr int kSlots = (kVariant == Variant::kMmaSplitKeys8Small ? 16 * 1024 : 48 * 1024 / kCtasPerSm) / kSlotBytes;
-  static constexpr int kRingBytes = kSlots * kSlotBytes;              // of one warp
-  static constexpr int kOutPitch = kHeadDim + 4;                      // floats; every second row 8 banks on
-  static constexpr int kQOffset = kWarps * kRingBytes;
+  static constexpr int kSlots =
+      (kVariant == Variant::kMmaSplitKeys8Small ? 16 * 1024 : 48 * 1024 / ctas_per_sm(kVariant, kHeadDim)) / kSlotBytes;
+  static constexpr int kRingBytes = kSlots * kSlotBytes;  // of one warp
+  static constexpr int kOutPitch = kHeadDim + 4;          // floats; every second row 8 banks on
+  static constexpr bool kIsPaired = kPaired;
+  static constexpr bool kManyRegisters = ctas_per_sm(kVariant, kHeadDim) <= 2;  // of a thread
+  static constexpr int kColumns = kPaired ? kHeadDim / 2 : kHeadDim;  // of a row of q and out
+  static constexpr int kQOffset = kCtaWarps * kRingBytes;
   static constexpr int kRowParamsOffset = kQOffset + kRows * Types::kQRowBytes;
   static constexpr int kStatsOffset = kRowParamsOffset + kRows * static_cast<int>(sizeof(RowParams));
-  static constexpr int kNotesOffset = kStatsOffset + 2 * kWarps * kRows * static_cast<int>(sizeof(float));
-  static constexpr int kTileOffset = kNotesOffset + kRows * kNoteWords<kHeadDim> * 4;
-  static constexpr int kSharedBytes = kTileOffset + static_cast<int>(sizeof(Tile));
+  static constexpr int kNotesOffset = kStatsOffset + 2 * kCtaWarps * kRows * static_cast<int>(sizeof(float));
+  static constexpr int kFoldedOffset = kNotesOffset + kRows * kNoteWords<kHeadDim> * 4;
+  static constexpr int kWalkOffset = kFoldedOffset + 2 * kRows * static_cast<int>(sizeof(float2));
+  static constexpr int kSharedBytes = kWalkOffset + static_cast<int>(sizeof(Walk));
   static_assert(kSlots >= 2);
-  static_assert(kSharedBytes <= (kVariant == Variant::kMmaSplitKeys16 || kHeadDim == 256 && kVariant == Variant::kMmaSplitKeys8
-                                     ? kLargeSharedBytes
-                                     : 99 * 1024));
-  static_assert(kWarps * kRows * kOutPitch * 4 <= kWarps * kRingBytes, "the rings hold the merge");
+  static_assert(kWide || kSharedBytes <= (kVariant == Variant::kMmaSplitKeys16 || kHeadDim == 256 && kVariant == Variant::kMmaSplitKeys8
+                                              ? kLargeSharedBytes
+                                              : 99 * 1024));
+  static_assert(!kWide || kSharedBytes <= kWideSharedBytes);
+  static_assert(kRows * kOutPitch * 4 <= kRingBytes, "the rings hold the merge");
 };
 
-/// One warp's keys: steps first, first + kWarps, ... of the CTA's range, copied ahead into a ring of slots K0 V0 K1 V1 ...
+/// The lane, read anew each time: what is derived from it is then computed where it is needed, not kept in registers that the loop lacks.
+__device__ __forceinline__ int lane_here() {
+  unsigned lane;
+  asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(lane));
+  return static_cast<int>(lane);
+}
+
+/// One warp's keys: steps first, first + kCtaWarps, ... of the CTA's part, copied ahead into a ring of slots K0 V0 K1 V1 ... What is the whole
+/// CTA's stays in shared memory.
 template <typename Shape>
 struct KeyStream {
   using Types = typename Shape::Types;
+  static constexpr int kStride = Shape::kCtaWarps * Shape::kKeys;
 
-  int kv_head;
-  int key_end;
   int next_key;          // of the step whose K comes next
   int next_entry;        // the lane's table entry for it, fetched ahead
   KeyLocation location;  // the lane's, of the step whose K came last
   std::uint32_t valid;   // of that step: bit j says whether key j exists
-  bool has_step;         // that step is inside the range
 
-  __device__ __forceinline__ void start(const Plan& plan, const Tile& tile, int head, int first_key, int end) {
-    kv_head = head;
-    key_end = end;
-    has_step = false;
+  __device__ __forceinline__ void start(const Plan& plan, const Walk& walk, int first_key) {
     next_key = first_key;
-    next_entry = load_entry(plan, tile, lane_key(), key_end);
+    next_entry = load_entry(plan, walk.tile, lane_key(walk), walk.part_end);
   }
 
-  __device__ __forceinline__ int lane_key() const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    // Lanes beyond the step have no key.
-    return lane < Shape::kKeys ? next_key + lane : INT_MAX;
+  __device__ __forceinline__ static KvView whole_rows(KvView view) {
+    if constexpr (Shape::kIsPaired) view.row_bytes *= 2;
+    return view;
+  }
+
+  __device__ __forceinline__ int lane_key(const Walk& walk) const {
+    const int lane = lane_here();
+    // Lanes beyond the step have no key. Batch-invariant steps may begin before the tile's first.
+    return lane < Shape::kKeys && next_key + lane >= walk.tile.key_begin ? next_key + lane : INT_MAX;
   }
 
   /// Starts the copy of the next step's K and returns which of its keys exist.
-  __device__ __forceinline__ std::uint32_t copy_k(const Plan& plan, const Tile& tile, std::uint32_t slot) {
-    has_step = next_key < key_end;
-    if (!has_step) return 0;
-    location = locate_key(plan, tile, lane_key(), key_end, next_entry);
+  __device__ __forceinline__ std::uint32_t copy_k(const Plan& plan, const Walk& walk, std::uint32_t slot) {
+    const int key = next_key;
+    if (key >= walk.part_end) {
+      next_key = key + kStride;
+      return 0;
+    }
+    location = locate_key(plan, walk.tile, lane_key(walk), walk.part_end, next_entry);
     valid = __ballot_sync(kAllLanes, location.valid);
-    copy_rows<Types, Shape::kKeys>(plan, k_view<Types>(plan.params, plan, kv_head), location, valid, 0, slot, 0);
-    next_key += kWarps * Shape::kKeys;
-    next_entry = load_entry(plan, tile, lane_key(), key_end);
+    copy_rows<Types, Shape::kKeys>(plan, whole_rows(k_view<Types>(plan.params, plan, walk.kv_head)), location, valid, 0, slot, 0,
+                                   lane_here());
+    next_key = key + kStride;
+    next_entry = load_entry(plan, walk.tile, lane_key(walk), walk.part_end);
     return valid;
   }
 
   /// Starts the copy of the V that belongs to the last copy_k.
-  __device__ __forceinline__ void copy_v(const Plan& plan, std::uint32_t slot) const {
-    if (has_step) copy_rows<Types, Shape::kKeys>(plan, v_view<Types>(plan.params, plan, kv_head), location, valid, 0, slot, 0);
+  __device__ __forceinline__ void copy_v(const Plan& plan, const Walk& walk, std::uint32_t slot) const {
+    const int key = next_key - kStride;
+    if (key >= walk.part_begin && key < walk.part_end)
+      copy_rows<Types, Shape::kKeys>(plan, whole_rows(v_view<Types>(plan.params, plan, walk.kv_head)), location, valid, 0, slot, 0,
+                                     lane_here());
   }
 };
 
-/// Grid: x = tile * num_kv_heads + kv_head, y = split. A CTA computes 8 or 16 packed rows against its split's keys and writes them to
-/// out and lse, or to the workspace if other splits have keys too.
-template <DType kKvDType, int kHeadDim, Variant kVariant>
-__global__ void __launch_bounds__(kThreads, SplitKeysShape<kKvDType, kHeadDim, kVariant>::kCtasPerSm)
+/// Of paired kv heads: whether a query head is of the second, whose columns follow the first's.
+__device__ __forceinline__ bool is_upper(const Plan& plan, int head) { return (plan.kv_group.quotient(head) & 1) != 0; }
+
+/// copy_q for paired kv heads: a row of q, in the half that is its kv head's, beside zeros.
+template <typename Shape>
+__device__ __forceinline__ void copy_paired_q(const Plan& plan, const Tile& tile, int kv_head, std::uint32_t q_shared) {
+  using QRows = Rows<Shape::Types::kQRowBytes>;
+  constexpr int kHalf = QRows::kChunks / 2;
+  const AttentionParams& p = plan.params;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < Shape::kRows * QRows::kChunks; i += Shape::kCtaThreads) {
+    const int row = i / QRows::kChunks, chunk = i % QRows::kChunks;
+    const RowIndex index = row_index(plan, tile, kv_head, min(row, tile.num_rows - 1));
+    const int own_chunk = is_upper(plan, index.head) ? chunk - kHalf : chunk;
+    const int present = row < tile.num_rows && own_chunk >= 0 && own_chunk < kHalf ? 16 : 0;
+    const char* source = static_cast<const char*>(p.q) + (index.q_token * p.q_token_stride + index.head * p.q_head_stride) * 2;
+    if (present > 0) source += own_chunk * 16;
+    const std::uint32_t target = QRows::address(q_shared, row, chunk);
+    if (plan.q_alignment == 16) {
+      device::copy_async_16(target, source, present);
+    } else {
+      device::copy_narrow_16(target, source, present, plan.q_alignment);
+    }
+  }
+}
+
+/// A row's sum of weighted values, or four columns of it, and the two terms of its softmax.
+struct Partial {
+  float4 value;
+  float top, sum;  // in units of log2
+};
+
+/// a becomes a and b together. Every operation's rounding is spelled out: what is folded in one order has the same bits wherever it is done.
+__device__ __forceinline__ void fold(Partial& a, const Partial& b) {
+  const float top = fmaxf(a.top, b.top);
+  const float base = top == -INFINITY ? 0.0f : top;
+  const float of_a = device::exp2_approx(a.top - base), of_b = device::exp2_approx(b.top - base);
+  a.sum = __fmaf_rn(b.sum, of_b, __fmul_rn(a.sum, of_a));
+  a.value.x = __fmaf_rn(b.value.x, of_b, __fmul_rn(a.value.x, of_a));
+  a.value.y = __fmaf_rn(b.value.y, of_b, __fmul_rn(a.value.y, of_a));
+  a.value.z = __fmaf_rn(b.value.z, of_b, __fmul_rn(a.value.z, of_a));
+  a.value.w = __fmaf_rn(b.value.w, of_b, __fmul_rn(a.value.w, of_a));
+  a.top = top;
+}
+
+/// Writes four columns of a row of out, and with the first ones its lse.
+__device__ __forceinline__ void finish(const Plan& plan, const Tile& tile, int kv_head, int row, int column, const Partial& result) {
+  const AttentionParams& p = plan.params;
+  const RowIndex index = row_index(plan, tile, kv_head, row);
+  const RowFinish of_row = finish_row(p, result.top, result.sum, index.head);
+  if (column == 0 && p.lse != nullptr) p.lse[stats_index(plan, index)] = of_row.lse;
+  const float factor = of_row.factor * (p.v_scale != nullptr ? p.v_scale[plan.kv_group.quotient(index.head) * p.v_scale_stride] : 1.0f);
+  const float4 value = result.value;
+  if (column < p.head_dim) store_out_4(plan, index, column, float4{value.x * factor, value.y * factor, value.z * factor, value.w * factor});
+}
+
+/// Row `row` of a slot of partial results.
+__device__ __forceinline__ std::int64_t partial_row(const Plan& plan, int cta, int slot, int row) {
+  return (static_cast<std::int64_t>(cta) * plan.slots_per_cta + slot) * plan.tile_rows + row;
+}
+
+/// Four columns of a partial row; written by other CTAs, so that they come from the L2.
+__device__ __forceinline__ Partial load_partial(const Plan& plan, std::int64_t row, int column) {
+  const float2 stats = __ldcg(plan.partial_stats + row);
+  const auto head_dim = static_cast<int>(plan.params.head_dim);
+  Partial result{float4{0.0f, 0.0f, 0.0f, 0.0f}, stats.x, stats.y};
+  if (column < head_dim) result.value = __ldcg(reinterpret_cast<const float4*>(plan.partial_out + row * head_dim + column));
+  return result;
+}
+
+__device__ __forceinline__ void store_partial(const Plan& plan, std::int64_t row, int column, const Partial& partial) {
+  const auto head_dim = static_cast<int>(plan.params.head_dim);
+  if (column == 0) plan.partial_stats[row] = float2{partial.top, partial.sum};
+  if (column < head_dim) *reinterpret_cast<float4*>(plan.partial_out + row * head_dim + column) = partial.value;
+}
+
+/// The slot of the part that begins a tile; the ones that go on with a tile have those from 0 on.
+__device__ __forceinline__ int first_slot(const Plan& plan) { return plan.slots_per_cta - 1; }
+
+/// Puts four columns of a tile's row together from its parts, one after the other.
+template <int kKeys>
+__device__ __forceinline__ Partial fold_parts(const Plan& plan, const Walk& walk, int row, int column) {
+  Partial result{};
+#pragma unroll 1
+  for (int cta = walk.first_cta; cta <= walk.last_cta; ++cta) {
+    const int place = cta * walk.stretch - walk.keys_start;
+    const int first = unit_at<kKeys>(plan, walk, place), last = unit_at<kKeys>(plan, walk, place + walk.stretch);
+    if (first == walk.unit_first && first < last) {
+      // The tile's beginning is folded already.
+      result = load_partial(plan, partial_row(plan, cta, first_slot(plan), row), column);
+      continue;
+    }
+#pragma unroll 1
+    for (int part = first; part < last; ++part) fold(result, load_partial(plan, partial_row(plan, cta, part - first, row), column));
+  }
+  return result;
+}
+
+/// The same some at a time, where each CTA has one part.
+template <typename Shape>
+__device__ __forceinline__ Partial sum_parts(const Plan& plan, const Walk& walk, int row, int column) {
+  // As many as registers hold.
+  constexpr int kAtATime = Shape::kManyRegisters ? 16 : 8;
+  const int num_parts = walk.last_cta - walk.first_cta + 1;
+  const int rows_per_cta = plan.slots_per_cta * Shape::kRows;
+  const int first_row = walk.first_cta * rows_per_cta + row;
+  Partial result{float4{0.0f, 0.0f, 0.0f, 0.0f}, -INFINITY, 0.0f};
+#pragma unroll 1
+  for (int first = 0; first < num_parts; first += kAtATime) {
+    Partial parts[kAtATime];
+    float top = result.top;
+#pragma unroll
+    for (int i = 0; i < kAtATime; ++i) {
+      const int part = first + i;
+      parts[i] = Partial{float4{0.0f, 0.0f, 0.0f, 0.0f}, -INFINITY, 0.0f};
+      const int part_row = first_row + part * rows_per_cta + (part == 0 ? first_slot(plan) * Shape::kRows : 0);
+      if (part < num_parts) parts[i] = load_partial(plan, part_row, column);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtATime; ++i) top = fmaxf(top, parts[i].top);
+    const float base = top == -INFINITY ? 0.0f : top;
+    const auto add = [&](const Partial& part, Partial& to) {
+      const float factor = device::exp2_approx(part.top - base);
+      to.sum = fmaf(factor, part.sum, to.sum);
+      to.value.x = fmaf(factor, part.value.x, to.value.x), to.value.y = fmaf(factor, part.value.y, to.value.y);
+      to.value.z = fmaf(factor, part.value.z, to.value.z), to.value.w = fmaf(factor, part.value.w, to.value.w);
+    };
+    Partial sum{float4{0.0f, 0.0f, 0.0f, 0.0f}, top, 0.0f};
+    add(result, sum);
+#pragma unroll
+    for (int i = 0; i < kAtATime; ++i) add(parts[i], sum);
+    result = sum;
+  }
+  return result;
+}
+
+/// Asks the L2 for the block tables, which are needed as soon as the lengths are known.
+template <int kCtaThreads>
+__device__ __forceinline__ void prefetch_tables(const AttentionParams& p) {
+  constexpr std::int64_t kLimit = 512 * 1024, kLine = 128;
+  if (p.block_tables == nullptr || p.block_tables_stride < 0) return;
+  const std::int64_t num_bytes = ((p.num_seqs - 1) * p.block_tables_stride + p.max_blocks_per_seq) * std::int64_t{sizeof(std::int32_t)};
+  const std::int64_t offset = (static_cast<std::int64_t>(blockIdx.x) * kCtaThreads + threadIdx.x) * kLine;
+  if (num_bytes > kLimit || offset >= num_bytes) return;
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(reinterpret_cast<const char*>(p.block_tables) + offset));
+}
+
+/// Grid: as many CTAs as the device holds, or fewer. A CTA has an equal stretch of the batch's line of keys (share.cuh). It computes 8 or 16 packed
+/// rows at a time against the keys that it has of them and writes them to out and lse, or to the workspace if other CTAs have keys of them too.
+template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, bool kPaired>
+__global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPaired>::kCtaThreads,
+                                  SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPaired>::kCtasPerSm)
     attention_mma_split_keys_kernel(const __grid_constant__ Plan plan) {
   using Types = MmaTypes<kKvDType, kHeadDim>;
-  using Shape = SplitKeysShape<kKvDType, kHeadDim, kVariant>;
+  using Shape = SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPaired>;
   constexpr int kRows = Shape::kRows;
   constexpr int kTiles = Shape::kTiles;
   constexpr int kKeys = Shape::kKeys;
   constexpr int kSlots = Shape::kSlots;
+  constexpr int kCtaWarps = Shape::kCtaWarps;
   constexpr bool kEven = kSlots % 2 == 0;
   extern __shared__ __align__(1024) char shared[];
   const AttentionParams& p = plan.params;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int num_kv_heads = static_cast<int>(p.num_kv_heads);
-  const int tile_idx = static_cast<int>(blockIdx.x) / num_kv_heads;
-  const int kv_head = static_cast<int>(blockIdx.x) - tile_idx * num_kv_heads;
-
-  device::launch_dependents();
-  // In shared memory, since the loop has no registers to spare.
-  Tile& tile = *reinterpret_cast<Tile*>(shared + Shape::kTileOffset);
-  {
-    Tile found;
-    if (!locate_tile(plan, tile_idx, found)) return;
-    if (threadIdx.x == 0) tile = found;
-    __syncthreads();
-  }
-  const SplitRange splits = active_splits(plan, tile);
-  const int split = static_cast<int>(blockIdx.y);
-  if (split >= splits.num_active) return;
-  const int key_begin = tile.key_begin + split * splits.keys_per_split;
-  const int key_end = min(static_cast<std::int64_t>(key_begin) + splits.keys_per_split, std::int64_t{tile.key_end});
 
   char* q_shared = shared + Shape::kQOffset;
   auto* row_params = reinterpret_cast<RowParams*>(shared + Shape::kRowParamsOffset);
-  auto& stats = *reinterpret_cast<float (*)[2][kWarps][kRows]>(shared + Shape::kStatsOffset);
+  auto& stats = *reinterpret_cast<float (*)[2][kCtaWarps][kRows]>(shared + Shape::kStatsOffset);
+  auto& folded_stats = *reinterpret_cast<float2(*)[2][kRows]>(shared + Shape::kFoldedOffset);
   const std::uint32_t shared_base = device::shared_address(shared);
   const std::uint32_t ring = shared_base + static_cast<std::uint32_t>(warp * Shape::kRingBytes);
   auto* notes = reinterpret_cast<std::uint32_t*>(shared + Shape::kNotesOffset);
+  auto* merged = reinterpret_cast<float*>(shared);
+  // In shared memory, since the loop has no registers to spare.
+  Walk& walk = *reinterpret_cast<Walk*>(shared + Shape::kWalkOffset);
+  const Tile& tile = walk.tile;
 
-  const FullRange full = full_range(plan, tile);
-  const bool all_see_the_same =
-      p.mask == nullptr && plan.group.quotient(tile.row_begin) == plan.group.quotient(tile.row_begin + tile.num_rows - 1);
-  using MmaState = MmaColumns<kKvDType, kHeadDim, kTiles>;
-  MmaState state;
-  typename MmaState::Scale score;
-  const std::uint32_t k_offset = MmaState::k_thread_offset();
-  const std::uint32_t v_offset = MmaState::v_thread_offset();
+  prefetch_tables<Shape::kCtaThreads>(p);
+  if (warp == 0) begin_walk<kRows, kKeys>(plan, walk);
+  for (bool fresh = true;; fresh = false) {
+    if (threadIdx.x == 0 && (!fresh || walk.more)) next_tile<kRows, kKeys>(plan, walk, fresh);
+    __syncthreads();
+    if (!walk.more) return;
+    using MmaState = MmaColumns<kKvDType, kHeadDim, kTiles, kPaired>;
+    MmaState state;
+    typename MmaState::Scale score;
+    const std::uint32_t k_offset = MmaState::k_thread_offset();
+    const std::uint32_t v_offset = MmaState::v_thread_offset();
 
-  copy_q<Types, kRows>(plan, tile, kv_head, 0, warp, kWarps, q_shared);
-  if (threadIdx.x < kRows) row_params[threadIdx.x] = make_row_params(plan, tile, kv_head, static_cast<int>(threadIdx.x));
-  device::copy_async_commit();
+    // Batch-invariant calls go from part to part; else all of the CTA's keys of the tile are one.
+    for (bool has_q = false;; has_q = true) {
+      // A second pass only where NaN or infinity in V reached rows that do not see it.
+      bool selecting = false;
+      for (;; selecting = true) {
+        KeyStream<Shape> stream;
+        stream.start(plan, walk, walk.part_begin + warp * kKeys);
+        if (!has_q && !selecting) {
+          if constexpr (kPaired) {
+            copy_paired_q<Shape>(plan, tile, walk.kv_head, device::shared_address(q_shared));
+          } else {
+            copy_q<Types, kRows>(plan, tile, walk.kv_head, 0, warp, kCtaWarps, q_shared);
+          }
+          if (threadIdx.x < kRows) {
+            const int row = static_cast<int>(threadIdx.x);
+            row_params[row] = make_row_params(plan, tile, walk.kv_head, row);
+            if (kPaired && p.k_scale != nullptr) {
+              const int head = row_index(plan, tile, walk.kv_head, min(row, tile.num_rows - 1)).head;
+              row_params[row].scale = p.scale * p.k_scale[plan.kv_group.quotient(head) * p.k_scale_stride];
+            }
+          }
+          device::copy_async_commit();
+        }
+        state.reset();
 
-  // A second pass only where NaN or infinity in V reached rows that do not see it.
-  bool selecting = false;
-  for (;; selecting = true) {
-    KeyStream<Shape> stream;
-    stream.start(plan, tile, kv_head, key_begin + warp * kKeys, key_end);
-    state.reset();
-
-    // The first kLead rounds only fill the ring: one copy of the code serves both, which matters to a cold instruction cache.
-    constexpr int kLead = (kSlots + 1) / 2;
-    std::uint32_t valid[kLead + 1] = {};  // of the step in use and the ones after
-    std::uint32_t slot = 0;
-    int key = key_begin + warp * kKeys - kLead * kWarps * kKeys;
-    for (int round = -kLead;; ++round, key += kWarps * kKeys) {
-      if (round == 0) {
-        if (selecting) {
-          for (int i = static_cast<int>(threadIdx.x); i < kRows * kNoteWords<kHeadDim>; i += kThreads) notes[i] = 0;
-        } else {
-          device::copy_async_wait<kSlots>();
-          if constexpr (Types::kQuantized) {
+        // The first kLead rounds only fill the ring: one copy of the code serves both, which matters to a cold instruction cache.
+        constexpr int kLead = (kSlots + 1) / 2;
+        std::uint32_t valid[kLead + 1] = {};  // of the step in use and the ones after
+        std::uint32_t slot = 0;
+        for (int round = -kLead;; ++round) {
+          if (round == 0) {
+            if (selecting) {
+              for (int i = static_cast<int>(threadIdx.x); i < kRows * kNoteWords<kHeadDim>; i += Shape::kCtaThreads) notes[i] = 0;
+            } else if (!has_q) {
+              device::copy_async_wait<kSlots>();
+              if constexpr (Types::kQuantized) {
+                __syncthreads();
+                for (int row = warp; row < kRows; row += kCtaWarps) convert_q<Types, kHeadDim, 1>(plan, row, q_shared, row_params);
+              }
+            }
             __syncthreads();
-            convert_q<Types, kHeadDim, kRows / kWarps>(plan, warp * (kRows / kWarps), q_shared, row_params);
+            if (!selecting && !has_q) {
+              score = make_score_scale<MmaState::kQueries>(p, row_params, MmaState::query);
+              state.attach_q(device::shared_address(q_shared));
+              if constexpr (kPaired) {
+#pragma unroll
+                for (int i = 0; i < MmaState::kQueries; ++i)
+                  state.upper[i] = is_upper(plan, row_index(plan, tile, walk.kv_head, min(MmaState::query(i), tile.num_rows - 1)).head);
+              }
+            }
+          }
+          const int key = stream.next_key - kLead * KeyStream<Shape>::kStride;
+          if (round >= 0 && key >= walk.part_end) break;
+          const std::uint32_t k_address = ring + slot * Shape::kSlotBytes;
+          slot = slot + 1 == kSlots ? 0 : slot + 1;
+          const std::uint32_t v_address = ring + slot * Shape::kSlotBytes;
+          slot = slot + 1 == kSlots ? 0 : slot + 1;
+
+          float scores[kKeys / 16][kTiles][4];
+          if (round >= 0) {
+            device::copy_async_wait<kSlots - 1>();
+            __syncwarp();
+            state.template multiply_qk<kKeys>(scores, k_address + k_offset);
+            __syncwarp();
+          }
+          if constexpr (kEven) {
+            valid[kLead] = stream.copy_k(plan, walk, k_address);
+          } else {
+            stream.copy_v(plan, walk, k_address);
+          }
+          device::copy_async_commit();
+
+          if (round >= 0) {
+            if (score.transform) state.template transform_scores<kKeys>(scores, row_params, p.softcap, key);
+            constexpr std::uint32_t kAll = kKeys == 32 ? 0xffffffffu : (1u << (kKeys % 32)) - 1;
+            if (valid[0] != kAll || key < walk.full.begin || key > walk.full.end - kKeys) {
+              state.template mask_scores<kKeys>(scores, row_params, key, valid[0]);
+              if (p.mask != nullptr) state.template apply_mask<kKeys>(scores, p, row_params, key);
+            }
+            state.template softmax<kKeys>(scores, score);
+
+            device::copy_async_wait<kSlots - 1>();
+            __syncwarp();
+            if (selecting) {
+              take_out_not_finite<kKvDType, kHeadDim>(p, shared + (v_address - shared_base), 0, kKeys, key, row_params, notes,
+                                                      tile.num_rows);
+              __syncwarp();
+            }
+            state.template multiply_pv<kKeys>(scores, v_address + v_offset);
+            __syncwarp();
+          }
+          if constexpr (kEven) {
+            stream.copy_v(plan, walk, v_address);
+          } else {
+            valid[kLead] = stream.copy_k(plan, walk, v_address);
+          }
+          device::copy_async_commit();
+#pragma unroll
+          for (int i = 0; i < kLead; ++i) valid[i] = valid[i + 1];
+        }
+        device::copy_async_wait<0>();
+        if (!kMayBeNotFinite<kKvDType> || selecting || walk.all_see_the_same || !__syncthreads_or(state.not_finite())) break;
+      }
+
+      // Bring the warps to one maximum.
+      state.reduce_sum();
+      if (lane < 4) {
+#pragma unroll
+        for (int i = 0; i < MmaState::kQueries; ++i) {
+          stats[0][warp][MmaState::query(i)] = state.largest[i] * score.log2_scale[i];
+          stats[1][warp][MmaState::query(i)] = state.sum[i];
+        }
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < MmaState::kQueries; ++i) {
+        const int row = MmaState::query(i);
+        float top = stats[0][0][row];
+#pragma unroll 4
+        for (int w = 1; w < kCtaWarps; ++w) top = fmaxf(top, stats[0][w][row]);
+        const float weight = device::exp2_approx(stats[0][warp][row] - (top == -INFINITY ? 0.0f : top));
+        if (row < tile.num_rows) {
+          float* target = merged + (warp * kRows + row) * Shape::kOutPitch;
+#pragma unroll
+          for (int c = 0; c < MmaState::kSteps; ++c)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) target[MmaState::column(c, half)] = weight * state.out[c][i / 2][2 * half + i % 2];
+        }
+      }
+      __syncthreads();
+
+      const int part = walk.part;
+      const bool is_last_part = !plan.batch_invariant || part + 1 == walk.unit_end;
+      // Write rows, of out or of partial results; and if those were the tile's last, read all of them and write rows of out.
+      const bool whole = walk.unit_begin == walk.unit_first && walk.unit_end == walk.unit_last;
+      const bool folds = plan.batch_invariant && walk.unit_begin == walk.unit_first;  // a tile's beginning, part by part
+      constexpr int kThreadsPerRow = Shape::kColumns / 4;
+      bool merging = false;
+#pragma unroll 1
+      for (;; merging = true) {
+#pragma unroll 1
+        for (int i = static_cast<int>(threadIdx.x); i < tile.num_rows * kThreadsPerRow; i += Shape::kCtaThreads) {
+          const int row = i / kThreadsPerRow;
+          const int column = i % kThreadsPerRow * 4;
+          Partial result;
+          if (merging) {
+            result = plan.batch_invariant ? fold_parts<kKeys>(plan, walk, row, column) : sum_parts<Shape>(plan, walk, row, column);
+          } else {
+            int merged_column = column;
+            if (kPaired && is_upper(plan, row_index(plan, tile, walk.kv_head, row).head)) merged_column += Shape::kColumns;
+            result = Partial{float4{0.0f, 0.0f, 0.0f, 0.0f}, stats[0][0][row], 0.0f};
+#pragma unroll 4
+            for (int w = 1; w < kCtaWarps; ++w) result.top = fmaxf(result.top, stats[0][w][row]);
+#pragma unroll 4
+            for (int w = 0; w < kCtaWarps; ++w) {
+              result.sum += stats[1][w][row] * device::exp2_approx(stats[0][w][row] - (result.top == -INFINITY ? 0.0f : result.top));
+              const float4 of_warp = *reinterpret_cast<const float4*>(merged + (w * kRows + row) * Shape::kOutPitch + merged_column);
+              result.value.x += of_warp.x, result.value.y += of_warp.y, result.value.z += of_warp.z, result.value.w += of_warp.w;
+            }
+            if (selecting) result.value = with_notes<kHeadDim>(result.value, notes, row, merged_column);
+          }
+          const int slot = part == walk.unit_first || folds ? first_slot(plan) : part - walk.unit_begin;
+          const std::int64_t target = partial_row(plan, static_cast<int>(blockIdx.x), slot, row);
+          if (!merging && folds) {
+            if (part > walk.unit_first) {
+              // The thread finds what it left here.
+              Partial before = load_partial(plan, target, column);
+              before.top = folded_stats[part % 2][row].x;
+              before.sum = folded_stats[part % 2][row].y;
+              fold(before, result);
+              result = before;
+            }
+            if (column == 0) folded_stats[(part + 1) % 2][row] = float2{result.top, result.sum};
+          }
+          if (merging || whole && (!plan.batch_invariant || part + 1 == walk.unit_last)) {
+            finish(plan, tile, walk.kv_head, row, column, result);
+          } else {
+            store_partial(plan, target, column, result);
           }
         }
         __syncthreads();
-        if (!selecting) {
-          score = make_score_scale<MmaState::kQueries>(p, row_params, MmaState::query);
-          state.attach_q(device::shared_address(q_shared));
+        if (whole || merging || !is_last_part) break;
+        if (threadIdx.x == 0) {
+          __threadfence();
+          find_ctas(plan, walk);
+          const auto units = static_cast<unsigned>(walk.unit_end - walk.unit_begin);
+          const auto all_units = static_cast<unsigned>(walk.unit_last - walk.unit_first);
+          walk.merges = atomicAdd(plan.counters + walk.first_cta, units) + units == all_units;
+          if (walk.merges) plan.counters[walk.first_cta] = 0;
+          __threadfence();
         }
+        __syncthreads();
+        if (!walk.merges) break;
       }
-      if (round >= 0 && key >= key_end) break;
-      const std::uint32_t k_address = ring + slot * Shape::kSlotBytes;
-      slot = slot + 1 == kSlots ? 0 : slot + 1;
-      const std::uint32_t v_address = ring + slot * Shape::kSlotBytes;
-      slot = slot + 1 == kSlots ? 0 : slot + 1;
-
-      float scores[kKeys / 16][kTiles][4];
-      if (round >= 0) {
-        device::copy_async_wait<kSlots - 1>();
-        __syncwarp();
-        state.template multiply_qk<kKeys>(scores, k_address + k_offset);
-        __syncwarp();
-      }
-      if constexpr (kEven) {
-        valid[kLead] = stream.copy_k(plan, tile, k_address);
-      } else {
-        stream.copy_v(plan, k_address);
-      }
-      device::copy_async_commit();
-
-      if (round >= 0) {
-        if (score.transform) state.template transform_scores<kKeys>(scores, row_params, p.softcap, key);
-        constexpr std::uint32_t kAll = kKeys == 32 ? 0xffffffffu : (1u << (kKeys % 32)) - 1;
-        if (valid[0] != kAll || key < full.begin || key > full.end - kKeys) {
-          state.template mask_scores<kKeys>(scores, row_params, key, valid[0]);
-          if (p.mask != nullptr) state.template apply_mask<kKeys>(scores, p, row_params, key);
-        }
-        state.template softmax<kKeys>(scores, score);
-
-        device::copy_async_wait<kSlots - 1>();
-        __syncwarp();
-        if (selecting) {
-          take_out_not_finite<kKvDType, kHeadDim>(p, shared + (v_address - shared_base), 0, kKeys, key, row_params, notes, tile.num_rows);
-          __syncwarp();
-        }
-        state.template multiply_pv<kKeys>(scores, v_address + v_offset);
-        __syncwarp();
-      }
-      if constexpr (kEven) {
-        stream.copy_v(plan, v_address);
-      } else {
-        valid[kLead] = stream.copy_k(plan, tile, v_address);
-      }
-      device::copy_async_commit();
-#pragma unroll
-      for (int i = 0; i < kLead; ++i) valid[i] = valid[i + 1];
-    }
-    device::copy_async_wait<0>();
-    if (!kMayBeNotFinite<kKvDType> || selecting || all_see_the_same || !__syncthreads_or(state.not_finite())) break;
-  }
-
-  // Bring the four warps to one maximum.
-  state.reduce_sum();
-  if (lane < 4) {
-#pragma unroll
-    for (int i = 0; i < MmaState::kQueries; ++i) {
-      stats[0][warp][MmaState::query(i)] = state.largest[i] * score.log2_scale[i];
-      stats[1][warp][MmaState::query(i)] = state.sum[i];
-    }
-  }
-  __syncthreads();
-  auto* merged = reinterpret_cast<float*>(shared);
-#pragma unroll
-  for (int i = 0; i < MmaState::kQueries; ++i) {
-    const int row = MmaState::query(i);
-    float top = stats[0][0][row];
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) top = fmaxf(top, stats[0][w][row]);
-    const float weight = exp2f(stats[0][warp][row] - (top == -INFINITY ? 0.0f : top));
-    if (row < tile.num_rows) {
-      float* target = merged + (warp * kRows + row) * Shape::kOutPitch;
-#pragma unroll
-      for (int c = 0; c < MmaState::kSteps; ++c)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) target[MmaState::column(c, half)] = weight * state.out[c][i / 2][2 * half + i % 2];
-    }
-  }
-  __syncthreads();
-
-  // Write rows.
-  const int head_dim = static_cast<int>(p.head_dim);
-  const float v_scale = p.v_scale != nullptr ? p.v_scale[kv_head * p.v_scale_stride] : 1.0f;
-  constexpr int kThreadsPerRow = kHeadDim / 4;
-  for (int i = static_cast<int>(threadIdx.x); i < tile.num_rows * kThreadsPerRow; i += kThreads) {
-    const int row = i / kThreadsPerRow;
-    const int column = i % kThreadsPerRow * 4;
-    float top = stats[0][0][row];
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) top = fmaxf(top, stats[0][w][row]);
-    float total = 0.0f;
-    float4 value{0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      total += stats[1][w][row] * exp2f(stats[0][w][row] - (top == -INFINITY ? 0.0f : top));
-      const float4 part = *reinterpret_cast<const float4*>(merged + (w * kRows + row) * Shape::kOutPitch + column);
-      value.x += part.x, value.y += part.y, value.z += part.z, value.w += part.w;
-    }
-    if (selecting) value = with_notes<kHeadDim>(value, notes, row, column);
-    const RowIndex index = row_index(plan, tile, kv_head, row);
-    if (splits.num_active > 1) {
-      const std::int64_t target = split * plan.num_rows + stats_index(plan, index);
-      if (column == 0) plan.partial_stats[target] = float2{top, total};
-      if (column < head_dim) *reinterpret_cast<float4*>(plan.partial_out + target * head_dim + column) = value;
-    } else {
-      const RowFinish finish = finish_row(p, top, total, index.head);
-      if (column == 0 && p.lse != nullptr) p.lse[stats_index(plan, index)] = finish.lse;
-      const float factor = finish.factor * v_scale;
-      if (column < head_dim)
-        store_out_4(plan, index, column, float4{value.x * factor, value.y * factor, value.z * factor, value.w * factor});
+      if (is_last_part) break;
+      if (threadIdx.x == 0) enter_part<kKeys>(plan, walk, part + 1);
+      __syncthreads();
     }
   }
 }

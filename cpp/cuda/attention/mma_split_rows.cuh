@@ -12,16 +12,192 @@ struct SplitRowsShape {
   static constexpr int kTileRows = tile_rows(kVariant);
   static constexpr int kWarpRows = kTileRows / kWarps;
   using Types = MmaTypes<kKvDType, kHeadDim>;
-  static constexpr int kKeys = kHeadDim * kWarpRows > 128 * 16 ? 32 : 64;  // per step of the CTA
+  static constexpr int kKeys =
+      (kHeadDim == 128 && kWarpRows == 16) || kVariant == Variant::kMmaSplitRowsSmall ? 32 : 64;  // per step of the CTA
+  /// 2: a step's K and V are copied during the step before. 1: V is copied while scores are made, K during the product with V.
+  static constexpr int kStages = kHeadDim == 256 || (kHeadDim == 128 && kWarpRows == 32) ? 1 : 2;
+  /// Steps of the product with K whose q stays in registers: as many as there is room for.
+  static constexpr int kQSteps = kHeadDim == 256 || (kHeadDim == 128 && kWarpRows == 32) ? 0 : kHeadDim / 16;
   static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;  // one step's K or V
-  static constexpr int kSlots = 4;
   static constexpr int kQBytes = kTileRows * Types::kQRowBytes;
-  static constexpr int kRowParamsOffset = kSlots * kSlotBytes + kQBytes;
+  static constexpr int kQOffset = 2 * kStages * kSlotBytes;
+  static constexpr int kRowParamsOffset = kQOffset + kQBytes;
   static constexpr int kNotesOffset = kRowParamsOffset + kTileRows * static_cast<int>(sizeof(RowParams));
   static constexpr int kSharedBytes = kNotesOffset + kTileRows * kNoteWords<kHeadDim> * 4;
   static constexpr int kCtasPerSm = ctas_per_sm(kVariant, kHeadDim);
   static_assert(kSharedBytes <= (needs_large_shared(kVariant, kHeadDim, Types::kElementBytes) ? kLargeSharedBytes : 99 * 1024));
 };
+
+/// A warp's share of the copies of a CTA's steps of kKeys keys: kKeys / kWarps rows of each, zero for keys that do not exist: their weights
+/// are zero, and zero times what was there could be NaN.
+///
+/// Usually (Plan::groups_exist, and the block table has no holes) 8 keys from a multiple of 8 on lie in one block, so that a warp needs one
+/// location for each 8 rows. Else every warp looks up each key of the step, and knows afterwards which of them exist.
+template <typename Types, int kKeys>
+struct StepCopy {
+  using KvRows = Rows<Types::kKvRowBytes>;
+  static constexpr int kMasks = kKeys / 32;
+  static constexpr int kWarpRows = kKeys / kWarps;
+  static constexpr int kWarpGroups = kWarpRows / 8;
+  static constexpr int kRowsPerPass = 32 / KvRows::kChunks;
+  static_assert(kWarpRows % 8 == 0 && kRowsPerPass <= 8);
+
+  const Plan& plan;
+  const Tile& tile;
+  int kv_head, key_end;
+  bool by_groups;
+  // By groups:
+  int entry[kWarpGroups];       // of the warp's groups in the step whose K comes next
+  int v_entry[kWarpGroups];     // in the step whose K came last
+  const std::int32_t* table;    // the sequence's
+  const char *k_base, *v_base;  // the thread's row and chunk of a group at the first key
+  std::uint32_t target;         // the same in a slot at address 0
+  int warp_key;                 // the warp's first in a step
+  int first_row;                // the thread's; past all keys for chunks beyond head_dim
+
+  __device__ __forceinline__ StepCopy(const Plan& of_plan, const Tile& of_tile, int of_kv_head, int end)
+      : plan(of_plan), tile(of_tile), kv_head(of_kv_head), key_end(end), by_groups(of_plan.groups_exist), entry{}, v_entry{} {
+    const AttentionParams& p = plan.params;
+    const int row = lane() / KvRows::kChunks, chunk = lane() % KvRows::kChunks;
+    const auto base = [&](const KvView& view) {
+      return view.base + chunk * 16 +
+             static_cast<std::uint64_t>(static_cast<std::uint32_t>(tile.kv_first_token + row) * view.chunk_strides.y) * 16;
+    };
+    k_base = base(k_view<Types>(p, plan, kv_head));
+    v_base = base(v_view<Types>(p, plan, kv_head));
+    table = p.block_tables + tile.seq * p.block_tables_stride;
+    target = KvRows::address(0, warp() * kWarpRows + row, chunk);
+    warp_key = warp() * kWarpRows;
+    first_row = chunk * Types::kElements < p.head_dim ? warp() * kWarpRows + row : INT_MAX / 2;
+    // At head_dim 64 there are registers to keep these in; else they are computed again in each step.
+    if constexpr (KvRows::kChunks <= 8 && Types::kElementBytes == 2) {
+      asm volatile("" : "+l"(k_base), "+l"(v_base), "+r"(target), "+r"(warp_key), "+r"(first_row));
+    }
+  }
+
+  __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
+  __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
+  __device__ __forceinline__ int group_key(int g) const { return warp_key + 8 * g; }
+
+  /// Whether the thread found a key in [first_key, key_end) whose block the table does not name.
+  __device__ __forceinline__ bool finds_holes(int first_key) const {
+    if (plan.params.block_tables == nullptr || first_key >= key_end) return false;
+    bool found = false;
+    const int block_size = static_cast<int>(plan.block_size.divisor);
+    const int first_block = plan.block_size.quotient(first_key);
+#pragma unroll 1
+    for (int block = first_block + static_cast<int>(threadIdx.x); block <= plan.block_size.quotient(key_end - 1); block += kThreads) {
+      const int key = max(first_key, block * block_size);
+      found |= !locate_key(plan, tile, key, key_end, load_entry(plan, tile, key, key_end)).valid;
+    }
+    return found;
+  }
+
+  /// Before copy(key, ...).
+  __device__ __forceinline__ void look_up(int key) {
+    if (plan.params.block_tables == nullptr) return;
+#pragma unroll
+    for (int g = 0; g < kWarpGroups; ++g)
+      if (key + group_key(g) < key_end) entry[g] = table[plan.block_size.quotient(key + group_key(g))];
+  }
+
+  /// Starts the copies of K, V or both, for the step at `key`, to slots at these addresses; V alone: of the step whose K came last.
+  template <bool kK, bool kV>
+  __device__ __forceinline__ void copy(int key, std::uint32_t k_slot, std::uint32_t v_slot) {
+    if (by_groups) {
+#pragma unroll
+      for (int g = 0; g < kWarpGroups; ++g) {
+        int block = 0, token = key + group_key(g);
+        if (plan.params.block_tables != nullptr) {
+          token = plan.block_size.remainder(token, plan.block_size.quotient(token));
+          block = kK ? entry[g] : v_entry[g];
+          if constexpr (kK && !kV) v_entry[g] = entry[g];
+        }
+        const int end = key_end - key - 8 * g - first_row;
+        const auto copy_group = [&](const char* base, uint2 strides, std::uint32_t slot) {
+          base +=
+              static_cast<std::uint64_t>(static_cast<std::uint32_t>(block) * strides.x + static_cast<std::uint32_t>(token) * strides.y) *
+              16;
+          asm volatile("" : "+l"(base));  // one sum, not one for each pass
+#pragma unroll
+          for (int r = 0; r < 8; r += kRowsPerPass) {
+            const int bytes = Types::kQuantized ? min(static_cast<int>(plan.params.head_dim) - lane() % KvRows::kChunks * 16, 16) : 16;
+            device::copy_async_16(slot + KvRows::advance(target, 8 * g + r, KvRows::key(r)),
+                                  base + static_cast<std::uint64_t>(static_cast<std::uint32_t>(r) * strides.y) * 16, r < end ? bytes : 0);
+          }
+        };
+        if constexpr (kK) copy_group(k_base, plan.k_chunk_strides, k_slot);
+        if constexpr (kV) copy_group(v_base, plan.v_chunk_strides, v_slot);
+      }
+      if constexpr (kK) look_up(key + kKeys);
+    } else {
+      if constexpr (kK) copy_keys(k_view<Types>(plan.params, plan, kv_head), key, k_slot);
+      if constexpr (kV) copy_keys(v_view<Types>(plan.params, plan, kv_head), key, v_slot);
+    }
+  }
+
+  /// Bit i of valid: the table names key i's block. Only where it has holes.
+  __device__ __forceinline__ void find_valid(int key, std::uint32_t (&valid)[kMasks]) const {
+#pragma unroll
+    for (int m = 0; m < kMasks; ++m) {
+      const int lane_key = key + 32 * m + lane();
+      valid[m] = __ballot_sync(kAllLanes, locate_key(plan, tile, lane_key, key_end, load_entry(plan, tile, lane_key, key_end)).valid);
+    }
+  }
+
+  __device__ __forceinline__ void copy_keys(const KvView& view, int key, std::uint32_t slot) {
+    const int first_row = warp() * kWarpRows;
+    const int lane_key = key + first_row + lane() % kWarpRows;
+    const KeyLocation location = locate_key(plan, tile, lane_key, key_end, load_entry(plan, tile, lane_key, key_end));
+    const int chunk = lane() % KvRows::kChunks;
+#pragma unroll 1
+    for (int r = 0; r < kWarpRows; r += kRowsPerPass) {
+      const int row = first_row + r + lane() / KvRows::kChunks;
+      const int of_lane = row - first_row;
+      const int block = __shfl_sync(kAllLanes, location.entry, of_lane);
+      const int token = __shfl_sync(kAllLanes, location.slot, of_lane);
+      const bool exists = __shfl_sync(kAllLanes, static_cast<int>(location.valid), of_lane) != 0 && chunk * 16 < view.row_bytes;
+      const char* const source = exists ? view.base + block * view.block_stride + token * view.token_stride + chunk * 16 : view.base;
+      const int bytes = exists ? min(view.row_bytes - chunk * 16, 16) : 0;
+      if (plan.kv_alignment == 16) {
+        device::copy_async_16(KvRows::address(slot, row, chunk), source, bytes);
+      } else {
+        device::copy_narrow_16(KvRows::address(slot, row, chunk), source, bytes, plan.kv_alignment);
+      }
+    }
+  }
+};
+
+/// A warp starts the copy of its kRows rows of q, the tile's from first_row on, to the tile's `q_shared`: zero where there is no row or
+/// column. Lane i knows where row i begins.
+template <typename Types, int kRows>
+__device__ __forceinline__ void copy_warp_q(const Plan& plan, const Tile& tile, int first_row, std::int64_t row_offset,
+                                            std::uint32_t q_shared) {
+  using QRows = Rows<Types::kQRowBytes>;
+  const AttentionParams& p = plan.params;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  constexpr int kRowsPerPass = 32 / QRows::kChunks;
+  const int row = lane / QRows::kChunks, chunk = lane % QRows::kChunks;
+  const bool column_exists = chunk * 8 < p.head_dim;
+  const std::uint32_t target = QRows::address(q_shared, first_row + row, chunk);
+  const char* const base = static_cast<const char*>(p.q) + chunk * 16;
+  if (plan.q_alignment == 16) {
+#pragma unroll
+    for (int r = 0; r < kRows; r += kRowsPerPass) {
+      const char* const source = base + __shfl_sync(kAllLanes, row_offset, r + row);
+      device::copy_async_16(QRows::advance(target, r, QRows::key(r % 8)), source,
+                            column_exists && first_row + r + row < tile.num_rows ? 16 : 0);
+    }
+  } else {
+#pragma unroll 1
+    for (int r = 0; r < kRows; r += kRowsPerPass) {
+      const char* const source = base + __shfl_sync(kAllLanes, row_offset, r + row);
+      const bool exists = column_exists && first_row + r + row < tile.num_rows;
+      device::copy_narrow_16(QRows::address(q_shared, first_row + r + row, chunk), exists ? source : static_cast<const char*>(p.q),
+                             exists ? 16 : 0, plan.q_alignment);
+    }
+  }
+}
 
 /// Grid: x = (num_tiles - 1 - tile) * num_kv_heads + kv_head, so that under a causal mask long tiles come first; y = split. A CTA
 /// computes its packed rows against its split's keys and writes them to out and lse, or to the workspace if other splits have keys.
@@ -31,11 +207,12 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim, k
   using Types = MmaTypes<kKvDType, kHeadDim>;
   using Shape = SplitRowsShape<kKvDType, kHeadDim, kVariant>;
   constexpr int kKeys = Shape::kKeys, kWarpRows = Shape::kWarpRows, kTileRows = Shape::kTileRows;
-  constexpr int kMasks = kKeys / 32;
+  using MmaState = MmaRows<kKvDType, kHeadDim, kWarpRows / 16, Shape::kQSteps>;
+  constexpr int kRows = MmaState::kRows;
   extern __shared__ __align__(1024) char shared[];
   const AttentionParams& p = plan.params;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int warp = static_cast<int>(threadIdx.x / 32);
   const int num_kv_heads = static_cast<int>(p.num_kv_heads);
   const int reversed_idx = static_cast<int>(blockIdx.x) / num_kv_heads;
   const int kv_head = static_cast<int>(blockIdx.x) - reversed_idx * num_kv_heads;
@@ -48,170 +225,225 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim, k
   if (split >= splits.num_active) return;
   const int key_begin = tile.key_begin + split * splits.keys_per_split;
   const int key_end = min(static_cast<std::int64_t>(key_begin) + splits.keys_per_split, std::int64_t{tile.key_end});
+  const int first_key = key_begin & ~7;  // steps are made of whole groups
 
-  char* q_shared = shared + Shape::kSlots * Shape::kSlotBytes;
-  auto* row_params = reinterpret_cast<RowParams*>(shared + Shape::kRowParamsOffset);
-  const std::uint32_t slots = device::shared_address(shared);
-  auto* notes = reinterpret_cast<std::uint32_t*>(shared + Shape::kNotesOffset);
-
-  const FullRange full = full_range(plan, tile);
+  char* const q_shared = shared + Shape::kQOffset;
+  auto* const row_params = reinterpret_cast<RowParams*>(shared + Shape::kRowParamsOffset);
+  auto* const notes = reinterpret_cast<std::uint32_t*>(shared + Shape::kNotesOffset);
+  const std::uint32_t k_slot = device::shared_address(shared);
+  const std::uint32_t v_slot = k_slot + Shape::kSlotBytes;
   const int warp_row = warp * kWarpRows;
-  using MmaState = MmaRows<kKvDType, kHeadDim, kWarpRows / 16>;
-  constexpr int kRows = MmaState::kRows;
-  MmaState rows;
-  ScoreScale<kRows> score;
-  const std::uint32_t k_thread_offset = MmaState::k_thread_offset();
-  const std::uint32_t v_thread_offset = Shape::kSlotBytes + MmaState::v_thread_offset();
 
-  // Every warp looks up the whole step, so that each knows all of its keys, and copies a quarter of the rows.
-  const auto copy = [&](const KvView& view, const KeyLocation(&location)[kMasks], const std::uint32_t (&valid)[kMasks],
-                        std::uint32_t slot) {
-    constexpr int kRowsPerWarp = kKeys / kWarps;
-    const int first_row = warp * kRowsPerWarp;
-    if (kMasks == 1 || first_row < 32) {
-      copy_rows<Types, kRowsPerWarp>(plan, view, location[0], valid[0], first_row % 32, slot, first_row);
-    } else {
-      copy_rows<Types, kRowsPerWarp>(plan, view, location[kMasks - 1], valid[kMasks - 1], first_row % 32, slot, first_row);
+  StepCopy<Types, kKeys> steps(plan, tile, kv_head, key_end);
+  const auto start_first = [&] {
+    if (first_key < key_end) {
+      if constexpr (Shape::kStages == 2) {
+        steps.template copy<true, true>(first_key, k_slot, v_slot);
+      } else {
+        steps.template copy<true, false>(first_key, k_slot, v_slot);
+      }
     }
+    device::copy_async_commit();
   };
+  steps.look_up(first_key);
+  bool holes = steps.finds_holes(first_key);
+  if constexpr (Types::kQuantized) {
+    copy_q<Types, kWarpRows>(plan, tile, kv_head, warp_row, 0, 1, q_shared);
+  } else {
+    const RowIndex index = row_index(plan, tile, kv_head, min(warp_row + lane % kWarpRows, tile.num_rows - 1));
+    const std::int64_t row_offset = (index.q_token * p.q_token_stride + index.head * p.q_head_stride) * 2;
+    copy_warp_q<Types, kWarpRows>(plan, tile, warp_row, row_offset, device::shared_address(q_shared));
+  }
+  if (p.block_tables != nullptr) holes = __syncthreads_or(holes);
+  steps.by_groups &= !holes;
+  start_first();
+  // What a row sees of this split's keys.
+  if (lane < kWarpRows) {
+    RowParams params = make_row_params(plan, tile, kv_head, warp_row + lane);
+    params.begin = max(params.begin, key_begin);
+    params.end = min(params.end, key_end);
+    row_params[warp_row + lane] = params;
+  }
+  FullRange full = full_range(plan, tile);
+  full.begin = max(full.begin, key_begin);
+  full.end = min(full.end, key_end);
 
-  copy_q<Types, kWarpRows>(plan, tile, kv_head, warp_row, 0, 1, q_shared);
-  if (lane < kWarpRows) row_params[warp_row + lane] = make_row_params(plan, tile, kv_head, warp_row + lane);
-  device::copy_async_commit();
+  MmaState rows;
+  ScoreScale<MmaState::kScales> score;
+  if constexpr (Types::kQuantized) {
+    device::copy_async_wait<0>();
+    __syncwarp();
+    convert_q<Types, kHeadDim, kWarpRows>(plan, warp_row, q_shared, row_params);
+  }
+  __syncwarp();
+  score = make_score_scale<MmaState::kScales>(p, row_params, [&](int i) { return warp_row + MmaState::row(i); });
+  if constexpr (Shape::kQSteps > 0) {
+    device::copy_async_wait<0>();
+    __syncwarp();
+  }
+  rows.attach_q(device::shared_address(q_shared), warp_row);
 
   // A second pass only where NaN or infinity in V reached rows that do not see it.
   bool selecting = false;
-  for (;; selecting = true) {
-    int next_key = key_begin;  // of the step whose K comes next
-    int entry[kMasks];
-    KeyLocation location[kMasks] = {};  // of the step whose K came last
-    std::uint32_t next_valid[kMasks] = {};
-#pragma unroll
-    for (int m = 0; m < kMasks; ++m) entry[m] = load_entry(plan, tile, next_key + 32 * m + lane, key_end);
-    const auto copy_k = [&](std::uint32_t slot) {
-      if (next_key >= key_end) return;
-#pragma unroll
-      for (int m = 0; m < kMasks; ++m) {
-        location[m] = locate_key(plan, tile, next_key + 32 * m + lane, key_end, entry[m]);
-        next_valid[m] = __ballot_sync(kAllLanes, location[m].valid);
-      }
-      copy(k_view<Types>(p, plan, kv_head), location, next_valid, slot);
-      next_key += kKeys;
-#pragma unroll
-      for (int m = 0; m < kMasks; ++m) entry[m] = load_entry(plan, tile, next_key + 32 * m + lane, key_end);
-    };
-    const auto copy_v = [&](std::uint32_t slot) { copy(v_view<Types>(p, plan, kv_head), location, next_valid, slot); };
-
-    // Slots hold K0 V0 K1 V1; three are ahead of the one in use.
-    std::uint32_t valid[2][kMasks];  // of the step in use and the one after
-    copy_k(slots);
-    device::copy_async_commit();
-    copy_v(slots + Shape::kSlotBytes);
-    device::copy_async_commit();
-#pragma unroll
-    for (int m = 0; m < kMasks; ++m) valid[0][m] = next_valid[m];
-    copy_k(slots + 2 * Shape::kSlotBytes);
-    device::copy_async_commit();
-#pragma unroll
-    for (int m = 0; m < kMasks; ++m) valid[1][m] = next_valid[m];
-
-    if (!selecting) {
-      // Three newer groups may be under way.
-      device::copy_async_wait<3>();
-      __syncwarp();
-      if constexpr (Types::kQuantized) {
-        convert_q<Types, kHeadDim, kWarpRows>(plan, warp_row, q_shared, row_params);
-        __syncwarp();
-      }
-      score = make_score_scale<kRows>(p, row_params, [&](int i) { return warp_row + MmaState::row(i); });
-      rows.attach_q(device::shared_address(q_shared), warp_row);
-    }
+  for (;;) {
     rows.reset([&](int i) {
       const RowParams& row = row_params[warp_row + MmaState::row(i)];
-      return max(row.begin, key_begin) < min(row.end, key_end);
+      return row.begin < row.end;
     });
-    if (selecting) {
-      for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kNoteWords<kHeadDim>; i += kThreads) notes[i] = 0;
-    }
 
-    // Steps.
-    std::uint32_t pair = slots;  // of the step in use
-    for (int key = key_begin; key < key_end; key += kKeys) {
-      const std::uint32_t other = pair == slots ? slots + 2 * Shape::kSlotBytes : slots;
-      typename MmaState::template Scores<kKeys> scores;
-      device::copy_async_wait<2>();
+    // Steps. K comes while the product with V runs, V while scores are made.
+    std::uint32_t stage = 0;
+    std::uint32_t k_first = k_slot + MmaState::k_thread_offset(), v_first = v_slot + MmaState::v_thread_offset();
+    asm volatile("" : "+r"(k_first), "+r"(v_first));
+#pragma unroll 1
+    for (int key = first_key; key < key_end; key += kKeys) {
+      typename MmaState::template Weights<kKeys> weights;
+      device::copy_async_wait<0>();
       __syncthreads();
-      if (key + kKeys < key_end) copy_v(other + Shape::kSlotBytes);
+      if constexpr (Shape::kStages == 2) {
+        const std::uint32_t next = 2 * Shape::kSlotBytes - stage;
+        steps.template copy<true, true>(key + kKeys, k_slot + next, v_slot + next);
+      } else {
+        steps.template copy<false, true>(key, k_slot, v_slot);
+      }
       device::copy_async_commit();
       float added[kRows];
-      // Scores are computed twice where the first weights were large, which is rare after a tile's first step.
-      for (bool large = false;; large = true) {
-        rows.template multiply_qk<kKeys>(scores, pair + k_thread_offset);
-        if (score.transform) rows.template transform_scores<kKeys>(scores, row_params + warp_row, p.softcap, key);
-        bool all_valid = true;
-#pragma unroll
-        for (int m = 0; m < kMasks; ++m) all_valid &= valid[0][m] == kAllLanes;
-        if (!all_valid || key < full.begin || key > full.end - kKeys) {
-          rows.template mask_scores<kKeys>(scores, row_params + warp_row, key, valid[0]);
-          if (p.mask != nullptr) rows.template apply_mask<kKeys>(scores, p, row_params + warp_row, key);
+      // The first step takes the maximum as the base. Later ones compute scores a second time if weights were large, which is rare.
+      unsigned large = (1u << kRows) - 1;
+#pragma unroll 1
+      for (bool raise = key == first_key;; raise = true) {
+        // Addresses of fragments are one operation each: too cheap to keep in registers.
+        std::uint32_t k_address = k_first + stage;
+        asm volatile("" : "+r"(k_address), "+r"(rows.q_address));
+        typename MmaState::template Scores<kKeys> scores;
+        rows.template multiply_qk<kKeys>(scores, k_address);
+        if (score.transform) {
+          int at = key;
+          float softcap = p.softcap;
+          asm volatile("" : "+r"(at), "+f"(softcap));
+          rows.template transform_scores<kKeys>(scores, row_params + warp_row, softcap, at);
         }
-        if (large) rows.template raise_base<kKeys>(scores, score, added);
-        if (!rows.template weigh<kKeys>(scores, score, large, added) || large) break;
+        if (holes || key < full.begin || key > full.end - kKeys) {
+          std::uint32_t valid[kKeys / 32];
+#pragma unroll
+          for (int m = 0; m < kKeys / 32; ++m) valid[m] = kAllLanes;
+          int at = key;
+          asm volatile("" : "+r"(at));  // nothing of this is done in advance
+          if (holes) steps.find_valid(at, valid);
+          rows.template mask_scores<kKeys>(scores, row_params + warp_row, at, valid);
+          if (p.mask != nullptr) rows.template apply_mask<kKeys>(scores, p, row_params + warp_row, at);
+        }
+        if (raise) rows.template raise_base<kKeys>(scores, score, large);
+        large = rows.template weigh<kKeys>(weights, scores, score, raise, added);
+        if (!__any_sync(kAllLanes, large != 0) || raise) break;
       }
 #pragma unroll
       for (int i = 0; i < kRows; ++i) rows.sum[i] += added[i];
 
-      device::copy_async_wait<2>();
-      __syncthreads();
-      copy_k(pair);
-      device::copy_async_commit();
-#pragma unroll
-      for (int m = 0; m < kMasks; ++m) {
-        valid[0][m] = valid[1][m];
-        valid[1][m] = next_valid[m];
+      if constexpr (Shape::kStages == 1) {
+        device::copy_async_wait<0>();
+        __syncthreads();
+        steps.template copy<true, false>(key + kKeys, k_slot, v_slot);
+        device::copy_async_commit();
       }
       if (selecting) {
-        take_out_not_finite<kKvDType, kHeadDim>(p, shared + (pair - slots) + Shape::kSlotBytes, warp * (kKeys / kWarps),
+        take_out_not_finite<kKvDType, kHeadDim>(p, shared + stage + Shape::kSlotBytes, warp * (kKeys / kWarps),
                                                 (warp + 1) * (kKeys / kWarps), key, row_params, notes, tile.num_rows);
         __syncthreads();
       }
-      rows.template multiply_pv<kKeys>(scores, pair + v_thread_offset);
-      pair = other;
+      std::uint32_t v_address = v_first + stage;
+      asm volatile("" : "+r"(v_address));
+      rows.template multiply_pv<kKeys>(weights, v_address);
+      if constexpr (Shape::kStages == 2) stage = 2 * Shape::kSlotBytes - stage;
     }
-    device::copy_async_wait<0>();
     if (!kMayBeNotFinite<kKvDType> || selecting || !__syncthreads_or(warp_row < tile.num_rows && rows.not_finite())) break;
+    selecting = true;
+    for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kNoteWords<kHeadDim>; i += kThreads) notes[i] = 0;
+    steps.look_up(first_key);
+    start_first();
   }
 
   // Write rows.
+  device::copy_async_wait<0>();
+  __syncwarp();
   rows.reduce_sum();
+  if (selecting) rows.add_notes(notes, warp_row);
   const int head_dim = static_cast<int>(p.head_dim);
-  const float v_scale = p.v_scale != nullptr ? p.v_scale[kv_head * p.v_scale_stride] : 1.0f;
+
+  // A lane finishes a row. The thread's rows get there, and their factors back, through row_params.
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    RowParams& of_row = row_params[warp_row + MmaState::row(r)];
+    if (lane % 4 == 0) of_row.scale = rows.final_base(r), of_row.slope = rows.sum[r];
+  }
+  __syncwarp();
+  const int lane_row = warp_row + lane % kWarpRows;
+  const RowIndex index = row_index(plan, tile, kv_head, min(lane_row, tile.num_rows - 1));
+  const bool lane_row_exists = lane < kWarpRows && lane_row < tile.num_rows;
+  const float top = row_params[lane_row].scale, sum = row_params[lane_row].slope;
+  if (splits.num_active > 1) {
+    const std::int64_t target = split * plan.num_rows + stats_index(plan, index);
+    if (lane_row_exists) plan.partial_stats[target] = float2{top, sum};
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float* const out = plan.partial_out + __shfl_sync(kAllLanes, target, MmaState::row(r)) * head_dim;
+      if (warp_row + MmaState::row(r) >= tile.num_rows) continue;
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 8; ++j) {
+        int column;
+        const float2 value = rows.columns(j, r, column);
+        if (column < head_dim) *reinterpret_cast<float2*>(out + column) = value;
+      }
+    }
+    return;
+  }
+  const RowFinish finish = finish_row(p, top, sum, index.head);
+  if (lane_row_exists && p.lse != nullptr) p.lse[stats_index(plan, index)] = finish.lse;
+  __syncwarp();
+  if (lane < kWarpRows) row_params[lane_row].scale = finish.factor * (p.v_scale != nullptr ? p.v_scale[kv_head * p.v_scale_stride] : 1.0f);
+  __syncwarp();
+
+  // Through the warp's part of q's memory, so that a row is stored by 16 bytes a lane.
+  using OutRows = Rows<Types::kQRowBytes>;
+  const bool bfloat16 = Types::kQuantized ? p.dtype == DType::kBFloat16 : Types::kBf16;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = warp_row + MmaState::row(r);
-    const bool exists = row < tile.num_rows;
-    const RowIndex index = row_index(plan, tile, kv_head, exists ? row : 0);
-    const float top = rows.final_base(r);
-    const std::int64_t target = split * plan.num_rows + stats_index(plan, index);
-    float factor = 1.0f;
-    if (splits.num_active > 1) {
-      if (exists && lane % 4 == 0) plan.partial_stats[target] = float2{top, rows.sum[r]};
-    } else {
-      const RowFinish finish = finish_row(p, top, rows.sum[r], index.head);
-      if (exists && lane % 4 == 0 && p.lse != nullptr) p.lse[stats_index(plan, index)] = finish.lse;
-      factor = finish.factor * v_scale;
-    }
+    const float factor = row_params[row].scale;
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 16; ++i) {
+    for (int j = 0; j < kHeadDim / 8; ++j) {
       int column;
-      float4 value = rows.columns(i, r, column);
-      if (!exists || column >= head_dim) continue;
-      if (selecting) value = with_notes<kHeadDim>(value, notes, row, column);
-      if (splits.num_active > 1) {
-        *reinterpret_cast<float4*>(plan.partial_out + target * head_dim + column) = value;
-      } else {
-        store_out_4(plan, index, column, float4{value.x * factor, value.y * factor, value.z * factor, value.w * factor});
-      }
+      const float2 value = rows.columns(j, r, column);
+      const std::uint32_t bits =
+          bfloat16 ? device::pack_16<true>(value.x * factor, value.y * factor) : device::pack_16<false>(value.x * factor, value.y * factor);
+      const int chunk = column / 8 ^ OutRows::key(row);
+      *reinterpret_cast<std::uint32_t*>(q_shared + row * Types::kQRowBytes + (chunk << 4) + column % 8 * 2) = bits;
+    }
+  }
+  __syncwarp();
+  constexpr int kRowsPerPass = 32 / OutRows::kChunks;
+  const int chunk = lane % OutRows::kChunks;
+  const int pass_row = lane / OutRows::kChunks;
+  const std::int64_t row_offset = (index.q_token * p.out_token_stride + index.head * p.out_head_stride) * 2;
+  const char* const staged = q_shared + warp_row * Types::kQRowBytes;
+  char* const out = static_cast<char*>(p.out) + chunk * 16;
+  const int end = chunk * 8 < head_dim ? tile.num_rows - warp_row - pass_row : 0;
+  if (plan.out_aligned) {
+#pragma unroll
+    for (int r = 0; r < kWarpRows; r += kRowsPerPass) {
+      const int row = r + pass_row;
+      const uint4 value = *reinterpret_cast<const uint4*>(staged + row * Types::kQRowBytes + ((chunk ^ OutRows::key(row)) << 4));
+      char* const target = out + __shfl_sync(kAllLanes, row_offset, row);
+      if (r < end) *reinterpret_cast<uint4*>(target) = value;
+    }
+  } else {
+#pragma unroll 1
+    for (int r = 0; r < kWarpRows; r += kRowsPerPass) {
+      const int row = r + pass_row;
+      const auto* const source =
+          reinterpret_cast<const std::uint16_t*>(staged + row * Types::kQRowBytes + ((chunk ^ OutRows::key(row)) << 4));
+      auto* const target = reinterpret_cast<std::uint16_t*>(out + __shfl_sync(kAllLanes, row_offset, row));
+      for (int i = 0; i < 8 && r < end; ++i) target[i] = source[i];
     }
   }
 }

@@ -42,6 +42,7 @@ struct MmaTypes {
   static constexpr device::Byte kByte = kKvDType == DType::kFloat8E4M3FN ? device::Byte::kE4M3
                                         : kKvDType == DType::kFloat8E5M2 ? device::Byte::kE5M2
                                                                          : device::Byte::kInt8;
+  static constexpr int kElements = 16 / static_cast<int>(itemsize(kKvDType));  // of a 16-byte chunk
   static constexpr int kElementBytes = static_cast<int>(itemsize(kKvDType));
   static constexpr int kKvRowBytes = kHeadDim * kElementBytes;
   static constexpr int kQRowBytes = kHeadDim * 2;
@@ -97,19 +98,6 @@ __device__ __forceinline__ float transformed_score(float product, const RowParam
     value = softcap - __fdividef(2.0f * softcap, power + 1.0f);
   }
   return value * kLog2E - row.slope * static_cast<float>(row.position - key);
-}
-
-/// The tile's first and last key that every row of it sees, up to the mask's first; keys outside need to be looked at.
-struct FullRange {
-  int begin, end;
-};
-
-__device__ __forceinline__ FullRange full_range(const Plan& plan, const Tile& tile) {
-  const int first = plan.group.quotient(tile.row_begin);
-  const int last = plan.group.quotient(tile.row_begin + tile.num_rows - 1);
-  FullRange range{visible_keys(plan.params, tile, last).begin, visible_keys(plan.params, tile, first).end};
-  if (plan.params.mask != nullptr) range.end = min(range.end, max(mask_first_key(plan.params, tile), 0));
-  return range;
 }
 
 /// What copy_q does with float8_e4m3fn queries, at once: float16 in shared memory.
@@ -249,13 +237,13 @@ __device__ __forceinline__ KvView v_view(const AttentionParams& p, const Plan& p
 /// was there could be NaN.
 template <typename Types, int kKeys>
 __device__ __forceinline__ void copy_rows(const Plan& plan, const KvView& view, const KeyLocation& location, std::uint32_t valid,
-                                          int first_lane, std::uint32_t slot, int first_row) {
+                                          int first_lane, std::uint32_t slot, int first_row,
+                                          int lane = static_cast<int>(threadIdx.x) % 32) {
   using KvRows = Rows<Types::kKvRowBytes>;
   constexpr int kRowsPerPass = 32 / KvRows::kChunks;
   constexpr int kPasses = kKeys / kRowsPerPass;
   constexpr std::uint32_t kAll = kKeys == 32 ? 0xffffffffu : (1u << (kKeys % 32)) - 1;
   static_assert(kPasses * kRowsPerPass == kKeys && kKeys % 8 == 0);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
   const int chunk = lane % KvRows::kChunks;
   const int pass_lane = first_lane + lane / KvRows::kChunks;
   const int bytes = min(max(view.row_bytes - chunk * 16, 0), 16);
@@ -340,12 +328,16 @@ __device__ __forceinline__ void take_out_not_finite(const AttentionParams& p, ch
   }
 }
 
+/// A value with what two bits of a note say.
+__device__ __forceinline__ float noted(float value, std::uint32_t note) {
+  return value + (note & 1u ? INFINITY : 0.0f) - (note & 2u ? INFINITY : 0.0f);
+}
+
 /// The four columns of a row from `column`, with what was noted for them.
 template <int kHeadDim>
 __device__ __forceinline__ float4 with_notes(float4 value, const std::uint32_t* notes, int row, int column) {
   const std::uint32_t bits = notes[row * kNoteWords<kHeadDim> + column / 16] >> (column % 16 * 2);
-  const auto apply = [](float x, std::uint32_t note) { return x + (note & 1u ? INFINITY : 0.0f) - (note & 2u ? INFINITY : 0.0f); };
-  return float4{apply(value.x, bits), apply(value.y, bits >> 2), apply(value.z, bits >> 4), apply(value.w, bits >> 6)};
+  return float4{noted(value.x, bits), noted(value.y, bits >> 2), noted(value.z, bits >> 4), noted(value.w, bits >> 6)};
 }
 
 }  // namespace quire::cuda::attn

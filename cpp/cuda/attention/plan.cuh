@@ -40,23 +40,38 @@ struct Divisor {
 /// Everything a kernel needs, passed by value.
 struct Plan {
   AttentionParams params;
-  Divisor group;       // query heads of a kv head
+  Divisor group;       // query heads of a kv head, or of two that are one (Config::paired)
+  Divisor kv_group;    // of a kv head
   Divisor block_size;  // paged only
   ErrorWord* error_word;
-  float* partial_out;     // [num_splits, num_tokens * num_heads, head_dim], not normalised
-  float2* partial_stats;  // [num_splits, num_tokens * num_heads]: largest score in units of log2, sum of exponentials
+  // [num_splits, num_tokens * num_heads, head_dim], or [CTAs, slots_per_cta, tile_rows, head_dim]; not normalised.
+  float* partial_out;
+  float2* partial_stats;  // the same without head_dim: largest score in units of log2, sum of exponentials
   std::int64_t num_rows;  // num_tokens * num_heads
   int num_splits;
   int keys_per_split_min;
   int tile_rows;
-  int num_tiles;      // per kv head
+  Divisor rows_of_tile;
+  int min_rows, max_rows;  // sequences with another number of packed rows are not this launch's
+  // For kernels that share the batch's keys on the device (share.cuh).
+  unsigned* counters;     // [CTAs], zero between launches: units of a shared tile that are done; at the first CTA that has a part of it
+  int slots_per_cta;      // of partial results, each of tile_rows rows
+  int key_span;           // no tile has more keys
+  // If all tiles turn out to have one length: of one of these there are several. tiles_per_cta 0: they are shared by length whatever they are.
+  Divisor ctas_per_tile;
+  int tiles_per_cta;
+  Divisor tiles_of_seq, kv_heads;  // of all kv heads; how many of those there are
+  int line_shift;  // places on the line are counted in units of 2^line_shift steps
+  bool batch_invariant;
+  int num_tiles;  // per kv head
   int tiles_per_seq;  // 0 with query_start_loc
   int key_capacity;
   int kv_alignment;  // of every K and V row, in bytes: 1, 2, 4, 8 or 16
   // With kv_alignment 16 and every offset below 2^32 chunks of 16 bytes, strides in such chunks: {block, token}.
   bool chunk_strides_exist;
   uint2 k_chunk_strides, v_chunk_strides;
-  int q_alignment;   // of every row of q
+  bool groups_exist;  // the same, and 8 keys from a multiple of 8 on are never in two blocks
+  int q_alignment;  // of every row of q
   bool out_aligned;  // every row of out is aligned to 16 bytes
   OpId op;
 };
@@ -79,13 +94,13 @@ struct KeyRange {
 };
 
 __device__ __forceinline__ KeyRange visible_keys(const AttentionParams& p, const Tile& tile, int token) {
-  const std::int64_t position = static_cast<std::int64_t>(tile.kv_len) - tile.query_len + token;
-  std::int64_t begin = 0, end = tile.kv_len;
-  constexpr std::int64_t kLimit = INT_MAX;
-  if (p.window_left >= 0) begin = max(begin, position - min(p.window_left, kLimit));
+  // Lengths, windows and numbers of rows are below 2^30.
+  const int position = tile.kv_len - tile.query_len + token;
+  int begin = 0, end = tile.kv_len;
+  if (p.window_left >= 0) begin = max(begin, position - static_cast<int>(p.window_left));
   if (p.causal) end = min(end, position + 1);
-  if (p.window_right >= 0) end = min(end, position + min(p.window_right, kLimit) + 1);
-  return KeyRange{static_cast<int>(min(begin, kLimit)), static_cast<int>(max(end, std::int64_t{0}))};
+  if (p.window_right >= 0) end = min(end, position + static_cast<int>(p.window_right) + 1);
+  return KeyRange{begin, max(end, 0)};
 }
 
 /// The key that bit 0 of the mask's rows stands for, or one as far from all keys and bits, whose numbers are below 2^30.
@@ -125,8 +140,8 @@ __device__ inline bool find_sequence(const Plan& plan, int tile_idx, Tile& tile)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int limit = static_cast<int>(p.num_tokens);
   const auto num_seqs = static_cast<int>(p.num_seqs);
-  const auto first_tile = [&](int loc, int seq) {
-    return static_cast<std::int64_t>(loc) * plan.group.divisor / static_cast<unsigned>(plan.tile_rows) + seq;
+  const auto first_tile = [&](int loc, int seq) {  // loc times the group is below 2^31
+    return static_cast<std::int64_t>(plan.rows_of_tile.quotient(loc * static_cast<int>(plan.group.divisor))) + seq;
   };
   const std::int32_t first = p.query_start_loc[0];
   int carry = min(max(first, 0), limit);
@@ -168,31 +183,66 @@ __device__ inline bool find_sequence(const Plan& plan, int tile_idx, Tile& tile)
   return false;
 }
 
+/// The tile's first and last key that every row of it sees, up to the mask's first; keys outside need to be looked at.
+struct FullRange {
+  int begin, end;
+};
+
+/// Fills in the rows from row_begin on, up to tile_rows of them, and the keys that they see.
+__device__ __forceinline__ FullRange finish_tile(const Plan& plan, Tile& tile, int tile_rows) {
+  tile.num_rows = min(tile_rows, tile.query_len * static_cast<int>(plan.group.divisor) - tile.row_begin);
+  const KeyRange of_first = visible_keys(plan.params, tile, plan.group.quotient(tile.row_begin));
+  const KeyRange of_last = visible_keys(plan.params, tile, plan.group.quotient(tile.row_begin + tile.num_rows - 1));
+  tile.key_begin = of_first.begin;
+  tile.key_end = of_last.end;
+  if (tile.key_end <= tile.key_begin) tile.key_begin = tile.key_end = 0;
+  FullRange full{of_last.begin, of_first.end};
+  if (plan.params.mask != nullptr) full.end = min(full.end, max(mask_first_key(plan.params, tile), 0));
+  return full;
+}
+
+/// What finish_tile returns, once more.
+__device__ __forceinline__ FullRange full_range(const Plan& plan, const Tile& tile) {
+  Tile copy = tile;
+  return finish_tile(plan, copy, plan.tile_rows);
+}
+
+/// Without query_start_loc.
+__device__ __forceinline__ int queries_per_sequence(const AttentionParams& p) {
+  return static_cast<int>(p.shared_queries > 0 ? p.shared_queries : p.block_tables != nullptr ? 1 : p.num_tokens);
+}
+
+/// A sequence's number of keys without kv_start_loc; `records` reports one out of range.
+__device__ __forceinline__ int sequence_keys(const Plan& plan, int seq, bool records) {
+  const AttentionParams& p = plan.params;
+  if (p.shared_queries > 0) {
+    const std::int64_t before = static_cast<std::int64_t>(seq) * plan.key_capacity;
+    return static_cast<int>(min(max(p.total_keys - before, std::int64_t{0}), std::int64_t{plan.key_capacity}));
+  }
+  if (p.block_tables == nullptr) return plan.key_capacity;
+  const std::int32_t seq_len = p.seq_lens[seq];
+  const int keys = min(max(seq_len, 0), plan.key_capacity);
+  if (records && seq_len != keys) record_error(plan.error_word, plan.op, ArgId::kSeqLens, seq, seq_len);
+  return keys;
+}
+
 /// The tile's rows and keys; false if it has no rows. Every warp of the CTA takes part and gets the same answer.
 __device__ inline bool locate_tile(const Plan& plan, int tile_idx, Tile& tile) {
   const AttentionParams& p = plan.params;
   if (plan.tiles_per_seq > 0) {
     tile.seq = tile_idx / plan.tiles_per_seq;
-    tile.query_len = static_cast<int>(p.shared_queries > 0 ? p.shared_queries : p.block_tables != nullptr ? 1 : p.num_tokens);
+    tile.query_len = queries_per_sequence(p);
     tile.first_token = tile.seq * tile.query_len;
     tile.row_begin = (tile_idx - tile.seq * plan.tiles_per_seq) * plan.tile_rows;
   } else if (!find_sequence(plan, tile_idx, tile)) {
     return false;
   }
   const int rows = tile.query_len * static_cast<int>(plan.group.divisor);
-  if (tile.row_begin >= rows) return false;
-  tile.num_rows = min(plan.tile_rows, rows - tile.row_begin);
+  if (tile.row_begin >= rows || rows < plan.min_rows || rows > plan.max_rows) return false;
 
   const bool leader = threadIdx.x == 0;
   tile.kv_first_token = 0;
-  if (p.shared_queries > 0) {
-    const std::int64_t before = static_cast<std::int64_t>(tile.seq) * plan.key_capacity;
-    tile.kv_len = static_cast<int>(min(max(p.total_keys - before, std::int64_t{0}), std::int64_t{plan.key_capacity}));
-  } else if (p.block_tables != nullptr) {
-    const std::int32_t seq_len = p.seq_lens[tile.seq];
-    tile.kv_len = min(max(seq_len, 0), plan.key_capacity);
-    if (leader && seq_len != tile.kv_len) record_error(plan.error_word, plan.op, ArgId::kSeqLens, tile.seq, seq_len);
-  } else if (p.kv_start_loc != nullptr) {
+  if (p.kv_start_loc != nullptr) {
     const int begin = monotonic_entry(p.kv_start_loc, tile.seq, plan.key_capacity);
     const std::int32_t raw_begin = p.kv_start_loc[tile.seq], raw_end = p.kv_start_loc[tile.seq + 1];
     const int end = max(begin, min(raw_end, plan.key_capacity));
@@ -201,14 +251,9 @@ __device__ inline bool locate_tile(const Plan& plan, int tile_idx, Tile& tile) {
     tile.kv_first_token = begin;
     tile.kv_len = end - begin;
   } else {
-    tile.kv_len = plan.key_capacity;
+    tile.kv_len = sequence_keys(plan, tile.seq, leader);
   }
-
-  const int first = plan.group.quotient(tile.row_begin);
-  const int last = plan.group.quotient(tile.row_begin + tile.num_rows - 1);
-  tile.key_begin = visible_keys(p, tile, first).begin;
-  tile.key_end = visible_keys(p, tile, last).end;
-  if (tile.key_end <= tile.key_begin) tile.key_begin = tile.key_end = 0;
+  finish_tile(plan, tile, plan.tile_rows);
   return true;
 }
 
@@ -219,6 +264,7 @@ struct SplitRange {
 
 __device__ __forceinline__ SplitRange active_splits(const Plan& plan, const Tile& tile) {
   const int keys = tile.key_end - tile.key_begin;
+  if (plan.num_splits == 1) return SplitRange{1, keys};
   const int unit = plan.keys_per_split_min;
   const int per_split = keys / plan.num_splits + (keys % plan.num_splits != 0);
   const int units = max(per_split / unit + (per_split % unit != 0), 1);
@@ -297,7 +343,7 @@ __device__ __forceinline__ void store_out_4(const Plan& plan, const RowIndex& ro
 /// Where one key's rows begin: entry * block_stride + slot * token_stride elements from k or v.
 struct KeyLocation {
   int entry;  // block; 0 when not paged
-  int slot;   // within the block, or of all keys when not paged
+  int slot;  // within the block, or of all keys when not paged
   bool valid;
 };
 

@@ -61,8 +61,10 @@ __global__ void __launch_bounds__(kThreads) attention_simt_kernel(const __grid_c
   const SplitRange splits = active_splits(plan, tile);
   const int split = static_cast<int>(blockIdx.y);
   if (split >= splits.num_active) return;
-  const int key_begin = tile.key_begin + split * splits.keys_per_split;
-  const int key_end = min(static_cast<std::int64_t>(key_begin) + splits.keys_per_split, std::int64_t{tile.key_end});
+  const int own_begin = tile.key_begin + split * splits.keys_per_split;
+  const int key_end = min(static_cast<std::int64_t>(own_begin) + splits.keys_per_split, std::int64_t{tile.key_end});
+  // A batch-invariant call has the same keys in a step, and the same steps in a warp, whatever the tile's rows.
+  const int key_begin = plan.batch_invariant ? own_begin / (kWarps * 32) * (kWarps * 32) : own_begin;
 
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kHeadDim; i += kThreads) {
     const int row = i / kHeadDim, column = i % kHeadDim;
@@ -98,7 +100,8 @@ __global__ void __launch_bounds__(kThreads) attention_simt_kernel(const __grid_c
   const std::uint8_t* mask = p.mask + row_index(plan, tile, kv_head, min(lane % kRows, tile.num_rows - 1)).q_token * p.mask_stride;
   for (int first = key_begin + warp * 32; first < key_end; first += kWarps * 32) {
     const int key = first + lane;
-    const KeyLocation location = locate_key(plan, tile, key, key_end, load_entry(plan, tile, key, key_end));
+    const int wanted = key < own_begin ? INT_MAX : key;
+    const KeyLocation location = locate_key(plan, tile, wanted, key_end, load_entry(plan, tile, wanted, key_end));
     const std::int64_t k_offset = location.entry * p.k_block_stride + location.slot * p.k_token_stride + kv_head * p.k_head_stride;
     const std::int64_t lane_v_offset = location.entry * p.v_block_stride + location.slot * p.v_token_stride + kv_head * p.v_head_stride;
 

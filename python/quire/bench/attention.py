@@ -70,6 +70,13 @@ _PREFILL_CUDA = [
 _PREFILL_FP8_CUDA = [(2, 8192, 32, 8, 128), (2, 8192, 32, 8, 64)]
 # (sequences, tokens of each, draft tokens of each), with a tree's mask and without
 _VERIFY_CUDA = [(1, 8192, 8), (32, 8192, 8), (32, 8192, 32)]
+# Of the decode shapes: with batch_invariant=True, and without beside it
+_INVARIANT_CUDA = [
+    (1, 8192, 32, 8, 128),
+    (32, 1024, 32, 8, 128),
+    (32, 8192, 32, 8, 128),
+    (256, 1024, 32, 8, 128),
+]
 # (sequences, tokens of the prefix that they share, own tokens of each)
 _PREFIX_CUDA = [(256, 32768, 128), (64, 8192, 128)]
 
@@ -126,6 +133,9 @@ def cases(context: Context) -> Iterator[Case]:
             group="mixed",
             unranked=("quire, two calls",),
         )
+    invariant = _INVARIANT_CUDA if context.is_cuda and not context.quick else decode
+    for cache_dtype in ("bfloat16", "float8_e4m3fn"):
+        yield from _invariant_cases(context, invariant, cache_dtype)
     verify, prefix = [(1, 4096, 8)], [(8, 4096, 128)]
     if context.is_cuda and not context.quick:
         verify, prefix = _VERIFY_CUDA, _PREFIX_CUDA
@@ -171,6 +181,23 @@ def _verify_cases(
                 op="paged_attention_verify",
                 group="verify",
             )
+
+
+def _invariant_cases(context: Context, shapes: list[Shape], cache_dtype: str) -> Iterator[Case]:
+    for batch, length, num_heads, num_kv_heads, head_dim in shapes:
+        kv_bytes = 2 * batch * length * num_kv_heads * head_dim * _ITEM_BYTES[cache_dtype]
+        yield Case(
+            name=f"invariant B{batch} L{length} {num_heads}/{num_kv_heads} D{head_dim}, cache {cache_dtype}",
+            prepare=partial(
+                _invariant, context, np.full(batch, length), (num_heads, num_kv_heads, head_dim), cache_dtype
+            ),
+            num_bytes=kv_bytes + 4 * batch * num_heads * head_dim,
+            num_flops=4.0 * batch * length * num_heads * head_dim,
+            bound="read",
+            op="paged_attention_invariant",
+            group="decode, batch invariant",
+            unranked=("quire, any bits",),
+        )
 
 
 def _prefix_cases(
@@ -256,6 +283,20 @@ def _decode(context: Context, lengths: Lengths, heads: tuple[int, int, int], cac
     return Work(
         lambda: quire.paged_attention(q, k_cache, v_cache, block_tables, seq_lens, out=out, **scales), peers
     )
+
+
+def _invariant(context: Context, lengths: Lengths, heads: tuple[int, int, int], cache_dtype: str) -> Work:
+    """Batch-invariant, and beside it not."""
+    num_heads, num_kv_heads, head_dim = heads
+    arrays = context.arrays
+    q = arrays.random((len(lengths), num_heads, head_dim), "bfloat16")
+    out = arrays.empty((len(lengths), num_heads, head_dim), "bfloat16")
+    caches = _cache(context, lengths, num_kv_heads, head_dim, cache_dtype)
+
+    def call(batch_invariant: bool) -> object:
+        return quire.paged_attention(q, *caches, out=out, batch_invariant=batch_invariant)
+
+    return Work(partial(call, True), {"quire, any bits": partial(call, False)})
 
 
 def _verify(context: Context, sizes: tuple[int, int, int], heads: tuple[int, int, int], tree: bool) -> Work:
