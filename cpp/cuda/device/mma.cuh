@@ -44,6 +44,10 @@ __device__ __forceinline__ void store_matrix_x4_transposed(std::uint32_t address
                "r"(r[3])
                : "memory");
 }
+/// Two matrices, transposed; lane i < 16 gives the address.
+__device__ __forceinline__ void store_matrix_x2_transposed(std::uint32_t address, const std::uint32_t (&r)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};\n" ::"r"(address), "r"(r[0]), "r"(r[1]) : "memory");
+}
 #endif
 
 /// An 8 x 8 matrix of 16-bit elements, lane 4 i + j holding elements 2 j and 2 j + 1 of row i, transposed.
