@@ -11,6 +11,19 @@ from frameworks import np_dtype
 
 import quire
 
+#: The families that quire.jax, quire.torch and the C interface have.
+FAMILIES = {"quire.activation", "quire.attention", "quire.kv_cache", "quire.norm", "quire.position_encoding"}
+
+
+def ops_of_families():
+    """The names of their ops: the functions that take a stream."""
+    return {
+        name
+        for name in quire.__all__
+        if getattr(getattr(quire, name), "__module__", "") in FAMILIES
+        and "stream" in (getattr(getattr(quire, name), "__kwdefaults__", None) or ())
+    }
+
 
 def rng():
     return np.random.default_rng(7)

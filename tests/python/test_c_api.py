@@ -14,6 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from op_cases import ops_of_families
 
 import quire
 from quire import _core
@@ -86,19 +87,7 @@ def test_every_declared_function_is_exported():
     for name in names:
         assert hasattr(LIB, name), name
     # and every op is there
-    ops = {name for name in quire.__all__ if name in dir(_core) or name in ("rms_norm", "write_kv")}
-    ops -= {
-        "Tensor",
-        "BlockAllocator",
-        "CudaError",
-        "OutOfBlocksError",
-        "UnsupportedError",
-        "empty",
-        "cpu_isa",
-        "cuda_architectures",
-        "explain",
-    }
-    assert {f"quire_{op}" for op in ops} - set(names) == set()
+    assert {f"quire_{op}" for op in ops_of_families()} - set(names) == set()
 
 
 def test_versions():

@@ -25,6 +25,7 @@ from op_cases import (
     flat,
     k_cache,
     normal,
+    ops_of_families,
     q,
     split_options,
     v_cache,
@@ -591,6 +592,12 @@ def test_abi_is_that_of_the_installed_header(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_every_op_is_there():
+    """But for the copy between host and device, which is JAX's own."""
+    assert set(quire.jax.__all__) == ops_of_families() - {"swap_blocks"}
+    assert {case[0] for case in CASES} == set(quire.jax.__all__)
 
 
 def test_importing_quire_imports_no_jax():

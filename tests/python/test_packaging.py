@@ -82,9 +82,9 @@ size: int = quire.KVCache.num_bytes(2, 8, 16, 1, 64, "float32")
 """
 
 WRONG = {
-    'quire.rms_norm(x, x, eps="small")': "arg-type",
-    "quire.rms_norm(x)": "call-arg",
-    "quire.rms_norm(x, x, 1e-5, 1.0)": "call-arg|misc",
+    'quire.rms_norm(x, x, eps="small")': "arg-type|call-overload",
+    "quire.rms_norm(x)": "call-arg|call-overload",
+    "quire.rms_norm(x, x, 1e-5, 1.0)": "call-arg|misc|call-overload",
     'quire.paged_attention(x, x, x, x, x, validate="half")': "call-overload",
     "blocks: list[str] = quire.BlockAllocator(8, 4).allocate(2)": "assignment",
     "quire.no_such_op(x)": "attr-defined",

@@ -10,7 +10,7 @@ import sys
 import frameworks
 import numpy as np
 import pytest
-from op_cases import CASES, IDS, expected_of, flat, functional, normal, split_options
+from op_cases import CASES, IDS, expected_of, flat, functional, normal, ops_of_families, split_options
 
 import quire
 
@@ -186,12 +186,7 @@ def test_functions_are_quires():
     """Every op, with the same signature and documentation."""
     import inspect
 
-    ops = {
-        name
-        for name in quire.__all__
-        if "stream" in (getattr(getattr(quire, name), "__kwdefaults__", None) or ())
-    }
-    assert ops == set(quire.torch.__all__)
+    assert ops_of_families() == set(quire.torch.__all__)
     for name in quire.torch.__all__:
         own = inspect.signature(getattr(quire.torch, name))
         assert own == inspect.signature(getattr(quire, name))
