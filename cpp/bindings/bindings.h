@@ -13,6 +13,7 @@ void bind_activation(nanobind::module_& m);
 void bind_position_encoding(nanobind::module_& m);
 void bind_kv_cache(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
+void bind_quantization(nanobind::module_& m);
 void bind_block_allocator(nanobind::module_& m);
 void bind_jax(nanobind::module_& m);
 

@@ -14,6 +14,7 @@ NB_MODULE(_core, m) {
   bind_position_encoding(m);
   bind_kv_cache(m);
   bind_attention(m);
+  bind_quantization(m);
   bind_block_allocator(m);
   bind_jax(m);
 }

@@ -79,6 +79,17 @@ else:
     )
     from quire.norm import fused_add_rms_norm, layer_norm, rms_norm
     from quire.position_encoding import qk_norm_rope, rope_and_write_kv, rope_cache, rotary_embedding
+    from quire.quantization import (
+        PackedWeight,
+        dequantize_fp8,
+        dequantize_int8,
+        quantize_fp8,
+        quantize_int8,
+        quantized_matmul,
+        quantized_matmul_workspace_size,
+        scaled_matmul,
+        scaled_matmul_workspace_size,
+    )
 
     __version__ = _version()
 
@@ -90,6 +101,7 @@ __all__ = [
     "KVCache",
     "KVCacheDescription",
     "OutOfBlocksError",
+    "PackedWeight",
     "Tensor",
     "UnsupportedError",
     "__version__",
@@ -99,6 +111,8 @@ __all__ = [
     "copy_blocks",
     "cpu_isa",
     "cuda_architectures",
+    "dequantize_fp8",
+    "dequantize_int8",
     "empty",
     "explain",
     "fused_add_rms_norm",
@@ -116,11 +130,17 @@ __all__ = [
     "paged_attention",
     "paged_attention_workspace_size",
     "qk_norm_rope",
+    "quantize_fp8",
+    "quantize_int8",
+    "quantized_matmul",
+    "quantized_matmul_workspace_size",
     "relu_squared",
     "rms_norm",
     "rope_and_write_kv",
     "rope_cache",
     "rotary_embedding",
+    "scaled_matmul",
+    "scaled_matmul_workspace_size",
     "set_num_threads",
     "shared_prefix_attention",
     "shared_prefix_attention_workspace_size",

@@ -27,6 +27,7 @@ PAGES = [
     "docs/concepts/kv_transfer.md",
     "docs/building.md",
     "docs/debugging.md",
+    "docs/quantization.md",
     "docs/c.md",
     "docs/frameworks/cupy.md",
     "docs/frameworks/jax.md",

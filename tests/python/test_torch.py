@@ -215,7 +215,7 @@ def test_opcheck_of_swap_blocks():
 
 
 def test_functions_are_quires():
-    """Every op, with the same signature and documentation."""
+    """Every op of the families that are traced, with the same signature and documentation."""
     import inspect
 
     assert ops_of_families() == set(quire.torch.__all__)

@@ -78,3 +78,25 @@ def assert_lse_close(got: np.ndarray, want: np.ndarray, dtype: str) -> None:
     finite = np.isfinite(want)
     error = np.abs(got[finite].astype(np.float64) - want[finite]) / np.maximum(1.0, np.abs(want[finite]))
     assert error.size == 0 or error.max() <= LSE_ERROR[dtype], f"lse error {error.max()}"
+
+
+#: Of a product with quantized operands, relative to the sum of the products' magnitudes: weights or activations rounded to the
+#: activations' dtype or to 16-bit fixed point, and the order of additions.
+PRODUCT_ERROR = {"float32": 1e-6, "float16": 2.0**-12, "bfloat16": 2.0**-9}
+
+
+def assert_product_close(
+    got: np.ndarray, want: np.ndarray, magnitude: np.ndarray, extra: float = 0.0
+) -> None:
+    """A product against float64: half an ulp of the result and PRODUCT_ERROR of ``magnitude``, the sums of |a||b|."""
+    name = got.dtype.name
+    assert got.shape == want.shape, f"shape {got.shape}, want {want.shape}"
+    error = np.abs(got.astype(np.float32).astype(np.float64) - want)
+    limit = np.abs(want) * 2.0 ** -(MANTISSA_BITS[name] + 1) * 1.01 + magnitude * (
+        PRODUCT_ERROR[name] + extra
+    )
+    worst = np.unravel_index(np.argmax(error - limit), error.shape) if error.size else ()
+    assert not error.size or error[worst] <= limit[worst], (
+        f"error {error[worst]:.3g} at {tuple(int(i) for i in worst)}, limit {limit[worst]:.3g}: "
+        f"got {got[worst]}, want {want[worst]}"
+    )

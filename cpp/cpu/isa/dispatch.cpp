@@ -46,10 +46,11 @@ Isa detect() {
   constexpr std::uint64_t kYmmState = 0x6, kZmmState = 0xe6, kTileState = 0x60000;
   const auto saves = [xcr0](std::uint64_t state) { return (xcr0 & state) == state; };
   const auto all = [](unsigned word, unsigned wanted) { return (word & wanted) == wanted; };
-  constexpr unsigned kAvx512Bf16InA71 = 1u << 5, kAmxBf16InD7 = 1u << 22, kAmxTileInD7 = 1u << 24, kAmxInt8InD7 = 1u << 25;
+  constexpr unsigned kAvx512VnniInC7 = 1u << 11, kAvx512Bf16InA71 = 1u << 5, kAmxBf16InD7 = 1u << 22, kAmxTileInD7 = 1u << 24, kAmxInt8InD7 = 1u << 25;
 
   if (!saves(kYmmState) || !all(c1, bit_FMA | bit_F16C | bit_AVX) || !all(b7, bit_AVX2)) return Isa::kScalar;
-  if (!saves(kZmmState) || !all(b7, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL) || !all(a71, kAvx512Bf16InA71))
+  if (!saves(kZmmState) || !all(b7, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL) || !all(c7, kAvx512VnniInC7) ||
+      !all(a71, kAvx512Bf16InA71))
     return Isa::kAvx2;
   if (!saves(kTileState) || !all(d7, kAmxBf16InD7 | kAmxTileInD7 | kAmxInt8InD7) || !request_amx()) return Isa::kAvx512;
   return Isa::kAvx512Amx;

@@ -10,7 +10,7 @@
 
 namespace quire::cpu {
 
-/// Each level contains those before it. kAvx2: AVX2, FMA, F16C. kAvx512: F, BW, DQ, VL, BF16. kAvx512Amx: AMX tiles with bf16 and int8.
+/// Each level contains those before it. kAvx2: AVX2, FMA, F16C. kAvx512: F, BW, DQ, VL, VNNI, BF16. kAvx512Amx: AMX tiles with bf16 and int8.
 enum class Isa : std::uint8_t { kScalar, kAvx2, kAvx512, kAvx512Amx };
 
 const char* name(Isa isa);

@@ -1,6 +1,5 @@
 // Launches attention: shape to configuration to kernel, and the merge of two partial results.
 // SPDX-License-Identifier: Apache-2.0
-#include <atomic>
 #include <cmath>
 #include <initializer_list>
 #include <limits>
@@ -91,22 +90,6 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   plan.out_aligned = common_alignment({address(params.out), params.out_token_stride * out_bytes, params.out_head_stride * out_bytes}) == 16;
   plan.op = params.op;
   return plan;
-}
-
-/// `ask()` for the current device, once.
-template <typename F>
-bool known_of_device(F&& ask) {
-  constexpr int kMaxDevices = 64;
-  static std::atomic<int> known[kMaxDevices];  // 0: not asked yet; 1: no; 2: yes
-  int device = 0;
-  QUIRE_CUDA_CHECK(cudaGetDevice(&device));
-  if (device >= kMaxDevices) return false;
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (answer == 0) {
-    answer = ask() ? 2 : 1;
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  return answer == 2;
 }
 
 /// Whether the machine code in use for the combine kernel waits for its predecessor by itself. Code made from sm_80 PTX does not, on

@@ -7,22 +7,9 @@
 #include "cuda/attention/launch.h"
 #include "cuda/attention/wgmma.cuh"
 #include "cuda/launch.h"
+#include "cuda/tensor_map.h"
 
 namespace quire::cuda::attn {
-
-using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
-
-/// The driver's function, which the library does not link against.
-inline EncodeTensorMap encode_tensor_map() {
-  static const EncodeTensorMap function = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    QUIRE_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
-    if (result != cudaDriverEntryPointSuccess) throw CudaError("[cuda] cuTensorMapEncodeTiled: this driver does not have it", 0);
-    return reinterpret_cast<EncodeTensorMap>(found);
-  }();
-  return function;
-}
 
 inline CUtensorMap make_tensor_map(const AttentionParams& p, const void* base, std::int64_t block_stride, std::int64_t token_stride,
                                    std::int64_t head_stride, int keys_per_box) {
@@ -37,13 +24,9 @@ inline CUtensorMap make_tensor_map(const AttentionParams& p, const void* base, s
   const cuuint32_t box[4] = {static_cast<cuuint32_t>(device::kPanelRowBytes / item), 1, static_cast<cuuint32_t>(keys_per_box), 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult status =
-      encode_tensor_map()(&map, item == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(base),
-                          sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS)
-    throw CudaError("[cuda] cuTensorMapEncodeTiled failed with status " + std::to_string(static_cast<int>(status)),
-                    static_cast<int>(status));
+  check_tensor_map(encode_tensor_map()(&map, item == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 4,
+                                       const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
   return map;
 }
 

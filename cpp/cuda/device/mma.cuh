@@ -30,6 +30,22 @@ __device__ __forceinline__ void load_matrix_x4_transposed(std::uint32_t (&r)[4],
                : "memory");
 }
 
+#if __CUDA_ARCH__ >= 900
+/// Stores four 8 x 8 matrices of 16-bit elements, lane 4 i + j holding elements 2 j and 2 j + 1 of row i of each; lane i gives the address of
+/// row i % 8 of matrix i / 8.
+__device__ __forceinline__ void store_matrix_x4(std::uint32_t address, const std::uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]),
+               "r"(r[3])
+               : "memory");
+}
+/// The same, each matrix transposed.
+__device__ __forceinline__ void store_matrix_x4_transposed(std::uint32_t address, const std::uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]),
+               "r"(r[3])
+               : "memory");
+}
+#endif
+
 /// An 8 x 8 matrix of 16-bit elements, lane 4 i + j holding elements 2 j and 2 j + 1 of row i, transposed.
 __device__ __forceinline__ std::uint32_t transpose_8x8(std::uint32_t r) {
   std::uint32_t transposed;

@@ -36,12 +36,59 @@ __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, std::uint32_
       : "memory");
 }
 
+/// Arrives once this thread's copies by cp.async so far are done.
+__device__ __forceinline__ void barrier_arrive_after_copies(std::uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\n" ::"r"(barrier) : "memory");
+}
+
 /// Copies a box of a tensor to shared memory, zero where the tensor has nothing; its bytes are counted at the barrier in any case.
 __device__ __forceinline__ void copy_box(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1, int c2, int c3) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];\n" ::"r"(dst),
       "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
+}
+/// The same of a matrix: c0 counts along its rows, c1 counts rows.
+__device__ __forceinline__ void copy_box(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n" ::"r"(dst),
+               "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1)
+               : "memory");
+}
+/// A cache policy for what is read once: it drives no other lines out of the L2 cache.
+__device__ __forceinline__ std::uint64_t read_once_policy() {
+  std::uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  return policy;
+}
+/// The same with that policy.
+__device__ __forceinline__ void copy_box_once(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1,
+                                              std::uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], "
+      "%5;\n" ::"r"(dst),
+      "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1), "l"(policy)
+      : "memory");
+}
+/// The same to every CTA of the cluster whose rank's bit is set in `ctas`: to the same place, counted at its own barrier in the same place.
+__device__ __forceinline__ void copy_box_to_ctas(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1,
+                                                 std::uint32_t ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], "
+      "%5;\n" ::"r"(dst),
+      "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1), "h"(static_cast<std::uint16_t>(ctas))
+      : "memory");
+}
+/// Copies a box from shared memory to a matrix; what lies outside of it is left out.
+__device__ __forceinline__ void store_box(const void* tensor_map, std::uint32_t src, int c0, int c1) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];\n" ::"l"(tensor_map), "r"(src), "r"(c0),
+               "r"(c1)
+               : "memory");
+}
+__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
+/// Waits until all but the last kPending of this thread's groups of stores have read their shared memory.
+template <int kPending>
+__device__ __forceinline__ void store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(kPending) : "memory");
 }
 __device__ __forceinline__ void prefetch_tensor_map(const void* tensor_map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(tensor_map) : "memory");

@@ -17,6 +17,7 @@ FAMILIES = {
     "position_encoding": "rotary embedding",
     "kv_cache": "writing, gathering and copying the paged cache",
     "attention": "paged decode and prefill",
+    "quantization": "products with quantized weights and activations, quantizing",
     "ladder": "one attention, from a Python loop to the library's kernel; KV memory with and without paging",
 }
 

@@ -20,6 +20,9 @@ Ops and their keywords (shapes as in quire's functions of the same name):
 - gather_kv: out_k, out_v, k_cache, v_cache, slot_mapping
 - paged_attention_decode: out, q, k_cache, v_cache, block_tables, seq_lens, max_seq_len
 - paged_attention_mixed: the same, query_start_loc, max_query_len
+- quantized_matmul_w4, quantized_matmul_w8: out, x, weight (dequantized, ``[N, K]``), qweight and scales (of GPTQ, symmetric), group_size
+- scaled_matmul_channel, scaled_matmul_block: out, a, b, scale_a, scale_b
+- quantize_fp8_tensor, _token, _group and quantize_int8_...: out, scale, x (scales are computed; groups of 128)
 - attention_prefill: out, q, k, v ``[batch * length, heads, head_dim]``, query_start_loc, batch, length,
   causal
 
@@ -569,6 +572,82 @@ def _fa3_prefill(
     return _fa3(q, k, v, query_start_loc, length, length, causal)
 
 
+# ---- Quantization --------------------------------------------------------------------------------
+
+
+def _torch_dense_matmul(*, out: Any, x: Any, weight: Any, qweight: Any, scales: Any, group_size: int) -> Run:
+    """A product with the weight in 16 bits: cuBLAS on a GPU."""
+    import torch
+
+    transposed = weight.t()
+    return lambda: torch.mm(x, transposed, out=out)
+
+
+def _vllm_marlin(bits: int) -> Factory:
+    def factory(*, out: Any, x: Any, weight: Any, qweight: Any, scales: Any, group_size: int) -> Run:
+        import torch
+
+        ops = _vllm_ops(x)._C
+        m, k = x.shape
+        n = out.shape[1]
+        order = torch.empty(0, dtype=torch.int32, device=x.device)
+        packed = ops.gptq_marlin_repack(qweight, order, k, n, bits, False)
+        columns = [i + 8 * j for i in range(8) for j in range(8)]
+        permuted = scales.reshape(-1, 64)[:, columns].reshape(-1, n).contiguous()
+        num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count
+        locks = torch.zeros(num_sms * 4, dtype=torch.int32, device=x.device)
+        # vLLM's number for unsigned codes of this many bits around the middle.
+        scalar_type = {4: 0x4000000100400, 8: 0x4000001000800}[bits]
+        nothing = (None,) * 5
+        return lambda: ops.marlin_gemm(
+            *(x, None, packed, None, permuted, *nothing, locks, scalar_type, m, n, k),
+            *(True, False, True, False),
+        )
+
+    return factory
+
+
+def _torch_bf16_matmul(*, out: Any, a: Any, b: Any, scale_a: Any, scale_b: Any) -> Run:
+    """A product of bfloat16, for the CPU: what W8A8 replaces."""
+    import torch
+
+    if a.is_cuda:
+        raise NotApplicable("the CPU's yardstick")
+    x, w = a.to(torch.bfloat16), b.to(torch.bfloat16).t()
+    return lambda: torch.mm(x, w, out=out)
+
+
+def _torch_scaled_mm(*, out: Any, a: Any, b: Any, scale_a: Any, scale_b: Any) -> Run:
+    _need_cuda(a, "cuBLAS")
+    import torch
+
+    if a.dtype == torch.int8:
+        raise NotApplicable("int8")
+    flat = b.t()
+    return lambda: torch._scaled_mm(a, flat, scale_a, scale_b.t(), out_dtype=out.dtype)
+
+
+def _vllm_scaled_mm(*, out: Any, a: Any, b: Any, scale_a: Any, scale_b: Any) -> Run:
+    import torch
+
+    ops = _vllm_ops(a)._C
+    _load_vllm("_C_stable_libtorch.abi3.so")
+    flat = b.t()
+    if scale_b.shape[1] > 1:  # scales of blocks, of a column by column
+        by_column, transposed = scale_a.t().contiguous().t(), scale_b.t()
+        return lambda: torch.ops._C.cutlass_scaled_mm(out, a, flat, by_column, transposed, None)
+    return lambda: ops.cutlass_scaled_mm(out, a, flat, scale_a, scale_b.t(), None)
+
+
+def _vllm_quantize(name: str) -> Factory:
+    def factory(*, out: Any, scale: Any, x: Any) -> Run:
+        op = getattr(_vllm_ops(x)._C, name)
+        extra = (None,) if name != "dynamic_scaled_fp8_quant" else ()
+        return lambda: op(out, x, scale, *extra)
+
+    return factory
+
+
 _BUILT_IN: dict[str, dict[str, Factory]] = {
     "rms_norm": {"torch": _torch_rms_norm, "FlashInfer": _flashinfer_rms_norm, "vLLM": _vllm_rms_norm},
     "fused_add_rms_norm": {
@@ -604,6 +683,17 @@ _BUILT_IN: dict[str, dict[str, Factory]] = {
         "vLLM v2": _vllm_decode(2),
     },
     "paged_attention_mixed": {"FA3": _fa3_mixed},
+    "quantized_matmul_w4": {"torch": _torch_dense_matmul, "Marlin": _vllm_marlin(4)},
+    "quantized_matmul_w8": {"torch": _torch_dense_matmul, "Marlin": _vllm_marlin(8)},
+    "scaled_matmul_channel": {
+        "torch": _torch_bf16_matmul,
+        "cuBLAS": _torch_scaled_mm,
+        "vLLM CUTLASS": _vllm_scaled_mm,
+    },
+    "scaled_matmul_block": {"torch": _torch_bf16_matmul, "vLLM CUTLASS": _vllm_scaled_mm},
+    "quantize_fp8_tensor": {"vLLM": _vllm_quantize("dynamic_scaled_fp8_quant")},
+    "quantize_fp8_token": {"vLLM": _vllm_quantize("dynamic_per_token_scaled_fp8_quant")},
+    "quantize_int8_token": {"vLLM": _vllm_quantize("dynamic_scaled_int8_quant")},
     "attention_prefill": {
         "torch": _torch_prefill,
         "FA3": _fa3_prefill,

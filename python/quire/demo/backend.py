@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 
+import quire
+from quire._allocate import from_numpy
 from quire.demo import DemoError
 
 Array = Any  # numpy.ndarray or cupy.ndarray
+Weight = Any  # an Array, or quantized weights whose products stand side by side: tuple[PackedWeight, ...]
 
 DTYPES = ("fp32", "fp16", "bf16")
 _CUDA_R_16BF, _CUDA_R_32F, _CUBLAS_COMPUTE_32F, _CUBLAS_GEMM_DEFAULT = 14, 0, 68, -1
@@ -49,12 +52,30 @@ class Backend:
         rounded = host if dtype == "fp32" else host.astype(numpy_dtype(dtype))
         return np.ascontiguousarray(rounded, dtype=np.float32)
 
+    def raw(self, host: np.ndarray) -> Any:
+        """A tensor for quire with the contents and dtype of a host array."""
+        return host
+
     def host(self, array: Array) -> np.ndarray:
         """A host array with the contents of a device array."""
         return np.asarray(array)
 
-    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+    def quantized(self, x: Array, weights: tuple[quire.PackedWeight, ...], bias: Array | None) -> Array:
+        """`x @ w.T + bias` with the rows of all weights."""
+        out = self.xp.empty((len(x), sum(w.out_features for w in weights)), x.dtype)
+        begin = 0
+        for w in weights:
+            end = begin + w.out_features
+            quire.quantized_matmul(
+                x, w, bias=None if bias is None else bias[begin:end], out=out[:, begin:end]
+            )
+            begin = end
+        return out
+
+    def linear(self, x: Array, weight: Weight, bias: Array | None = None) -> Array:
         """`x @ weight.T + bias`, accumulated in float32, in x's dtype."""
+        if isinstance(weight, tuple):
+            return self.quantized(x, weight, bias)
         out = np.matmul(x.astype(np.float32, copy=False), weight.T)
         if bias is not None:
             out += bias
@@ -88,8 +109,17 @@ class CupyBackend(Backend):
         copy: np.ndarray = self.xp.asnumpy(array)
         return copy
 
-    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+    def raw(self, host: np.ndarray) -> Any:
+        """A copy on the GPU; CuPy has no float8."""
+        if host.dtype.name != "float8_e4m3fn":
+            return self.array(host)
+        like = quire.empty((1,), "uint8", f"cuda:{self.xp.cuda.Device().id}")
+        return from_numpy(host, like)
+
+    def linear(self, x: Array, weight: Weight, bias: Array | None = None) -> Array:
         """As on the CPU."""
+        if isinstance(weight, tuple):
+            return self.quantized(x, weight, bias)
         out = self._matmul_bf16(x, weight) if x.dtype.name == "bfloat16" else self.xp.matmul(x, weight.T)
         if bias is not None:
             out = (out + bias).astype(x.dtype, copy=False)

@@ -19,7 +19,9 @@ import numpy as np
 from quire.demo import DemoError
 from quire.demo.config import read_json
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
+FLOATS = ("F64", "F32", "F16", "BF16")
+KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1"}
 MAX_HEADER_BYTES = 100_000_000
 
 
@@ -124,15 +126,36 @@ class Checkpoint:
             raise DemoError(
                 f"{entry.path}: tensor {name!r}: expected shape {list(shape)}, got {list(entry.shape)}"
             )
+        if entry.dtype not in FLOATS:
+            raise DemoError(
+                f"{entry.path}: tensor {name!r}: dtype {entry.dtype} is not supported (known: {', '.join(FLOATS)})"
+            )
         raw = entry.data[entry.start : entry.stop].tobytes()
         if entry.dtype == "BF16":  # the upper half of a float32
             wide = np.frombuffer(raw, dtype="<u2").astype(np.uint32)
             wide <<= 16
             return wide.view(np.float32).reshape(shape)
-        kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
-        if entry.dtype not in kinds:
+        return np.frombuffer(raw, dtype=KINDS[entry.dtype]).reshape(shape).astype(np.float32)
+
+    def raw(self, name: str) -> np.ndarray:
+        """Tensor `name` in its own dtype and shape (a copy); bfloat16 and float8 need ml_dtypes."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise DemoError(f"{self.directory}: tensor {name!r} is missing")
+        if entry.dtype in KINDS:
+            dtype = np.dtype(KINDS[entry.dtype])
+        elif entry.dtype in ("BF16", "F8_E4M3"):
+            try:
+                import ml_dtypes
+            except ImportError:
+                raise DemoError(
+                    f"{entry.dtype} tensors need the package ml_dtypes (pip install ml_dtypes)"
+                ) from None
+            dtype = np.dtype(ml_dtypes.bfloat16 if entry.dtype == "BF16" else ml_dtypes.float8_e4m3fn)
+        else:
             known = ", ".join(ITEM_BYTES)
             raise DemoError(
                 f"{entry.path}: tensor {name!r}: dtype {entry.dtype} is not supported (known: {known})"
             )
-        return np.frombuffer(raw, dtype=kinds[entry.dtype]).reshape(shape).astype(np.float32)
+        raw = np.frombuffer(entry.data[entry.start : entry.stop].tobytes(), np.uint8)
+        return raw.view(dtype).reshape(entry.shape).copy()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.demo import DemoError
+from quire.demo.quantization import QuantizationConfig, parse_quantization
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -55,6 +56,7 @@ class ModelConfig:
     logit_softcap: float | None = None
     dtype: str = "fp32"
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
+    quantization: QuantizationConfig | None = None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -171,6 +173,7 @@ def parse_config(raw: dict[str, Any], eos_token_id: int | list[int] | None = Non
             str(raw.get("dtype", raw.get("torch_dtype"))), "fp32"
         ),
         eos_token_ids=frozenset(i for i in eos_ids if isinstance(i, int)),
+        quantization=parse_quantization(raw.get("quantization_config", raw.get("compression_config"))),
     )
 
 

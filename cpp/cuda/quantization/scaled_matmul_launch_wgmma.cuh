@@ -1,0 +1,104 @@
+// Launches of Hopper's kernel, for the instantiations.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <array>
+#include <atomic>
+
+#include "cuda/launch.h"
+#include "cuda/quantization/scaled_matmul.h"
+#include "cuda/quantization/scaled_matmul_wgmma.cuh"
+#include "cuda/tensor_map.h"
+
+namespace quire::cuda::scaled {
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+/// How many clusters run at once. Asked once per kernel, device and size.
+template <typename Kernel>
+int max_clusters(Kernel kernel, const cudaLaunchConfig_t& config, int cluster_size) {
+  constexpr int kDevices = 64, kSizes = 9;
+  static std::array<std::atomic<int>, kDevices * kSizes> known{};
+  int device = 0;
+  QUIRE_CUDA_CHECK(cudaGetDevice(&device));
+  std::atomic<int>* slot = device < kDevices ? &known[static_cast<std::size_t>(device * kSizes + cluster_size)] : nullptr;
+  int count = slot != nullptr ? slot->load(std::memory_order_relaxed) : 0;
+  if (count == 0) {
+    QUIRE_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, kernel, &config));
+    count = std::max(count, 1);
+    if (slot != nullptr) slot->store(count, std::memory_order_relaxed);
+  }
+  return count;
+}
+
+template <typename Sum, typename Shape>
+void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream stream) {
+  constexpr auto kernel = scaled_matmul_wgmma_kernel<Sum, Shape>;
+  constexpr bool kTokenRows = Shape::kTokenRows;
+  WgmmaPlan plan;
+  const std::int64_t num_rows = kTokenRows ? p.m : p.n, num_columns = kTokenRows ? p.n : p.m;
+  const int box_columns = Shape::kColumns / choice.shared_columns;
+  plan.rows = make_byte_matrix_map(kTokenRows ? p.a : p.b, num_rows, p.k, kTokenRows ? p.a_stride : p.b_stride, Shape::kRows);
+  plan.columns = make_byte_matrix_map(kTokenRows ? p.b : p.a, num_columns, p.k, kTokenRows ? p.b_stride : p.a_stride, box_columns);
+  plan.params = p;
+  plan.shared_columns = choice.shared_columns;
+  plan.splits = choice.splits;
+  plan.num_steps = static_cast<int>(ceil_div(ceil_div(p.k, kStepBytes), choice.splits));
+  plan.num_row_groups = static_cast<int>(ceil_div(num_rows, Shape::kRows * choice.shared_columns));
+  plan.num_column_tiles = static_cast<int>(ceil_div(num_columns, Shape::kColumns));
+  plan.column_group = 8;
+  plan.num_items = plan.num_row_groups * plan.num_column_tiles;
+  plan.num_halved_tiles = 0;
+  plan.vector_out = reinterpret_cast<std::uintptr_t>(p.out) % 16 == 0 && (p.m == 1 || p.out_stride % 8 == 0);
+  plan.copies_out = plan.vector_out && p.out_dtype != DType::kFloat32;
+  if (plan.copies_out) plan.out = make_half_matrix_map(p.out, p.m, p.n, p.out_stride, Shape::kChunkTokens);
+
+  const int cluster_size = choice.shared_columns * choice.splits;
+  set_max_shared_bytes(reinterpret_cast<const void*>(kernel), Shape::kSharedBytes);
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster_size), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = {static_cast<unsigned>(cluster_size), 1, 1};
+  config.blockDim = {Shape::kThreads, 1, 1};
+  config.dynamicSmemBytes = Shape::kSharedBytes;
+  config.stream = cuda_stream(stream);
+  config.attrs = attributes;
+  config.numAttrs = 1;
+  int num_clusters = plan.num_items;
+  if (choice.splits == 1) {
+    const int most = max_clusters(kernel, config, cluster_size);
+    const int rest = plan.num_items % most;
+    if (choice.halves && choice.shared_columns == 2 && plan.num_items > most && rest > 0 && 2 * rest <= most) {
+      plan.num_items -= rest;
+      plan.num_halved_tiles = 2 * rest;
+    }
+    num_clusters = std::min(num_clusters, most);
+  }
+  plan.reads_rows_once = !kTokenRows && (plan.num_column_tiles == 1 || plan.num_items <= num_clusters);
+  config.gridDim.x = static_cast<unsigned>(num_clusters * cluster_size);
+  config.numAttrs = 2;
+  QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, plan));
+  QUIRE_CHECK_LAUNCH("scaled_matmul_wgmma_kernel", stream);
+}
+
+/// Without block scales the weight lies along the rows.
+template <typename Sum>
+void launch_wgmma_plain(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream stream) {
+  if (choice.rows == 64) {
+    switch (choice.columns) {
+      case 16: return launch_wgmma<Sum, WgmmaShape<1, 16, false, false>>(p, choice, stream);
+      case 32: return launch_wgmma<Sum, WgmmaShape<1, 32, false, false>>(p, choice, stream);
+      default: return launch_wgmma<Sum, WgmmaShape<1, 64, false, false>>(p, choice, stream);
+    }
+  }
+  switch (choice.columns) {
+    case 64: return launch_wgmma<Sum, WgmmaShape<2, 64, false, false>>(p, choice, stream);
+    case 128: return launch_wgmma<Sum, WgmmaShape<2, 128, false, false>>(p, choice, stream);
+    default: return launch_wgmma<Sum, WgmmaShape<2, 256, false, false>>(p, choice, stream);
+  }
+}
+
+}  // namespace quire::cuda::scaled

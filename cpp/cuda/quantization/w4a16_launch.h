@@ -1,0 +1,59 @@
+// What quantized_matmul's launcher and its kernels' instantiations share. Host code only.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "cuda/quantization/w4a16_mma.cuh"
+#include "cuda/quantization/w4a16_wgmma.cuh"
+#include "quire/stream.h"
+
+namespace quire::cuda::w4a16 {
+
+/// How quantized_matmul_mma_kernel divides its work.
+struct MmaChoice {
+  int tiles = 1;  // of 8 tokens, in a CTA: 1, 2, 4 or 8
+  int row_warps_log2 = 0;
+  int num_stages = 0;
+  int chunk_steps = 0;
+  int num_chunks = 1;
+  int num_strips = 0;
+  int num_ctas = 0;  // for each block of tokens
+  std::int64_t num_token_blocks = 1;
+  std::int64_t partial_bytes = 0, arrival_bytes = 0;  // of the workspace
+};
+
+/// How quantized_matmul_wgmma_kernel does.
+struct WgmmaChoice {
+  int tokens = 128;  // of a tile: 128 or 256
+  int num_row_tiles = 0, num_token_tiles = 0;
+  int whole_rounds = 0;
+  int num_chunks = 1, chunk_steps = 0;
+  int num_ctas = 0;
+  int cluster_ctas = 1;
+  std::int64_t num_shared_tiles = 0;
+  std::int64_t partial_bytes = 0, arrival_bytes = 0;
+  double cycles = 0.0;
+};
+
+MmaChoice make_mma_choice(std::int64_t num_tokens, const Layout& layout, int tiles, int row_warps_log2, int chunk_steps, int num_ctas);
+MmaChoice choose_mma(std::int64_t num_tokens, const Layout& layout, int num_sms, int max_shared_bytes, bool batch_invariant);
+void run_mma(const QuantizedMatmulParams& params, const MmaChoice& choice, Stream stream);
+
+WgmmaChoice make_wgmma_choice(std::int64_t num_tokens, const Layout& layout, int tokens, int whole_rounds, int num_chunks, int num_sms);
+/// Every tile to a cluster.
+WgmmaChoice make_cluster_choice(std::int64_t num_tokens, const Layout& layout, int tokens, int cluster_ctas, int num_sms);
+WgmmaChoice choose_wgmma(std::int64_t num_tokens, const Layout& layout, int num_sms);
+void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, Stream stream);
+
+/// Launches the kernel for 8 * tiles tokens a CTA.
+template <bool kBf16>
+void launch_mma(const MmaPlan& plan, int tiles, Stream stream);
+/// Launches the kernel for tiles of `tokens` tokens.
+template <bool kBf16>
+void launch_wgmma(const WgmmaPlan& plan, const WgmmaMaps& maps, int tokens, int num_ctas, Stream stream);
+
+extern template void launch_mma<false>(const MmaPlan&, int, Stream);
+extern template void launch_mma<true>(const MmaPlan&, int, Stream);
+extern template void launch_wgmma<false>(const WgmmaPlan&, const WgmmaMaps&, int, int, Stream);
+extern template void launch_wgmma<true>(const WgmmaPlan&, const WgmmaMaps&, int, int, Stream);
+
+}  // namespace quire::cuda::w4a16

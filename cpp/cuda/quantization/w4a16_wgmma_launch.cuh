@@ -1,0 +1,45 @@
+// launch_wgmma's definition, for the instantiations.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "core/dispatch.h"
+#include "cuda/launch.h"
+#include "cuda/quantization/w4a16_launch.h"
+
+namespace quire::cuda::w4a16 {
+
+template <bool kBf16>
+void launch_wgmma(const WgmmaPlan& plan, const WgmmaMaps& maps, int tokens, int num_ctas, Stream stream) {
+  const auto launch = [&]<int kBits, bool kSmallGroups, int kTokens>() {
+    using Shape = WgmmaShape<kBits, kSmallGroups, kTokens>;
+    static_assert(Shape::kSharedBytes <= 227 * 1024);
+    const auto kernel = quantized_matmul_wgmma_kernel<kBf16, kBits, kSmallGroups, kTokens>;
+    set_max_shared_bytes(reinterpret_cast<const void*>(kernel), Shape::kSharedBytes);
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(num_ctas));
+    config.blockDim = dim3(Shape::kThreads);
+    config.dynamicSmemBytes = Shape::kSharedBytes;
+    config.stream = cuda_stream(stream);
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(plan.cluster_ctas);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = plan.cluster_ctas > 1 ? 1 : 0;
+    QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, plan, maps));
+    QUIRE_CHECK_LAUNCH("quantized_matmul_wgmma_kernel", stream);
+  };
+  dispatch_bool(plan.layout.bits == 4, [&](auto four) {
+    dispatch_bool(plan.layout.group_size == 32, [&](auto small_groups) {
+      constexpr int kBits = decltype(four)::value ? 4 : 8;
+      constexpr bool kSmallGroups = decltype(small_groups)::value;
+      switch (tokens) {
+        case 64: return launch.template operator()<kBits, kSmallGroups, 64>();
+        case 128: return launch.template operator()<kBits, kSmallGroups, 128>();
+        default: return launch.template operator()<kBits, kSmallGroups, 256>();
+      }
+    });
+  });
+}
+
+}  // namespace quire::cuda::w4a16
