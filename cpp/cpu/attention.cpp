@@ -301,6 +301,7 @@ namespace {
 
 // The params of a call with float8 queries, which are widened into `memory`. Either 16-bit dtype holds them exactly.
 AttentionParams widen_queries(AttentionParams params, std::vector<std::uint16_t>& memory) {
+  const DefaultFloatMode mode;
   std::uint16_t wide[256];
   for (int i = 0; i < 256; ++i) {
     const float value = to_float(Float8E4M3FN{static_cast<std::uint8_t>(i)});

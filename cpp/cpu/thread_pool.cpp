@@ -9,6 +9,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
@@ -35,6 +39,33 @@ void pause_cpu() {
   asm volatile("yield");
 #endif
 }
+
+// The control register of floating point: rounding, subnormals, traps.
+std::uint64_t float_mode() {
+#if defined(__x86_64__)
+  return _mm_getcsr();
+#elif defined(__aarch64__)
+  std::uint64_t mode;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+#else
+  return 0;
+#endif
+}
+
+void set_float_mode([[maybe_unused]] std::uint64_t mode) {
+#if defined(__x86_64__)
+  _mm_setcsr(static_cast<unsigned>(mode));
+#elif defined(__aarch64__)
+  asm volatile("msr fpcr, %0" : : "r"(mode));
+#endif
+}
+
+#if defined(__x86_64__)
+constexpr std::uint64_t kDefaultFloatMode = 0x1f80, kFloatFlags = 0x3f;  // what an operation met is no part of the mode
+#else
+constexpr std::uint64_t kDefaultFloatMode = 0, kFloatFlags = 0;
+#endif
 
 void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t expected) {
   syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
@@ -95,6 +126,7 @@ class Pool {
   }
 
   void run_worker() {
+    set_float_mode(kDefaultFloatMode);  // a thread begins with its maker's
     inside_parallel_for = true;
     while (!stop_.load(std::memory_order_acquire)) {
       work();
@@ -189,6 +221,14 @@ int default_num_threads() {
 
 }  // namespace
 
+DefaultFloatMode::DefaultFloatMode() : callers_(float_mode()) {
+  if ((callers_ & ~kFloatFlags) != kDefaultFloatMode) set_float_mode(kDefaultFloatMode);
+}
+
+DefaultFloatMode::~DefaultFloatMode() {
+  if ((callers_ & ~kFloatFlags) != kDefaultFloatMode) set_float_mode(callers_);
+}
+
 int num_threads() {
   int value = global_num_threads.load(std::memory_order_relaxed);
   if (value == 0) {
@@ -203,6 +243,7 @@ void set_num_threads(int num_threads) { global_num_threads.store(std::clamp(num_
 
 void parallel_for(std::int64_t count, std::int64_t grain, Body body) {
   if (count <= 0) return;
+  const DefaultFloatMode mode;
   grain = std::max<std::int64_t>(grain, 1);
   // With less than two grains one thread does it all.
   const int threads = count / 2 < grain ? 1 : num_threads();

@@ -27,8 +27,21 @@ class FunctionRef<Result(Args...)> {
   Result (*call_)(void*, Args...);
 };
 
+/// While it lives, this thread computes as IEEE 754 has it by default. A caller may have set its thread to take subnormals for zero, as
+/// XLA does, which 8-bit floats below 2^-6 pass through on their way to float32.
+class DefaultFloatMode {
+ public:
+  DefaultFloatMode();
+  ~DefaultFloatMode();
+  DefaultFloatMode(const DefaultFloatMode&) = delete;
+  DefaultFloatMode& operator=(const DefaultFloatMode&) = delete;
+
+ private:
+  std::uint64_t callers_;
+};
+
 /// Calls body(begin, end) so that [0, count) is covered once, on as many threads as give each at least `grain` items; returns when
-/// all is done. With one thread's worth of work it is a plain call. A nested call runs serially. body must not throw.
+/// all is done, in DefaultFloatMode. With one thread's worth of work it is a plain call. A nested call runs serially. body must not throw.
 void parallel_for(std::int64_t count, std::int64_t grain, FunctionRef<void(std::int64_t begin, std::int64_t end)> body);
 
 /// Threads in use, the caller included; by default the size of the affinity mask.

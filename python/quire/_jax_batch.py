@@ -133,7 +133,7 @@ def paged(first: int) -> Rule:
     def rule(
         op: Op, size: int, batched: list[bool], operands: list[Array], attributes: dict[str, Value]
     ) -> list[Array]:
-        q, tables, lens, loc, mask, mask_start = 0, first, first + 1, first + 2, first + 7, first + 8
+        q, tables, lens, loc, mask, mask_start = 0, first, first + 1, first + 2, first + 8, first + 9
         folded = (q, 1, 2, tables, lens, loc, mask, mask_start)
         refuse_batched(op, batched, [i for i in range(len(operands)) if i not in folded])
         if batched[1] or batched[2]:
@@ -167,8 +167,8 @@ def ragged() -> Rule:
     def rule(
         op: Op, size: int, batched: list[bool], operands: list[Array], attributes: dict[str, Value]
     ) -> list[Array]:
-        q, k, v, loc, kv_loc, mask, mask_start = 0, 1, 2, 3, 4, 9, 10
-        refuse_batched(op, batched, [i for i in range(len(operands)) if 5 <= i <= 8])
+        q, k, v, loc, kv_loc, mask, mask_start = 0, 1, 2, 3, 4, 10, 11
+        refuse_batched(op, batched, [i for i in range(len(operands)) if 5 <= i <= 9])
         query: Array = operands[q]
         key: Array = operands[k]
         num_tokens, num_keys = query.shape[int(batched[q])], key.shape[int(batched[k])]

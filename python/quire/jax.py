@@ -543,12 +543,14 @@ def copy_blocks(cache: Array, pairs: Array) -> Array:
 
 # ---- attention -------------------------------------------------------------------------------------------------------------
 
-_OPTIONS = ("alibi_slopes", "sinks", "k_scale", "v_scale", "mask", "mask_start")
+_OPTIONS = ("alibi_slopes", "sinks", "q_scale", "k_scale", "v_scale", "mask", "mask_start")
 
 
 def _attention_results(operands: _Operands, attributes: _Attributes) -> list[Result | None]:
     q: Array = operands[0]
-    return [_like(q), (tuple(q.shape[:2]), "float32") if attributes["return_lse"] else None]
+    # Of float8 queries the output is wider.
+    out: Result = (tuple(q.shape), "bfloat16") if dtype_name(q.dtype) == "float8_e4m3fn" else _like(q)
+    return [out, (tuple(q.shape[:2]), "float32") if attributes["return_lse"] else None]
 
 
 def _scratch_bytes(size_name: str, seq_lens: int | None, start_loc: int | None) -> object:
@@ -607,7 +609,13 @@ _MERGE_ATTENTION = Op(
 
 
 def _options(
-    op: str, scale: float | None, causal: bool, window: Window, softcap: float | None, return_lse: bool
+    op: str,
+    scale: float | None,
+    causal: bool,
+    window: Window,
+    softcap: float | None,
+    return_lse: bool,
+    batch_invariant: bool = False,
 ) -> _Attributes:
     left, right = split_window(op, window)
     attributes: _Attributes = {
@@ -616,6 +624,7 @@ def _options(
         "window_right": right,
         "softcap": float(softcap or 0.0),
         "return_lse": int(return_lse),
+        "batch_invariant": int(batch_invariant),
     }
     return attributes if scale is None else {**attributes, "scale": float(scale)}
 
@@ -634,16 +643,22 @@ def paged_attention(
     softcap: float | None = None,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    q_scale: Array | None = None,
     k_scale: Array | None = None,
     v_scale: Array | None = None,
     mask: Array | None = None,
     mask_start: Array | None = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
 ) -> Array | tuple[Array, Array]:
     """As :func:`quire.paged_attention`: decode, prefill and mixed batches over a paged cache.
 
+    Args:
+        batch_invariant: As there, and under ``jax.vmap`` too: each batch element's bits are those of a call of its own.
+
     Returns:
-        ``out``, or ``(out, lse)``. Rows of q that belong to no sequence are undefined.
+        ``out``, or ``(out, lse)``: out of q's dtype, of float8_e4m3fn queries bfloat16. Rows of q that belong to no sequence are
+        undefined.
 
     Example:
         >>> import jax.numpy as jnp, quire.jax
@@ -653,12 +668,12 @@ def paged_attention(
         Array([1., 1., 1.], dtype=float32)
     """
     operands = [
-        q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, alibi_slopes, sinks, k_scale, v_scale, mask, mask_start
+        q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, alibi_slopes, sinks, q_scale, k_scale, v_scale, mask, mask_start
     ]  # fmt: skip
     results = call(
         _PAGED_ATTENTION,
         operands,
-        _options("paged_attention", scale, causal, window, softcap, return_lse),
+        _options("paged_attention", scale, causal, window, softcap, return_lse, batch_invariant),
     )
     return (results[0], results[1]) if return_lse else results[0]
 
@@ -676,6 +691,7 @@ def shared_prefix_attention(
     causal: bool = True,
     softcap: float | None = None,
     sinks: Array | None = None,
+    q_scale: Array | None = None,
     k_scale: Array | None = None,
     v_scale: Array | None = None,
     mask: Array | None = None,
@@ -685,7 +701,7 @@ def shared_prefix_attention(
     """As :func:`quire.shared_prefix_attention`: sequences that all begin with the same blocks.
 
     Returns:
-        ``out``, or ``(out, lse)``.
+        ``out``, or ``(out, lse)``: out of q's dtype, of float8_e4m3fn queries bfloat16.
 
     Example:
         >>> import jax.numpy as jnp, quire.jax
@@ -696,7 +712,8 @@ def shared_prefix_attention(
         Array([37., 41.], dtype=float32)
     """
     operands = [
-        q, k_cache, v_cache, prefix_blocks, block_tables, seq_lens, query_start_loc, None, sinks, k_scale, v_scale, mask, mask_start
+        q, k_cache, v_cache, prefix_blocks, block_tables, seq_lens, query_start_loc, None, sinks, q_scale, k_scale, v_scale, mask,
+        mask_start
     ]  # fmt: skip
     results = call(
         _SHARED_PREFIX_ATTENTION,
@@ -719,16 +736,21 @@ def attention(
     softcap: float | None = None,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    q_scale: Array | None = None,
     k_scale: Array | None = None,
     v_scale: Array | None = None,
     mask: Array | None = None,
     mask_start: Array | None = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
 ) -> Array | tuple[Array, Array]:
     """As :func:`quire.attention`: ragged, unpaged keys and values.
 
+    Args:
+        batch_invariant: As in :func:`paged_attention`.
+
     Returns:
-        ``out``, or ``(out, lse)``.
+        ``out``, or ``(out, lse)``: out of q's dtype, of float8_e4m3fn queries bfloat16.
 
     Example:
         >>> import jax.numpy as jnp, quire.jax
@@ -737,9 +759,13 @@ def attention(
         (3, 2, 8)
     """
     operands = [
-        q, k, v, query_start_loc, kv_start_loc, alibi_slopes, sinks, k_scale, v_scale, mask, mask_start
+        q, k, v, query_start_loc, kv_start_loc, alibi_slopes, sinks, q_scale, k_scale, v_scale, mask, mask_start
     ]  # fmt: skip
-    results = call(_ATTENTION, operands, _options("attention", scale, causal, window, softcap, return_lse))
+    results = call(
+        _ATTENTION,
+        operands,
+        _options("attention", scale, causal, window, softcap, return_lse, batch_invariant),
+    )
     return (results[0], results[1]) if return_lse else results[0]
 
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <cstdlib>
 #include <numeric>
 #include <set>
@@ -44,6 +45,26 @@ TEST_F(ThreadPool, CoversEveryRangeOnce) {
     for (std::int64_t count : {1, 2, 3, 7, 8, 9, 31, 64, 100, 1000, 4097})
       for (std::int64_t grain : {1, 2, 3, 16, 100, 5000}) EXPECT_TRUE(covers_once(count, grain)) << threads << " " << count << " " << grain;
   }
+}
+
+bool rounds_to_nearest() {
+  volatile const float one = 1.0f, tiny = 1e-10f;
+  volatile const float sum = one + tiny;
+  return sum == one;
+}
+
+TEST_F(ThreadPool, FloatModeOfTheCallerStaysWithTheCaller) {
+  std::fesetround(FE_UPWARD);
+  for (int threads : {1, 4}) {
+    set_num_threads(threads);  // the next job's workers are made by this thread
+    std::atomic<int> num_nearest{0};
+    parallel_for(64, 1, [&](std::int64_t begin, std::int64_t end) {
+      if (rounds_to_nearest()) num_nearest += static_cast<int>(end - begin);
+    });
+    EXPECT_EQ(num_nearest, 64) << threads;
+    EXPECT_FALSE(rounds_to_nearest());
+  }
+  std::fesetround(FE_TONEAREST);
 }
 
 TEST_F(ThreadPool, EmptyRangeCallsNothing) {

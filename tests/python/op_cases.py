@@ -83,7 +83,7 @@ slots, positions = np.array([0, 17, -1, 33, 50, 64, 81, 99, 111], np.int32), np.
 scales, heads = np.array([0.03, 0.04], np.float32), np.array([0.5, -1, 2, 0.1], np.float32)
 one = np.array([0.05], np.float32)
 int8_cache = rng().integers(-100, 100, (7, 16, 2, 32)).astype(np.int8)
-fp8_cache = k_cache.astype(ml_dtypes.float8_e4m3fn)
+fp8_cache, fp8_q = k_cache.astype(ml_dtypes.float8_e4m3fn), q.astype(ml_dtypes.float8_e4m3fn)
 
 #: id, op, arrays, options. Arrays among the options are operands too.
 CASES = [
@@ -131,14 +131,25 @@ CASES = [
     ("paged_attention", [q, k_cache, v_cache, TABLES, LENS], {"query_start_loc": LOC, "alibi_slopes": heads, "causal": False}),
     ("paged_attention", [q, k_cache, v_cache, TABLES, LENS], {"query_start_loc": LOC, "sinks": heads, "mask": MASK}),
     ("paged_attention", [q, k_cache, v_cache, TABLES, LENS], {"query_start_loc": LOC, "mask": MASK, "mask_start": LENS - 9, "window": 8}),
+    ("paged_attention", [fp8_q[:3], fp8_cache, fp8_cache, TABLES, LENS], {"q_scale": scales * 20, "k_scale": one * 10, "return_lse": True}),
+    ("paged_attention", [fp8_q, int8_cache, int8_cache, TABLES, LENS], {"query_start_loc": LOC, "q_scale": one, "v_scale": one, "mask": MASK}),
+    ("paged_attention", [q, k_cache, v_cache, TABLES, LENS], {"query_start_loc": LOC, "batch_invariant": True, "return_lse": True}),
     (
         "shared_prefix_attention",
         [q, k_cache, v_cache, np.array([6, 2], np.int32), TABLES % 5, LENS // 2],
         {"query_start_loc": LOC, "return_lse": True, "sinks": heads},
     ),
+    (
+        "shared_prefix_attention",
+        [fp8_q[:3], int8_cache, int8_cache, np.array([6, 2], np.int32), TABLES % 5, LENS // 2],
+        {"q_scale": one, "k_scale": scales, "v_scale": scales},
+    ),
     ("attention", [q, k, v], {"return_lse": True}),
     ("attention", [q, k, v], {"query_start_loc": LOC, "kv_start_loc": np.array([0, 5, 6, 9], np.int32)}),
     ("attention", [q, k, v], {"query_start_loc": LOC, "window": 3, "mask": MASK}),
+    ("attention", [fp8_q, fp8_cache[0, :9].copy(), fp8_cache[1, :9].copy()], {"query_start_loc": LOC, "q_scale": scales, "v_scale": one}),
+    ("attention", [fp8_q, int8_cache[0], int8_cache[1]], {"return_lse": True}),
+    ("attention", [q, k, v], {"query_start_loc": LOC, "batch_invariant": True}),
     ("merge_attention", [q, q[..., 0].copy(), q + 1, q[..., 1].copy()], {}),
 ]  # fmt: skip
 IDS = [f"{i}-{case[0]}" for i, case in enumerate(CASES)]

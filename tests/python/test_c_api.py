@@ -40,7 +40,7 @@ class Options(ctypes.Structure):
         ("struct_size", ctypes.c_size_t), ("scale", D), ("causal", ctypes.c_int32), ("validate", ctypes.c_int32),
         ("window_left", I64), ("window_right", I64), ("softcap", D),
         *[(name, ctypes.POINTER(Tensor)) for name in ("alibi_slopes", "sinks", "k_scale", "v_scale", "mask", "mask_start")],
-        ("variant", ctypes.c_char_p),
+        ("variant", ctypes.c_char_p), ("q_scale", ctypes.POINTER(Tensor)), ("batch_invariant", I64),
     ]  # fmt: skip
 
     def __init__(self, **values):
@@ -247,6 +247,65 @@ def test_attention():
     for name in ("paged_attention", "shared_prefix_attention", "attention"):
         assert call(f"{name}_workspace_size", *map(I64, (3, 2, 4, 16)), 1, 0, ctypes.byref(size)) == OK
         assert size.value == 0
+
+
+def test_attention_of_float8_queries():
+    q, cache = (normal(*s).astype(ml_dtypes.float8_e4m3fn) for s in ((3, 4, 16), (4, 8, 2, 16)))
+    tables, lens = np.array([[0, 1], [2, 3], [1, 0]], np.int32), np.array([9, 12, 16], np.int32)
+    scale = np.array([0.5, 3.0], np.float32)
+    out = np.empty(q.shape, ml_dtypes.bfloat16)
+    options = Options(q_scale=ctypes.pointer(tensor(scale)))
+    args = out, None, q, cache, cache, tables, lens, None, None, ctypes.byref(options), None
+    assert call("paged_attention", *args) == OK, error()
+    expected = quire.paged_attention(q, cache, cache, tables, lens, q_scale=scale)
+    np.testing.assert_array_equal(out.view(np.uint16), expected.view(np.uint16))
+    half = np.empty(q.shape, np.float16)
+    assert call("paged_attention", half, *args[1:]) == OK, error()
+    np.testing.assert_array_equal(
+        half, quire.paged_attention(q, cache, cache, tables, lens, q_scale=scale, out=np.empty_like(half))
+    )
+    prefix = np.array([3], np.int32)
+    assert call("shared_prefix_attention", *args[:5], prefix, *args[5:]) == OK, error()
+    expected = quire.shared_prefix_attention(q, cache, cache, prefix, tables, lens, q_scale=scale)
+    np.testing.assert_array_equal(out.view(np.uint16), expected.view(np.uint16))
+    k = cache[0, :3].copy()
+    assert call("attention", out, None, q, k, k, None, None, None, args[-2], None) == OK, error()
+    expected = quire.attention(q, k, k, q_scale=scale)
+    np.testing.assert_array_equal(out.view(np.uint16), expected.view(np.uint16))
+    # of a caller that does not know the field
+    options.struct_size = Options.q_scale.offset
+    assert call("attention", out, None, q, k, k, None, None, None, args[-2], None) == OK, error()
+    assert not np.array_equal(out.view(np.uint16), expected.view(np.uint16))
+    np.testing.assert_array_equal(out.view(np.uint16), quire.attention(q, k, k).view(np.uint16))
+
+
+def test_batch_invariant_attention():
+    """A sequence's row has the same bits alone and among three, as the option says, and others than without it."""
+    q, cache = normal(3, 4, 16), normal(960, 16, 2, 16)
+    tables = np.random.default_rng(4).permutation(960)[: 3 * 313].reshape(3, 313).astype(np.int32)
+    lens = np.array([5000, 4999, 2100], np.int32)
+    options = ctypes.byref(Options(batch_invariant=1))
+    out, alone = np.empty_like(q), np.empty_like(q[:1])
+    assert call("paged_attention", out, None, q, cache, cache, tables, lens, None, None, options, None) == OK
+    np.testing.assert_array_equal(
+        out, quire.paged_attention(q, cache, cache, tables, lens, batch_invariant=True)
+    )
+    assert not np.array_equal(out, quire.paged_attention(q, cache, cache, tables, lens))
+    for i in range(3):
+        own = q[[i]], cache, cache, tables[[i]], lens[[i]]
+        assert call("paged_attention", alone, None, *own, None, None, options, None) == OK
+        np.testing.assert_array_equal(alone[0], out[i])
+    k = normal(5000, 2, 16)
+    loc, kv_loc = np.array([0, 3], np.int32), np.array([0, 5000], np.int32)
+    assert call("attention", out, None, q, k, k, loc, kv_loc, None, options, None) == OK, error()
+    given = {"query_start_loc": loc, "kv_start_loc": kv_loc}
+    np.testing.assert_array_equal(out, quire.attention(q, k, k, **given, batch_invariant=True))
+    assert not np.array_equal(out, quire.attention(q, k, k, **given))
+    # it shares the pass over the prefix, so that it cannot be
+    prefix = np.array([3], np.int32)
+    args = out, None, q, cache, cache, prefix, tables, lens, None, None, options, None
+    assert call("shared_prefix_attention", *args) == UNSUPPORTED
+    assert "batch_invariant" in error()
 
 
 def test_statuses():

@@ -116,9 +116,9 @@ SHARED = {
     "write_kv": {"k_scale", "v_scale"},
     "rope_and_write_kv": {4, "q_weight", "k_weight"},
     "gather_kv": {"k_scale", "v_scale"},
-    "paged_attention": {"alibi_slopes", "sinks", "k_scale", "v_scale"},
-    "shared_prefix_attention": {1, 2, 3, "sinks"},
-    "attention": set(),
+    "paged_attention": {"alibi_slopes", "sinks", "q_scale", "k_scale", "v_scale"},
+    "shared_prefix_attention": {1, 2, 3, "sinks", "q_scale", "k_scale", "v_scale"},
+    "attention": {"q_scale", "v_scale"},
 }
 
 
@@ -213,6 +213,12 @@ def test_vmap_bad_block_of_another_cache(device):
             r"\[attention\] sinks: .*batched",
         ),
         (
+            lambda: jax.vmap(lambda q, s: quire.jax.attention(q, q, q, q_scale=s))(
+                jnp.ones((2, 3, 1, 8), jnp.float8_e4m3fn), jnp.ones((2, 1))
+            ),
+            r"\[attention\] q_scale: .*batched",
+        ),
+        (
             lambda: jax.vmap(quire.jax.rotary_embedding, in_axes=(None, 0, None, 0))(
                 jnp.zeros(1, jnp.int32), jnp.ones((2, 1, 1, 8)), None, jnp.ones((2, 4, 8))
             ),
@@ -223,6 +229,62 @@ def test_vmap_bad_block_of_another_cache(device):
 def test_vmap_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---- batch invariance ------------------------------------------------------------------------------------------------------
+
+NUM_KEYS = 5000  # more than any kernel leaves in one piece
+
+
+def bits(a):
+    return np.asarray(a).view(np.uint8)
+
+
+def long_cache():
+    """Queries, and a cache with three sequences of many keys."""
+    own = np.random.default_rng(5)
+    q, *caches = (own.standard_normal(s).astype(np.float32) for s in ((3, 4, 32), *[(960, 16, 2, 32)] * 2))
+    tables = own.permutation(960)[: 3 * 313].reshape(3, 313).astype(np.int32)
+    return q, *caches, tables, np.array([NUM_KEYS, NUM_KEYS - 1, 2100], np.int32)
+
+
+def test_batch_invariant_decode(device):
+    q, k_cache, v_cache, tables, lens = long_cache()
+    attend = jax.jit(functools.partial(quire.jax.paged_attention, batch_invariant=True, return_lse=True))
+    out, lse = attend(*map(jnp.asarray, (q, k_cache, v_cache, tables, lens)))
+    own = quire.paged_attention(q, k_cache, v_cache, tables, lens, batch_invariant=True, return_lse=True)
+    compare(device, [out, lse], own)
+    # ... which is another result than without it
+    assert not np.array_equal(own[0], quire.paged_attention(q, k_cache, v_cache, tables, lens))
+    alone = [attend(*map(jnp.asarray, (q[[i]], k_cache, v_cache, tables[[i]], lens[[i]]))) for i in range(3)]
+    batched = jax.vmap(attend, in_axes=(0, None, None, 0, 0))(
+        *map(jnp.asarray, (q[:, None], k_cache, v_cache, tables[:, None], lens[:, None]))
+    )
+    for i in range(3):
+        np.testing.assert_array_equal(bits(alone[i][0][0]), bits(out[i]))
+        np.testing.assert_array_equal(bits(alone[i][1][0]), bits(lse[i]))
+        np.testing.assert_array_equal(bits(batched[0][i]), bits(alone[i][0]))
+        np.testing.assert_array_equal(bits(batched[1][i]), bits(alone[i][1]))
+
+
+def test_batch_invariant_ragged(device):
+    own = np.random.default_rng(6)
+    q = own.standard_normal((3, 2, 4, 32)).astype(np.float32)
+    k, v = (own.standard_normal((3, NUM_KEYS, 2, 32)).astype(np.float32) for _ in "kv")
+    loc, kv_loc = (np.arange(4, dtype=np.int32) * n for n in (2, NUM_KEYS))
+    ragged = functools.partial(quire.jax.attention, batch_invariant=True)
+    starts = {"query_start_loc": loc, "kv_start_loc": kv_loc}
+    flat_qkv = [a.reshape(-1, *a.shape[2:]) for a in (q, k, v)]
+    out = jax.jit(ragged)(*map(jnp.asarray, flat_qkv), **jax.tree.map(jnp.asarray, starts))
+    expected = quire.attention(*flat_qkv, **starts, batch_invariant=True)
+    compare(device, out, expected)
+    assert not np.array_equal(expected, quire.attention(*flat_qkv, **starts))
+    batched = jax.jit(jax.vmap(ragged))(*map(jnp.asarray, (q, k, v)))
+    for i in range(3):
+        first = {"query_start_loc": jnp.array([0, 2]), "kv_start_loc": jnp.array([0, NUM_KEYS])}
+        alone = ragged(*(jnp.asarray(a[i]) for a in (q, k, v)), **first)
+        np.testing.assert_array_equal(bits(alone), bits(out[2 * i : 2 * i + 2]))
+        np.testing.assert_array_equal(bits(batched[i]), bits(alone))
 
 
 # ---- in place --------------------------------------------------------------------------------------------------------------
@@ -321,6 +383,13 @@ def test_refusals_are_the_librarys(jit):
         jit(quire.jax.rms_norm)(ones((2, 64), jnp.int32), ones(64))
     with pytest.raises(quire.UnsupportedError, match="head_dim that is a multiple of 8"):
         jit(quire.jax.attention)(*[ones((2, 1, 9))] * 3)
+    half, eight = ones((2, 2, 8), jnp.bfloat16), ones((2, 2, 8), jnp.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"\[attention\] q_scale: expected none for bfloat16 queries"):
+        jit(lambda q: quire.jax.attention(q, q, q, q_scale=ones(1)))(half)
+    with pytest.raises(ValueError, match=r"\[attention\] q_scale: expected float32 \[1\] or \[2\]"):
+        jit(lambda q: quire.jax.attention(q, q, q, q_scale=ones(3)))(eight)
+    with pytest.raises(TypeError, match=r"\[attention\] k: expected"):
+        jit(lambda q, k: quire.jax.attention(q, k, k))(eight, half)
     with pytest.raises(ValueError, match=r"\[write_kv\] v: expected float32 \[2, 1, 8\]"):
         jit(quire.jax.write_kv)(
             ones((2, 1, 8)), ones((3, 1, 8)), *[ones((2, 4, 1, 8))] * 2, ones(2, jnp.int32)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import frameworks
+import ml_dtypes
 import numpy as np
 import pytest
 from op_cases import CASES, IDS, expected_of, flat, functional, normal, ops_of_families, split_options
@@ -17,6 +18,8 @@ import quire
 torch = pytest.importorskip("torch")
 
 import quire.torch  # noqa: E402
+
+E4M3 = ml_dtypes.float8_e4m3fn
 
 
 @pytest.fixture(params=["cpu", "cuda:0"])
@@ -108,6 +111,35 @@ def test_inductor(framework):
     got, want = torch.compile(step, fullgraph=True)(*a), step(*b)
     for left, right in zip((*got, *a[5:7]), (*want, *b[5:7])):
         torch.testing.assert_close(left, right, rtol=2e-5, atol=2e-5)
+
+
+def test_batch_invariant(framework):
+    """Compiled too, a row has the same bits alone and among three, as the option says, and others than without it."""
+    own = np.random.default_rng(5)
+    arrays = [own.standard_normal(s).astype(np.float32) for s in ((3, 4, 32), *[(960, 16, 2, 32)] * 2)]
+    tables = own.permutation(960)[: 3 * 313].reshape(3, 313).astype(np.int32)
+    lens = np.array([5000, 4999, 2100], np.int32)
+    q, k_cache, v_cache, tables, lens = map(framework.array, (*arrays, tables, lens))
+    torch._dynamo.reset()
+    compiled = torch.compile(quire.torch.paged_attention, fullgraph=True, backend="aot_eager")
+    out = compiled(q, k_cache, v_cache, tables, lens, batch_invariant=True)
+    assert torch.equal(out, quire.paged_attention(q, k_cache, v_cache, tables, lens, batch_invariant=True))
+    if framework.device == "cpu":
+        assert not torch.equal(out, quire.paged_attention(q, k_cache, v_cache, tables, lens))
+    for i in range(3):
+        some = slice(i, i + 1)
+        alone = compiled(q[some], k_cache, v_cache, tables[some], lens[some], batch_invariant=True)
+        assert torch.equal(alone[0], out[i])
+    k, v = k_cache[:313].reshape(-1, 2, 32)[:5000], v_cache[:313].reshape(-1, 2, 32)[:5000]
+    ends = {
+        name: framework.array(np.array([0, n], np.int32))
+        for name, n in (("query_start_loc", 3), ("kv_start_loc", 5000))
+    }
+    ragged = torch.compile(quire.torch.attention, fullgraph=True, backend="aot_eager")
+    want = quire.attention(q, k, v, **ends, batch_invariant=True)
+    assert torch.equal(ragged(q, k, v, **ends, batch_invariant=True), want)
+    if framework.device == "cpu":
+        assert not torch.equal(want, quire.attention(q, k, v, **ends))
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------------
@@ -276,6 +308,30 @@ def test_autocast(framework):
     want = quire.attention(q.to(half), k.to(half), k.to(half))
     with torch.autocast(kind, half):
         assert torch.equal(quire.torch.attention(q, k, k), want)
+
+
+def test_flush_denormal():
+    """Results on the CPU are the same for a thread that takes subnormals for zero, and it goes on doing so."""
+    cpu = frameworks.make("torch", "cpu")
+    x, small = np.full((4096, 64), 1e-40, np.float32), np.full((4096, 64), 2e-40, np.float32)
+    tensors = [cpu.array(a) for a in (x, small, np.ones(64, np.float32))]
+    # Most values of these are below 2^-6, subnormal in float8_e4m3fn.
+    queries, keys = (cpu.array((normal(*shape) * 1e-2).astype(E4M3)) for shape in ((9, 4, 32), (9, 2, 32)))
+    want, total = quire.attention(queries, keys, keys), x + small
+    num_threads = quire.num_threads()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    try:
+        for threads in (1, 3):  # of a pool that is made here
+            quire.set_num_threads(threads)
+            _, residual = quire.torch.fused_add_rms_norm(tensors[0].clone(), tensors[1].clone(), tensors[2])
+            np.testing.assert_array_equal(residual.numpy().view(np.uint32), total.view(np.uint32))
+            got = quire.torch.attention(queries, keys, keys)
+            assert torch.equal(got.view(torch.int16), want.view(torch.int16))
+            assert float(torch.tensor([1e-40]) * 1) == 0.0
+    finally:
+        torch.set_flush_denormal(False)
+        quire.set_num_threads(num_threads)
 
 
 def test_refusals_in_a_trace():

@@ -7,7 +7,7 @@
 namespace quire::jax {
 namespace {
 
-// `first` is the first of the operands alibi_slopes, sinks, k_scale, v_scale, mask, mask_start.
+// `first` is the first of the operands alibi_slopes, sinks, q_scale, k_scale, v_scale, mask, mask_start.
 AttentionOptions options_of(const Call& call, std::size_t first) {
   AttentionOptions options;
   options.scale = call.optional_number("scale");
@@ -17,10 +17,12 @@ AttentionOptions options_of(const Call& call, std::size_t first) {
   options.softcap = call.number("softcap");
   options.alibi_slopes = call.optional_operand(first);
   options.sinks = call.optional_operand(first + 1);
-  options.k_scale = call.optional_operand(first + 2);
-  options.v_scale = call.optional_operand(first + 3);
-  options.mask = call.optional_operand(first + 4);
-  options.mask_start = call.optional_operand(first + 5);
+  options.q_scale = call.optional_operand(first + 2);
+  options.k_scale = call.optional_operand(first + 3);
+  options.v_scale = call.optional_operand(first + 4);
+  options.mask = call.optional_operand(first + 5);
+  options.mask_start = call.optional_operand(first + 6);
+  options.batch_invariant = call.integer("batch_invariant") != 0;
   return options;
 }
 
