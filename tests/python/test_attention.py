@@ -1263,7 +1263,7 @@ def check_prefixed(backend, prefix, own, whole, *, decode=False, **options):
         lens = own.seq_lens - np.diff(own.query_start_loc) if start is None else start
         options["mask_start"] = (lens + len(prefix) * own.k_cache.shape[1]).astype(np.int32)
     want, want_lse = whole.reference(**options)
-    assert_close("attention", backend.numpy(out), want)
+    assert_close("shared_prefix_attention", backend.numpy(out), want)
     assert_lse_close(backend.numpy(lse), want_lse, own.q.dtype.name)
 
 

@@ -93,8 +93,9 @@ def common(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return tensors
 
 
-def draw_scales(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    return (0.01 + 0.01 * rng.random(shape)).astype(np.float16)
+def draw_scales(rng: np.random.Generator, shape: tuple[int, ...], bits: int = 4) -> np.ndarray:
+    """Weights of one size whatever the bits: with larger ones a model amplifies what bfloat16 rounds off."""
+    return ((0.01 + 0.01 * rng.random(shape)) * 2.0 ** (4 - bits)).astype(np.float16)
 
 
 def awq_layer(rng, out, into):
@@ -106,7 +107,7 @@ def awq_layer(rng, out, into):
 
 def gptq_layer(rng, out, into, bits=4, act_order=False, v2=False):
     codes, zeros = rng.integers(0, 2**bits, (into, out)), rng.integers(0, 2**bits, (into // 64, out))
-    scales = draw_scales(rng, (into // 64, out))
+    scales = draw_scales(rng, (into // 64, out), bits)
     g_idx = (np.arange(into) // 64).astype(np.int32)
     if act_order:
         g_idx = rng.permutation(g_idx)
@@ -117,7 +118,7 @@ def gptq_layer(rng, out, into, bits=4, act_order=False, v2=False):
 
 
 def compressed_layer(rng, out, into, bits=4):
-    codes, scales = rng.integers(0, 2**bits, (out, into)), draw_scales(rng, (out, into // 128))
+    codes, scales = rng.integers(0, 2**bits, (out, into)), draw_scales(rng, (out, into // 128), bits)
     stored = {
         "weight_packed": reference.pack_stream(codes, bits),
         "weight_scale": scales.astype(ml_dtypes.bfloat16),

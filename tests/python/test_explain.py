@@ -156,6 +156,7 @@ def cuda_backend(backend):
     return backend
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_cuda_attention(backend, rng, torch):
     """What is said is what the profiler sees."""
     cuda_backend(backend)

@@ -22,6 +22,8 @@ ULPS = {
     "merge": (8.0, 0.55),
     # Attention rounds probabilities to 16 bits for the matrix units, as every peer does.
     "attention": (64.0, 2.5),
+    # Put together from two or more results that are rounded to 16 bits themselves.
+    "shared_prefix_attention": (64.0, 3.0),
 }
 
 #: Below this share of the largest magnitude, of the result or of the row, an error counts as if at that magnitude.
@@ -32,10 +34,11 @@ FLOOR = {
     "rotary": 0.25,
     "merge": 0.5,
     "attention": 0.5,
+    "shared_prefix_attention": 0.5,
 }
 
 #: The ops whose floor is of each row along the last axis: a row of small values hides behind no other.
-PER_ROW = {"merge", "attention"}
+PER_ROW = {"merge", "attention", "shared_prefix_attention"}
 
 #: Largest error of a log-sum-exp (natural log), relative to its magnitude or 1, by the dtype of the queries. Hopper's tensor cores add
 #: products of float8 with about 14 bits: the worst that was seen, at head_dim 256 and scales up to 1.5, is 2.1e-3.

@@ -47,7 +47,7 @@ class Call {
   const TensorView* optional_operand(std::size_t i) const { return operands_[i] ? &*operands_[i] : nullptr; }
   const TensorView& result(std::size_t i) const;
   const TensorView* optional_result(std::size_t i) const { return results_[i] ? &*results_[i] : nullptr; }
-  /// Result i, which must be the memory of operand j: what an op writes in place.
+  /// Result i, what an op writes in place: the memory of operand j, or else a copy that is made here.
   const TensorView& in_place(std::size_t i, std::size_t j) const;
   const TensorView* optional_in_place(std::size_t i, std::size_t j) const { return operands_[j] ? &in_place(i, j) : nullptr; }
 

@@ -50,7 +50,7 @@ struct ScaleAndZero {
 template <Result kResult>
 __device__ __forceinline__ ScaleAndZero computed(const QuantizeParams& p, const Range& range) {
   if constexpr (kResult != Result::kAsymmetricInt8) {
-    return {computed_scale(fminf(range.above, p.scale_bound), kResult == Result::kInt8 ? 127.0f : 448.0f), 0};
+    return {computed_scale(fminf(range.above, p.scale_bound), kResult == Result::kInt8), 0};
   } else {
     const float scale = fmaxf(__fdiv_rn(range.above + range.below, 255.0f), kSmallestScale);
     const float shift = rintf(__fdiv_rn(-range.below, scale));

@@ -212,6 +212,7 @@ Columns order_columns(const QuantizedMatmulParams& params, Stream stream) {
     int alignment = 16;
     while (alignment > 2 && !(is_aligned(params.x, alignment) && keeps_alignment(params.num_tokens, params.x_stride, 2, alignment)))
       alignment /= 2;
+    if (alignment == 4 && format.in_features % 2 != 0) alignment = 2;  // copies by 4 bytes would end past the row
     return Columns{params.x, params.x_stride, alignment, workspace};
   }
   const int num_pieces = static_cast<int>(ceil_div(format.num_rows, 8));
