@@ -145,7 +145,8 @@ void quantize_weight(const QuantizeWeightParams& p) {
       kernels.widen[index(p.scale_dtype)](&scale, stored_scale, 1);
       int zero = middle;
       if (p.zeros != nullptr) {
-        zero = std::clamp(static_cast<int>(std::nearbyint(-low / scale)), 0, largest_code);
+        // fmin and fmax pass over NaN, which no integer is.
+        zero = static_cast<int>(std::fmax(0.0f, std::fmin(std::nearbyint(-low / scale), static_cast<float>(largest_code))));
         p.zeros[row * num_groups + group] = static_cast<std::uint8_t>(zero);
       }
       for (std::int64_t i = begin; i < end; ++i) {

@@ -296,7 +296,8 @@ AttentionParams check_paged(const Check& check, const TensorView& out, const Ten
   params.k = k_cache.data;
   params.v = v_cache.data;
   params.kv_dtype = k_cache.dtype;
-  params.block_tables = block_tables.as<const std::int32_t>();
+  // A table without columns may have no address, and backends take a null pointer for "not paged". None of its entries is read.
+  params.block_tables = block_tables.data != nullptr ? block_tables.as<const std::int32_t>() : seq_lens.as<const std::int32_t>();
   params.seq_lens = seq_lens.as<const std::int32_t>();
   params.num_seqs = num_seqs;
   params.num_blocks = std::min<std::int64_t>(k_cache.size(0), std::numeric_limits<std::int32_t>::max());

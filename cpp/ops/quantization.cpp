@@ -240,6 +240,7 @@ PackedParams check_packed(const Check& check, const PackedWeight& weight) {
   check.dtype(weight.data, "weight", {DType::kUInt8});
   check.rank(weight.data, "weight", 1, 1);
   check.contiguous(weight.data, "weight");
+  check.accessible(weight.data, "weight");
   const std::int64_t num_bytes = size_on(check, f, weight.data.device);
   if (weight.data.numel() != num_bytes) check.fail_value("weight", "uint8 [" + std::to_string(num_bytes) + "]", describe(weight.data));
   if (reinterpret_cast<std::uintptr_t>(weight.data.data) % 16 != 0) check.fail_value("weight", "a 16-byte aligned address", "another one");
@@ -659,6 +660,8 @@ void scaled_matmul(const TensorView& out, const TensorView& a, const TensorView&
   check.float_dtype(out, "out");
   p.out_dtype = out.dtype;
   p.a_stride = check_rows(check, a, "a", p.m);
+  // One row's stride is never stepped along, but it has a part in which kernel runs, and so in the bits of a batch-invariant result.
+  if (p.m == 1) p.a_stride = a.ndim >= 2 ? a.stride(-2) : p.k;
   std::int64_t out_rows = 0;
   p.out_stride = check_rows(check, out, "out", out_rows);
   check_count(check, "a", p.m, 0);

@@ -89,7 +89,6 @@ def _compiled(
         operands = _spread(present, arrays)
         wanted = op.results(operands, attributes)
         results = [result for result in wanted if result is not None]
-        scratch = op.scratch_bytes(operands) if op.scratch_bytes is not None else 0
         order = [i for i, result in enumerate(wanted) if result is not None]
         aliases = {
             order.index(result): places.index(operand)
@@ -108,6 +107,7 @@ def _compiled(
             aliases,
             bits,
         )
+        scratch = op.scratch_bytes(operands) if op.scratch_bytes is not None else 0
         if scratch > 0:
             bits["results"] = int(bits["results"]) | 1 << len(wanted)
         described: Any = jax.ShapeDtypeStruct

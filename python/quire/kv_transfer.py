@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import operator
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -249,15 +250,24 @@ def _head_range(op: str, cache: KVCache, head_start: int, total_kv_heads: int | 
     return total
 
 
-def _pairs(op: str, sources: Sequence[int], destinations: Sequence[int]) -> Any:
+def _integers(op: str, arg: str, values: Sequence[int]) -> list[int]:
     try:
-        return np.stack([np.asarray(sources, np.int64), np.asarray(destinations, np.int64)], axis=1).reshape(
-            -1, 2
-        )
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"[{op}] block_ids: expected integers, got {type(destinations).__qualname__}"
-        ) from None
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise TypeError(f"[{op}] {arg}: expected integers, got {type(values).__qualname__}") from None
+
+
+def _ids(op: str, values: Sequence[int]) -> list[int]:
+    ids = _integers(op, "block_ids", values)
+    for block in ids:
+        if not 0 <= block < 2**63:
+            raise IndexError(f"[{op}] block_ids: expected block ids, got {block}")
+    return ids
+
+
+def _pairs(op: str, sources: Sequence[int], destinations: Sequence[int]) -> Any:
+    pairs = np.array([_ids(op, sources), _ids(op, destinations)], np.int64).reshape(2, -1)
+    return np.ascontiguousarray(pairs.T)
 
 
 def export_blocks(
@@ -274,8 +284,10 @@ def export_blocks(
     op = "KVCache.export_blocks"
     total = _head_range(op, cache, head_start, total_kv_heads)
     num_blocks = len(block_ids)
-    if keys is not None and (len(keys) != num_blocks or not all(0 <= key < 2**128 for key in keys)):
-        raise ValueError(f"[{op}] keys: expected {num_blocks} numbers below 2**128, got {len(keys)}")
+    if keys is not None:
+        keys = _integers(op, "keys", keys)
+        if len(keys) != num_blocks or not all(0 <= key < 2**128 for key in keys):
+            raise ValueError(f"[{op}] keys: expected {num_blocks} numbers below 2**128, got {len(keys)}")
     fields = (
         cache.dtype, cache.num_layers, num_blocks, cache.block_size, cache.head_dim, total, head_start, cache.num_kv_heads
     )  # fmt: skip

@@ -13,6 +13,7 @@ their dtypes anyway.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -214,12 +215,13 @@ def _function(eager: F) -> Callable[[Callable[..., Any]], F]:
 
     def decorate(traced: Callable[..., Any]) -> F:
         @functools.wraps(eager)
-        def function(first: Any, *args: Any, **kwargs: Any) -> Any:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            first = args[0] if args else next(iter(kwargs.values()), None)
             # A subclass is a fake or functional tensor, or one that dispatches in its own way: operators know how.
             if _is_compiling() or (isinstance(first, torch.Tensor) and type(first) not in _PLAIN):
                 _check_traced(eager.__name__, kwargs)
-                return traced(first, *args, **kwargs)
-            return eager(first, *args, **kwargs)
+                return traced(*args, **kwargs)
+            return eager(*args, **kwargs)
 
         function.__module__ = __name__
         return cast(F, function)
@@ -452,10 +454,15 @@ def _attention_function(eager: F, is_cache: bool) -> Callable[[Callable[..., Any
 
     def decorate(traced: Callable[..., Any]) -> F:
         function = _function(eager)(traced)
+        names = tuple(inspect.signature(eager).parameters)[:3]
 
         @functools.wraps(eager)
-        def with_autocast(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
-            return function(*_autocast(q, k, v, is_cache), *args, **kwargs)
+        def with_autocast(*args: Any, **kwargs: Any) -> Any:
+            missing = names[len(args) :]
+            if not all(name in kwargs for name in missing):
+                return function(*args, **kwargs)  # its TypeError says what is missing
+            args = (*args, *(kwargs.pop(name) for name in missing))
+            return function(*_autocast(*args[:3], is_cache), *args[3:], **kwargs)
 
         with_autocast.__module__ = __name__
         return cast(F, with_autocast)

@@ -55,6 +55,7 @@ def attention_mask(
         q_offset=q_offset,
         kv_offset=kv_offset,
         attention_mask=attention_mask,
+        local_size=local_size,
         allow_is_causal_skip=False,
         allow_is_bidirectional_skip=allow_is_bidirectional_skip,
         **kwargs,
@@ -108,7 +109,7 @@ def attention_forward(
         ``[batch, q_length, num_heads, head_dim]``, and None for the weights, which are never made.
 
     Raises:
-        quire.UnsupportedError: Dropout, or a bias of positions.
+        quire.UnsupportedError: Dropout, a bias of positions, or values wider than keys.
     """
     if dropout:
         raise quire.UnsupportedError(
@@ -119,6 +120,10 @@ def attention_forward(
     batch, num_heads, q_length, head_dim = query.shape
     kv_length, device = key.shape[2], query.device
     value_dim = value.shape[-1]
+    if value_dim > head_dim:
+        raise quire.UnsupportedError(
+            f"[quire.transformers] value: expected a head_dim of at most the keys' {head_dim}, got {value_dim}"
+        )
     if value_dim != head_dim:
         value = torch.nn.functional.pad(value, (0, head_dim - value_dim))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

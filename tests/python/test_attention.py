@@ -512,6 +512,21 @@ def test_nothing_at_all(backend):
     np.testing.assert_array_equal(backend.numpy(out), 0.0)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_table_without_columns(backend, dtype):
+    """Such a table may have no address: it is a paged call all the same, of one query for each sequence."""
+    q = np.ones((3, 2, 16), np_dtype(dtype))
+    cache = np.ones((1, 4, 1, 16), np_dtype(dtype))
+    rows = backend.array(np.full((300, 2, 16), 7.0, np_dtype(dtype)))
+    arguments = (
+        backend.array(x) for x in (q, cache, cache, np.zeros((3, 0), np.int32), np.zeros(3, np.int32))
+    )
+    quire.paged_attention(*arguments, out=rows[:3])
+    got = as_float64(backend.numpy(rows))
+    assert (got[:3] == 0.0).all()
+    assert (got[3:] == 7.0).all()
+
+
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn", "int8"])
 def test_unused_memory_changes_no_bit(backend, rng, decode, kv_dtype):

@@ -212,7 +212,13 @@ def test_refusals():
         cache_of("bfloat16").import_blocks(blocks, [0, 1])
     with pytest.raises(ValueError, match="block_ids: expected 2, one for each block, got 1"):
         cache.import_blocks(blocks, [0])
-    for bad in ([0, BLOCKS], [-1, 0]):
+    for bad in ([1.9], ["1"]):
+        with pytest.raises(TypeError, match="block_ids: expected integers"):
+            cache.export_blocks(bad)
+    with pytest.raises(TypeError, match="keys: expected integers"):
+        cache.export_blocks([1], keys=[0.5])
+    assert cache.export_blocks([1], keys=np.array([7])).keys == (7,)
+    for bad in ([0, BLOCKS], [-1, 0], [0, 2**63]):
         with pytest.raises(IndexError):
             cache.import_blocks(blocks, bad)
         with pytest.raises(IndexError):

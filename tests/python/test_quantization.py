@@ -312,6 +312,29 @@ def test_rows_of_any_alignment(backend, rng, distance):
         assert_product_close(out, as_float64(x) @ wide.T, np.abs(as_float64(x)) @ np.abs(wide).T)
 
 
+def test_tiles_left_over_after_whole_rounds(backend, rng):
+    """More tiles than SMs: the last ones are cut along K, and CTAs without a part of them are not waited for. Twice with one workspace."""
+    if backend.device == "cpu":
+        pytest.skip("tiles of CUDA's kernel for many tokens")
+    weight = PackedWeight.quantize(backend.array(draw(rng, (4096, 4096))), "w4a16", 128)
+    wide = as_float64(backend.numpy(weight.dequantize()))
+    for count in (2304, 2304, 2112, 1024):
+        x = draw(rng, (count, 4096), "float16")
+        out = backend.numpy(quire.quantized_matmul(backend.array(x), weight))
+        rows = np.arange(0, count, 97)
+        sample = as_float64(x[rows])
+        assert_product_close(out[rows], sample @ wide.T, np.abs(sample) @ np.abs(wide).T)
+
+
+def test_rows_in_reverse(backend, rng):
+    weight = PackedWeight.quantize(backend.array(draw(rng, (48, 128))), "w4a16", 64)
+    if backend.name == "torch":
+        pytest.skip("PyTorch has no negative strides")
+    x = draw(rng, (40, 128), "float16")
+    got = backend.numpy(quire.quantized_matmul(backend.array(x)[::-1], weight))
+    assert_same_bits(got, backend.numpy(quire.quantized_matmul(backend.array(x[::-1].copy()), weight)))
+
+
 @pytest.mark.parametrize("count", [1, 12, 40, 100, 300])
 def test_workspace_contents(backend, rng, count):
     """Whatever the workspace holds, the result has the same bits, each time."""

@@ -390,3 +390,15 @@ def test_cuda_graph_of_a_compiled_step():
 def test_importing_quire_imports_no_torch():
     code = "import sys, quire; assert 'torch' not in sys.modules; import quire.torch; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_of_arguments():
+    """The first arguments may be named, as in quire."""
+    x, w = torch.randn(3, 16), torch.ones(16)
+    assert torch.equal(quire.torch.rms_norm(x=x, weight=w), quire.torch.rms_norm(x, w))
+    q, cache = torch.randn(2, 4, 16), torch.randn(3, 4, 2, 16)
+    tables, lens = torch.tensor([[0], [2]], dtype=torch.int32), torch.tensor([3, 4], dtype=torch.int32)
+    named = quire.torch.paged_attention(q, k_cache=cache, v_cache=cache, block_tables=tables, seq_lens=lens)
+    assert torch.equal(named, quire.torch.paged_attention(q, cache, cache, tables, lens))
+    with pytest.raises(TypeError):
+        quire.torch.paged_attention(q)

@@ -308,6 +308,11 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
     config.slots_per_cta = params.batch_invariant ? kCutParts + 1 : 2;
     const int per_sm = config.wide ? 1 : ctas_per_sm(config.variant, config.head_dim_bucket);
     const std::int64_t fitting = partial_rows(params.num_tokens, params.num_heads, device.num_sms) / (config.slots_per_cta * rows);
+    // Places on the line are 31 bits, and its tiles alone may take half of them.
+    constexpr std::int64_t kMaxTiles = (std::int64_t{1} << 29) / (kTileCost + 1);
+    if (num_ctas > kMaxTiles)
+      throw UnsupportedError("[attention] num_seqs * num_kv_heads: expected at most " + std::to_string(kMaxTiles) +
+                             " tiles of query rows in one call, got " + std::to_string(num_ctas));
     const auto longest = static_cast<double>(num_ctas) * (static_cast<double>(key_capacity(params)) / 16 + kTileCost + 1);
     while (std::ldexp(longest, -config.line_shift) + static_cast<double>(num_ctas) * (kTileCost + 1) > 1 << 30) ++config.line_shift;
     // A CTA has 64 keys or more.

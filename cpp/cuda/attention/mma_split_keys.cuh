@@ -393,7 +393,9 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
           for (int i = 0; i < kLead; ++i) valid[i] = valid[i + 1];
         }
         device::copy_async_wait<0>();
-        if (!kMayBeNotFinite<kKvDType> || selecting || walk.all_see_the_same || !__syncthreads_or(state.not_finite())) break;
+        if (!kMayBeNotFinite<kKvDType> || selecting || (walk.all_see_the_same && !plan.batch_invariant) ||
+            !__syncthreads_or(state.not_finite()))
+          break;
       }
 
       // Bring the warps to one maximum.

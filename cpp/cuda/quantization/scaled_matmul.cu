@@ -5,6 +5,7 @@
 #include <span>
 
 #include "cuda/launch.h"
+#include "cuda/quantization/hopper_code.h"
 #include "cuda/quantization/scaled_matmul.h"
 
 namespace quire::cuda {
@@ -32,14 +33,14 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 }  // namespace
 
 bool can_use_wgmma(const ScaledMatmulParams& p, int compute_capability) {
-  const auto copies = [](const void* data, std::int64_t num_rows, std::int64_t stride) {
-    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && (num_rows == 1 || stride % 16 == 0);
+  const auto copies = [&](const void* data, std::int64_t num_rows, std::int64_t stride) {
+    return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && ((num_rows == 1 && !p.batch_invariant) || (stride > 0 && stride % 16 == 0));
   };
   // Coordinates and counts of tiles are 32-bit.
   constexpr std::int64_t kLargest = std::int64_t{1} << 30;
   const bool int8_blocks = p.dtype == DType::kInt8 && p.granularity_a == ScaleGranularity::kGroup;
-  return compute_capability == 90 && !int8_blocks && copies(p.a, p.m, p.a_stride) && copies(p.b, p.n, p.b_stride) && p.m < kLargest &&
-         p.n < kLargest && p.k < kLargest && ceil_div(p.m, 16) * ceil_div(p.n, 64) < kLargest;
+  return compute_capability == 90 && has_hopper_code() && !int8_blocks && copies(p.a, p.m, p.a_stride) && copies(p.b, p.n, p.b_stride) &&
+         p.m < kLargest && p.n < kLargest && p.k < kLargest && ceil_div(p.m, 16) * ceil_div(p.n, 64) < kLargest;
 }
 
 WgmmaChoice choose_wgmma(const ScaledMatmulParams& p, int num_sms) {

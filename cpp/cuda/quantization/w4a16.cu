@@ -4,6 +4,7 @@
 #include <random>
 
 #include "cuda/launch.h"
+#include "cuda/quantization/hopper_code.h"
 #include "cuda/quantization/w4a16_launch.h"
 #include "cuda/tensor_map.h"
 #include "quire/error.h"
@@ -61,15 +62,6 @@ __global__ void __launch_bounds__(kGatherThreads)
     out[token * num_pieces + piece] =
         make_uint4(values[0] | values[1] << 16, values[2] | values[3] << 16, values[4] | values[5] << 16, values[6] | values[7] << 16);
   }
-}
-
-/// Whether the machine code in use is of sm_90a. Code made from sm_80 PTX has no wgmma and does not wait for a predecessor, on whatever device.
-bool has_hopper_code() {
-  return known_of_device([] {
-    cudaFuncAttributes attributes{};
-    QUIRE_CUDA_CHECK(cudaFuncGetAttributes(&attributes, gather_columns_kernel));
-    return attributes.ptxVersion >= 90 && attributes.binaryVersion == 90;
-  });
 }
 
 /// What tells this process's counts in a workspace from whatever else may be there; the lower 16 bits are for the count.
@@ -414,6 +406,15 @@ bool takes_wgmma(std::int64_t num_tokens, const Layout& layout, DType dtype, boo
 
 }  // namespace w4a16
 
+bool has_hopper_code() {
+  // Code made from sm_80 PTX has no wgmma and does not wait for a predecessor, on whatever device.
+  return known_of_device([] {
+    cudaFuncAttributes attributes{};
+    QUIRE_CUDA_CHECK(cudaFuncGetAttributes(&attributes, w4a16::gather_columns_kernel));
+    return attributes.ptxVersion >= 90 && attributes.binaryVersion == 90;
+  });
+}
+
 std::int64_t quantized_matmul_workspace_size(std::int64_t num_tokens, const WeightFormat& format, bool has_permutation, DType dtype,
                                              bool batch_invariant) {
   const DeviceProperties& device = current_device_properties();
@@ -431,7 +432,8 @@ void quantized_matmul(const QuantizedMatmulParams& params, Stream stream) {
   const DeviceProperties& device = current_device_properties();
   const w4a16::Layout layout(params.weight.data, params.weight.format);
   const bool aligned =
-      params.weight.permutation != nullptr || (is_aligned(params.x, 16) && keeps_alignment(params.num_tokens, params.x_stride, 2, 16));
+      params.weight.permutation != nullptr || (is_aligned(params.x, 16) && (params.num_tokens == 1 || params.x_stride > 0) &&
+                                               keeps_alignment(params.num_tokens, params.x_stride, 2, 16));
   if (aligned && w4a16::takes_wgmma(params.num_tokens, layout, params.dtype, params.batch_invariant)) {
     w4a16::run_wgmma(params, w4a16::choose_wgmma(params.num_tokens, layout, device.num_sms), stream);
   } else {

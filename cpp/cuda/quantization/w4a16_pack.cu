@@ -146,7 +146,8 @@ void dequantize_weight(void* out, DType dtype, std::int64_t out_stride, const Pa
   if (weight.permutation != nullptr) {
     // A feature that no row is of is 0.
     const auto item = static_cast<std::size_t>(itemsize(dtype));
-    QUIRE_CUDA_CHECK(cudaMemset2DAsync(out, static_cast<std::size_t>(out_stride) * item, 0, static_cast<std::size_t>(f.in_features) * item,
+    const std::int64_t pitch = f.out_features == 1 ? f.in_features : out_stride;  // one row's stride may be anything
+    QUIRE_CUDA_CHECK(cudaMemset2DAsync(out, static_cast<std::size_t>(pitch) * item, 0, static_cast<std::size_t>(f.in_features) * item,
                                        static_cast<std::size_t>(f.out_features), cuda_stream(stream)));
   }
   dispatch_float(dtype, "dequantize_weight", [&](auto constant) {

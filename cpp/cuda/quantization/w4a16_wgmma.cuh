@@ -99,8 +99,12 @@ struct Work {
 
   __device__ explicit Work(const WgmmaPlan& p)
       : plan(p), next_chunk(first_chunk(p, static_cast<int>(blockIdx.x))), end_chunk(first_chunk(p, static_cast<int>(blockIdx.x) + 1)) {}
+  /// CTAs that have chunks of shared tiles. There may be more CTAs than chunks; none without lies between two with, as a tile waits for all
+  /// from its first to its last.
+  __device__ static int num_sharing(const WgmmaPlan& p) { return max(min(static_cast<int>(gridDim.x), p.num_shared_chunks), 1); }
   __device__ static int first_chunk(const WgmmaPlan& p, int cta) {
-    return static_cast<int>(std::int64_t{cta} * p.num_shared_chunks / gridDim.x);
+    const int sharing = num_sharing(p);
+    return static_cast<int>(std::int64_t{min(cta, sharing)} * p.num_shared_chunks / sharing);
   }
   __device__ int first_shared() const { return plan.whole_rounds * static_cast<int>(gridDim.x); }
 
@@ -351,7 +355,9 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
     // ---- A part of a tile ----
     if (!work.whole) {
       const int shared_tile = work.tile - work.first_shared(), first_chunk = shared_tile * plan.num_chunks;
-      const auto owner = [&](int chunk) { return static_cast<int>(((std::int64_t{chunk} + 1) * gridDim.x - 1) / plan.num_shared_chunks); };
+      const auto owner = [&](int chunk) {
+        return static_cast<int>(((std::int64_t{chunk} + 1) * Work::num_sharing(plan) - 1) / plan.num_shared_chunks);
+      };
       const auto partials_of = [&](int cta) {
         const int slot = Work::first_chunk(plan, cta) / plan.num_chunks == shared_tile ? 0 : 1;
         return reinterpret_cast<float4*>(plan.partials) +

@@ -73,7 +73,8 @@ def _entry(path: Path, name: str, value: Any, data: np.ndarray, origin: int) -> 
     except (TypeError, KeyError, ValueError):
         raise DemoError(f"{path}: tensor {name!r} has a malformed description") from None
     if (
-        any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in (*shape, begin, end))
+        not isinstance(dtype, str)
+        or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in (*shape, begin, end))
         or begin > end
     ):
         raise DemoError(f"{path}: tensor {name!r} has a malformed description")
@@ -85,7 +86,7 @@ def _entry(path: Path, name: str, value: Any, data: np.ndarray, origin: int) -> 
         raise DemoError(
             f"{path}: tensor {name!r}: shape {list(shape)} of {dtype} does not have {end - begin} bytes"
         )
-    return TensorEntry(path, str(dtype), shape, data, origin + begin, origin + end)
+    return TensorEntry(path, dtype, shape, data, origin + begin, origin + end)
 
 
 class Checkpoint:
