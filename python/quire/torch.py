@@ -461,8 +461,8 @@ def _attention_function(eager: F, is_cache: bool) -> Callable[[Callable[..., Any
             missing = names[len(args) :]
             if not all(name in kwargs for name in missing):
                 return function(*args, **kwargs)  # its TypeError says what is missing
-            args = (*args, *(kwargs.pop(name) for name in missing))
-            return function(*_autocast(*args[:3], is_cache), *args[3:], **kwargs)
+            q, k, v, *rest = (*args, *(kwargs.pop(name) for name in missing))
+            return function(*_autocast(q, k, v, is_cache), *rest, **kwargs)
 
         with_autocast.__module__ = __name__
         return cast(F, with_autocast)
