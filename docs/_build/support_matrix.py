@@ -58,7 +58,10 @@ def np_dtype(name: str) -> np.dtype[Any]:
 
 def inputs(dtype: str, cache_dtype: str) -> dict[str, np.ndarray[Any, Any]]:
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32).astype(np_dtype(dtype))  # noqa: E731
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float32).astype(np_dtype(dtype))
+
     cache = np.zeros((4, BLOCK_SIZE, KV_HEADS, DIM), np_dtype(cache_dtype))
     return {
         "q": draw(1, HEADS, DIM), "weight": draw(DIM), "k": draw(TOKENS, KV_HEADS, DIM), "v": draw(TOKENS, KV_HEADS, DIM),
@@ -141,7 +144,10 @@ def with_jax(way: str, device: str, arrays: dict[str, Any], quantized: bool) -> 
 
     place = jax.devices("cpu" if device == "CPU" else "cuda")[0]
     t = {name: jax.device_put(a, place) for name, a in arrays.items()}
-    run = lambda t: step(quire.jax, t, quantized)  # noqa: E731
+
+    def run(t):
+        return step(quire.jax, t, quantized)
+
     return np.asarray(jax.jit(run)(t) if way == "jax.jit" else run(t))
 
 

@@ -10,6 +10,7 @@ Shapes and dtypes are checked while tracing, by the library's own validation. Sc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from quire import _core
@@ -553,7 +554,7 @@ def _attention_results(operands: _Operands, attributes: _Attributes) -> list[Res
     return [out, (tuple(q.shape[:2]), "float32") if attributes["return_lse"] else None]
 
 
-def _scratch_bytes(size_name: str, seq_lens: int | None, start_loc: int | None) -> object:
+def _scratch_bytes(size_name: str, seq_lens: int | None, start_loc: int | None) -> Callable[[_Operands], int]:
     """Of the workspace that the op asks for on CUDA.
 
     Which platform is compiled for is not known while tracing: where there is a GPU, it is declared for the CPU too, which leaves it
@@ -584,21 +585,21 @@ _PAGED_ATTENTION = Op(
     ("q", "k_cache", "v_cache", "block_tables", "seq_lens", "query_start_loc", *_OPTIONS),
     _attention_results,
     _batch.paged(3),
-    scratch_bytes=_scratch_bytes("paged_attention_workspace_size", 4, None),  # type: ignore[arg-type]
+    scratch_bytes=_scratch_bytes("paged_attention_workspace_size", 4, None),
 )
 _SHARED_PREFIX_ATTENTION = Op(
     "shared_prefix_attention",
     ("q", "k_cache", "v_cache", "prefix_blocks", "block_tables", "seq_lens", "query_start_loc", *_OPTIONS),
     _attention_results,
     _batch.paged(4),
-    scratch_bytes=_scratch_bytes("shared_prefix_attention_workspace_size", 5, None),  # type: ignore[arg-type]
+    scratch_bytes=_scratch_bytes("shared_prefix_attention_workspace_size", 5, None),
 )
 _ATTENTION = Op(
     "attention",
     ("q", "k", "v", "query_start_loc", "kv_start_loc", *_OPTIONS),
     _attention_results,
     _batch.ragged(),
-    scratch_bytes=_scratch_bytes("attention_workspace_size", None, 3),  # type: ignore[arg-type]
+    scratch_bytes=_scratch_bytes("attention_workspace_size", None, 3),
 )
 _MERGE_ATTENTION = Op(
     "merge_attention",

@@ -17,7 +17,7 @@ namespace quire::cuda::w4a16 {
 
 /// One launch. A tile is 64 rows for each warpgroup that multiplies x kTokens tokens; tile = row_tile * num_token_tiles + token_tile. CTA c has the tiles c, c + num_ctas, ... of the
 /// first whole_rounds rounds. The others are cut along K into num_chunks chunks each, of which it has
-/// [c * num_shared_chunks / num_ctas, (c + 1) * num_shared_chunks / num_ctas).
+/// [c * num_shared_chunks / n, (c + 1) * num_shared_chunks / n), where n is the smaller of num_ctas and num_shared_chunks.
 struct WgmmaPlan {
   Layout layout;
   void* out = nullptr;  // [num_tokens, num_rows]
