@@ -73,6 +73,9 @@ std::uint64_t arrival_tag() {
   return tag;
 }
 
+/// At most so much of a workspace is for parts of sums, or for x in another order, where one slice of the tokens fits: more are worked on slice by slice.
+constexpr std::int64_t kMaxPartialBytes = std::int64_t{32} << 20, kMaxGatheredBytes = std::int64_t{64} << 20;
+
 int warps_of(int tiles) { return tiles == 8 ? 8 : 16; }
 std::int64_t round_up(std::int64_t value, std::int64_t unit) { return ceil_div(value, unit) * unit; }
 
@@ -93,7 +96,9 @@ MmaChoice make_mma_choice(std::int64_t num_tokens, const Layout& layout, int til
   choice.num_ctas = std::min(num_ctas, choice.num_strips * choice.num_chunks);
   choice.num_token_blocks = ceil_div(num_tokens, 8 * tiles);
   if (choice.num_chunks > 1) {
-    choice.partial_bytes = choice.num_token_blocks * choice.num_ctas * 2 * strip_rows * 8 * tiles * 4;
+    const std::int64_t bytes = std::int64_t{choice.num_ctas} * 2 * strip_rows * 8 * tiles * 4;  // of a block
+    choice.num_token_blocks = std::min(choice.num_token_blocks, std::max(kMaxPartialBytes / bytes, std::int64_t{1}));
+    choice.partial_bytes = choice.num_token_blocks * bytes;
     choice.arrival_bytes = choice.num_token_blocks * choice.num_strips * 8;
   }
   return choice;
@@ -240,8 +245,6 @@ void run_mma(const QuantizedMatmulParams& params, const MmaChoice& choice, Strea
   const Columns columns = order_columns(params, stream);
   MmaPlan plan;
   plan.layout = Layout(params.weight.data, format);
-  plan.x = columns.x;
-  plan.out = params.out;
   plan.bias = params.bias;
   plan.bias_dtype = params.bias_dtype;
   plan.partials = reinterpret_cast<float*>(columns.workspace);
@@ -250,7 +253,6 @@ void run_mma(const QuantizedMatmulParams& params, const MmaChoice& choice, Strea
   plan.x_stride = columns.stride;
   plan.x_alignment = columns.alignment;
   plan.out_stride = params.out_stride;
-  plan.num_tokens = params.num_tokens;
   plan.num_rows = static_cast<int>(format.out_features);
   plan.num_columns = static_cast<int>(format.num_rows);
   plan.num_tasks = choice.num_strips * choice.num_chunks;
@@ -261,7 +263,13 @@ void run_mma(const QuantizedMatmulParams& params, const MmaChoice& choice, Strea
   plan.num_stages = choice.num_stages;
   plan.group_shift = plan.layout.group_shift();
   plan.waits = params.weight.permutation != nullptr && has_hopper_code();
-  params.dtype == DType::kBFloat16 ? launch_mma<true>(plan, choice.tiles, stream) : launch_mma<false>(plan, choice.tiles, stream);
+  const std::int64_t slice_tokens = choice.num_token_blocks * 8 * choice.tiles;
+  for (std::int64_t first = 0; first < params.num_tokens; first += slice_tokens) {
+    plan.num_tokens = std::min(params.num_tokens - first, slice_tokens);
+    plan.x = static_cast<const std::uint16_t*>(columns.x) + first * columns.stride;
+    plan.out = static_cast<std::uint16_t*>(params.out) + first * params.out_stride;
+    params.dtype == DType::kBFloat16 ? launch_mma<true>(plan, choice.tiles, stream) : launch_mma<false>(plan, choice.tiles, stream);
+  }
 }
 
 namespace {
@@ -273,11 +281,19 @@ double step_cycles(int tokens, int num_ctas, int num_sms) {
 
 }  // namespace
 
+namespace {
+
+/// Tokens that all SMs work on at a time: of their x and of the weight the L2 cache has a part that is read many times.
+constexpr int kBandTokens = 1024;
+
+}  // namespace
+
 WgmmaChoice make_wgmma_choice(std::int64_t num_tokens, const Layout& layout, int tokens, int whole_rounds, int num_chunks, int num_sms) {
   WgmmaChoice choice;
   choice.tokens = tokens;
   choice.num_row_tiles = static_cast<int>(ceil_div(layout.num_blocks, wgmma_warpgroups(tokens)));
   choice.num_token_tiles = static_cast<int>(ceil_div(num_tokens, tokens));
+  choice.band_tiles = kBandTokens / tokens;
   const std::int64_t num_tiles = std::int64_t{choice.num_row_tiles} * choice.num_token_tiles;
   choice.whole_rounds = whole_rounds;
   choice.num_shared_tiles = num_tiles - std::int64_t{whole_rounds} * num_sms;
@@ -307,6 +323,7 @@ WgmmaChoice make_cluster_choice(std::int64_t num_tokens, const Layout& layout, i
   choice.tokens = tokens;
   choice.num_row_tiles = static_cast<int>(ceil_div(layout.num_blocks, wgmma_warpgroups(tokens)));
   choice.num_token_tiles = static_cast<int>(ceil_div(num_tokens, tokens));
+  choice.band_tiles = kBandTokens / tokens;
   choice.cluster_ctas = cluster_ctas;
   choice.chunk_steps = static_cast<int>(ceil_div(layout.num_steps, cluster_ctas));
   choice.num_ctas = choice.num_row_tiles * choice.num_token_tiles * cluster_ctas;
@@ -357,6 +374,29 @@ CUtensorMap make_word_map(const void* data, int row_bytes, std::int64_t num_rows
   return map;
 }
 
+/// x [num_tokens, num_columns], whose columns are whole panels of 64, read in boxes of box_panels panels of box_tokens tokens, with the 128-byte
+/// swizzle.
+CUtensorMap make_panel_map(const void* x, std::int64_t num_tokens, std::int64_t num_columns, std::int64_t stride, int box_tokens,
+                           int box_panels) {
+  const auto panels = static_cast<cuuint64_t>(num_columns / kUnitColumns);
+  const cuuint64_t sizes[4] = {kUnitColumns, static_cast<cuuint64_t>(num_tokens), panels, 1};
+  const cuuint64_t row = num_tokens > 1 ? static_cast<cuuint64_t>(stride) * 2 : kUnitColumns * 2;
+  const cuuint64_t strides[3] = {row, kUnitColumns * 2, panels * kUnitColumns * 2};
+  const cuuint32_t box[4] = {kUnitColumns, static_cast<cuuint32_t>(box_tokens), static_cast<cuuint32_t>(box_panels), 1}, steps[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  check_tensor_map(encode_tensor_map()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(x), sizes, strides, box, steps,
+                                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+  return map;
+}
+
+/// By how many bits a number of 32 columns is shifted to that of its group.
+int few_group_shift(const Layout& layout) {
+  return layout.group_size == 0 ? 31 : layout.group_size == 128 ? 2 : layout.group_size == 64 ? 1 : 0;
+}
+/// Groups in so many steps, which are an even number.
+int few_stage_groups(const Layout& layout, int steps) { return std::max(1, 2 * steps >> few_group_shift(layout)); }
+
 }  // namespace
 
 void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, Stream stream) {
@@ -374,7 +414,9 @@ void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, S
   plan.num_tokens = params.num_tokens;
   plan.num_rows = format.out_features;
   plan.num_shared_chunks = static_cast<int>(choice.num_shared_tiles * choice.num_chunks);
+  plan.num_row_tiles = choice.num_row_tiles;
   plan.num_token_tiles = choice.num_token_tiles;
+  plan.band_tiles = choice.band_tiles;
   plan.whole_rounds = choice.whole_rounds;
   plan.num_chunks = choice.num_chunks;
   plan.chunk_steps = choice.chunk_steps;
@@ -391,6 +433,67 @@ void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, S
   maps.entries = make_word_map(layout.scales, row_bytes, layout.num_groups, layout.num_blocks, layout.group_size == 32 ? 2 : 1, warpgroups);
   params.dtype == DType::kBFloat16 ? launch_wgmma<true>(plan, maps, choice.tokens, choice.num_ctas, stream)
                                    : launch_wgmma<false>(plan, maps, choice.tokens, choice.num_ctas, stream);
+}
+
+FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int row_groups_log2, int cluster_ctas, int num_sms) {
+  FewChoice choice;
+  choice.tokens = num_tokens <= 8 ? 8 : num_tokens <= 16 ? 16 : num_tokens <= 32 ? 32 : 64;
+  choice.row_groups_log2 = row_groups_log2;
+  choice.cluster_ctas = cluster_ctas;
+  const int row_groups = 1 << row_groups_log2, stage_steps = kFewStageUnits >> row_groups_log2;
+  choice.num_tiles = static_cast<int>(ceil_div(layout.num_blocks, row_groups));
+  choice.num_ctas = cluster_ctas > 1 ? choice.num_tiles * cluster_ctas : std::min(choice.num_tiles, num_sms);
+  choice.chunk_steps = static_cast<int>(ceil_div(layout.num_steps, cluster_ctas * stage_steps)) * stage_steps;
+  const int num_entries = row_groups * kBlockUnits * 8 * few_stage_groups(layout, stage_steps);
+  const int x_bytes = stage_steps * static_cast<int>(round_up(num_tokens, 8)) * kUnitColumns * 2;
+  choice.stage_bytes =
+      static_cast<int>(round_up(x_bytes + kFewStageUnits * kBlockUnits * unit_bytes(layout.bits) + num_entries * layout.entry_bytes, 1024));
+  const bool sums = row_groups < kFewWarpgroups || cluster_ctas > 1;
+  const bool sums_after = sums && choice.num_tiles * cluster_ctas > choice.num_ctas;  // stages are in use when sums are
+  const int room = 227 * 1024 - kFewFixedBytes - (sums_after ? few_sum_bytes(choice.tokens) : 0);
+  choice.num_stages = std::min({kFewMaxStages, room / choice.stage_bytes, std::max(choice.chunk_steps / stage_steps, 2)});
+  if (choice.num_stages < 2) return FewChoice{};
+  choice.sums_at = sums_after ? choice.num_stages * choice.stage_bytes : 0;
+  choice.shared_bytes = kFewFixedBytes + std::max(choice.num_stages * choice.stage_bytes + (sums_after ? few_sum_bytes(choice.tokens) : 0),
+                                                  sums ? few_sum_bytes(choice.tokens) : 0);
+  return choice;
+}
+
+void run_few(const QuantizedMatmulParams& params, const FewChoice& choice, Stream stream) {
+  const WeightFormat& format = params.weight.format;
+  const Columns columns = order_columns(params, stream);
+  FewPlan plan;
+  plan.layout = Layout(params.weight.data, format);
+  plan.out = params.out;
+  plan.bias = params.bias;
+  plan.bias_dtype = params.bias_dtype;
+  plan.out_stride = params.out_stride;
+  plan.num_rows = format.out_features;
+  plan.num_tokens = static_cast<int>(params.num_tokens);
+  plan.row_groups_log2 = choice.row_groups_log2;
+  plan.num_tiles = choice.num_tiles;
+  plan.cluster_ctas = choice.cluster_ctas;
+  plan.chunk_steps = choice.chunk_steps;
+  plan.num_stages = choice.num_stages;
+  plan.stage_bytes = choice.stage_bytes;
+  const int token_rows = static_cast<int>(round_up(params.num_tokens, 8));
+  plan.panel_bytes = token_rows * kUnitColumns * 2;
+  const Layout& layout = plan.layout;
+  const int row_groups = 1 << choice.row_groups_log2, stage_steps = kFewStageUnits >> choice.row_groups_log2;
+  plan.num_stage_groups = few_stage_groups(layout, stage_steps);
+  plan.group_shift = few_group_shift(layout);
+  plan.sums_at = choice.sums_at;
+  plan.stores_vectors = is_aligned(params.out, 16) && keeps_alignment(params.num_tokens, params.out_stride, 2, 16);
+  plan.waits = params.weight.permutation != nullptr;
+  FewMaps maps;
+  const std::int64_t rows_of_step = kBlockUnits * unit_bytes(layout.bits) / kCodeRowBytes;
+  maps.x = make_panel_map(columns.x, params.num_tokens, format.num_rows, columns.stride, token_rows, stage_steps);
+  maps.codes = make_word_map(layout.codes, kCodeRowBytes, layout.num_steps * rows_of_step, layout.num_blocks,
+                             static_cast<int>(stage_steps * rows_of_step), row_groups);
+  maps.entries =
+      make_word_map(layout.scales, kBlockUnits * 8 * layout.entry_bytes, layout.num_groups, layout.num_blocks, plan.num_stage_groups, row_groups);
+  params.dtype == DType::kBFloat16 ? launch_few<true>(plan, maps, choice.tokens, choice.num_ctas, choice.shared_bytes, stream)
+                                   : launch_few<false>(plan, maps, choice.tokens, choice.num_ctas, choice.shared_bytes, stream);
 }
 
 namespace {
@@ -415,31 +518,61 @@ bool has_hopper_code() {
   });
 }
 
-std::int64_t quantized_matmul_workspace_size(std::int64_t num_tokens, const WeightFormat& format, bool has_permutation, DType dtype,
-                                             bool batch_invariant) {
-  const DeviceProperties& device = current_device_properties();
-  const w4a16::Layout layout(nullptr, format);
-  const auto mma = w4a16::choose_mma(num_tokens, layout, device.num_sms, device.max_shared_bytes_per_cta, batch_invariant);
-  std::int64_t num_bytes = mma.partial_bytes + mma.arrival_bytes;
-  if (w4a16::takes_wgmma(num_tokens, layout, dtype, batch_invariant)) {
-    const auto wgmma = w4a16::choose_wgmma(num_tokens, layout, device.num_sms);
-    num_bytes = std::max(num_bytes, wgmma.partial_bytes + wgmma.arrival_bytes);
-  }
-  return num_bytes + (has_permutation ? w4a16::gathered_bytes(num_tokens, format) : 0);
+namespace w4a16 {
+namespace {
+
+/// Tokens that are worked on at a time.
+std::int64_t slice_tokens(std::int64_t num_tokens, const WeightFormat& format, bool has_permutation) {
+  if (!has_permutation) return num_tokens;
+  const std::int64_t most = std::max(kMaxGatheredBytes / gathered_bytes(1, format) / kBandTokens, std::int64_t{1}) * kBandTokens;
+  return std::min(num_tokens, most);
 }
 
-void quantized_matmul(const QuantizedMatmulParams& params, Stream stream) {
+std::int64_t slice_workspace_size(std::int64_t num_tokens, const WeightFormat& format, bool has_permutation, DType dtype,
+                                  bool batch_invariant) {
+  if (num_tokens == 0) return 0;
   const DeviceProperties& device = current_device_properties();
-  const w4a16::Layout layout(params.weight.data, params.weight.format);
+  const Layout layout(nullptr, format);
+  const MmaChoice mma = choose_mma(num_tokens, layout, device.num_sms, device.max_shared_bytes_per_cta, batch_invariant);
+  std::int64_t num_bytes = mma.partial_bytes + mma.arrival_bytes;
+  if (takes_wgmma(num_tokens, layout, dtype, batch_invariant)) {
+    const WgmmaChoice wgmma = choose_wgmma(num_tokens, layout, device.num_sms);
+    num_bytes = std::max(num_bytes, wgmma.partial_bytes + wgmma.arrival_bytes);
+  }
+  return num_bytes + (has_permutation ? gathered_bytes(num_tokens, format) : 0);
+}
+
+void multiply_slice(const QuantizedMatmulParams& params, Stream stream) {
+  const DeviceProperties& device = current_device_properties();
+  const Layout layout(params.weight.data, params.weight.format);
   const bool aligned =
       params.weight.permutation != nullptr || (is_aligned(params.x, 16) && (params.num_tokens == 1 || params.x_stride > 0) &&
                                                keeps_alignment(params.num_tokens, params.x_stride, 2, 16));
-  if (aligned && w4a16::takes_wgmma(params.num_tokens, layout, params.dtype, params.batch_invariant)) {
-    w4a16::run_wgmma(params, w4a16::choose_wgmma(params.num_tokens, layout, device.num_sms), stream);
+  if (aligned && takes_wgmma(params.num_tokens, layout, params.dtype, params.batch_invariant)) {
+    run_wgmma(params, choose_wgmma(params.num_tokens, layout, device.num_sms), stream);
   } else {
-    w4a16::run_mma(params,
-                   w4a16::choose_mma(params.num_tokens, layout, device.num_sms, device.max_shared_bytes_per_cta, params.batch_invariant),
-                   stream);
+    run_mma(params, choose_mma(params.num_tokens, layout, device.num_sms, device.max_shared_bytes_per_cta, params.batch_invariant), stream);
+  }
+}
+
+}  // namespace
+}  // namespace w4a16
+
+std::int64_t quantized_matmul_workspace_size(std::int64_t num_tokens, const WeightFormat& format, bool has_permutation, DType dtype,
+                                             bool batch_invariant) {
+  const std::int64_t slice = w4a16::slice_tokens(num_tokens, format, has_permutation);
+  return std::max(w4a16::slice_workspace_size(slice, format, has_permutation, dtype, batch_invariant),
+                  w4a16::slice_workspace_size(num_tokens % slice, format, has_permutation, dtype, batch_invariant));
+}
+
+void quantized_matmul(const QuantizedMatmulParams& params, Stream stream) {
+  const std::int64_t slice = w4a16::slice_tokens(params.num_tokens, params.weight.format, params.weight.permutation != nullptr);
+  for (std::int64_t first = 0; first < params.num_tokens; first += slice) {
+    QuantizedMatmulParams part = params;
+    part.num_tokens = std::min(params.num_tokens - first, slice);
+    part.x = static_cast<const std::uint16_t*>(params.x) + first * params.x_stride;
+    part.out = static_cast<std::uint16_t*>(params.out) + first * params.out_stride;
+    w4a16::multiply_slice(part, stream);
   }
 }
 
