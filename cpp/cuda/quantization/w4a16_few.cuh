@@ -31,7 +31,7 @@ struct FewPlan {
   int panel_bytes = 0;  // of x: 64 columns of all tokens
   int num_stage_groups = 0;  // entries of a stage, for each row
   int group_shift = 0;  // 32 columns c are of group c >> group_shift
-  int sums_at = 0;  // in shared memory; those of CTAs with one tile lie where its stages did
+  int sums_at = 0;  // in shared memory, behind the stages; 0 if a CTA has one tile: they lie where its stages did
   DType bias_dtype = DType::kFloat16;
   bool stores_vectors = false;  // rows of out are 16-byte aligned
   bool waits = false;  // for a predecessor that writes x
@@ -42,6 +42,7 @@ struct FewMaps {
   CUtensorMap x, codes, entries;
 };
 
+constexpr int kMaxFewTokens = 64;
 constexpr int kFewWarpgroups = 4;  // that multiply
 constexpr int kFewThreads = 128 * kFewWarpgroups + 32;
 constexpr int kFewStepsOfWarpgroup = 2;  // in a stage
@@ -51,8 +52,11 @@ constexpr int kFewStoreBytes = 4 * kFewWarpgroups * 8 * kStoreRowBytes;
 constexpr int kFewStagesAt = (kFewStoreBytes + 256 + 1023) / 1024 * 1024;  // behind what stores need, and barriers
 constexpr int kFewFixedBytes = 1024 + kFewStagesAt;  // 1024 to align
 
-/// Sums of all warpgroups.
-QUIRE_HOST_DEVICE constexpr int few_sum_bytes(int tokens) { return kFewWarpgroups * 64 * tokens * 4; }
+/// Room for the parts of sums that a CTA adds up.
+QUIRE_HOST_DEVICE constexpr int few_sum_bytes(int num_tokens, int row_groups_log2, int cluster_ctas) {
+  const int num_parts = cluster_ctas * (kFewWarpgroups >> row_groups_log2), num_pieces = ((num_tokens + 7) / 8) << row_groups_log2;
+  return num_parts == 1 ? 0 : static_cast<int>(ceil_div(num_pieces, kFewWarpgroups * cluster_ctas)) * kFewWarpgroups * num_parts * 64 * 8 * 4;
+}
 
 /// Grid: the CTAs of all clusters, or up to one for each SM. A warp brings x, codes and scales of a stage by three tensor copies. Each of four
 /// warpgroups turns its 64 rows' codes of 128 columns into fragments of A, the integers that they are, while the tensor cores work on those before;
@@ -76,19 +80,20 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
   const Layout& layout = plan.layout;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
-  if (thread == 0) {
-    for (int i = 0; i < plan.num_stages; ++i) {
-      device::barrier_init(full + 8 * i, 1);
-      device::barrier_init(empty + 8 * i, 4 * kFewWarpgroups);
+  if (plan.cluster_ctas > 1) device::cluster_arrive();  // its end is awaited before one CTA writes to another
+  if (warp == 4 * kFewWarpgroups) {
+    if (lane == 0) {
+      for (int i = 0; i < plan.num_stages; ++i) {
+        device::barrier_init(full + 8 * i, 1);
+        device::barrier_init(empty + 8 * i, 4 * kFewWarpgroups);
+      }
+      device::barrier_init_fence();
     }
-    device::barrier_init_fence();
+    __syncwarp();
+    device::named_barrier_arrive(2, kFewThreads);
+  } else {
+    device::named_barrier_sync(2, kFewThreads);
   }
-  if (thread == 128 * kFewWarpgroups) {
-    device::prefetch_tensor_map(&maps.x);
-    device::prefetch_tensor_map(&maps.codes);
-    device::prefetch_tensor_map(&maps.entries);
-  }
-  __syncthreads();
 
   const int row_groups = 1 << plan.row_groups_log2, column_groups = kFewWarpgroups >> plan.row_groups_log2;
   const int stage_steps = column_groups * kFewStepsOfWarpgroup;
@@ -152,6 +157,8 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
 
   float acc[kSums] = {}, product[kSums] = {};
   std::uint32_t fragments[2][kPhaseSlices][4];
+  constexpr std::uint32_t kMiddle = kBits == 4 ? 8 : 128;
+  std::uint32_t lower = zero_term<kBits, kBf16, false>(kMiddle), upper = zero_term<kBits, kBf16, true>(kMiddle);
   int slot = 0;
   std::uint32_t parity = 0;
   for (int tile = first_tile; tile < plan.num_tiles; tile += tiles_at_once) {
@@ -170,7 +177,7 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
       const std::uint8_t* stage = stages + slot * plan.stage_bytes;
       const std::uint32_t x = x_at + static_cast<std::uint32_t>(slot) * stage_step;
       device::barrier_wait(full + 8 * slot, parity);
-      std::uint32_t words[kBits], lower = 0, upper = 0;
+      std::uint32_t words[kBits];
       float next_scales[2];
       const auto phase = [&](auto constant) {
         constexpr int kPhase = decltype(constant)::value, kFirst = kPhase * kPhaseSlices;
@@ -188,7 +195,10 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
         if constexpr (kFirst % kGroupSlices == 0) {
           const int entry = (2 * own_step + kFirst / 2) >> plan.group_shift;
           const RowPair rows = load_any_entry<kBits>(stage + entries_at + entry * entry_row_bytes, layout);
-          lower = zero_term<kBits, kBf16, false>(rows.zero[0]), upper = zero_term<kBits, kBf16, true>(rows.zero[1]);
+          if (layout.has_zeros) {
+            lower = zero_term<kBits, kBf16, false>(rows.zero[0]);
+            upper = zero_term<kBits, kBf16, true>(rows.zero[1]);
+          }
           next_scales[0] = rows.scale[0], next_scales[1] = rows.scale[1];
         }
         device::wgmma_wait<1>();  // the tensor cores are done with these fragments
@@ -236,38 +246,51 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
       }
       continue;
     }
-    float4* sums = reinterpret_cast<float4*>(stages + plan.sums_at);
-    device::named_barrier_sync(1, 128 * kFewWarpgroups);  // nobody reads stages, or the last tile's sums, any more
+    // Piece i, of 64 rows and eight tokens, goes to warpgroup i % 4 of the CTA of rank i / 4 % cluster_ctas, which has room for its parts: of all CTAs
+    // and, of each, of the warpgroups that share columns.
+    const int num_pieces = num_token_groups << plan.row_groups_log2, num_parts = plan.cluster_ctas * column_groups;
+    float4* sums = reinterpret_cast<float4*>(stages + plan.sums_at) + group_thread;
+    if (plan.cluster_ctas > 1) {
+      device::cluster_wait();
+      if (plan.sums_at == 0) device::cluster_sync();  // nobody reads stages any more
+    } else {
+      device::named_barrier_sync(1, 128 * kFewWarpgroups);  // the last tile's sums were read, and stages, where these are
+    }
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j)
-      sums[(warpgroup * (kTokens / 8) + j) * 128 + group_thread] = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
-    plan.cluster_ctas > 1 ? device::cluster_sync() : device::named_barrier_sync(1, 128 * kFewWarpgroups);
-#pragma unroll 1
-    for (int i = rank * kFewWarpgroups + warpgroup; i < num_token_groups << plan.row_groups_log2; i += plan.cluster_ctas * kFewWarpgroups) {
-      const int of_rows = i & (row_groups - 1), j = i >> plan.row_groups_log2;
-      float bias[2], total[4] = {};
-      const std::int64_t row = tile_row + of_rows * kBlockRows;
-      load_row_bias(bias, plan.bias, plan.bias_dtype, row + lane / 4, plan.num_rows);
-      const float4* from = sums + (of_rows * (kTokens / 8) + j) * 128 + group_thread;
-      const int group_stride = row_groups * (kTokens / 8) * 128;
-      for (int other = 0; other < plan.cluster_ctas; ++other) {
-        const std::uint32_t address = device::shared_address(from);
-        const std::uint32_t base = plan.cluster_ctas > 1 ? device::address_in_cta(address, other) : address;
-#pragma unroll 4
-        for (int c = 0; c < column_groups; ++c) {
-          const float4 part = device::load_cluster_16(base + static_cast<std::uint32_t>(c * group_stride * 16));
-          total[0] += part.x;
-          total[1] += part.y;
-          total[2] += part.z;
-          total[3] += part.w;
-        }
+    for (int j = 0; j < kTokens / 8; ++j) {
+      if (j >= num_token_groups) break;
+      const int piece = j << plan.row_groups_log2 | row_group, turn = piece / (kFewWarpgroups * plan.cluster_ctas);
+      float4* to = sums + ((turn * kFewWarpgroups + piece % kFewWarpgroups) * num_parts + rank * column_groups + column_group) * 128;
+      if (plan.cluster_ctas > 1) {
+        device::store_cluster_16(device::address_in_cta(device::shared_address(to), piece / kFewWarpgroups % plan.cluster_ctas), acc[4 * j],
+                                 acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+      } else {
+        *to = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
       }
-      store_tokens<kBf16, 1>(space, total, bias, plan, 8 * j, row);
     }
     if (plan.cluster_ctas > 1) {
-      device::cluster_sync();  // the others read this CTA's sums
-      return;
+      device::cluster_sync();
+    } else {
+      device::named_barrier_sync(1, 128 * kFewWarpgroups);
     }
+    const float4* from = sums + warpgroup * num_parts * 128;
+#pragma unroll 1
+    for (int piece = rank * kFewWarpgroups + warpgroup; piece < num_pieces; piece += plan.cluster_ctas * kFewWarpgroups) {
+      float bias[2], total[4] = {};
+      const std::int64_t row = tile_row + (piece & (row_groups - 1)) * kBlockRows;
+      load_row_bias(bias, plan.bias, plan.bias_dtype, row + lane / 4, plan.num_rows);
+#pragma unroll 4
+      for (int part = 0; part < num_parts; ++part) {
+        const float4 sum = from[part * 128];
+        total[0] += sum.x;
+        total[1] += sum.y;
+        total[2] += sum.z;
+        total[3] += sum.w;
+      }
+      store_tokens<kBf16, 1>(space, total, bias, plan, piece >> plan.row_groups_log2 << 3, row);
+      from += kFewWarpgroups * num_parts * 128;
+    }
+    if (plan.cluster_ctas > 1) return;
   }
 #endif
 }

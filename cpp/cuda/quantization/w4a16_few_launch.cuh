@@ -19,6 +19,7 @@ void launch_few(const FewPlan& plan, const FewMaps& maps, int tokens, int num_ct
     config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
     config.stream = cuda_stream(stream);
     cudaLaunchAttribute attributes[2] = {};
+    config.attrs = attributes;
     if (plan.cluster_ctas > 1) {
       cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
       cluster.id = cudaLaunchAttributeClusterDimension;
@@ -30,7 +31,6 @@ void launch_few(const FewPlan& plan, const FewMaps& maps, int tokens, int num_ct
       dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       dependent.val.programmaticStreamSerializationAllowed = 1;
     }
-    config.attrs = attributes;
     QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, plan, maps));
     QUIRE_CHECK_LAUNCH("quantized_matmul_few_kernel", stream);
   };

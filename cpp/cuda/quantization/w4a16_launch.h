@@ -58,6 +58,9 @@ void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, S
 
 /// num_stages is 0 if shared memory has no room.
 FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int row_groups_log2, int cluster_ctas, int num_sms);
+FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int num_sms);
+/// Clusters of so many CTAs that the current device has room for at a time.
+int max_clusters(int cluster_ctas);
 void run_few(const QuantizedMatmulParams& params, const FewChoice& choice, Stream stream);
 
 /// Launches the kernel for 8 * tiles tokens a CTA.

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cuda/device/cluster.cuh"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/tma.cuh"
 #include "cuda/device/wgmma.cuh"
 #include "cuda/element.h"
@@ -16,7 +17,7 @@
 
 namespace quire::cuda::w4a16 {
 
-/// One launch. A tile is 64 rows for each warpgroup that multiplies x kTokens tokens. Tiles are counted in bands of band_tiles tiles of tokens, row by
+/// One launch. A tile is kWgmmaRows rows x kTokens tokens. Tiles are counted in bands of band_tiles tiles of tokens, row by
 /// row of a band: what the CTAs read of x at a time is that of a band. CTA c has the tiles c, c + num_ctas, ... of the first whole_rounds rounds. The
 /// others are cut along K into num_chunks chunks each, of which it has [c * num_shared_chunks / n, (c + 1) * num_shared_chunks / n), where n is the
 /// smaller of num_ctas and num_shared_chunks.
@@ -37,6 +38,7 @@ struct WgmmaPlan {
   int group_shift = 0;
   DType bias_dtype = DType::kFloat16;
   bool stores_vectors = false;  // rows of out are 16-byte aligned
+  bool waits = false;  // for a predecessor that writes x
 
   struct Place {
     int row_tile, token_tile;
@@ -48,9 +50,8 @@ struct WgmmaPlan {
   }
 };
 
-/// Warpgroups that multiply. Few tokens leave registers for more rows, which x is read for.
-QUIRE_HOST_DEVICE constexpr int wgmma_warpgroups(int tokens) { return tokens <= 64 ? 4 : 2; }
-QUIRE_HOST_DEVICE constexpr int wgmma_rows(int tokens) { return kBlockRows * wgmma_warpgroups(tokens); }
+constexpr int kWgmmaWarpgroups = 2;  // that multiply
+constexpr int kWgmmaRows = kBlockRows * kWgmmaWarpgroups;
 
 /// What the copy engine reads: x [tokens, columns], codes in rows of 2048 bytes [blocks, rows of all steps], entries [blocks, groups].
 struct WgmmaMaps {
@@ -60,10 +61,10 @@ constexpr int kCodeRowBytes = 2048;
 
 template <int kBits, bool kSmallGroups, int kTokens>
 struct WgmmaShape {
-  static constexpr int kWarpgroups = wgmma_warpgroups(kTokens);
+  static constexpr int kWarpgroups = kWgmmaWarpgroups;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  static constexpr int kProducerRegisters = kWarpgroups == 4 ? 24 : 40;
-  static constexpr int kConsumerRegisters = kWarpgroups == 4 ? 112 : 232;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
   static constexpr int kSums = kTokens / 2;  // of a thread
   static constexpr int kXBytes = kTokens * device::kPanelRowBytes;
   static constexpr int kCodeBytes = kBlockUnits * unit_bytes(kBits);  // of a warpgroup
@@ -148,7 +149,7 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
                                                                    const __grid_constant__ WgmmaMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shape = WgmmaShape<kBits, kSmallGroups, kTokens>;
-  constexpr int kStages = Shape::kStages, kWarpgroups = Shape::kWarpgroups, kRows = wgmma_rows(kTokens);
+  constexpr int kStages = Shape::kStages, kWarpgroups = Shape::kWarpgroups, kRows = kWgmmaRows;
   constexpr int kGroups = kSmallGroups ? 2 : 1;
   extern __shared__ std::uint8_t shared_raw[];
   std::uint8_t* shared = shared_raw + (1024 - device::shared_address(shared_raw) % 1024) % 1024;
@@ -182,6 +183,7 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
     device::give_registers<Shape::kProducerRegisters>();
     if (thread != 0) return;
     const int bytes = Shape::kXBytes + kWarpgroups * (Shape::kCodeBytes + kGroups * entry_bytes);
+    if (plan.waits) device::wait_for_predecessor();
     while (work.next()) {
       const WgmmaPlan::Place place = plan.place_of(work.tile);
       const int block = place.row_tile * kWarpgroups, token = place.token_tile * kTokens;
