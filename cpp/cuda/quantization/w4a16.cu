@@ -247,9 +247,9 @@ Columns order_columns(const QuantizedMatmulParams& params, Stream stream) {
   const auto num_source_columns = static_cast<int>(format.in_features), num_columns = static_cast<int>(format.num_rows);
   const std::int64_t row_bytes = format.in_features * 2;
   // Rows of four tokens side by side, or of one; else from device memory.
-  const int tokens_at_once = params.num_tokens >= 256 && 4 * row_bytes <= kMaxGatherBytes  ? 4
-                             : params.num_tokens > 16 && row_bytes <= kMaxGatherBytes ? 1
-                                                                                      : 0;
+  const int tokens_at_once = params.num_tokens >= 256 && 4 * row_bytes <= kMaxGatherBytes ? 4
+                             : params.num_tokens > 16 && row_bytes <= kMaxGatherBytes     ? 1
+                                                                                          : 0;
   for (std::int64_t first = 0; first < params.num_tokens; first += 65535) {
     const auto num_tokens = static_cast<unsigned>(std::min<std::int64_t>(params.num_tokens - first, 65535));
     auto* out = reinterpret_cast<uint4*>(workspace) + first * num_pieces;
@@ -262,7 +262,8 @@ Columns order_columns(const QuantizedMatmulParams& params, Stream stream) {
       kernel<<<dim3(static_cast<unsigned>(ceil_div(num_pieces, pieces_of_cta)),
                     static_cast<unsigned>(ceil_div(std::int64_t{num_tokens}, tokens_at_once))),
                kGatherThreads, static_cast<std::size_t>(tokens_at_once * row_bytes), cuda_stream(stream)>>>(
-          out, x, params.weight.permutation, params.x_stride, num_tokens, num_columns, num_source_columns, num_pieces, pieces_of_cta, aligned);
+          out, x, params.weight.permutation, params.x_stride, num_tokens, num_columns, num_source_columns, num_pieces, pieces_of_cta,
+          aligned);
       QUIRE_CHECK_LAUNCH("gather_many_kernel", stream);
     } else {
       gather_columns_kernel<<<dim3(static_cast<unsigned>(ceil_div(num_pieces, kGatherThreads)), num_tokens), kGatherThreads, 0,
@@ -311,9 +312,7 @@ void run_mma(const QuantizedMatmulParams& params, const MmaChoice& choice, Strea
 namespace {
 
 /// Cycles that 64 columns of a tile take.
-double step_cycles(int tokens, int num_ctas, int num_sms) {
-  return (tokens == 256 ? 1075.0 : 820.0) * (0.8 + 0.2 * num_ctas / num_sms);
-}
+double step_cycles(int tokens, int num_ctas, int num_sms) { return (tokens == 256 ? 1075.0 : 820.0) * (0.8 + 0.2 * num_ctas / num_sms); }
 
 }  // namespace
 
@@ -417,7 +416,8 @@ CUtensorMap make_panel_map(const void* x, std::int64_t num_tokens, std::int64_t 
   const cuuint64_t sizes[4] = {kUnitColumns, static_cast<cuuint64_t>(num_tokens), panels, 1};
   const cuuint64_t row = num_tokens > 1 ? static_cast<cuuint64_t>(stride) * 2 : kUnitColumns * 2;
   const cuuint64_t strides[3] = {row, kUnitColumns * 2, panels * kUnitColumns * 2};
-  const cuuint32_t box[4] = {kUnitColumns, static_cast<cuuint32_t>(box_tokens), static_cast<cuuint32_t>(box_panels), 1}, steps[4] = {1, 1, 1, 1};
+  const cuuint32_t box[4] = {kUnitColumns, static_cast<cuuint32_t>(box_tokens), static_cast<cuuint32_t>(box_panels), 1},
+                   steps[4] = {1, 1, 1, 1};
   CUtensorMap map;
   check_tensor_map(encode_tensor_map()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(x), sizes, strides, box, steps,
                                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -466,7 +466,8 @@ void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, S
   maps.x = make_byte_matrix_map(columns.x, params.num_tokens, format.num_rows * 2, columns.stride * 2, choice.tokens);
   maps.codes = make_word_map(layout.codes, kCodeRowBytes, layout.num_steps * rows_of_step, layout.num_blocks,
                              static_cast<int>(rows_of_step), kWgmmaWarpgroups);
-  maps.entries = make_word_map(layout.scales, row_bytes, layout.num_groups, layout.num_blocks, layout.group_size == 32 ? 2 : 1, kWgmmaWarpgroups);
+  maps.entries =
+      make_word_map(layout.scales, row_bytes, layout.num_groups, layout.num_blocks, layout.group_size == 32 ? 2 : 1, kWgmmaWarpgroups);
   params.dtype == DType::kBFloat16 ? launch_wgmma<true>(plan, maps, choice.tokens, choice.num_ctas, stream)
                                    : launch_wgmma<false>(plan, maps, choice.tokens, choice.num_ctas, stream);
 }
@@ -557,8 +558,8 @@ void run_few(const QuantizedMatmulParams& params, const FewChoice& choice, Strea
   maps.x = make_panel_map(columns.x, params.num_tokens, format.num_rows, columns.stride, token_rows, stage_steps);
   maps.codes = make_word_map(layout.codes, kCodeRowBytes, layout.num_steps * rows_of_step, layout.num_blocks,
                              static_cast<int>(stage_steps * rows_of_step), row_groups);
-  maps.entries =
-      make_word_map(layout.scales, kBlockUnits * 8 * layout.entry_bytes, layout.num_groups, layout.num_blocks, plan.num_stage_groups, row_groups);
+  maps.entries = make_word_map(layout.scales, kBlockUnits * 8 * layout.entry_bytes, layout.num_groups, layout.num_blocks,
+                               plan.num_stage_groups, row_groups);
   params.dtype == DType::kBFloat16 ? launch_few<true>(plan, maps, choice.tokens, choice.num_ctas, choice.shared_bytes, stream)
                                    : launch_few<false>(plan, maps, choice.tokens, choice.num_ctas, choice.shared_bytes, stream);
 }

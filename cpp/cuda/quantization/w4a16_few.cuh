@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
-#include "cuda/device/cluster.cuh"
 #include "cuda/device/async_copy.cuh"
+#include "cuda/device/cluster.cuh"
 #include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/tma.cuh"
 #include "cuda/quantization/w4a16.cuh"
@@ -55,7 +55,8 @@ constexpr int kFewFixedBytes = 1024 + kFewStagesAt;  // 1024 to align
 /// Room for the parts of sums that a CTA adds up.
 QUIRE_HOST_DEVICE constexpr int few_sum_bytes(int num_tokens, int row_groups_log2, int cluster_ctas) {
   const int num_parts = cluster_ctas * (kFewWarpgroups >> row_groups_log2), num_pieces = ((num_tokens + 7) / 8) << row_groups_log2;
-  return num_parts == 1 ? 0 : static_cast<int>(ceil_div(num_pieces, kFewWarpgroups * cluster_ctas)) * kFewWarpgroups * num_parts * 64 * 8 * 4;
+  return num_parts == 1 ? 0
+                        : static_cast<int>(ceil_div(num_pieces, kFewWarpgroups * cluster_ctas)) * kFewWarpgroups * num_parts * 64 * 8 * 4;
 }
 
 /// Grid: the CTAs of all clusters, or up to one for each SM. A warp brings x, codes and scales of a stage by three tensor copies. Each of four
@@ -128,8 +129,7 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
         device::barrier_wait(empty + 8 * slot, parity ^ 1);
         device::barrier_arrive_expect(ready, bytes);
         device::copy_box(at + x_bytes, &maps.codes, ready, 0, k * (kBits == 8 ? 2 : 1), tile * row_groups, 0);
-        device::copy_box(at + x_bytes + code_bytes, &maps.entries, ready, 0, (2 * k) >> plan.group_shift,
-                         tile * row_groups, 0);
+        device::copy_box(at + x_bytes + code_bytes, &maps.entries, ready, 0, (2 * k) >> plan.group_shift, tile * row_groups, 0);
         if (ahead == 0) {
           copy_x(slot, k);
         } else if (--ahead == 0) {
@@ -148,10 +148,12 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
   const int row_group = warpgroup & (row_groups - 1), column_group = warpgroup >> plan.row_groups_log2;
   const int own_step = column_group * kFewStepsOfWarpgroup;  // the first in a stage
   const int codes_at = x_bytes + (row_group * stage_steps + own_step) * kStepBytes + unit * unit_bytes(kBits) + 16 * lane;
-  const int entries_at = x_bytes + code_bytes + row_group * plan.num_stage_groups * entry_row_bytes + (8 * unit + lane / 4) * layout.entry_bytes;
-  const std::uint32_t x_at = device::matrix_descriptor(
-      device::shared_address(stages) + static_cast<std::uint32_t>(own_step * plan.panel_bytes), 0);
-  const std::uint32_t panel_step = static_cast<std::uint32_t>(plan.panel_bytes) >> 4, stage_step = static_cast<std::uint32_t>(plan.stage_bytes) >> 4;
+  const int entries_at =
+      x_bytes + code_bytes + row_group * plan.num_stage_groups * entry_row_bytes + (8 * unit + lane / 4) * layout.entry_bytes;
+  const std::uint32_t x_at =
+      device::matrix_descriptor(device::shared_address(stages) + static_cast<std::uint32_t>(own_step * plan.panel_bytes), 0);
+  const std::uint32_t panel_step = static_cast<std::uint32_t>(plan.panel_bytes) >> 4,
+                      stage_step = static_cast<std::uint32_t>(plan.stage_bytes) >> 4;
   std::uint8_t* space = store_space + warp * (8 * kStoreRowBytes);
   const int num_token_groups = (plan.num_tokens + 7) / 8;
 
@@ -242,7 +244,7 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
 #pragma unroll
       for (int j = 0; j < kTokens / 8; ++j) {
         if (j >= num_token_groups) break;
-        store_tokens<kBf16, 1>(space, reinterpret_cast<const float(&)[4]>(acc[4 * j]), bias, plan, 8 * j, row);
+        store_tokens<kBf16, 1>(space, reinterpret_cast<const float (&)[4]>(acc[4 * j]), bias, plan, 8 * j, row);
       }
       continue;
     }

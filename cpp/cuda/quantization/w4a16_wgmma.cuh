@@ -367,8 +367,8 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       if (first_token + piece * Shape::kStoreTokens >= plan.num_tokens) break;
-      store_tokens<kBf16, Shape::kStoreTokens / 8>(space, reinterpret_cast<const float (&)[kPieceSums]>(acc[piece * kPieceSums]), bias, plan,
-                                                   first_token + piece * Shape::kStoreTokens, first_row);
+      store_tokens<kBf16, Shape::kStoreTokens / 8>(space, reinterpret_cast<const float (&)[kPieceSums]>(acc[piece * kPieceSums]), bias,
+                                                   plan, first_token + piece * Shape::kStoreTokens, first_row);
     }
   }
 #endif

@@ -71,8 +71,8 @@ __device__ __forceinline__ void load_row_bias(float (&bias)[2], const void* from
 /// Stores 8 * kGroups tokens of a warp's 16 rows: sums 4 j + {0, 1} are of row lane / 4 and tokens 8 j + 2 (lane % 4) + {0, 1}, 4 j + {2, 3} of the row
 /// 8 below. `space` is the warp's own, of kStoreRowBytes for each token.
 template <bool kBf16, int kGroups, typename Plan>
-__device__ __forceinline__ void store_tokens(std::uint8_t* space, const float (&sums)[4 * kGroups], const float (&bias)[2], const Plan& plan,
-                                             std::int64_t token, std::int64_t row) {
+__device__ __forceinline__ void store_tokens(std::uint8_t* space, const float (&sums)[4 * kGroups], const float (&bias)[2],
+                                             const Plan& plan, std::int64_t token, std::int64_t row) {
   using T = std::conditional_t<kBf16, __nv_bfloat16, __half>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   __syncwarp();
