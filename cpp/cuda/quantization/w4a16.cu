@@ -312,7 +312,7 @@ void run_mma(const QuantizedMatmulParams& params, const MmaChoice& choice, Strea
 namespace {
 
 /// Cycles that 64 columns of a tile take.
-double step_cycles(int tokens, int num_ctas, int num_sms) { return (tokens == 256 ? 1075.0 : 820.0) * (0.8 + 0.2 * num_ctas / num_sms); }
+double step_cycles(int tokens, int num_ctas, int num_sms) { return (tokens == 256 ? 1140.0 : 820.0) * (0.8 + 0.2 * num_ctas / num_sms); }
 
 }  // namespace
 
@@ -338,16 +338,19 @@ WgmmaChoice make_wgmma_choice(std::int64_t num_tokens, const Layout& layout, int
   choice.num_ctas = static_cast<int>(whole_rounds > 0 ? num_sms : std::min<std::int64_t>(num_sms, num_chunks_in_all));
   choice.cycles = whole_rounds * (layout.num_steps * step_cycles(tokens, choice.num_ctas, num_sms) + 4000.0);
   if (choice.num_shared_tiles > 0) {
-    choice.cycles += static_cast<double>(ceil_div(num_chunks_in_all, choice.num_ctas)) * choice.chunk_steps *
-                         step_cycles(tokens, choice.num_ctas, num_sms) +
-                     4000.0;
+    const double area = kWgmmaRows * tokens / 16384.0;
+    const auto chunks = static_cast<double>(ceil_div(num_chunks_in_all, choice.num_ctas));
+    const bool is_even = num_chunks_in_all % choice.num_ctas == 0;
+    // Tiles of which a CTA has a part: each has an end.
+    const double tiles = choice.num_chunks == 1 ? chunks : std::max(1.0, chunks / choice.num_chunks + (is_even ? 0.0 : 1.0));
+    choice.cycles += chunks * choice.chunk_steps * step_cycles(tokens, choice.num_ctas, num_sms) + 4000.0 * tiles;
     if (choice.num_chunks > 1) {
       choice.partial_bytes = std::int64_t{choice.num_ctas} * 2 * kWgmmaRows * tokens * 4;
       choice.arrival_bytes = choice.num_shared_tiles * 8;
-      const double parts = std::min(static_cast<double>(choice.num_chunks),
-                                    static_cast<double>(choice.num_ctas) / static_cast<double>(choice.num_shared_tiles) +
-                                        (num_chunks_in_all % choice.num_ctas == 0 ? 0.0 : 1.0));
-      choice.cycles += 3000.0 + parts * 2900.0 * kWgmmaRows * tokens / 16384.0;
+      const double parts =
+          std::min(static_cast<double>(choice.num_chunks),
+                   static_cast<double>(choice.num_ctas) / static_cast<double>(choice.num_shared_tiles) + (is_even ? 0.0 : 1.0));
+      choice.cycles += 3000.0 + (parts * (tokens == 256 ? 2900.0 : 2200.0) + (tiles - 1.0) * 2900.0) * area;
     }
   }
   return choice;
@@ -362,7 +365,8 @@ WgmmaChoice make_cluster_choice(std::int64_t num_tokens, const Layout& layout, i
   choice.cluster_ctas = cluster_ctas;
   choice.chunk_steps = static_cast<int>(ceil_div(layout.num_steps, cluster_ctas));
   choice.num_ctas = choice.num_row_tiles * choice.num_token_tiles * cluster_ctas;
-  choice.cycles = choice.chunk_steps * step_cycles(tokens, choice.num_ctas, num_sms) + 4000.0 + 0.1 * kWgmmaRows * tokens;
+  choice.cycles = choice.chunk_steps * step_cycles(tokens, choice.num_ctas, num_sms) + 4000.0 +
+                  (tokens == 256 ? 0.5 : 0.1 * (cluster_ctas - 1)) * kWgmmaRows * tokens;
   return choice;
 }
 
@@ -386,7 +390,7 @@ WgmmaChoice choose_wgmma(std::int64_t num_tokens, const Layout& layout, int num_
       continue;
     }
     for (int whole_rounds = rounds == 1 ? 0 : rounds; whole_rounds <= rounds; ++whole_rounds)
-      for (const int num_chunks : {1, 2, 3, 4, 6, 8, 12, 16})
+      for (const int num_chunks : {1, 2, 3, 4, 6, 8})
         if (num_chunks <= layout.num_steps) consider(make_wgmma_choice(num_tokens, layout, tokens, whole_rounds, num_chunks, num_sms));
   }
   return best;

@@ -208,35 +208,31 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
   const int block = warpgroup - 1, unit = warp % 4;
   const int code_offset = Shape::kXBytes + block * Shape::kCodeBytes + unit * unit_bytes(kBits) + 16 * lane;
   const int entry_offset = Shape::kEntriesAt + block * kGroups * entry_bytes + (8 * unit + lane / 4) * layout.entry_bytes;
-  const std::uint32_t x_descriptor = device::matrix_descriptor(device::shared_address(stages), 0);
   float acc[Shape::kSums];
   std::uint32_t fragments[2][4][4];
 
-  // The codes of a step, and what goes with those of each group.
-  struct Codes {
-    std::uint32_t words[kBits], lower[kGroups], upper[kGroups], scales[kGroups][2];
-  };
-  const auto load_codes = [&](const std::uint8_t* slot) {
-    Codes codes;
+  const auto make_fragments = [&](std::uint32_t (&a)[4][4], const std::uint8_t* slot) {
+    std::uint32_t words[kBits];
 #pragma unroll
     for (int i = 0; i < kBits / 4; ++i) {
       const uint4 loaded = *reinterpret_cast<const uint4*>(slot + code_offset + 512 * i);
-      codes.words[4 * i] = loaded.x;
-      codes.words[4 * i + 1] = loaded.y;
-      codes.words[4 * i + 2] = loaded.z;
-      codes.words[4 * i + 3] = loaded.w;
+      words[4 * i] = loaded.x;
+      words[4 * i + 1] = loaded.y;
+      words[4 * i + 2] = loaded.z;
+      words[4 * i + 3] = loaded.w;
     }
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const RowPair rows = load_any_entry<kBits>(slot + entry_offset + g * entry_bytes, layout);
-      codes.lower[g] = zero_term<kBits, kBf16, false>(rows.zero[0]), codes.upper[g] = zero_term<kBits, kBf16, true>(rows.zero[1]);
-      for (int i = 0; i < 2; ++i) codes.scales[g][i] = device::pack_16<kBf16>(rows.scale[i], rows.scale[i]);
+    RowPair rows = load_any_entry<kBits>(slot + entry_offset, layout);
+    std::uint32_t lower = zero_term<kBits, kBf16, false>(rows.zero[0]), upper = zero_term<kBits, kBf16, true>(rows.zero[1]);
+    std::uint32_t scales[2] = {device::pack_16<kBf16>(rows.scale[0], rows.scale[0]), device::pack_16<kBf16>(rows.scale[1], rows.scale[1])};
+    make_fragment<kBf16, kBits, 0>(a[0], words, lower, upper, scales);
+    make_fragment<kBf16, kBits, 1>(a[1], words, lower, upper, scales);
+    if constexpr (kSmallGroups) {
+      rows = load_any_entry<kBits>(slot + entry_offset + entry_bytes, layout);
+      lower = zero_term<kBits, kBf16, false>(rows.zero[0]), upper = zero_term<kBits, kBf16, true>(rows.zero[1]);
+      scales[0] = device::pack_16<kBf16>(rows.scale[0], rows.scale[0]), scales[1] = device::pack_16<kBf16>(rows.scale[1], rows.scale[1]);
     }
-    return codes;
-  };
-  const auto make = [&]<int kStep>(std::uint32_t (&a)[4], const Codes& codes, std::integral_constant<int, kStep>) {
-    constexpr int kGroup = kSmallGroups ? kStep / 2 : 0;
-    make_fragment<kBf16, kBits, kStep>(a, codes.words, codes.lower[kGroup], codes.upper[kGroup], codes.scales[kGroup]);
+    make_fragment<kBf16, kBits, 2>(a[2], words, lower, upper, scales);
+    make_fragment<kBf16, kBits, 3>(a[3], words, lower, upper, scales);
   };
   const auto release = [&](int which) {
     if (lane == 0) device::barrier_arrive(empty + 8 * which);
@@ -246,50 +242,30 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
 
   while (work.next()) {
     int previous = -1, accumulate = 0;
-    const auto multiply = [&](const std::uint32_t (&a)[4], int at, int slice) {
-      WgmmaCodes<kTokens, kBf16>::product(acc, a, x_descriptor + static_cast<std::uint32_t>(at * (Shape::kStageBytes >> 4) + 2 * slice),
-                                          slice == 0 ? accumulate : 1);
-    };
-    // Tensor cores take a product's fragments from registers only when they are about to begin: fragments of the next step are made in between.
-    const auto step = [&](std::uint32_t (&a)[4][4], std::uint32_t (&next)[4][4], bool is_last) {
-      const int at = stage;
-      if (++stage == kStages) stage = 0, parity ^= 1;
+    const auto step = [&](std::uint32_t (&a)[4][4]) {
+      const std::uint8_t* slot = stages + stage * Shape::kStageBytes;
+      device::barrier_wait(full + 8 * stage, parity);
+      make_fragments(a, slot);
+      const std::uint32_t x = device::matrix_descriptor(device::shared_address(slot), 0);
       device::wgmma_fence();
-      multiply(a[0], at, 0);
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        WgmmaCodes<kTokens, kBf16>::product(acc, a[s], x + 2 * s, s == 0 ? accumulate : 1);
+      }
       device::wgmma_commit();
       accumulate = 1;
       device::wgmma_wait<1>();
       if (previous >= 0) release(previous);
-      previous = at;
-      if (!is_last) device::barrier_wait(full + 8 * stage, parity);
-      const Codes codes = load_codes(stages + stage * Shape::kStageBytes);  // of the last step: whatever is there
-      make(next[0], codes, std::integral_constant<int, 0>{});
-      device::wgmma_fence();
-      multiply(a[1], at, 1);
-      make(next[1], codes, std::integral_constant<int, 1>{});
-      device::wgmma_fence();
-      multiply(a[2], at, 2);
-      make(next[2], codes, std::integral_constant<int, 2>{});
-      device::wgmma_fence();
-      multiply(a[3], at, 3);
-      device::wgmma_commit();
-      make(next[3], codes, std::integral_constant<int, 3>{});
+      previous = stage;
+      if (++stage == kStages) stage = 0, parity ^= 1;
     };
-    device::barrier_wait(full + 8 * stage, parity);
-    {
-      const Codes codes = load_codes(stages + stage * Shape::kStageBytes);
-      make(fragments[0][0], codes, std::integral_constant<int, 0>{});
-      make(fragments[0][1], codes, std::integral_constant<int, 1>{});
-      make(fragments[0][2], codes, std::integral_constant<int, 2>{});
-      make(fragments[0][3], codes, std::integral_constant<int, 3>{});
-    }
     int k = work.begin;
 #pragma unroll 1
     for (; k + 1 < work.end; k += 2) {
-      step(fragments[0], fragments[1], false);
-      step(fragments[1], fragments[0], k + 2 == work.end);
+      step(fragments[0]);
+      step(fragments[1]);
     }
-    if (k < work.end) step(fragments[0], fragments[1], true);
+    if (k < work.end) step(fragments[0]);
     device::wgmma_wait<0>();
     release(previous);
     device::pin_registers(acc);
