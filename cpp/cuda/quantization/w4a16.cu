@@ -312,7 +312,7 @@ void run_mma(const QuantizedMatmulParams& params, const MmaChoice& choice, Strea
 namespace {
 
 /// Cycles that 64 columns of a tile take.
-double step_cycles(int tokens, int num_ctas, int num_sms) { return (tokens == 256 ? 1140.0 : 820.0) * (0.8 + 0.2 * num_ctas / num_sms); }
+double step_cycles(int tokens, int num_ctas, int num_sms) { return (tokens == 256 ? 1140.0 : 730.0) * (0.8 + 0.2 * num_ctas / num_sms); }
 
 }  // namespace
 
@@ -366,7 +366,7 @@ WgmmaChoice make_cluster_choice(std::int64_t num_tokens, const Layout& layout, i
   choice.chunk_steps = static_cast<int>(ceil_div(layout.num_steps, cluster_ctas));
   choice.num_ctas = choice.num_row_tiles * choice.num_token_tiles * cluster_ctas;
   choice.cycles = choice.chunk_steps * step_cycles(tokens, choice.num_ctas, num_sms) + 4000.0 +
-                  (tokens == 256 ? 0.5 : 0.1 * (cluster_ctas - 1)) * kWgmmaRows * tokens;
+                  (tokens == 256 ? 0.35 : 0.1 * (cluster_ctas - 1)) * kWgmmaRows * tokens;
   return choice;
 }
 
