@@ -6,6 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,8 @@ def test_quantized_head(rng: np.random.Generator, tmp_path: Path) -> None:
     assert np.abs(a - b).max() < tolerance * np.abs(b).max()
 
 
-#: Checkpoints of a small random model by llm-compressor, and the logits of its own model for TOKENS (docs/_build/quantize_demo_model.py --tiny).
+#: Checkpoints of a small random model by llm-compressor, GPTQModel and AutoAWQ, and the logits of the tool's own model for TOKENS
+#: (docs/_build/quantize_demo_model.py --model tiny).
 PRODUCED = Path(__file__).parent / "data" / "quantized"
 TOKENS = [(7 * i * i + 3) % 256 for i in range(24)]
 
@@ -253,10 +255,35 @@ TOKENS = [(7 * i * i + 3) % 256 for i in range(24)]
 @pytest.mark.parametrize("name", sorted(path.name for path in PRODUCED.iterdir()))
 def test_produced_checkpoints(name: str) -> None:
     """The logits that the tool computes from its own file. Activations that it quantizes in bfloat16 may round the other way."""
+    assert produced_error(name, PRODUCED / name) < (0.02 if name.startswith("w8a8") else 2e-6)
+
+
+def produced_error(name: str, directory: Path, **kwargs: Any) -> float:
+    """Of the logits of `directory`, against the largest of the tool's."""
     want = np.load(PRODUCED / name / "logits.npy")
-    got = Model.load(PRODUCED / name, select_backend("cpu"), "fp32").run_prompt(TOKENS)
-    error = np.abs(got - want).max() / np.abs(want).max()
-    assert error < (1e-5 if name.startswith(("w4a16", "w8a16")) else 0.02), error
+    got = Model.load(directory, select_backend("cpu"), "fp32", **kwargs).run_prompt(TOKENS)
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ["gptqmodel-w4a16-32", "gptqmodel-w4a16-64-v2-zeros", "gptqmodel-w3a16-32"])
+def test_mislabelled_checkpoints(tmp_path: Path, name: str) -> None:
+    """What names the wrong checkpoint_format gives noise, and with the right one given what its tool meant."""
+    directory = tmp_path / name
+    shutil.copytree(PRODUCED / name, directory)
+    config = json.loads((directory / "config.json").read_text())
+    right = config["quantization_config"]["checkpoint_format"]
+    wrong = {"gptq": "gptq_v2", "gptq_v2": "gptq"}[right]
+    config["quantization_config"]["checkpoint_format"] = wrong
+    (directory / "config.json").write_text(json.dumps(config))
+    assert produced_error(name, directory) > 0.1
+    assert produced_error(name, directory, checkpoint_format=right) < 2e-6
+
+
+def test_checkpoint_format_of_others(tmp_path: Path, rng: np.random.Generator) -> None:
+    for config, text in ((None, "none"), (CASES["awq"][0], "awq")):
+        directory = write_model(tmp_path / text, common(rng), config)
+        with pytest.raises(DemoError, match=f"expected a checkpoint of quant_method gptq, got {text}"):
+            Model.load(directory, select_backend("cpu"), checkpoint_format="gptq_v2")
 
 
 @pytest.mark.parametrize(
