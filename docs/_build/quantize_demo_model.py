@@ -5,8 +5,8 @@ SPDX-License-Identifier: Apache-2.0
 `python docs/_build/quantize_demo_model.py OUT --tool TOOL [--model tiny|wide]` writes one checkpoint to a folder of OUT for each scheme
 that TOOL (llm-compressor, gptqmodel, autoawq; each wants an environment of its own) has. Without --model it takes the embedded demo model.
 "tiny" is one layer of a random model, whose files are small (tests/python/data/quantized); beside each checkpoint lie the logits of the
-tool's own model for TOKENS. "wide" is a random model of two layers and hidden size 1024, of which one weight and the tool's product with PROBE are
-kept (tests/python/data/quantized_layers). Everything runs on the CPU.
+tool's own model for TOKENS. "wide" is a random model of two layers and hidden size 1024, of which one weight and the tool's product with
+PROBE are kept (tests/python/data/quantized_layers). Everything runs on the CPU.
 """
 
 from __future__ import annotations
@@ -180,9 +180,8 @@ TOOLS = {"llm-compressor": llm_compressor, "gptqmodel": gptqmodel, "autoawq": au
 
 def keep_layer(directory: Path, own: Any, target: Path) -> None:
     """One weight, the tool's product with PROBE and the config, in one file."""
-    prefix = WIDE_LAYER + "."
     stored = load_file(directory / "model.safetensors")
-    tensors = {k.removeprefix(prefix): v.contiguous() for k, v in stored.items() if k.startswith(prefix)}
+    tensors = {k: v.contiguous() for k, v in stored.items() if k.startswith(WIDE_LAYER)}
     with torch.no_grad():
         tensors["product"] = dict(own.named_modules())[WIDE_LAYER](PROBE).float().contiguous()
     target.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from reference import quantization as reference
 
 from quire.demo import DemoError
 from quire.demo.backend import Backend, select_backend
+from quire.demo.checkpoint import Checkpoint
 from quire.demo.config import read_config
 from quire.demo.model import Model
 from quire.demo.quantization import parse_quantization
@@ -304,7 +305,23 @@ def test_checkpoint_format_of_others(tmp_path: Path, rng: np.random.Generator) -
             {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
             "unknown checkpoint_format 'marlin'",
         ),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 1.5}, "group_size"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 1.5}, "group_size: expected .*, got 1.5"),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 2**62},
+            "group_size: expected .*, got 4611686018427387904",
+        ),
+        ({"quant_method": "gptq", "bits": 4, "group_size": -2}, "group_size: expected .*, got -2"),
+        (
+            {"quant_method": "gptq", "bits": 2**64},
+            "bits: expected 2 or 3 or 4 or 8, got 18446744073709551616",
+        ),
+        ({"quant_method": "gptq", "bits": "4"}, "bits: expected 2 or 3 or 4 or 8, got '4'"),
+        ({"quant_method": "gptq", "bits": 5}, "bits: expected 2 or 3 or 4 or 8, got 5"),
+        ({"quant_method": "gptq"}, "bits: expected 2 or 3 or 4 or 8, got None"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [2**62, 1]},
+            r"weight_block_size: expected \[128, 128\]",
+        ),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"weight_block_size: expected \[128, 128\]"),
         ({"quant_method": "compressed-tensors"}, "config_groups: expected an object"),
         (
@@ -327,20 +344,57 @@ def test_several_kinds_of_weights_are_refused() -> None:
         parse_quantization(raw)
 
 
+def hostile_shape(_: np.ndarray) -> np.ndarray:
+    return np.array([2**62, 2**62], np.int64)
+
+
 @pytest.mark.parametrize(
-    ("name", "change", "text"),
+    ("case", "name", "change", "text"),
     [
-        ("qweight", lambda t: t[:-1], "qzeros|scales|qweight|expected"),
-        ("qweight", lambda t: t.astype(np.int64), "expected int32, got int64"),
-        ("qzeros", lambda t: t[:, :-1], "qzeros: expected int32"),
-        ("scales", lambda t: t * np.float16(np.nan), "scales: expected finite"),
-        ("scales", lambda t: -t, "scales: expected finite values of 0 or more"),
-        ("scales", None, "tensor '.*scales' is missing"),
-        ("qweight", None, "expected all of them quantized or none"),
+        ("awq", "qweight", lambda t: t[:-1], r"expected a weight of shape \[256, 128\], got \[256, 127\]"),
+        ("awq", "qweight", lambda t: t[:-32], "scales: expected 3 groups of 32, got 4"),
+        ("awq", "qweight", lambda t: t[:, :-1], r"scales: expected \d+ columns, as qweight has \d+ of words, got \d+"),
+        ("awq", "qweight", lambda t: t.astype(np.int64), "qweight: expected int32, got int64"),
+        ("awq", "qweight", lambda t: t[None], r"qweight: expected rank 2, got int32 \[1, "),
+        ("awq", "qzeros", lambda t: t[:, :-1], r"qzeros: expected int32 \[4, 32\], got int32 \[4, 31\]"),
+        ("awq", "qzeros", lambda t: t[:-1], r"qzeros: expected int32 \[4, 32\], got int32 \[3, 32\]"),
+        ("awq", "scales", lambda t: t[:-1], r"qzeros: expected int32 \[3, 32\], got int32 \[4, 32\]"),
+        ("awq", "scales", lambda t: t * np.float16(np.nan), r"scales: expected finite values of 0 or more, got nan at \[0, 0\]"),
+        ("awq", "scales", lambda t: -t, "scales: expected finite values of 0 or more, got -0.0"),
+        ("awq", "scales", lambda t: t.astype(np.int32), "scales: expected float32, float16 or bfloat16, got int32"),
+        ("awq", "scales", None, "tensor '.*scales' is missing"),
+        ("awq", "qweight", None, "expected all of them quantized or none"),
+        ("gptq", "qweight", lambda t: t[:-1], "qweight: expected 16 rows for a g_idx of 128, got 15"),
+        ("gptq", "qweight", lambda t: t[:, :-1], "scales: expected .* got"),
+        ("gptq", "qzeros", lambda t: t[:, 1:], r"qzeros: expected int32 \[2, 32\], got int32 \[2, 31\]"),
+        ("gptq", "qzeros", lambda t: np.concatenate([t, t]), r"qzeros: expected int32 \[2, 32\], got int32 \[4, 32\]"),
+        ("gptq", "scales", lambda t: np.concatenate([t, t]), "scales: expected 2 groups of 64, got 4|qzeros: expected"),
+        ("gptq", "scales", lambda t: t * np.float16(np.nan), "scales: expected finite values, got nan"),
+        ("gptq", "g_idx", lambda t: t + np.int32(1), r"g_idx: expected a group in \[0, 2\), got 2 at \[64\]"),
+        ("gptq", "g_idx", lambda t: t - np.int32(2**31 - 1), r"g_idx: expected a group in \[0, 2\), got -2147483647 at \[0\]"),
+        ("gptq", "g_idx", lambda t: t.astype(np.int64) + 2**40, r"g_idx: expected a group in \[0, 2\), got 1099511627776 at \[0\]"),
+        ("gptq", "g_idx", lambda t: t[:-1], r"expected a weight of shape \[256, 128\], got \[256, 127\]"),
+        ("gptq", "g_idx", lambda t: t[:-8], "qweight: expected 15 rows for a g_idx of 120, got 16"),
+        ("gptq", "g_idx", lambda t: t.astype(np.float32), "g_idx: expected int32, got float32"),
+        ("gptq-v2", "qweight", lambda t: t[::2], "qweight: expected 32 rows for a g_idx of 128, got 16"),  # that of 4 bits
+        ("w4a16", "weight_shape", hostile_shape, r"weight_shape: expected \[256, 128 or a little less\], got \[4611686018427387904"),
+        ("w4a16", "weight_shape", lambda t: -t, r"weight_shape: expected .* got \[-256, -128\]"),
+        ("w4a16", "weight_packed", lambda t: t[:, :-1], "weight_shape: expected|weight_scale: expected"),
+        ("w4a16", "weight_scale", lambda t: t[:-1], r"weight_scale: expected .* got"),
+        ("w4a16", "weight_scale", lambda t: -t, "weight_scale: expected finite values of 0 or more, got -0.0"),
+        ("w8a8", "weight_scale", lambda t: t * np.float32(np.nan), "scale: expected finite values of 0 or more, got nan"),
+        ("w8a8", "weight_scale", lambda t: t[:-1], "scale: expected .* got"),
+        ("w8a8", "weight", lambda t: t[:, :-1], r"expected a weight of shape \[256, 128\], got \[256, 127\]"),
+        ("fp8-tensor", "weight_scale", lambda t: -t, "scale: expected finite values of 0 or more, got -0.0"),
+        ("fp8-block", "weight_scale_inv", lambda t: np.concatenate([t, t]), r"scale: expected .*\[2, 1\], got float32 \[4, 1\]"),
+        ("fp8-block", "weight", lambda t: t.astype(np.float32).astype(np.int8), "expected float8_e4m3fn, got int8"),
     ],
-)
-def test_bad_tensors(rng: np.random.Generator, tmp_path: Path, name: str, change: Any, text: str) -> None:
-    config, make_layer, _ = CASES["awq"]
+)  # fmt: skip
+def test_bad_tensors(
+    rng: np.random.Generator, tmp_path: Path, case: str, name: str, change: Any, text: str
+) -> None:
+    """The error names the layer, the tensor, what was expected and what is there."""
+    config, make_layer, _ = CASES[case]
     tensors = common(rng)
     for layer in range(LAYERS):
         for linear, (out, into) in LINEARS.items():
@@ -355,6 +409,24 @@ def test_bad_tensors(rng: np.random.Generator, tmp_path: Path, name: str, change
     with pytest.raises(DemoError, match=text) as error:
         Model.load(directory, select_backend("cpu"))
     assert "up_proj" in str(error.value)
+
+
+def test_hostile_header(tmp_path: Path, rng: np.random.Generator) -> None:
+    """A shape whose number of bytes overflows 64 bits is no shape of the bytes that are there."""
+    config, make_layer, _ = CASES["gptq"]
+    directory = write_model(tmp_path / "model", {"x.qweight": make_layer(rng, 32, 64)[0]["qweight"]}, config)
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    for shape in ([2**62, 4], [2**63, 2**63], [2**31, 2**33]):
+        header = json.loads(content[8 : 8 + size])
+        header["x.qweight"]["shape"] = shape
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+        with pytest.raises(
+            DemoError, match=r"tensor 'x.qweight': shape \[.*\] of I32 does not have 1024 bytes"
+        ):
+            Checkpoint(directory)
 
 
 def test_config_is_read(tmp_path: Path, rng: np.random.Generator) -> None:
