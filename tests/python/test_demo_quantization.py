@@ -14,13 +14,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from reference import quantization as reference
+from tolerances import assert_product_close
 
+import quire
 from quire.demo import DemoError
 from quire.demo.backend import Backend, select_backend
 from quire.demo.checkpoint import Checkpoint
 from quire.demo.config import read_config
 from quire.demo.model import Model
-from quire.demo.quantization import parse_quantization
+from quire.demo.quantization import parse_quantization, read_quantized
 
 HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 128, 256, 160, 4, 2, 32, 2
 CONFIG = {
@@ -264,6 +266,65 @@ def produced_error(name: str, directory: Path, **kwargs: Any) -> float:
     want = np.load(PRODUCED / name / "logits.npy")
     got = Model.load(directory, select_backend("cpu"), "fp32", **kwargs).run_prompt(TOKENS)
     return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+#: A weight [128, 1024] of a random model of hidden size 1024, by the same tools, and the tool's own product of it with PROBE (--model wide).
+PRODUCED_LAYERS = Path(__file__).parent / "data" / "quantized_layers"
+LAYER, LAYER_SHAPE = "model.layers.1.self_attn.k_proj", (128, 1024)
+PROBE = ((np.arange(4)[:, None] * 37 + np.arange(1024) * 101) % 251 - 125).astype(np.float32) / 128
+
+
+def dequantized_layer(config: dict[str, Any], raw: Any) -> np.ndarray:
+    """float64 from the file's bytes, by the formats' descriptions."""
+
+    def optional(name: str) -> np.ndarray | None:
+        return raw(name) if name in raw.names else None
+
+    if config["quant_method"] == "awq":
+        return reference.dequantize_awq(raw("qweight"), raw("qzeros"), raw("scales"), config["group_size"])
+    if config["quant_method"] == "gptq":
+        arguments = [raw(name) for name in ("qweight", "qzeros", "scales", "g_idx")]
+        return reference.dequantize_gptq(*arguments, config["bits"], config["checkpoint_format"])
+    weights = config["config_groups"]["group_0"]["weights"]
+    if "weight_packed" in raw.names:
+        groups = optional("weight_g_idx")
+        if groups is None:
+            groups = np.arange(LAYER_SHAPE[1]) // weights["group_size"]
+        packed, scale, zero = raw("weight_packed"), raw("weight_scale"), optional("weight_zero_point")
+        return reference.dequantize_compressed(
+            packed, scale, zero, weights["num_bits"], LAYER_SHAPE[1], groups
+        )
+    return raw("weight").astype(np.float64) * reference.spread_blocks(raw("weight_scale"), LAYER_SHAPE)
+
+
+@pytest.mark.parametrize("path", sorted(PRODUCED_LAYERS.iterdir()), ids=lambda path: path.stem)
+def test_produced_layers(backend: Backend, tmp_path: Path, path: Path) -> None:
+    shutil.copy(path, tmp_path / "model.safetensors")
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    raw_config = json.loads(header["__metadata__"]["quantization_config"])
+    config, checkpoint = parse_quantization(raw_config), Checkpoint(tmp_path)
+    assert config is not None
+    weight = read_quantized(config, LAYER, LAYER_SHAPE, checkpoint.__contains__, checkpoint.raw, backend.raw)
+    assert weight is not None
+
+    def raw(name: str) -> np.ndarray:
+        return checkpoint.raw(f"{LAYER}.{name}")
+
+    raw.names = {key.removeprefix(f"{LAYER}.") for key in header}  # type: ignore[attr-defined]
+    wide = dequantized_layer(raw_config, raw)
+    np.testing.assert_array_equal(backend.host(weight.dequantize("float32")), wide.astype(np.float32))
+    # The tool multiplied in float32, and rounded activations where the format does.
+    product, exact = checkpoint.raw("product").astype(np.float64), PROBE.astype(np.float64) @ wide.T
+    magnitude = np.abs(PROBE).astype(np.float64) @ np.abs(wide).T
+    rounds = path.stem.startswith(("w8a8", "fp8"))
+    assert (np.abs(product - exact) <= magnitude * (2.0**-5 if rounds else 1e-6)).all()
+    x = PROBE if backend.device == "cpu" else PROBE.astype(ml_dtypes.bfloat16)
+    got = backend.host(quire.quantized_matmul(backend.raw(x), weight))
+    if rounds:
+        assert (np.abs(got.astype(np.float64) - product) <= magnitude * 2.0**-5).all()
+    else:
+        assert_product_close(got, product, magnitude)
 
 
 @pytest.mark.parametrize("name", ["gptqmodel-w4a16-32", "gptqmodel-w4a16-64-v2-zeros", "gptqmodel-w3a16-32"])
