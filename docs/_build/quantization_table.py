@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -105,25 +106,34 @@ def main() -> None:
     add("INT8 W8A8, scale per channel", "round to nearest", rounded(format="w8a8"))
     found = [directory for folder in args.checkpoints for directory in folder.iterdir() if (directory / "config.json").is_file()]
     described = [(*describe(directory), directory) for directory in found if directory.name != "plain"]
-    for name, maker, directory in sorted(described):
+    natural = lambda row: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row[0])]  # noqa: E731
+    for name, maker, directory in sorted(sorted(described), key=natural):
         add(name, maker, Model.load(directory, Backend(), "fp32"))
     if args.plot:
         plot(rows, args.plot)
 
 
 def plot(rows: list[tuple[str, str, int, float]], path: Path) -> None:
+    """All formats beside those of 4 bits alone."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5), dpi=120)
-    for maker, marker in zip(dict.fromkeys(row[1] for row in rows), "so^vDP", strict=False):
-        chosen = [r for r in rows if r[1] == maker and r[3] < 1.15 * rows[0][3]]
-        axes.scatter([r[2] / 1e6 for r in chosen], [r[3] for r in chosen], marker=marker, s=18, label=maker or "bfloat16")
-        for name, _, size, value in chosen:
-            axes.annotate(name, (size / 1e6, value), fontsize=4, xytext=(3, 2), textcoords="offset points")
-    axes.axhline(rows[0][3], lw=0.5, color="grey")
-    axes.set_xlabel("bytes of the linear layers as packed (MB)")
-    axes.set_ylabel("perplexity")
-    axes.legend(fontsize=7)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), dpi=110)
+    for panel, shown in zip(panels, ("", "W4A16"), strict=True):
+        for index, maker in enumerate(dict.fromkeys(row[1] for row in rows)):
+            chosen = [r for r in rows if r[1] == maker and r[0].startswith(shown) and r[3] < 1.15 * rows[0][3]]
+            style = {"marker": "so^vDP"[index], "c": f"C{index}", "s": 22, "label": maker or "bfloat16"}
+            panel.scatter([r[2] / 1e6 for r in chosen], [r[3] for r in chosen], **style)
+            for name, _, size, value in chosen:
+                short = name.split(",", 1)[-1].replace("groups of", "").strip() if shown else name.split(",")[0]
+                if shown or name.startswith(("bf", "W8", "INT8", "FP8, scale per channel")):
+                    offset = (4, -8) if name.startswith("INT8") else (4, 4)
+                    panel.annotate(short, (size / 1e6, value), fontsize=7, xytext=offset, textcoords="offset points")
+        panel.axhline(rows[0][3], lw=0.5, color="grey")
+        panel.margins(x=0.15)
+        panel.set_xlabel("bytes of the linear layers as packed (MB)")
+        panel.set_ylabel("perplexity")
+        panel.set_title("W4A16, by group size" if shown else "all (W3A16 above 25.5, W4A16 below)", fontsize=9)
+    panels[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
 

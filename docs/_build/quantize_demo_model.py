@@ -91,7 +91,7 @@ def llm_compressor(name: str) -> Iterator[Scheme]:
 
     ignore = ["lm_head"]
     for size in (128,) if name == "wide" else (32, 64):
-        order: dict[str, Any] = {"actorder": "group"} if name == "wide" else {}
+        order: dict[str, Any] = {"actorder": "weight"} if name == "wide" else {}
         yield f"w4a16-gptq-{size}", maker(GPTQModifier(config_groups=scheme(weights(4, size, **order)), ignore=ignore))
         groups = scheme(weights(4, size, symmetric=False))
         yield f"w4a16-awq-{size}", maker(AWQModifier(duo_scaling=False), QuantizationModifier(config_groups=groups, ignore=ignore))
@@ -130,7 +130,7 @@ def gptqmodel(name: str) -> Iterator[Scheme]:
         return make
 
     plain = {"sym": True, "desc_act": False, "act_group_aware": False}
-    for size in (128,) if name == "wide" else (32, 64):
+    for size in {"wide": (128,), "tiny": (32, 64)}.get(name, (32, 64, 128)):
         for bits in (4, 3):
             yield f"gptqmodel-w{bits}a16-{size}", maker(bits=bits, group_size=size, **plain)
     size = 128 if name == "wide" else 64
@@ -183,6 +183,7 @@ def keep_layer(directory: Path, own: Any, target: Path) -> None:
     stored = load_file(directory / "model.safetensors")
     tensors = {k: v.contiguous() for k, v in stored.items() if k.startswith(WIDE_LAYER)}
     with torch.no_grad():
+        own(torch.tensor([TOKENS]))  # with which compressed-tensors unpacks its weights
         tensors["product"] = dict(own.named_modules())[WIDE_LAYER](PROBE).float().contiguous()
     target.mkdir(parents=True, exist_ok=True)
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
