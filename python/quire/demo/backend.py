@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class Backend:
 
     device = "cpu"
     label = "NumPy"
+    has_graphs = False
 
     xp: Any = np
 
@@ -81,6 +83,14 @@ class Backend:
             out += bias
         return out.astype(x.dtype, copy=False)
 
+    def assign(self, array: Array, host: np.ndarray) -> None:
+        """Copies a host array into a contiguous device array of its shape and dtype."""
+        array[...] = host
+
+    def capture(self, call: Callable[[], Array]) -> tuple[Callable[[], None], Array]:
+        """What replays a call's work, as a CUDA graph, and where its result then lies."""
+        raise DemoError(f"{self.label} has no CUDA graphs")
+
     def free_bytes(self) -> int:
         """Memory that a KV cache may take."""
         return 1 << 30
@@ -91,10 +101,14 @@ class CupyBackend(Backend):
 
     device = "cuda"
     label = "CuPy"
+    has_graphs = True
 
     def __init__(self, cupy: Any) -> None:
         """Takes the module, which only exists where CuPy is installed."""
         self.xp = cupy
+        # What graphs write on their way is theirs: no other array may get this memory.
+        self._graph_pool = cupy.cuda.MemoryPool()
+        self._graph_stream = cupy.cuda.Stream(non_blocking=True)
 
     def array(self, host: Any, dtype: Any = None) -> Array:
         """A copy on the GPU."""
@@ -142,6 +156,24 @@ class CupyBackend(Backend):
             zero.ctypes.data, out.data.ptr, _CUDA_R_16BF, columns, _CUBLAS_COMPUTE_32F, _CUBLAS_GEMM_DEFAULT,
         )  # fmt: skip
         return out
+
+    def assign(self, array: Array, host: np.ndarray) -> None:
+        """As on the CPU, on the current stream."""
+        array.set(host)
+
+    def capture(self, call: Callable[[], Array]) -> tuple[Callable[[], None], Array]:
+        """Runs a call, and then captures it, on a stream of its own; replays run on the current stream, one at a time."""
+        cuda = self.xp.cuda
+        cuda.Device().synchronize()
+        with self._graph_stream as stream, cuda.using_allocator(self._graph_pool.malloc):
+            call()  # compiles CuPy's kernels and takes the memory
+            stream.begin_capture()
+            try:
+                result = call()
+            finally:
+                graph = stream.end_capture()
+        cuda.Device().synchronize()
+        return (lambda: graph.launch(cuda.get_current_stream())), result
 
     def free_bytes(self) -> int:
         """Half of the GPU memory that is free now."""
