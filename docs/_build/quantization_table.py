@@ -84,11 +84,7 @@ def main() -> None:
                 model = rounded(format=f"w{bits}a16", group_size=group_size, symmetric=symmetric)
                 add(f"W{bits}A16, groups of {group_size}{kind}", "round to nearest", model)
     for granularity in ("tensor", "channel", "block"):
-        add(
-            f"FP8, scale per {granularity}",
-            "round to nearest",
-            rounded(format="fp8", granularity=granularity),
-        )
+        add(f"FP8, scale per {granularity}", "round to nearest", rounded(format="fp8", granularity=granularity))
     add("INT8 W8A8, scale per channel", "round to nearest", rounded(format="w8a8"))
     for directory in sorted(args.checkpoints.iterdir()):
         if (directory / "config.json").is_file():
@@ -103,9 +99,7 @@ def plot(rows: list[tuple[str, str, int, float]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     for maker, marker in (("", "s"), ("round to nearest", "o"), ("llm-compressor", "^")):
         chosen = [r for r in rows if r[1] == maker and r[3] < 1.35 * rows[0][3]]
-        axes.scatter(
-            [r[2] / 1e6 for r in chosen], [r[3] for r in chosen], marker=marker, label=maker or "bfloat16"
-        )
+        axes.scatter([r[2] / 1e6 for r in chosen], [r[3] for r in chosen], marker=marker, label=maker or "bfloat16")
         for name, _, size, value in chosen:
             axes.annotate(name, (size / 1e6, value), fontsize=5, xytext=(3, 3), textcoords="offset points")
     axes.axhline(rows[0][3], lw=0.5, color="grey")

@@ -30,14 +30,7 @@ TINY_VOCAB, TOKENS = 256, [(7 * i * i + 3) % 256 for i in range(24)]
 NUM_CALIBRATION, LENGTH = 16, 512  # the first tokens of the held-out text; the table is made from the last
 
 
-def weights(
-    bits: int,
-    group_size: int | None,
-    *,
-    kind: str = "int",
-    symmetric: bool = True,
-    strategy: str | None = None,
-):
+def weights(bits: int, group_size: int | None, *, kind: str = "int", symmetric: bool = True, strategy: str | None = None):
     strategy = strategy or ("group" if group_size else "channel")
     return QuantizationArgs(
         num_bits=bits, type=kind, symmetric=symmetric, strategy=strategy, group_size=group_size

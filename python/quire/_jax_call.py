@@ -124,8 +124,9 @@ def _compiled(
 
     def rule(axis_size: int, in_batched: list[bool], *arrays: Array) -> tuple[Any, Any]:
         if axis_size == 0:  # what one element would give says the shapes
+            described: Any = jax.ShapeDtypeStruct
             elements = [
-                jax.ShapeDtypeStruct(a.shape[int(is_batched) :], a.dtype)
+                described(a.shape[int(is_batched) :], a.dtype)
                 for a, is_batched in zip(arrays, in_batched, strict=True)
             ]
             none = tuple(jnp.zeros((0, *r.shape), r.dtype) for r in jax.eval_shape(forward, *elements))

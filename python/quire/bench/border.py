@@ -119,11 +119,11 @@ def _indices(context: Context, library: str) -> tuple[Array, Array]:
     if library == "torch":
         import torch
 
-        return tuple(torch.from_numpy(a).to(context.device) for a in arrays)  # type: ignore[return-value]
+        return tuple(torch.from_numpy(a).to(context.device) for a in arrays)
     if library == "CuPy":
         import cupy
 
-        return tuple(cupy.asarray(a) for a in arrays)  # type: ignore[return-value]
+        return tuple(cupy.asarray(a) for a in arrays)
     if library == "quire":
         like = _core.empty((1,), "int32", context.device)
         return tuple(from_numpy(a, like) for a in arrays)  # type: ignore[return-value]
