@@ -113,20 +113,20 @@ def _rms_norm(context: Context, library: str, make: Make) -> Work:
     return Work(partial(quire.rms_norm, x, weight, out=out), peers)
 
 
-def _indices(context: Context, library: str) -> tuple[Array, Array]:
+def _indices(context: Context, library: str) -> list[Array]:
     """block_tables and seq_lens of one sequence with one key."""
-    arrays = np.zeros((1, 1), np.int32), np.ones(1, np.int32)
+    arrays: list[Array] = [np.zeros((1, 1), np.int32), np.ones(1, np.int32)]
     if library == "torch":
         import torch
 
-        return tuple(torch.from_numpy(a).to(context.device) for a in arrays)
+        return [torch.from_numpy(a).to(context.device) for a in arrays]
     if library == "CuPy":
         import cupy
 
-        return tuple(cupy.asarray(a) for a in arrays)
+        return [cupy.asarray(a) for a in arrays]
     if library == "quire":
         like = _core.empty((1,), "int32", context.device)
-        return tuple(from_numpy(a, like) for a in arrays)  # type: ignore[return-value]
+        return [from_numpy(a, like) for a in arrays]
     return arrays
 
 
