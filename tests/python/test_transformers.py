@@ -186,3 +186,19 @@ def test_refusals():
         quire.transformers.attention_forward(module, q, q, q, None, position_bias=q)
     with pytest.raises(ValueError, match="attention_mask: expected bool"):
         quire.transformers.attention_forward(module, q, q, q, torch.zeros(1, 1, 3, 3))
+
+
+def test_layers_share_their_index_tensors(device):
+    """Made once for the layers of a step, again for another length or batch, and in a trace always anew."""
+    place = torch.device(device)
+    first = quire.transformers._indices(3, 1, 20, place)
+    assert all(a is b for a, b in zip(first, quire.transformers._indices(3, 1, 20, place)))
+    assert first[0].tolist() == [[0], [1], [2]]
+    assert first[1].tolist() == [20, 20, 20]
+    assert first[2] is None
+    longer = quire.transformers._indices(3, 4, 21, place)
+    assert longer[1].tolist() == [21, 21, 21]
+    assert longer[2].tolist() == [0, 4, 8, 12]
+    if place.type == "cuda":
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert quire.transformers._indices(3, 1, 20, place)[0] is not first[0]
