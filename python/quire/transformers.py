@@ -89,14 +89,15 @@ _known_indices = functools.lru_cache(maxsize=16)(_make_indices)
 
 
 def _indices(
-    batch: int, q_length: int, kv_length: int, device: torch.device
+    query: torch.Tensor, batch: int, q_length: int, kv_length: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The same for all layers of a step, so that only the first one makes them; they are known by the stream that orders them."""
-    if torch.compiler.is_compiling():
+    device, stream = query.device, None
+    # In a trace, and where tensors are fake, what is made belongs to that.
+    if torch.compiler.is_compiling() or type(query) is not torch.Tensor:
         return _make_indices(batch, q_length, kv_length, device)
-    stream = None
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():  # what is made in a capture is the graph's
+        if torch.cuda.is_current_stream_capturing():  # and in a capture to the graph
             return _make_indices(batch, q_length, kv_length, device)
         stream = torch.cuda.current_stream(device).cuda_stream
     return _known_indices(batch, q_length, kv_length, device, stream)
@@ -162,7 +163,7 @@ def attention_forward(
         mask = _pack(attention_mask[..., :kv_length])
         mask_start = torch.zeros(batch, dtype=torch.int32, device=device)
         causal, window = False, None
-    tables, lens, starts = _indices(batch, q_length, kv_length, device)
+    tables, lens, starts = _indices(query, batch, q_length, kv_length)
     out = quire.torch.paged_attention(
         query.transpose(1, 2).reshape(batch * q_length, num_heads, head_dim),
         key.transpose(1, 2),  # one block of kv_length slots for each sequence
