@@ -247,9 +247,9 @@ Columns order_columns(const QuantizedMatmulParams& params, Stream stream) {
   const auto num_source_columns = static_cast<int>(format.in_features), num_columns = static_cast<int>(format.num_rows);
   const std::int64_t row_bytes = format.in_features * 2;
   // Rows of four tokens side by side, or of one; else from device memory.
-  const int tokens_at_once = params.num_tokens >= 256 && 4 * row_bytes <= kMaxGatherBytes ? 4
-                             : params.num_tokens > 16 && row_bytes <= kMaxGatherBytes     ? 1
-                                                                                          : 0;
+  const int tokens_at_once = params.num_tokens >= 1024 && 4 * row_bytes <= kMaxGatherBytes ? 4
+                             : params.num_tokens > 16 && row_bytes <= kMaxGatherBytes      ? 1
+                                                                                           : 0;
   for (std::int64_t first = 0; first < params.num_tokens; first += 65535) {
     const auto num_tokens = static_cast<unsigned>(std::min<std::int64_t>(params.num_tokens - first, 65535));
     auto* out = reinterpret_cast<uint4*>(workspace) + first * num_pieces;
