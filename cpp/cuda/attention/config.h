@@ -279,16 +279,12 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
   return variant;
 }
 
-/// How many CTAs share a tile if lengths are alike; 0: it is better to share all keys evenly. `per_sm` of them run on an SM at once. Few tiles have
-/// clusters; where there is more than one for each place, places that one leaves are taken by the next.
+/// How many CTAs share a tile if lengths are alike; 0: all keys are shared evenly at once. `per_sm` of them run on an SM together.
 constexpr int choose_cluster(std::int64_t num_tiles, std::int64_t num_sms, std::int64_t per_sm, bool long_rows) {
-  const std::int64_t places = num_sms * per_sm;
-  if (num_tiles * 2 <= num_sms) return static_cast<int>(std::min<std::int64_t>(places / num_tiles, kMaxCluster));
-  if (!long_rows) return 0;  // which are better read two heads at a time
-  const std::int64_t size = std::max<std::int64_t>(places / num_tiles, 1);
-  const std::int64_t used = num_tiles * size, rounds = ceil_div(used, places);
-  // A last round takes its time even if it is not full.
-  return used * 10 >= rounds * places * 9 ? static_cast<int>(size) : 0;
+  const std::int64_t places = num_sms * per_sm, size = std::min<std::int64_t>(places / num_tiles, kMaxCluster);
+  if (num_tiles * 2 <= num_sms) return static_cast<int>(size);
+  // Where tiles are many, short rows are better read two heads at a time, and places should not be left empty.
+  return long_rows && num_tiles * size * 10 >= places * 9 ? static_cast<int>(size) : 0;
 }
 
 /// How decode takes two neighbouring kv heads as one.
@@ -326,8 +322,7 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
 
   const std::int64_t num_head_tiles = config.num_tiles * params.num_kv_heads;
   if (has_wgmma && config.variant == Variant::kMmaSplitKeys8 && params.block_tables != nullptr && !ragged && params.shared_queries == 0 &&
-      !params.float8_queries && !params.batch_invariant && params.mask == nullptr && group <= rows && key_capacity(params) < 1 << 30 &&
-      params.num_seqs <= 512) {
+      !params.float8_queries && !params.batch_invariant && params.mask == nullptr && group <= rows && key_capacity(params) < 1 << 30) {
     config.cluster = choose_cluster(num_head_tiles, device.num_sms, ctas_per_sm(config.variant, config.head_dim_bucket) / 2,
                                     params.head_dim * itemsize(params.kv_dtype) >= 128);
   }

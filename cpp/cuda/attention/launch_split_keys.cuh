@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
     attention_mma_split_keys_kernel(const __grid_constant__ Plan plan) {
 #if __CUDA_ARCH__ >= 900
   if constexpr (kHasClusters<kVariant, kWide>) {
-    if (plan.in_clusters && attend_in_clusters<kKvDType, head_dim_alone(kHeadDim, kPairing), 2 * kWarps>(plan)) return;
+    if (plan.in_clusters && attend_in_clusters<kKvDType, head_dim_alone(kHeadDim, kPairing), 2 * kWarps, kPairing != Pairing::kNone>(plan))
+      return;
   }
 #endif
   attend_to_stretches<kKvDType, kHeadDim, kVariant, kWide, kPairing>(plan);
@@ -46,11 +47,11 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
 
 /// The same for one sequence: clusters alone, whose CTAs have all of an SM's warps. Clusters of CTAs of which an SM could hold two do not leave SMs
 /// evenly.
-template <DType kKvDType, int kHeadDim>
+template <DType kKvDType, int kHeadDim, bool kInPairs>
 __global__ void __launch_bounds__(ClusterKeysShape<kKvDType, kHeadDim, kLoneWarps>::kCtaThreads, 1)
     attention_mma_cluster_keys_kernel(const __grid_constant__ Plan plan) {
 #if __CUDA_ARCH__ >= 900
-  attend_in_clusters<kKvDType, kHeadDim, kLoneWarps>(plan);
+  attend_in_clusters<kKvDType, kHeadDim, kLoneWarps, kInPairs>(plan);
 #endif
 }
 
@@ -115,8 +116,8 @@ void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
       if constexpr (kAlone <= 128) {
         using Lone = ClusterKeysShape<kKvDType, kAlone, kLoneWarps>;
         if (in_clusters && plan.params.num_seqs == 1 && num_head_tiles < kMaxCluster &&
-            launch_clusters<attention_mma_cluster_keys_kernel<kKvDType, kAlone>>(plan, config.cluster, 8, num_head_tiles, Lone::kCtaThreads,
-                                                                                 Lone::kSharedBytes, stream))
+            launch_clusters<attention_mma_cluster_keys_kernel<kKvDType, kAlone, kPairing != Pairing::kNone>>(
+                plan, config.cluster, 8, num_head_tiles, Lone::kCtaThreads, Lone::kSharedBytes, stream))
           return;
       }
       constexpr int kSharedBytes = std::max(Shape::kSharedBytes, ClusterKeysShape<kKvDType, kAlone, 2 * kWarps>::kSharedBytes);

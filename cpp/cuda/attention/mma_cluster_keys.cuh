@@ -86,7 +86,7 @@ __device__ __forceinline__ bool lengths_are_alike(const Plan& plan) {
 
 /// A tile to a cluster of plan.cluster CTAs: a query of each sequence, and a group of up to 8 heads. False if the lengths are too different; then
 /// nothing has been done.
-template <DType kKvDType, int kHeadDim, int kWarpsOfCta>
+template <DType kKvDType, int kHeadDim, int kWarpsOfCta, bool kInPairs>
 __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
   using Types = MmaTypes<kKvDType, kHeadDim>;
   using Shape = ClusterKeysShape<kKvDType, kHeadDim, kWarpsOfCta>;
@@ -111,18 +111,17 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
   const std::uint32_t shared_base = device::shared_address(shared);
   const std::uint32_t ring = shared_base + static_cast<std::uint32_t>(warp * Shape::kRingBytes);
 
-  // A kv head of the plan may be a pair of them, which are apart here; rows of the second follow the first's.
-  const bool in_pairs = plan.group.divisor != plan.kv_group.divisor;
-  const int pair_idx = in_pairs ? tile_idx / 2 : tile_idx;
+  // If kInPairs, a kv head of the plan is two here, and rows of the second follow the first's.
+  const int pair_idx = kInPairs ? tile_idx / 2 : tile_idx;
   Tile tile{};
   tile.seq = tile.first_token = plan.kv_heads.quotient(pair_idx);
   const int pair = plan.kv_heads.remainder(pair_idx, tile.seq);
-  const int kv_head = in_pairs ? 2 * pair + tile_idx % 2 : pair;
+  const int kv_head = kInPairs ? 2 * pair + tile_idx % 2 : pair;
   tile.query_len = 1;
   tile.num_rows = static_cast<int>(plan.kv_group.divisor);
-  tile.row_begin = in_pairs ? tile_idx % 2 * tile.num_rows : 0;
+  tile.row_begin = kInPairs ? tile_idx % 2 * tile.num_rows : 0;
   const auto view_of = [&](KvView view, std::int64_t stride) {
-    if (in_pairs && tile_idx % 2 != 0) view.base += stride * Types::kElementBytes / 2;
+    if (kInPairs && tile_idx % 2 != 0) view.base += stride * Types::kElementBytes / 2;
     return view;
   };
 
@@ -210,7 +209,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
       if (threadIdx.x >= Shape::kCtaThreads - kRows) {
         const int row = static_cast<int>(threadIdx.x) - (Shape::kCtaThreads - kRows);
         row_params[row] = make_row_params(plan, tile, pair, row);
-        if (in_pairs && p.k_scale != nullptr) row_params[row].scale = p.scale * p.k_scale[kv_head * p.k_scale_stride];
+        if (kInPairs && p.k_scale != nullptr) row_params[row].scale = p.scale * p.k_scale[kv_head * p.k_scale_stride];
       }
       if constexpr (Types::kQuantized) {
         __syncthreads();
@@ -323,13 +322,13 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
     const int row = item / kItemsOfRow, column = item % kItemsOfRow * 4;
     const bool exists = row < tile.num_rows;
     Partial result{float4{0.0f, 0.0f, 0.0f, 0.0f}, -INFINITY, 0.0f};
-#pragma unroll 4
+#pragma unroll 1
     for (int i = lane_part; i < size; i += 4)
       if (exists) result.top = fmaxf(result.top, received_stats[i * items_each + index].x);
     result.top = fmaxf(result.top, __shfl_xor_sync(kAllLanes, result.top, 8));
     result.top = fmaxf(result.top, __shfl_xor_sync(kAllLanes, result.top, 16));
     const float base = result.top == -INFINITY ? 0.0f : result.top;
-#pragma unroll 4
+#pragma unroll 1
     for (int i = lane_part; i < size; i += 4)
       if (exists) add_part(result, base, received[i * items_each + index], received_stats[i * items_each + index]);
 #pragma unroll
