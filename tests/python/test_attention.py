@@ -235,11 +235,12 @@ def test_decode_lengths(backend, rng, kv_len):
         [5000],
         [600, 640, 0],
         [4000, 5, 900],
+        [2000, 400],
         [130] * 31 + [100],
         [60] * 40 + [40] * 24,
         [1 + 37 * i % 900 for i in range(64)],
     ],
-    ids=["one", "one_long", "alike", "unlike", "a_cta_each", "rounds", "many_unlike"],
+    ids=["one", "one_long", "alike", "unlike", "alike_in_window", "a_cta_each", "rounds", "many_unlike"],
 )
 def test_decode_batches(backend, rng, kv_lens, dim, kv_dtype):
     """Few sequences and many, of lengths that are alike or not: who has which keys differs."""

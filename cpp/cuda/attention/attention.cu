@@ -212,10 +212,10 @@ namespace {
 
 std::string tiles_text(const Config& config, std::int64_t num_kv_heads) {
   if (config.cluster > 0)
-    return std::to_string(config.num_tiles * num_kv_heads) + " tiles of " + std::to_string(config.tile_rows) + " rows by one kv head, " +
+    return std::to_string(config.num_tiles * num_kv_heads) + " tiles, of a sequence by one kv head, " +
            (config.cluster > 1 ? "the keys of each shared by a cluster of up to " + std::to_string(config.cluster) + " CTAs"
                                : "a CTA to each") +
-           " if the lengths are alike; else all keys shared evenly by " + std::to_string(config.num_ctas) + " CTAs";
+           ", if the lengths are alike; else all keys shared evenly by up to " + std::to_string(config.num_ctas) + " CTAs";
   if (shares_keys(config.variant))
     return "the keys of all tiles, of " + std::to_string(config.tile_rows) + " rows by one kv head, shared evenly by " +
            std::to_string(config.num_ctas) + (config.wide ? " CTAs of many warps" : " CTAs") +

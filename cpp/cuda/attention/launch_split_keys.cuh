@@ -92,6 +92,7 @@ bool launch_clusters(Plan plan, int limit, int min_size, std::int64_t num_tiles,
   plan.cluster = Divisor::make(size);
   plan.in_clusters = true;
   plan.num_ctas = static_cast<int>(std::min<std::int64_t>(plan.num_ctas, num_tiles * size));
+  plan.tiles_per_cta = 0;  // what was chosen for equal lengths was for another number of CTAs
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(num_tiles * size));
   config.blockDim = dim3(static_cast<unsigned>(num_threads));

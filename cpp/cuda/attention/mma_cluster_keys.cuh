@@ -71,7 +71,7 @@ __device__ __forceinline__ bool lengths_are_alike(const Plan& plan) {
   int longest = 0, sum = 0;
 #pragma unroll 2
   for (int seq = static_cast<int>(threadIdx.x) % 32; seq < num_seqs; seq += 32) {
-    const int units = sequence_keys(plan, seq, false) / kUnit;
+    const int units = min(sequence_keys(plan, seq, false), plan.key_span) / kUnit;
     longest = max(longest, units);
     sum += units;
   }
