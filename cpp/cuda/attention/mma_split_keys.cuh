@@ -71,14 +71,19 @@ struct KeyStream {
 
   int next_key;           // of the step whose K comes next
   std::uint32_t entries;  // the lane's entry for it, in shared memory
-  std::uint32_t entries_end;
   KeyLocation location;   // the lane's, of the step whose K came last
   std::uint32_t valid;    // of that step: bit j says whether key j exists
 
+  /// The warp's entries.
+  __device__ __forceinline__ static std::uint32_t warp_entries(std::uint32_t shared_base) {
+    unsigned thread;
+    asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));  // as lane_here
+    return shared_base + static_cast<std::uint32_t>(Shape::kEntriesOffset) + thread / 32 * static_cast<std::uint32_t>(Shape::kEntryBytes);
+  }
+
   /// Asks for the first steps' table entries. They are there when all that the thread has asked for is.
-  __device__ __forceinline__ void start(const Plan& plan, const Walk& walk, int first_key, std::uint32_t warp_entries) {
-    entries_end = warp_entries + Shape::kEntryBytes;
-    entries = warp_entries + static_cast<std::uint32_t>(4 * lane_here());
+  __device__ __forceinline__ void start(const Plan& plan, const Walk& walk, int first_key, std::uint32_t shared_base) {
+    entries = warp_entries(shared_base) + static_cast<std::uint32_t>(4 * lane_here());
     next_key = first_key;
 #pragma unroll
     for (int i = 0; i < Shape::kLead; ++i) {
@@ -104,7 +109,7 @@ struct KeyStream {
   }
 
   /// Starts the copy of the next step's K and returns which of its keys exist.
-  __device__ __forceinline__ std::uint32_t copy_k(const Plan& plan, const Walk& walk, std::uint32_t slot) {
+  __device__ __forceinline__ std::uint32_t copy_k(const Plan& plan, const Walk& walk, std::uint32_t slot, std::uint32_t shared_base) {
     const int key = next_key;
     if (key >= walk.part_end) {
       next_key = key + kStride;
@@ -118,7 +123,7 @@ struct KeyStream {
     copy_entry(plan, walk.tile, lane_key(walk), walk.part_end, entries);
     next_key = key + kStride;
     entries += Shape::kKeys * 4;
-    if (entries >= entries_end) entries -= Shape::kEntryBytes;
+    if (entries >= warp_entries(shared_base) + Shape::kEntryBytes) entries -= Shape::kEntryBytes;
     return valid;
   }
 
@@ -332,8 +337,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan) {
       bool selecting = false;
       for (;; selecting = true) {
         KeyStream<Shape> stream;
-        stream.start(plan, walk, walk.part_begin + (kPairedWarps ? warp / 2 : warp) * kKeys,
-                     shared_base + static_cast<std::uint32_t>(Shape::kEntriesOffset + warp * Shape::kEntryBytes));
+        stream.start(plan, walk, walk.part_begin + (kPairedWarps ? warp / 2 : warp) * kKeys, shared_base);
         if (!has_q && !selecting) {
           if constexpr (kPaired) {
             copy_paired_q<Shape>(plan, tile, walk.kv_head, device::shared_address(q_shared));
@@ -393,7 +397,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan) {
             __syncwarp();
           }
           if constexpr (kEven) {
-            valid[kLead] = stream.copy_k(plan, walk, k_address);
+            valid[kLead] = stream.copy_k(plan, walk, k_address, shared_base);
           } else {
             stream.copy_v(plan, walk, k_address);
           }
@@ -421,7 +425,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan) {
           if constexpr (kEven) {
             stream.copy_v(plan, walk, v_address);
           } else {
-            valid[kLead] = stream.copy_k(plan, walk, v_address);
+            valid[kLead] = stream.copy_k(plan, walk, v_address, shared_base);
           }
           device::copy_async_commit();
 #pragma unroll
