@@ -200,7 +200,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
     if (last_valid != 0) copy_step<Types, kKeys>(view_of(v_view<Types>(p, plan, pair), p.v_head_stride), v_chunks, last_valid, slot);
   };
 
-  // As in attention_mma_split_keys_kernel.
+  // As in attend_to_stretches.
   std::uint32_t valid[kLead + 1] = {};
   std::uint32_t slot = 0;
 #pragma unroll 1
