@@ -264,8 +264,8 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
       const int piece = j << plan.row_groups_log2 | row_group, turn = piece / (kFewWarpgroups * plan.cluster_ctas);
       float4* to = sums + ((turn * kFewWarpgroups + piece % kFewWarpgroups) * num_parts + rank * column_groups + column_group) * 128;
       if (plan.cluster_ctas > 1) {
-        device::store_cluster_16(device::address_in_cta(device::shared_address(to), piece / kFewWarpgroups % plan.cluster_ctas), acc[4 * j],
-                                 acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+        device::store_cluster_16(device::address_in_cta(device::shared_address(to), piece / kFewWarpgroups % plan.cluster_ctas),
+                                 make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
       } else {
         *to = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
       }
