@@ -100,6 +100,13 @@ void quantize(const QuantizeParams& p) {
   });
 }
 
+void set_default_scales(const QuantizeParams& p) {
+  for (std::int64_t row = 0; row < p.num_rows; ++row) {
+    *p.quant.scale_at(row, 0) = 1.0f;
+    if (p.zero_points != nullptr) *p.zero_point_at(row, 0) = 0;
+  }
+}
+
 void dequantize(const QuantizeParams& p) {
   const auto& kernels = quantized_matmul_kernels.active();
   for_rows(p.num_rows, p.width, p.width, [&](std::int64_t row, float* scratch) {

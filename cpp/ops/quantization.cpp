@@ -153,7 +153,14 @@ void quantize(const TensorView& out, const TensorView& scales, const TensorView*
   params.x_rows = row_layout(x);
   params.computes = computes;
   params.scale_bound = static_cast<float>(scale_bound);
-  if (params.num_rows == 0) return;
+  if (params.num_rows == 0) {
+    // Computed scales are there, but for groups, where x has no elements: they must not be left as they were.
+    params.num_rows = !computes || granularity == ScaleGranularity::kGroup ? 0 : granularity == ScaleGranularity::kTensor ? 1 : num_rows(x);
+    if (params.num_rows == 0) return;
+    dispatch_device(
+        check.op(), x.device, stream, [&] { cpu::set_default_scales(params); }, [&](auto s) { cuda::set_default_scales(params, s); });
+    return;
+  }
   dispatch_device(check.op(), x.device, stream, [&] { cpu::quantize(params); }, [&](auto s) { cuda::quantize(params, s); });
 }
 

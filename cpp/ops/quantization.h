@@ -201,6 +201,8 @@ struct ScaledMatmulParams {
 
 namespace cpu {
 void quantize(const QuantizeParams& params);
+/// Scales of 1 and zero points of 0, one for each of num_rows rows without elements.
+void set_default_scales(const QuantizeParams& params);
 void dequantize(const QuantizeParams& params);
 void quantize_weight(const QuantizeWeightParams& params);
 std::int64_t packed_weight_size(const WeightFormat& format);
@@ -218,6 +220,7 @@ void column_sums(std::int32_t* sums, const std::int8_t* b, std::int64_t n, std::
 namespace cuda {
 // cuda/quantization/quantize.cu
 void quantize(const QuantizeParams& params, Stream stream);
+void set_default_scales(const QuantizeParams& params, Stream stream);
 void dequantize(const QuantizeParams& params, Stream stream);
 void quantize_weight(const QuantizeWeightParams& params, Stream stream);
 void column_sums(std::int32_t* sums, const std::int8_t* b, std::int64_t n, std::int64_t k, std::int64_t stride, Stream stream);

@@ -35,7 +35,7 @@ enum class ScaleGranularity {
 /// out = quantized x. x is float32, float16 or bfloat16 [..., width] (rank 1 to 4, unit inner stride); out is float8_e4m3fn or int8 of its
 /// shape. `scales` and `zero_points` are read where `computes` is false, else written. zero_points is int32 of scales' shape, or null:
 /// symmetric; int8 only. scale_bound is the largest |y| that counts for a computed scale of float8 (larger values saturate); infinity: none.
-/// width is a multiple of group_size for kGroup.
+/// width is a multiple of group_size for kGroup. Computed scales of an x without elements are 1, zero points 0.
 QUIRE_API void quantize(const TensorView& out, const TensorView& scales, const TensorView* zero_points, const TensorView& x,
                         ScaleGranularity granularity, std::int64_t group_size, bool computes, double scale_bound, Stream stream);
 

@@ -648,6 +648,47 @@ def test_quantize_strided_and_zero_sizes(backend, rng):
     assert (tuple(q.shape), tuple(scale.shape)) == ((0, 40), (0, 1))
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "token", "group"])
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 40), (2, 0, 40), (2, 3, 0)])
+def test_scales_of_nothing(backend, shape, granularity):
+    """Computed scales of no elements are 1, whatever their memory held."""
+    x = backend.array(np.zeros(shape, np.float32))
+    scale_shape = (1,) if granularity == "tensor" else (*shape[:-1], 1 if granularity == "token" else -(-shape[-1] // 128))
+    for asymmetric in (None, False, True):
+        dtype = "float8_e4m3fn" if asymmetric is None else "int8"
+        q = backend.array(np.zeros(shape, np_dtype(dtype)))
+        scale = backend.array(np.full(scale_shape, np.nan, np.float32))
+        zero = backend.array(np.full(scale_shape, 77, np.int32))
+        if asymmetric is None:
+            quire.quantize_fp8(x, granularity=granularity, out=(q, scale))
+        elif asymmetric:
+            quire.quantize_int8(x, symmetric=False, granularity=granularity, out=(q, scale, zero))
+            np.testing.assert_array_equal(backend.numpy(zero), np.zeros(scale_shape, np.int32))
+        else:
+            quire.quantize_int8(x, granularity=granularity, out=(q, scale))
+        np.testing.assert_array_equal(backend.numpy(scale), np.ones(scale_shape, np.float32))
+    given = backend.array(np.full(scale_shape, 3.0, np.float32))
+    quire.quantize_fp8(x, scale=given, granularity=granularity)
+    np.testing.assert_array_equal(backend.numpy(given), np.full(scale_shape, 3.0, np.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_ub_of_awkward_rows(backend, rng, dtype):
+    """Values beyond the bound saturate, with infinities and NaN among them."""
+    x = awkward(rng, (5, 1024), dtype)
+    x[1, 5], x[2, 7] = np.inf, -np.inf
+    for bound in (1e-38, 0.5, 1e30):
+        q, scale = quire.quantize_fp8(backend.array(x), granularity="token", scale_ub=bound)
+        largest = np.nanmax(np.abs(x.astype(np.float32)), -1, keepdims=True)
+        want = np.maximum(np.minimum(largest, np.float32(bound)) / np.float32(448.0), reference.SMALLEST_SCALE)
+        np.testing.assert_array_equal(backend.numpy(scale), want)
+        with np.errstate(over="ignore"):
+            stored = reference.store(x.astype(np.float32) / want, "float8_e4m3fn")
+        got, is_number = backend.numpy(q), ~np.isnan(stored.astype(np.float32))
+        np.testing.assert_array_equal(np.isnan(got.astype(np.float32)), ~is_number)
+        np.testing.assert_array_equal(got.view(np.uint8)[is_number], stored.view(np.uint8)[is_number])
+
+
 def test_scale_ub(backend):
     x = np.array([[1.0, -1000.0]], np.float32)
     q, scale = quire.quantize_fp8(backend.array(x), granularity="token", scale_ub=44.8)
