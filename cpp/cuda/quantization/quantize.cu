@@ -45,8 +45,12 @@ __device__ __forceinline__ void extend(Range& range, const float (&v)[kCount]) {
 
 __device__ __forceinline__ __half2 largest_pairs(__half2 a, __half2 b) { return __hmax2(a, b); }
 __device__ __forceinline__ __nv_bfloat162 largest_pairs(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2(a, b); }
+__device__ __forceinline__ __half2 smallest_pairs(__half2 a, __half2 b) { return __hmin2(a, b); }
+__device__ __forceinline__ __nv_bfloat162 smallest_pairs(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmin2(a, b); }
 __device__ __forceinline__ float larger_of(__half2 a) { return fmaxf(__low2float(a), __high2float(a)); }
 __device__ __forceinline__ float larger_of(__nv_bfloat162 a) { return fmaxf(__low2float(a), __high2float(a)); }
+__device__ __forceinline__ float smaller_of(__half2 a) { return fminf(__low2float(a), __high2float(a)); }
+__device__ __forceinline__ float smaller_of(__nv_bfloat162 a) { return fminf(__low2float(a), __high2float(a)); }
 
 // The same of elements as they are in memory: of 16 bits two at a time.
 template <bool kAsymmetric, typename T, int kCount>
@@ -54,15 +58,15 @@ __device__ __forceinline__ void extend(Range& range, const Packed<T, kCount>& pa
   if constexpr (sizeof(T) == 2 && kCount > 1) {
     using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
     const auto pair = [](std::uint32_t word) { return *reinterpret_cast<Pair*>(&word); };
-    // The maximum passes over NaN. A sign is exchanged or cleared as a bit.
+    // Maximum and minimum pass over NaN.
     Pair below = pair(0), above = pair(0);
 #pragma unroll
     for (const std::uint32_t word : packed.words) {
       above = largest_pairs(above, pair(kAsymmetric ? word : word & 0x7fff7fffu));
-      if constexpr (kAsymmetric) below = largest_pairs(below, pair(word ^ 0x80008000u));
+      if constexpr (kAsymmetric) below = smallest_pairs(below, pair(word));
     }
     range.above = fmaxf(range.above, larger_of(above));
-    if constexpr (kAsymmetric) range.below = fmaxf(range.below, larger_of(below));
+    if constexpr (kAsymmetric) range.below = fmaxf(range.below, -smaller_of(below));
   } else {
     float v[kCount];
     unpack<T, kCount>(v, packed);
@@ -117,30 +121,76 @@ __device__ __forceinline__ ScaleAndZero read_scale(const QuantizeParams& p, std:
   return value;
 }
 
-// Elements [at, at + kCount) of the result. kComputed: the scale is one of the elements' own.
-template <Result kResult, bool kComputed, int kCount>
-__device__ __forceinline__ void store(const QuantizeParams& p, void* out, float (&v)[kCount], const ScaleAndZero& value) {
+// Four integers as int8, the first in the low byte.
+__device__ __forceinline__ std::uint32_t pack_saturated(int a, int b, int c, int d) {
+  std::uint32_t word;
+  asm("{\n.reg .b32 high;\n"
+      "cvt.pack.sat.s8.s32.b32 high, %4, %3, 0;\n"
+      "cvt.pack.sat.s8.s32.b32 %0, %2, %1, high;\n}\n"
+      : "=r"(word)
+      : "r"(a), "r"(b), "r"(c), "r"(d));
+  return word;
+}
+
+// v over the scale, rounded, plus the zero point. kComputed: the scale is that of the elements' own range.
+template <bool kComputed, int kCount>
+__device__ __forceinline__ void store_asymmetric(void* out, float (&v)[kCount], const ScaleAndZero& value) {
   const Divisor divisor(value.scale);
-  if constexpr (kResult == Result::kFloat8 && !kComputed) {
-    store_raw(out, divisor.divide_and_pack<__nv_fp8_e4m3>(v));
+  const auto is_number = [](const float (&of)[kCount]) {
+    float sum = 0.0f;
+#pragma unroll
+    for (const float x : of) sum += x;
+    return sum == sum;
+  };
+  bool ordinary;
+  if constexpr (kComputed) {
+    divisor.divide_bounded(v);
+    ordinary = is_number(v);
   } else {
-    if constexpr (kComputed && kResult != Result::kAsymmetricInt8) {
-      if (p.scale_bound <= 0x1.fffffep127f) clamp_to(v, value.scale * 512.0f);
-    }
-    if constexpr (kComputed) {
+    ordinary = is_number(v) && value.scale >= kSmallestScale && value.scale <= 0x1.fffffep127f;
+    if (ordinary) {
+      const float limit = value.scale * 512.0f;
+#pragma unroll
+      for (float& x : v) x = fminf(fmaxf(x, -limit), limit);
       divisor.divide_bounded(v);
     } else {
       divisor.divide(v);
     }
-    if constexpr (kResult == Result::kAsymmetricInt8) {
-      // A number that has no bits below 1: the addition rounds what does not saturate anyway. NaN becomes 0.
-      constexpr float kRounds = 0x1.8p23f;
-      const float back = kRounds - static_cast<float>(value.zero_point);
+  }
+  if (!ordinary) {
 #pragma unroll
-      for (int e = 0; e < kCount; ++e) v[e] = (v[e] == v[e] ? v[e] + kRounds : kRounds) - back;
-    }
-    using Q = std::conditional_t<kResult == Result::kFloat8, __nv_fp8_e4m3, std::int8_t>;
+    for (float& x : v) x = x == x ? fminf(fmaxf(x, -512.0f), 512.0f) : 0.0f;
+  }
+  // A number that has no bits below 1: the addition rounds, and leaves an integer in the low bits.
+  constexpr float kRounds = 0x1.8p23f;
+  int integers[kCount];
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) integers[e] = __float_as_int(v[e] + kRounds) + (value.zero_point - __float_as_int(kRounds));
+  Packed<std::int8_t, kCount> result;
+  if constexpr (kCount == 1) {
+    result.byte = static_cast<std::uint8_t>(pack_saturated(integers[0], 0, 0, 0));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i)
+      result.words[i] = pack_saturated(integers[4 * i], integers[4 * i + 1], integers[4 * i + 2], integers[4 * i + 3]);
+  }
+  store_raw(out, result);
+}
+
+// The result's elements from `out` on. kComputed: the scale is one of the elements' own.
+template <Result kResult, bool kComputed, int kCount>
+__device__ __forceinline__ void store(const QuantizeParams& p, void* out, float (&v)[kCount], const ScaleAndZero& value) {
+  using Q = std::conditional_t<kResult == Result::kFloat8, __nv_fp8_e4m3, std::int8_t>;
+  if constexpr (kResult == Result::kAsymmetricInt8) {
+    store_asymmetric<kComputed>(out, v, value);
+  } else if constexpr (kComputed) {
+    if (p.scale_bound <= 0x1.fffffep127f) clamp_to(v, value.scale * 512.0f);
+    store_raw(out, Divisor(value.scale).template divide_bounded_and_pack<Q>(v));
+  } else if constexpr (kResult == Result::kInt8) {
+    Divisor(value.scale).divide(v);
     store_raw(out, pack<Q, kCount>(v));
+  } else {
+    store_raw(out, Divisor(value.scale).template divide_and_pack<Q>(v));
   }
 }
 
@@ -150,6 +200,10 @@ enum class Scaling { kGiven, kToken, kGroup };
 template <int kVectors>
 inline constexpr int kRowThreads = kVectors == 1 ? kMaxThreads : 2 * kMaxThreads;
 
+// Two pieces take 32 registers of 16-bit elements; of float32 they would take too many.
+template <typename T>
+inline constexpr bool kReadsAhead = sizeof(T) == 2;
+
 // Where rows begin that have more than one stride. A call, which keeps divisions out of the kernels' way.
 __device__ __noinline__ std::int64_t strided_offset(const RowLayout& rows, int row) { return rows.offset(row); }
 __device__ __forceinline__ std::int64_t offset_of(const RowLayout& rows, int row) {
@@ -157,7 +211,7 @@ __device__ __forceinline__ std::int64_t offset_of(const RowLayout& rows, int row
   return strided_offset(rows, row);
 }
 
-// Grid: CTAs share the rows, blockDim.y at a time, in turns. Each thread has kVectors vectors of a piece of its row, blockDim.x apart, and those of the next
+// Grid: CTAs share the rows, blockDim.y at a time, in turns. Each thread has kVectors vectors of a piece of its row, blockDim.x apart, and, where it reads ahead, those of the next
 // piece are on their way while it works on them. With a scale per token a piece is a whole row, in the registers of its blockDim.x threads: one
 // read, one write. blockDim.x is a power of two up to 32, or whole warps, then blockDim.y = 1 with a scale per token. With a scale per group, a group's
 // vectors lie in as many neighbouring lanes, a power of two up to 32 that divides blockDim.x. group_shift: the logarithm of a group's vectors; -1: a row has one scale.
@@ -166,8 +220,6 @@ template <typename T, int kVectors, Scaling kScaling, Result kResult>
 __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVectors>)
     quantize_rows_kernel(const __grid_constant__ QuantizeParams p, const int group_shift, const bool from_end) {
   constexpr bool kAsymmetric = kResult == Result::kAsymmetricInt8, kComputes = kScaling != Scaling::kGiven;
-  // Two pieces take at most 32 registers; of float32 they would take more.
-  constexpr bool kAhead = sizeof(T) == 2;
   __shared__ float scratch[2][kWarpSize];
   const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
   const int num_vectors = static_cast<int>(p.width) / kVec, num_rows = static_cast<int>(p.num_rows);
@@ -272,16 +324,17 @@ __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVec
   if constexpr (!kComputes) device::wait_for_predecessor();
   if (more) load_scale(piece);
   while (more) {
-    Piece next;
-    more = advance(piece, next);
-    if constexpr (kAhead) {
+    if constexpr (kReadsAhead<T>) {
+      Piece next;
+      more = advance(piece, next);
       if (more) load(next), load_scale(next);
+      finish(piece);
+      piece = next;
+    } else {
+      finish(piece);
+      more = advance(piece, piece);
+      if (more) load(piece), load_scale(piece);
     }
-    finish(piece);
-    if constexpr (!kAhead) {
-      if (more) load(next), load_scale(next);
-    }
-    piece = next;
   }
 }
 
@@ -541,7 +594,8 @@ void launch_rows(const QuantizeParams& p, bool after_range, Stream stream) {
     if (kScaling == Scaling::kGroup) block.x = std::max(block.x, static_cast<unsigned>(p.quant.group_size / kVec));
     block.y = block.x < kNarrowThreads ? kNarrowThreads / block.x : 1;
   }
-  const unsigned ctas = num_ctas(p.num_rows, block.y, kResidentThreads / static_cast<int>(block.x * block.y));
+  // Where threads do not read ahead, new CTAs do so for them.
+  const unsigned ctas = num_ctas(p.num_rows, block.y, kReadsAhead<T> ? kResidentThreads / static_cast<int>(block.x * block.y) : 1 << 20);
   const int group_shift = p.quant.group_size == p.width && kScaling != Scaling::kGroup
                               ? -1
                               : std::countr_zero(static_cast<std::uint64_t>(p.quant.group_size / kVec));
@@ -555,21 +609,31 @@ void launch_rows(const QuantizeParams& p, bool after_range, Stream stream) {
   QUIRE_CHECK_LAUNCH("quantize_rows_kernel", stream);
 }
 
+/// Why quantize_rows_kernel cannot do it; null: it can.
+template <typename T>
+const char* prevents_rows(const QuantizeParams& p) {
+  const std::int64_t group_vectors = p.quant.group_size / kVec;
+  if (!is_vectors<T, kVec>(p.x, p.x_rows, p.out, p.out_rows, p.width)) return "x or out does not divide into aligned pieces of 16 elements";
+  if (p.quant.granularity == ScaleGranularity::kGroup) {
+    if (p.quant.group_size % kVec != 0 || !std::has_single_bit(static_cast<std::uint64_t>(group_vectors)))
+      return "group_size is not 16 times a power of two";
+    if (p.computes && (p.width % p.quant.group_size != 0 || group_vectors > kWarpSize))
+      return "scales are computed, and group_size is over 512 or does not divide the row";
+  }
+  if (p.computes && p.quant.granularity == ScaleGranularity::kToken && p.width / kVec > 2 * kRowThreads<2>)
+    return "a row has more than 32768 elements";
+  return p.width > INT32_MAX / 2 || p.num_rows > INT32_MAX / 2 ? "extents are over 2^30" : nullptr;
+}
+
 template <typename T, Result kResult>
 void launch_quantize(const QuantizeParams& p, bool after_range, Stream stream) {
-  const std::int64_t group_vectors = p.quant.group_size / kVec, num_vectors = p.width / kVec;
-  const bool by_group = p.quant.granularity == ScaleGranularity::kGroup, by_token = p.quant.granularity == ScaleGranularity::kToken;
-  const bool fits_group = !by_group || (p.quant.group_size % kVec == 0 && std::has_single_bit(static_cast<std::uint64_t>(group_vectors)) &&
-                                        (!p.computes || (p.width % p.quant.group_size == 0 && group_vectors <= kWarpSize)));
-  if (is_vectors<T, kVec>(p.x, p.x_rows, p.out, p.out_rows, p.width) && fits_group && p.width <= INT32_MAX / 2 &&
-      p.num_rows <= INT32_MAX / 2) {
-    // 64 bytes for each thread.
+  if (prevents_rows<T>(p) == nullptr) {
+    // 64 bytes for each thread, and more only where a row has more than a CTA has threads for it.
     constexpr int kVectors = sizeof(T) == 2 ? 2 : 1;
     if (!p.computes) return launch_rows<T, kVectors, Scaling::kGiven, kResult>(p, after_range, stream);
-    if (by_group) return launch_rows<T, kVectors, Scaling::kGroup, kResult>(p, false, stream);
-    if (by_token && num_vectors <= kVectors * kRowThreads<kVectors>)
-      return launch_rows<T, kVectors, Scaling::kToken, kResult>(p, false, stream);
-    if (by_token && num_vectors <= 2 * kRowThreads<2>) return launch_rows<T, 2, Scaling::kToken, kResult>(p, false, stream);
+    if (p.quant.granularity == ScaleGranularity::kGroup) return launch_rows<T, kVectors, Scaling::kGroup, kResult>(p, false, stream);
+    if (p.width / kVec <= kVectors * kRowThreads<kVectors>) return launch_rows<T, kVectors, Scaling::kToken, kResult>(p, false, stream);
+    return launch_rows<T, 2, Scaling::kToken, kResult>(p, false, stream);
   }
   const std::int64_t items = p.num_rows * ceil_div(p.width, p.quant.group_size);
   quantize_groups_kernel<T, kResult><<<num_ctas(items, 8, 8), 256, 0, cuda_stream(stream)>>>(p);
