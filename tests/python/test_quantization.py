@@ -457,6 +457,46 @@ def test_scaled_matmul(backend, rng, m, n, k, scaling, dtype):
         assert_product_close(backend.numpy(out), want, magnitude, 2.0**-12 if dtype != "int8" else 0.0)
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+@pytest.mark.parametrize("scaling", ["token", "block"])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        (1024, 14336, 512),
+        (1000, 14320, 384),
+        (64, 4096, 4096),
+        (128, 2048, 2048),
+        (20, 520, 2048),
+        (3, 1024, 4096),
+    ],
+)
+def test_scaled_matmul_shares_of_tiles(backend, rng, m, n, k, scaling, dtype):
+    """The last tiles of many are halved, those of few are split along K. Sums of small integers are exact."""
+    if backend.device == "cpu":
+        pytest.skip("tiles of Hopper's kernel")
+    if scaling == "block" and dtype == "int8":
+        pytest.skip("the portable kernel, which has no shares of tiles")
+    a, b = (rng.integers(-4, 5, shape).astype(np.float32) for shape in ((m, k), (n, k)))
+    scales = [
+        np.exp2(rng.integers(-2, 3, shape)).astype(np.float32) for shape in scale_shapes(scaling, m, n, k)
+    ]
+    if scaling == "block":
+        wide_a, wide_b = (
+            a * np.repeat(scales[0], 128, 1)[:, :k],
+            b * reference.spread_blocks(scales[1], (n, k)).astype(np.float32),
+        )
+    else:
+        wide_a, wide_b = a * scales[0], b * scales[1]
+    bias = rng.integers(-8, 9, (n,)).astype(np.float32)
+    operands = [backend.array(t) for t in (a.astype(np_dtype(dtype)), b.astype(np_dtype(dtype)), *scales)]
+    want = wide_a @ wide_b.T + bias
+    for out_dtype in ("bfloat16", "float32"):
+        out = quire.scaled_matmul(*operands, bias=backend.array(bias), out_dtype=out_dtype)
+        np.testing.assert_array_equal(
+            as_float64(backend.numpy(out)), as_float64(want.astype(np_dtype(out_dtype)))
+        )
+
+
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("given_sums", [False, True])
 def test_scaled_matmul_zero_point(backend, rng, given_sums, per_token):
@@ -653,7 +693,11 @@ def test_quantize_strided_and_zero_sizes(backend, rng):
 def test_scales_of_nothing(backend, shape, granularity):
     """Computed scales of no elements are 1, whatever their memory held."""
     x = backend.array(np.zeros(shape, np.float32))
-    scale_shape = (1,) if granularity == "tensor" else (*shape[:-1], 1 if granularity == "token" else -(-shape[-1] // 128))
+    scale_shape = (
+        (1,)
+        if granularity == "tensor"
+        else (*shape[:-1], 1 if granularity == "token" else -(-shape[-1] // 128))
+    )
     for asymmetric in (None, False, True):
         dtype = "float8_e4m3fn" if asymmetric is None else "int8"
         q = backend.array(np.zeros(shape, np_dtype(dtype)))
@@ -680,7 +724,9 @@ def test_scale_ub_of_awkward_rows(backend, rng, dtype):
     for bound in (1e-38, 0.5, 1e30):
         q, scale = quire.quantize_fp8(backend.array(x), granularity="token", scale_ub=bound)
         largest = np.nanmax(np.abs(x.astype(np.float32)), -1, keepdims=True)
-        want = np.maximum(np.minimum(largest, np.float32(bound)) / np.float32(448.0), reference.SMALLEST_SCALE)
+        want = np.maximum(
+            np.minimum(largest, np.float32(bound)) / np.float32(448.0), reference.SMALLEST_SCALE
+        )
         np.testing.assert_array_equal(backend.numpy(scale), want)
         with np.errstate(over="ignore"):
             stored = reference.store(x.astype(np.float32) / want, "float8_e4m3fn")

@@ -26,7 +26,7 @@ constexpr Tile kBlockTiles[] = {
 constexpr float kBytesPerMicrosecond = 2.1e6f;  // of device memory
 constexpr float kReadOnce = 0.85f;              // of that time where the L2 cache need not keep the weight,
 constexpr float kReadAtOnce = 0.95f;            // and where column tiles read it at one time
-constexpr float kFewCtas = 0.05f;               // more of it, the fewer CTAs read
+constexpr float kFewCtas = 0.12f;               // more of it, the fewer CTAs read
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -59,12 +59,12 @@ WgmmaChoice choose_wgmma(const ScaledMatmulParams& p, int num_sms) {
     for (const int splits : {1, 2, 4}) {
       // Clusters of four do not fill every part of the chip.
       const std::int64_t at_once = splits == 4 ? std::max(num_sms / 4 - 4, 1) : num_sms / splits;
-      if (splits > 1 && (!may_split || num_tiles > at_once || num_steps < 4 * splits)) break;
+      if (splits > 1 && (!may_split || (tile.columns == 256 && !blocks) || num_tiles > at_once || num_steps < 4 * splits)) break;
       // Where there are many large tiles, two CTAs share columns, and the last tiles may be halved.
       const bool shares = tile.columns == 256 && num_tiles > num_sms;
       const std::int64_t rest = num_tiles % at_once;
-      const bool halves = shares && may_split && rest > 0 && 2 * rest <= at_once;
-      const float waves = static_cast<float>(num_tiles / at_once) + (rest == 0 ? 0.0f : halves ? 0.6f : 1.0f);
+      const bool halves = shares && !blocks && rest > 0 && 2 * rest <= at_once;
+      const float waves = static_cast<float>(num_tiles / at_once) + (rest == 0 ? 0.0f : halves ? 0.65f : 1.0f);
       const float ctas = static_cast<float>(std::min(num_tiles * splits, std::int64_t{num_sms})) / static_cast<float>(num_sms);
       const float once = tile.token_rows || (num_column_tiles > 1 && num_tiles > at_once) ? 1.0f
                          : num_column_tiles == 1                                          ? kReadOnce
@@ -72,7 +72,7 @@ WgmmaChoice choose_wgmma(const ScaledMatmulParams& p, int num_sms) {
       const float memory = memory_time * once * (1.0f + kFewCtas * (1.0f - ctas));
       // A step is faster while fewer CTAs load; with blocks it waits for sums instead.
       const float step = blocks ? tile.step : tile.step * (0.5f + 0.5f * ctas);
-      const float exchange = splits > 1 ? (0.6f + 0.01f * static_cast<float>(tile.columns)) * static_cast<float>(splits) / 2.0f : 0.0f;
+      const float exchange = splits > 1 ? (0.5f + 0.009f * static_cast<float>(tile.columns)) * static_cast<float>(splits) / 2.0f : 0.0f;
       // All but the last results are stored while memory may be busy.
       const float time = std::max(waves * static_cast<float>(ceil_div(num_steps, splits)) * step + (waves - 1.0f) * tile.store, memory) +
                          tile.store + exchange;

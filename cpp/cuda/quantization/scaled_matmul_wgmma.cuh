@@ -13,7 +13,7 @@
 
 namespace quire::cuda::scaled {
 
-/// A cluster produces shared_columns tiles at a time, or, with splits, all CTAs of a split do; CTAs that halve a tile come last.
+/// A cluster produces shared_columns tiles at a time, or, with splits, all CTAs of a split do; tiles that are halved come last.
 template <typename Sum, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) scaled_matmul_wgmma_kernel(const __grid_constant__ WgmmaPlan plan) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -28,12 +28,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) scaled_matmul_wgmma_kernel
       device::barrier_init(shared.full(stage), Shape::kBlockScales ? 1 + 32 : 1);
       device::barrier_init(shared.empty(stage), Shape::kConsumers * 4 * plan.shared_columns);
     }
-    if (cluster_size > 1) {
-      // Sums are exchanged once, by a CTA's last work.
-      const int splits = max(plan.splits, 2), count = SplitColumns<Shape>(plan, rank).count;
-      device::barrier_init(shared.finished(), Shape::kConsumers * 4 * splits);
+    if (plan.splits > 1) {
+      // With splits a CTA has one tile.
+      const int count = SplitColumns<Shape>(plan, rank).count;
+      device::barrier_init(shared.finished(), Shape::kConsumers * 4 * plan.splits);
       device::barrier_init(shared.received(), 1);
-      if (count > 0) device::barrier_arrive_expect(shared.received(), (splits - 1) * count * Shape::kConsumers * 128 * 16);
+      if (count > 0) device::barrier_arrive_expect(shared.received(), (plan.splits - 1) * count * Shape::kConsumers * 128 * 16);
     }
     device::barrier_init_fence();
   }

@@ -44,13 +44,14 @@ struct WgmmaConsumer : WgmmaResults<Sum, Shape> {
     device::wgmma_commit();
   }
 
-  /// sum = the tile's products.
-  __device__ __forceinline__ void multiply(const Work& work) {
+  /// d = the tile's products with all of a stage's columns, or with the first ones.
+  template <int kCount>
+  __device__ __forceinline__ void multiply(Sum (&d)[kCount], const Work& work) {
     int previous = 0;
 #pragma unroll 1
     for (int step = 0; step < work.num_steps; ++step) {
       device::barrier_wait(shared.full(ring.stage), ring.parity);
-      multiply_stage(sum, 0, step > 0);
+      multiply_stage(d, 0, step > 0);
       if (step > 0) {
         device::wgmma_wait<1>();
         release(previous);
@@ -59,7 +60,7 @@ struct WgmmaConsumer : WgmmaResults<Sum, Shape> {
       ring.advance();
     }
     device::wgmma_wait<0>();
-    device::pin_registers(sum);
+    device::pin_registers(d);
     release(previous);
   }
 
@@ -172,17 +173,27 @@ struct WgmmaConsumer : WgmmaResults<Sum, Shape> {
     begin_turns();
     for (int iteration = 0; locate_work(plan, rank, iteration, work); ++iteration) {
       load_values(work);
+      int first = 0, count = kColumnBlocks;
       if constexpr (Shape::kParts > 1) {
         multiply_blocks_in_turn(work);
       } else if constexpr (Shape::kBlockScales) {
         multiply_blocks(work);
+      } else if constexpr (Shape::kHalves) {
+        if (work.half >= 0) {
+          count = kColumnBlocks / 2, first = work.half * count;
+          multiply(reinterpret_cast<Sum(&)[Shape::kColumns / 4]>(sum), work);
+        } else {
+          multiply(sum, work);
+        }
       } else {
-        multiply(work);
+        multiply(sum, work);
       }
-      int first = 0, count = kColumnBlocks;
-      if (work.splits > 1) {
-        exchange(work, mine);
-        first = mine.first, count = mine.count;
+      // Tiles that are halved have no splits.
+      if constexpr (!Shape::kHalves) {
+        if (plan.splits > 1) {
+          exchange(mine);
+          first = mine.first, count = mine.count;
+        }
       }
       store(work, first, count);
     }

@@ -20,26 +20,24 @@ __device__ void copy_operands(const WgmmaPlan& plan, const WgmmaShared<Shape>& s
   const std::uint32_t neighbours = ((1u << sharing) - 1u) << (rank - member);
   const std::uint64_t policy = device::read_once_policy();
   for (int iteration = 0; locate_work(plan, rank, iteration, work); ++iteration) {
-    const int row = work.row_tile * Shape::kRows, column = work.column_tile * Shape::kColumns;
+    const bool halved = work.half >= 0;
+    const int row = work.row_tile * Shape::kRows, column = work.column_tile * Shape::kColumns + max(work.half, 0) * box_columns;
+    const int num_bytes = halved ? Shape::kRowsBytes + Shape::kColumnsBytes / 2 : Shape::kStageBytes;
     for (int step = 0; step < work.num_steps; ++step) {
       const int k = (work.first_step + step) * kStepBytes;
       const std::uint32_t full = shared.full(ring.stage);
       device::barrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
-      device::barrier_arrive_expect(full, Shape::kStageBytes);
+      device::barrier_arrive_expect(full, num_bytes);
       if (plan.reads_rows_once) {
         device::copy_box_once(shared.rows(ring.stage), &plan.rows, full, k, row, policy);
       } else {
         device::copy_box(shared.rows(ring.stage), &plan.rows, full, k, row);
       }
-      if (sharing == 1) {
+      if (sharing == 1 || halved) {
         device::copy_box(shared.columns(ring.stage), &plan.columns, full, k, column);
-      } else if (work.shares) {
+      } else {
         device::copy_box_to_ctas(shared.columns(ring.stage) + static_cast<std::uint32_t>(member * box_columns * kStepBytes), &plan.columns,
                                  full, k, column + member * box_columns, neighbours);
-      } else {
-        for (int part = 0; part < sharing; ++part)
-          device::copy_box(shared.columns(ring.stage) + static_cast<std::uint32_t>(part * box_columns * kStepBytes), &plan.columns, full, k,
-                           column + part * box_columns);
       }
       ring.advance();
     }

@@ -261,11 +261,12 @@ struct WgmmaResults {
   }
 
   /// Makes sums the totals over all splits, added in their order, of this CTA's share of the columns.
-  __device__ __forceinline__ void exchange(const Work& work, const SplitColumns<Shape>& mine) {
-    const int split_rank = mine.first_rank + lane() * mine.distance;
+  __device__ __forceinline__ void exchange(const SplitColumns<Shape>& mine) {
+    const int splits = plan.splits, own = rank / plan.shared_columns;
+    const int split_rank = mine.first_rank + lane() * plan.shared_columns;
     // Sums take the stages' place: none may be in use any more.
     __syncwarp();
-    if (lane() < work.splits) device::cluster_barrier_arrive(device::address_in_cta(shared.finished(), split_rank));
+    if (lane() < splits) device::cluster_barrier_arrive(device::address_in_cta(shared.finished(), split_rank));
     device::barrier_wait(shared.finished(), 0);
     const auto place = [&](int split, int j) {
       return shared.base + static_cast<std::uint32_t>(((split * mine.each + j) * Shape::kConsumers * 128 + group * 128 + thread()) * 16);
@@ -273,11 +274,11 @@ struct WgmmaResults {
     int owner = 0, in_owner = 0;
 #pragma unroll
     for (int j = 0; j < kColumnBlocks; ++j) {
-      const std::uint32_t to = place(work.split, in_owner);
-      if (owner == work.split) {
+      const std::uint32_t to = place(own, in_owner);
+      if (owner == own) {
         store_shared_4(to, sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]);
       } else {
-        const int owner_rank = mine.first_rank + owner * mine.distance;
+        const int owner_rank = mine.first_rank + owner * plan.shared_columns;
         device::cluster_store_16(device::address_in_cta(to, owner_rank), device::address_in_cta(shared.received(), owner_rank), sum[4 * j],
                                  sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]);
       }
@@ -287,7 +288,7 @@ struct WgmmaResults {
     device::barrier_wait(shared.received(), 0);
     clear_sums();
 #pragma unroll 1
-    for (int split = 0; split < work.splits; ++split) {
+    for (int split = 0; split < splits; ++split) {
 #pragma unroll
       for (int j = 0; j < (kColumnBlocks + 1) / 2; ++j) {
         if (j >= mine.count) break;

@@ -23,7 +23,7 @@ struct WgmmaPlan {
   int num_column_tiles;
   int column_group;  // column tiles that are gone through before the next row group
   int num_items;  // pairs of a row group and a column tile
-  int num_halved_tiles;  // single tiles after the items, whose inner dimension the two CTAs of a cluster halve
+  int num_halved_tiles;  // single tiles after the items, whose columns the two CTAs of a cluster halve
   bool reads_rows_once;  // or at one time: the L2 cache need not keep them
   bool copies_out;  // results are written by the copy engine
   bool vector_out;  // or by 16-byte stores
@@ -37,6 +37,7 @@ struct WgmmaShape {
   static constexpr bool kTokenRows = kTokensAreRows;
   static constexpr bool kBlockScales = kHasBlockScales;
   static constexpr int kRows = 64 * kConsumers;
+  static constexpr bool kHalves = kColumns == 256 && !kBlockScales;  // products with half of the columns too
   static constexpr int kTokens = kTokenRows ? kRows : kColumns;
   static constexpr int kRowsBytes = kRows * kStepBytes, kColumnsBytes = kColumns * kStepBytes;
   static constexpr int kStageBytes = kRowsBytes + kColumnsBytes;
