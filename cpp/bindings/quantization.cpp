@@ -7,6 +7,7 @@
 #include "bindings/bindings.h"
 #include "bindings/tensor_args.h"
 #include "bindings/workspace.h"
+#include "ops/quantization.h"
 
 namespace quire::bindings {
 namespace {
@@ -86,11 +87,12 @@ void bind_quantization(nb::module_& m) {
       [](nb::handle data, const WeightFormat& format, nb::handle permutation, nb::handle encoding, nb::handle codes, nb::handle scales,
          nb::handle zeros, nb::handle groups, nb::handle stream) {
         const WeightEncoding how = to_encoding("pack_weight", encoding);
+        const SourceNames source = source_names(how);
         Args args("pack_weight", stream,
                   {{data, "weight", Access::kWrite},
-                   {codes, "codes"},
-                   {scales, "scales"},
-                   {zeros, "zeros", Access::kRead, true},
+                   {codes, source.codes},
+                   {scales, source.scales},
+                   {zeros, source.zeros, Access::kRead, true},
                    {groups, "groups", Access::kRead, true},
                    {permutation, "permutation", Access::kRead, true}});
         args.run([&](Stream s) {
@@ -122,46 +124,42 @@ void bind_quantization(nb::module_& m) {
       nb::arg("codes").none(), nb::arg("scales").none(), nb::arg("zeros").none(), nb::arg("w").none(), nb::arg("bits").none(),
       nb::arg("group_size").none(), nb::arg("stream").none());
 
-  m.def(
-      "quantize",
-      [](nb::handle out, nb::handle scales, nb::handle zero_points, nb::handle x, nb::handle granularity, nb::handle group_size,
-         nb::handle computes, nb::handle scale_bound, nb::handle stream) {
-        const char* const op = "quantize";
-        const ScaleGranularity scaling = to_granularity(op, granularity);
-        const std::int64_t size = to_int(op, "group_size", group_size);
-        const bool writes = to_bool(computes);
-        const double bound = to_double(op, "scale_ub", scale_bound);
-        const Access access = writes ? Access::kWrite : Access::kRead;
-        Args args(op, stream,
-                  {{out, "out", Access::kWrite}, {scales, "scales", access}, {x, "x"}, {zero_points, "zero_points", access, true}});
-        args.run([&](Stream s) { quantize(args[0], args[1], args.optional(3), args[2], scaling, size, writes, bound, s); });
-      },
-      nb::arg("out").none(), nb::arg("scales").none(), nb::arg("zero_points").none(), nb::arg("x").none(), nb::arg("granularity").none(),
-      nb::arg("group_size").none(), nb::arg("computes").none(), nb::arg("scale_bound").none(), nb::arg("stream").none());
+  for (const char* const op : {"quantize_fp8", "quantize_int8"})
+    m.def(
+        op,
+        [op](nb::handle out, nb::handle scales, nb::handle zero_points, nb::handle x, nb::handle granularity, nb::handle group_size,
+             nb::handle computes, nb::handle scale_bound, nb::handle stream) {
+          const ScaleGranularity scaling = to_granularity(op, granularity);
+          const std::int64_t size = to_int(op, "group_size", group_size);
+          const bool writes = to_bool(computes);
+          const double bound = to_double(op, "scale_ub", scale_bound);
+          const Access access = writes ? Access::kWrite : Access::kRead;
+          Args args(op, stream,
+                    {{out, "out", Access::kWrite}, {scales, "scales", access}, {x, "x"}, {zero_points, "zero_points", access, true}});
+          args.run([&](Stream s) { quantize(args[0], args[1], args.optional(3), args[2], scaling, size, writes, bound, s); });
+        },
+        nb::arg("out").none(), nb::arg("scales").none(), nb::arg("zero_points").none(), nb::arg("x").none(), nb::arg("granularity").none(),
+        nb::arg("group_size").none(), nb::arg("computes").none(), nb::arg("scale_bound").none(), nb::arg("stream").none());
 
-  m.def(
-      "dequantize",
-      [](nb::handle out, nb::handle q, nb::handle scales, nb::handle zero_points, nb::handle granularity, nb::handle group_size,
-         nb::handle stream) {
-        const char* const op = "dequantize";
-        const ScaleGranularity scaling = to_granularity(op, granularity);
-        const std::int64_t size = to_int(op, "group_size", group_size);
-        Args args(op, stream,
-                  {{out, "out", Access::kWrite}, {q, "q"}, {scales, "scales"}, {zero_points, "zero_points", Access::kRead, true}});
-        args.run([&](Stream s) { dequantize(args[0], args[1], args[2], args.optional(3), scaling, size, s); });
-      },
-      nb::arg("out").none(), nb::arg("q").none(), nb::arg("scales").none(), nb::arg("zero_points").none(), nb::arg("granularity").none(),
-      nb::arg("group_size").none(), nb::arg("stream").none());
-
-  m.def(
-      "dequantize_blocks",
-      [](nb::handle out, nb::handle q, nb::handle scales, nb::handle block_rows, nb::handle block_columns, nb::handle stream) {
-        const std::int64_t rows = to_int("dequantize", "block", block_rows), columns = to_int("dequantize", "block", block_columns);
-        Args args("dequantize", stream, {{out, "out", Access::kWrite}, {q, "q"}, {scales, "scales"}});
-        args.run([&](Stream s) { dequantize_blocks(args[0], args[1], args[2], rows, columns, s); });
-      },
-      nb::arg("out").none(), nb::arg("q").none(), nb::arg("scales").none(), nb::arg("block_rows").none(), nb::arg("block_columns").none(),
-      nb::arg("stream").none());
+  for (const char* const op : {"dequantize_fp8", "dequantize_int8"})
+    m.def(
+        op,
+        [op](nb::handle out, nb::handle q, nb::handle scales, nb::handle zero_points, nb::handle granularity, nb::handle group_size,
+             nb::handle stream) {
+          const bool by_block = std::string(nb::str(granularity).c_str()) == "block";
+          const ScaleGranularity scaling = by_block ? ScaleGranularity::kGroup : to_granularity(op, granularity);
+          const std::int64_t size = to_int(op, "group_size", group_size);
+          Args args(op, stream,
+                    {{out, "out", Access::kWrite}, {q, "q"}, {scales, "scales"}, {zero_points, "zero_points", Access::kRead, true}});
+          args.run([&](Stream s) {
+            if (!by_block) return dequantize(args[0], args[1], args[2], args.optional(3), scaling, size, s);
+            if (args.optional(3) != nullptr)
+              throw std::invalid_argument(std::string("[") + op + "] zero_points: expected none with granularity \"block\", got a tensor");
+            dequantize_blocks(args[0], args[1], args[2], kScaleBlock, kScaleBlock, s);
+          });
+        },
+        nb::arg("out").none(), nb::arg("q").none(), nb::arg("scales").none(), nb::arg("zero_points").none(), nb::arg("granularity").none(),
+        nb::arg("group_size").none(), nb::arg("stream").none());
 
   m.def(
       "quantized_matmul",

@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "core/dispatch.h"
+#include "core/explain.h"
 #include "cuda/device/quantize.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
@@ -382,14 +383,24 @@ void launch_rows(const QuantizeParams& p, Stream stream) {
   launch(quantize_rows_kernel<T, kVectors, Scaling::kGroup, kResult>);
 }
 
+/// Why quantize_rows_kernel, which has a row in registers, cannot do it; null: it can.
+template <typename T>
+const char* prevents_rows(const QuantizeParams& p) {
+  const std::int64_t group_vectors = p.quant.group_size / kVec;
+  if (!is_vectors<T, kVec>(p.x, p.x_rows, p.out, p.out_rows, p.width)) return "x or out does not divide into aligned pieces of 16 elements";
+  if (p.quant.granularity == ScaleGranularity::kGroup) {
+    if (p.quant.group_size % kVec != 0) return "group_size is not a multiple of 16";
+    if (p.computes &&
+        (p.width % p.quant.group_size != 0 || group_vectors > kWarpSize || !std::has_single_bit(static_cast<std::uint64_t>(group_vectors))))
+      return "scales are computed, and group_size is not 16, 32, 64, 128, 256 or 512, or does not divide the row";
+  }
+  return p.width / kVec > 4 * kMaxThreads ? "a row has more than 32768 elements" : nullptr;
+}
+
 template <typename T, Result kResult>
 void launch_quantize(const QuantizeParams& p, Stream stream) {
-  const std::int64_t group_vectors = p.quant.group_size / kVec, num_vectors = p.width / kVec;
-  const bool by_group = p.quant.granularity == ScaleGranularity::kGroup;
-  const bool fits_group =
-      !by_group || (p.quant.group_size % kVec == 0 && (!p.computes || (p.width % p.quant.group_size == 0 && group_vectors <= kWarpSize &&
-                                                                       std::has_single_bit(static_cast<std::uint64_t>(group_vectors)))));
-  if (is_vectors<T, kVec>(p.x, p.x_rows, p.out, p.out_rows, p.width) && fits_group && num_vectors <= 4 * kMaxThreads) {
+  const std::int64_t num_vectors = p.width / kVec;
+  if (prevents_rows<T>(p) == nullptr) {
     // One vector is enough in flight; more only where a row has more than a CTA has threads.
     if (num_vectors <= kMaxThreads) return launch_rows<T, 1, kResult>(p, stream);
     if (num_vectors <= 2 * kMaxThreads) return launch_rows<T, 2, kResult>(p, stream);
@@ -431,12 +442,22 @@ void quantize_to(const QuantizeParams& p, Stream stream) {
   launch_quantize<T, kResult>(given, stream);
 }
 
+/// Why dequantize_rows_kernel, which stores 16 bytes at once, cannot do it; null: it can.
+template <typename Out>
+const char* prevents_dequantize_rows(const QuantizeParams& p) {
+  constexpr int kCount = kElementsPer16Bytes<Out>;
+  if (!is_vectors<Out, kCount>(p.out, p.out_rows, p.x, p.x_rows, p.width))
+    return "q or out does not divide into aligned 16-byte pieces of out";
+  if (p.width > INT32_MAX / 2 || p.num_rows > INT32_MAX) return "extents are over 2^30";
+  if (p.quant.granularity == ScaleGranularity::kGroup && p.quant.group_size % kCount != 0)
+    return "groups do not divide into 16-byte pieces";
+  return nullptr;
+}
+
 template <typename Out, typename Narrow>
 void launch_dequantize(const QuantizeParams& p, Stream stream) {
   constexpr int kCount = kElementsPer16Bytes<Out>, kVectors = 4;
-  const bool by_group = p.quant.granularity == ScaleGranularity::kGroup;
-  if (is_vectors<Out, kCount>(p.out, p.out_rows, p.x, p.x_rows, p.width) && p.width <= INT32_MAX / 2 && p.num_rows <= INT32_MAX &&
-      (!by_group || p.quant.group_size % kCount == 0)) {
+  if (prevents_dequantize_rows<Out>(p) == nullptr) {
     const dim3 block = row_block(ceil_div(p.width / kCount, kVectors), kNarrowThreads * 2);
     dequantize_rows_kernel<Out, Narrow, kVectors>
         <<<static_cast<unsigned>(ceil_div(p.num_rows, block.y)), block, 0, cuda_stream(stream)>>>(p);
@@ -452,6 +473,15 @@ void launch_dequantize(const QuantizeParams& p, Stream stream) {
 void quantize(const QuantizeParams& p, Stream stream) {
   dispatch_float(p.dtype, "quantize", [&](auto dtype) {
     using T = Element<decltype(dtype)::value>;
+    if (Explanation* const explanation = explaining()) {
+      const bool reads_twice = p.computes && p.quant.granularity == ScaleGranularity::kTensor;
+      const char* const obstacle = prevents_rows<T>(p);
+      explanation->variant = std::string(reads_twice ? "range+" : "") + (obstacle == nullptr ? "rows" : "groups");
+      explanation->reasons.push_back(obstacle == nullptr ? "a row stays in registers between its scale and its results"
+                                                         : std::string("not rows: ") + obstacle);
+      if (reads_twice) explanation->reasons.emplace_back("one scale for the whole tensor is computed: x is read twice");
+      return;
+    }
     if (p.quant.dtype != DType::kInt8) return quantize_to<T, Result::kFloat8>(p, stream);
     if (p.zero_points == nullptr) return quantize_to<T, Result::kInt8>(p, stream);
     quantize_to<T, Result::kAsymmetricInt8>(p, stream);
@@ -461,6 +491,13 @@ void quantize(const QuantizeParams& p, Stream stream) {
 void dequantize(const QuantizeParams& p, Stream stream) {
   dispatch_float(p.dtype, "dequantize", [&](auto dtype) {
     using Out = Element<decltype(dtype)::value>;
+    if (Explanation* const explanation = explaining()) {
+      const char* const obstacle = prevents_dequantize_rows<Out>(p);
+      explanation->variant = obstacle == nullptr ? "rows" : "elements";
+      explanation->reasons.push_back(obstacle == nullptr ? "all rows of out begin and end at multiples of 16 bytes"
+                                                         : std::string("not rows: ") + obstacle);
+      return;
+    }
     if (p.quant.dtype == DType::kInt8) {
       launch_dequantize<Out, std::int8_t>(p, stream);
     } else {
