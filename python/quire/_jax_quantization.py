@@ -16,7 +16,7 @@ from quire import _core
 from quire._allocate import Array, dtype_name, shape_of
 from quire._jax_batch import refuse_batched, rows
 from quire._jax_call import Op, Result, Value, call
-from quire._packed_weight import BLOCK, PackedWeight, format_of
+from quire._packed_weight import BLOCK, Fields, PackedWeight, format_of
 from quire._quantized import Granularity, check_given, scale_shape
 from quire.quantization import check_features, right_operand
 
@@ -342,12 +342,24 @@ def _scaled_rule(
     return [call(op, folded, attributes)[0].reshape((*a.shape[:-1], -1))]
 
 
-_FIELDS = ("in_features", "out_features", "bits", "group_size", "num_rows", "scale_dtype", "has_zeros")
+_FIELDS = (
+    "in_features",
+    "out_features",
+    "bits",
+    "group_size",
+    "num_rows",
+    "scale_dtype",
+    "has_zeros",
+    "layout",
+)
 
 
-def _fields_of(attributes: _Attributes) -> tuple[int, int, int, int, int, str, bool]:
-    sizes = [int(attributes[name]) for name in _FIELDS[:5]]
-    return (*sizes, str(attributes["scale_dtype"]), bool(attributes["has_zeros"]))  # type: ignore[return-value]
+def _fields_of(attributes: _Attributes) -> Fields:
+    in_features, out_features, bits, group_size, num_rows = (int(attributes[name]) for name in _FIELDS[:5])
+    scale_dtype, has_zeros, layout = (attributes[name] for name in _FIELDS[5:])
+    return (
+        in_features, out_features, bits, group_size, num_rows, str(scale_dtype), bool(has_zeros), str(layout)
+    )  # fmt: skip
 
 
 _QUANTIZED_MATMUL = Op(
@@ -389,11 +401,7 @@ def quantized_matmul(
         return _quantize_and_multiply(x, w, bias, batch_invariant)
     assert w._fields is not None
     attributes: _Attributes = dict(zip(_FIELDS, w._fields, strict=True))
-    attributes |= {
-        "has_zeros": int(attributes["has_zeros"]),
-        "layout": w.layout,
-        "batch_invariant": int(batch_invariant),
-    }
+    attributes |= {"has_zeros": int(attributes["has_zeros"]), "batch_invariant": int(batch_invariant)}
     return call(_QUANTIZED_MATMUL, [x, w._data, w._permutation, bias], attributes)[0]
 
 

@@ -34,8 +34,8 @@ from quire._weight_source import (
 BLOCK = 128  # of scales of blocks
 #: A weight's tensors, in the order of pytrees.
 TENSORS = ("_data", "_permutation", "weight", "scale", "input_scale", "input_zero_point", "_column_sums")
-#: in_features, out_features, bits, group_size, num_rows, scale_dtype, has_zeros
-Fields = tuple[int, int, int, int, int, str, bool]
+#: in_features, out_features, bits, group_size, num_rows, scale_dtype, has_zeros, layout
+Fields = tuple[int, int, int, int, int, str, bool, str]
 #: format, shape, bits, group_size, layout, and the fields of a packed weight
 Static = tuple[str, tuple[int, int], int, int, str, "Fields | None"]
 
@@ -49,6 +49,11 @@ def device_of(x: Array) -> str:
     """ "cpu" or "cuda:<index>"."""
     kind, index = x.__dlpack_device__()
     return f"cuda:{index}" if int(kind) in (2, 13) else "cpu"
+
+
+def restore(static: Static, tensors: Sequence[Array | None]) -> PackedWeight:
+    """A weight of its parts, for copies and pickles."""
+    return PackedWeight._unflatten(static, tensors)
 
 
 def _nbytes(t: Array) -> int:
@@ -140,7 +145,7 @@ class PackedWeight:
     def __reduce__(self) -> tuple[object, ...]:
         """For copies and pickles: its tensors, and all else."""
         tensors, static = self._flatten()
-        return PackedWeight._unflatten, (static, tensors)
+        return restore, (static, tensors)
 
     @property
     def _activation_granularity(self) -> Granularity:
@@ -180,7 +185,8 @@ class PackedWeight:
         device = device_of(codes)
         self = cls._new(f"w{bits}a16", shape, bits, group_size, device.partition(":")[0])
         self._fields = (
-            shape[1], shape[0], bits, groups.group_size, groups.num_rows, dtype_of(op, "scales", scales), zeros is not None
+            shape[1], shape[0], bits, groups.group_size, groups.num_rows, dtype_of(op, "scales", scales), zeros is not None,
+            self.layout,
         )  # fmt: skip
         data = empty(codes, (_core.packed_weight_size(self._format, device),), "uint8")
         if groups.permutation is not None:

@@ -25,7 +25,7 @@ from quire import kv_cache as _kv_cache
 from quire import norm as _norm
 from quire import position_encoding as _position_encoding
 from quire import quantization as _quantization
-from quire._packed_weight import BLOCK, PackedWeight, format_of
+from quire._packed_weight import BLOCK, TENSORS, PackedWeight, Static, format_of, restore
 from quire._quantized import check_given, scale_shape, split_out
 from quire.attention import attention as _attention
 from quire.attention import merge_attention as _merge_attention
@@ -255,8 +255,8 @@ _define(
 _define(
     "quantized_matmul",
     "Tensor(a!) out, Tensor x, Tensor weight, Tensor? permutation, Tensor? bias, Tensor(b!)? workspace, int in_features, int out_features, "
-    "int bits, int group_size, int num_rows, str scale_dtype, bool has_zeros, bool batch_invariant",
-    lambda *a: _core.quantized_matmul(*a[:3], format_of(a[6:13]), *a[3:6], a[13], None),
+    "int bits, int group_size, int num_rows, str scale_dtype, bool has_zeros, str layout, bool batch_invariant",
+    lambda *a: _core.quantized_matmul(*a[:3], format_of(a[6:14]), *a[3:6], a[14], None),
 )
 _define(
     "scaled_matmul",
@@ -492,6 +492,13 @@ def swap_blocks(dst, src, pairs):
 
 # ---- quantization ----------------------------------------------------------------------------------------------------------
 
+
+def _static_of(dumped: list[Any]) -> Static:
+    """Of a weight in a saved program, where tuples have become lists."""
+    format, shape, bits, group_size, layout, fields = dumped
+    return format, (shape[0], shape[1]), bits, group_size, layout, None if fields is None else tuple(fields)
+
+
 # A weight among the arguments of what is exported; its tensors are inputs then.
 _pytree: Any = torch.utils._pytree
 _pytree.register_pytree_node(
@@ -499,7 +506,14 @@ _pytree.register_pytree_node(
     lambda w: (list(w._flatten()[0]), w._flatten()[1]),
     lambda tensors, static: PackedWeight._unflatten(static, list(tensors)),
     serialized_type_name="quire.PackedWeight",
+    flatten_with_keys_fn=lambda w: (
+        [(_pytree.GetAttrKey(name), t) for name, t in zip(TENSORS, w._flatten()[0], strict=True)],
+        w._flatten()[1],
+    ),
+    to_dumpable_context=list,
+    from_dumpable_context=_static_of,
 )
+torch.serialization.add_safe_globals([restore])
 
 
 def _quantize(op, x, dtype, symmetric, scale, zero_point, granularity, group_size, scale_ub, out):
