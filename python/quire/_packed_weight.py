@@ -554,6 +554,7 @@ class PackedWeight:
         name = dtype_of(op, "weight", weight)
         if name not in ("float32", "float16", "bfloat16"):
             raise TypeError(f"[{op}] weight: expected float32, float16 or bfloat16, got {name}")
+        _core.synchronize(op, "weight", weight, stream)
         if format in ("fp8", "w8a8"):
             return cls._quantize_rows(weight, shape[0], format, granularity, stream)
         if format not in ("w2a16", "w3a16", "w4a16", "w8a16"):
