@@ -386,8 +386,8 @@ class PackedWeight:
             check_shape(
                 op, "weight_zero_point", weight_zero_point, (words_of(out_features, bits), num_groups)
             )
-        names = ("weight_scale", "weight_g_idx")
-        groups = Groups(op, in_features, num_groups, group_size, weight_g_idx, stream, names=names)
+        of_groups = ("weight_scale", "weight_g_idx")
+        groups = Groups(op, in_features, num_groups, group_size, weight_g_idx, stream, names=of_groups)
         check_scales(op, "weight_scale", weight_scale, stream)
         size = public_group_size(in_features, num_groups, group_size)
         return cls._pack(
@@ -644,6 +644,7 @@ class PackedWeight:
         if self.weight is None:
             _core.dequantize_weight(result, self._data, self._format, self._permutation, stream)
         else:
+            assert self.scale is not None
             scaling = "tensor" if tuple(self.scale.shape) == (1,) else "token"
             if self.group_size == BLOCK:
                 scaling = "block"

@@ -10,7 +10,8 @@ from typing import Literal, overload
 
 from quire import _core
 from quire._allocate import Array, dtype_name, empty, finish, framework_of, shape_of
-from quire._packed_weight import BLOCK, PackedWeight, device_of
+from quire._packed_weight import BLOCK as BLOCK
+from quire._packed_weight import PackedWeight, device_of
 from quire._quantized import Granularity, quantize, scale_shape
 from quire._weight_source import check_dtype, unexpected
 

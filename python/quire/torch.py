@@ -248,7 +248,7 @@ _define(
 _define(
     "dequantize",
     "Tensor(a!) out, Tensor q, Tensor scale, Tensor? zero_point, str granularity, int group_size",
-    lambda out, q, *a: (_core.dequantize_int8 if q.dtype is torch.int8 else _core.dequantize_fp8)(
+    lambda out, q, *a: (_raw.dequantize_int8 if q.dtype is torch.int8 else _raw.dequantize_fp8)(
         out, q, *a, None
     ),
 )
@@ -256,7 +256,7 @@ _define(
     "quantized_matmul",
     "Tensor(a!) out, Tensor x, Tensor weight, Tensor? permutation, Tensor? bias, Tensor(b!)? workspace, int in_features, int out_features, "
     "int bits, int group_size, int num_rows, str scale_dtype, bool has_zeros, str layout, bool batch_invariant",
-    lambda *a: _core.quantized_matmul(*a[:3], format_of(a[6:14]), *a[3:6], a[14], None),
+    lambda *a: _raw.quantized_matmul(*a[:3], format_of(a[6:14]), *a[3:6], a[14], None),
 )
 _define(
     "scaled_matmul",
@@ -516,7 +516,7 @@ _pytree.register_pytree_node(
 torch.serialization.add_safe_globals([restore])
 
 
-def _quantize(op, x, dtype, symmetric, scale, zero_point, granularity, group_size, scale_ub, out):
+def _quantize(op: str, x, dtype, symmetric, scale, zero_point, granularity, group_size, scale_ub, out) -> Any:
     wanted = scale_shape(op, tuple(x.shape), granularity, group_size)
     check_given(op, symmetric, scale, zero_point, scale_ub)
     computes, scales, zeros = scale is None, None, None
@@ -558,7 +558,7 @@ def _float_dtype(op: str, dtype: object) -> torch.dtype:
     return _FLOAT_DTYPES[dtype]
 
 
-def _dequantize(op, q, dtype, scale, zero_point, granularity, group_size, out_dtype, out):
+def _dequantize(op: str, q, dtype, scale, zero_point, granularity, group_size, out_dtype, out) -> Any:
     if q.dtype is not dtype:
         raise TypeError(f"[{op}] q: expected {str(dtype)[6:]}, got {str(q.dtype)[6:]}")
     if granularity == "block" and zero_point is not None:
@@ -607,7 +607,7 @@ def quantized_matmul(x, w, *, bias=None, out=None, workspace=None, batch_invaria
     """Traced."""
     if not isinstance(w, PackedWeight):
         raise TypeError(f"[quantized_matmul] w: expected a PackedWeight, got {type(w).__qualname__}")
-    if w.weight is None:
+    if w._fields is not None:
         result = x.new_empty((*x.shape[:-1], w.shape[0])) if out is None else out
         _ops.quantized_matmul(
             result, x, w._data, w._permutation, bias, workspace, *w._fields, bool(batch_invariant)
