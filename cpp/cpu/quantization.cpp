@@ -467,7 +467,6 @@ void finish_scaled(const ScaledMatmulParams& p, const std::vector<float>& bias, 
                                                                bias.empty() ? nullptr : bias.data() + column, columns);
 }
 
-
 // float8, and int8 with scales of blocks: both operands widened to float32, and scales of blocks multiplied into them.
 void scaled_matmul_wide(const ScaledMatmulParams& p, const std::vector<float>& bias) {
   const auto widen = quantized_matmul_kernels.active().widen[index(p.dtype)];
