@@ -751,6 +751,11 @@ def test_scales_under_vmap(device):
 
 
 def test_quantization_refusals():
+    with jax.default_device(jax.devices("cpu")[0]):
+        refuse_quantization()
+
+
+def refuse_quantization():
     ones = jnp.ones
     (w, *_) = packed_weights(jnp.asarray).values()
     with pytest.raises(
