@@ -14,6 +14,9 @@ namespace quire {
 class Check;
 struct TensorView;
 
+/// Rows and columns of a block that has a scale of its own, where scales are those of blocks.
+inline constexpr std::int64_t kScaleBlock = 128;
+
 // ---- Quantized results ----------------------------------------------------------------------------------------------------------------
 
 struct QuantParams {
@@ -74,6 +77,12 @@ struct QuantizeWeightParams {
 };
 
 // ---- Packed weights ------------------------------------------------------------------------------------------------------------------
+
+/// What a checkpoint calls the tensors of WeightTensors, for messages.
+struct SourceNames {
+  const char *codes, *scales, *zeros;
+};
+SourceNames source_names(WeightEncoding encoding);
 
 /// Reads a checkpoint's tensors, whatever their encoding, in the order that a packed weight stores.
 ///

@@ -921,6 +921,140 @@ def test_bad_products(rng):
             call()
 
 
+def test_names_of_packed_tensors():
+    """What only the core looks at has the checkpoint's names too."""
+    awq, gptq = awq_tensors(out_features=64), gptq_tensors(out_features=64)
+    compressed = {
+        "weight_packed": np.zeros((32, 8), np.int32),
+        "weight_scale": np.ones((32, 2), np.float32),
+        "weight_zero_point": np.zeros((4, 2), np.int32),
+    }
+    cases = [
+        (PackedWeight.from_awq, awq, "qweight"),
+        (PackedWeight.from_awq, awq, "qzeros"),
+        (PackedWeight.from_gptq, gptq, "qweight"),
+        (PackedWeight.from_gptq, gptq, "qzeros"),
+        (PackedWeight.from_compressed_tensors, compressed, "weight_packed"),
+        (PackedWeight.from_compressed_tensors, compressed, "weight_zero_point"),
+    ]
+    for make, tensors, name in cases:
+        strided = np.repeat(tensors[name], 2, axis=1)[:, ::2]
+        with pytest.raises(ValueError, match=rf"^\[pack_weight\] {name}: expected .*, got "):
+            make(**{**tensors, name: strided})
+    for changes, text in (
+        (
+            {"weight_g_idx": np.full(64, 7, np.int32)},
+            r"weight_g_idx: expected a group in \[0, 2\), got 7 at \[0\]",
+        ),
+        ({"group_size": 128}, "weight_scale: expected 1 groups of 128, got 2"),
+        ({"weight_scale": np.full((32, 2), np.nan, np.float32)}, "weight_scale: expected finite values"),
+    ):
+        with pytest.raises((ValueError, IndexError), match=r"^\[from_compressed_tensors\] " + text):
+            PackedWeight.from_compressed_tensors(**{**compressed, **changes})
+    int8 = np.zeros((4, 8), np.int8)
+    for weight, scale, text in (
+        (int8, np.ones(3, np.float32), r"weight_scale: expected \[1\] or \[4, 1\], got float32 \[3\]"),
+        (
+            int8.view(E4M3),
+            np.ones(3, np.float32),
+            r"weight_scale: expected \[1\], \[4, 1\] or \[1, 1\], got float32 \[3\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"^\[from_compressed_tensors\] " + text):
+            PackedWeight.from_compressed_tensors(weight=weight, weight_scale=scale)
+
+
+def test_names_of_ops():
+    x, q, one = np.ones((3, 64), np.float32), np.zeros((3, 64), np.int8), np.ones(1, np.float32)
+    two = np.ones(2, np.float32)
+    for call, text in (
+        (
+            lambda: quire.quantize_fp8(x.astype(np.int32)),
+            r"\[quantize_fp8\] x: expected float32, float16 or bfloat16, got int32",
+        ),
+        (
+            lambda: quire.quantize_int8(x, scale=two),
+            r"\[quantize_int8\] scales: expected float32 \[1\], got float32 \[2\]",
+        ),
+        (
+            lambda: quire.dequantize_int8(q, two),
+            r"\[dequantize_int8\] scales: expected float32 \[1\], got float32 \[2\]",
+        ),
+        (
+            lambda: quire.dequantize_fp8(q.view(E4M3), two, granularity="block"),
+            r"\[dequantize_fp8\] scales: expected float32 \[1, 1\]",
+        ),
+        (
+            lambda: quire.dequantize_int8(q, one, np.zeros(2, np.int32)),
+            r"\[dequantize_int8\] zero_points: expected int32 \[1\], got int32 \[2\]",
+        ),
+        (
+            lambda: quire.dequantize_int8(q, one, one.astype(np.int32), granularity="block"),
+            r"\[dequantize_int8\] zero_point: expected none",
+        ),
+    ):
+        with pytest.raises((ValueError, TypeError), match="^" + text):
+            call()
+
+
+def test_names_of_tensors_elsewhere(backend, rng):
+    """A tensor on another device, and which one it should be with."""
+    if backend.device == "cpu":
+        pytest.skip("two devices are needed")
+    x, q = backend.array(draw(rng, (3, 64), "float16")), backend.array(np.zeros((3, 64), np.int8))
+    one, bias = np.ones(1, np.float32), np.ones(3, np.float32)
+    on_gpu = backend.array(one)
+    w = PackedWeight.quantize(backend.array(draw(rng, (3, 64), "float16")), "w4a16", 32)
+    weight = backend.array(np.ones(64, np.float16))
+    for call, text in (
+        (lambda: quire.quantize_int8(x, scale=one), r"\[quantize_int8\] scales: expected .*\bx\b"),
+        (lambda: quire.dequantize_int8(q, one), r"\[dequantize_int8\] scales: expected .*\bout\b"),
+        (lambda: quire.quantized_matmul(x, w, bias=bias), r"\[quantized_matmul\] bias: expected .*\bx\b"),
+        (
+            lambda: quire.scaled_matmul(q, q, on_gpu, on_gpu, bias=bias),
+            r"\[scaled_matmul\] bias: expected .*\ba\b",
+        ),
+        (lambda: quire.scaled_matmul(q, q, one, on_gpu), r"\[scaled_matmul\] scale_a: expected .*\ba\b"),
+        (
+            lambda: quire.rms_norm(x, weight, out_dtype="int8", scale=one),
+            r"\[rms_norm\] scales: expected .*\bx\b",
+        ),
+    ):
+        with pytest.raises(ValueError, match="^" + text):
+            call()
+
+
+def test_copies_and_pickles(framework, rng):
+    import copy
+    import pickle
+
+    for weight in (
+        PackedWeight.quantize(framework.array(draw(rng, (48, 64))), "w4a16", 32, symmetric=False),
+        PackedWeight.quantize(framework.array(draw(rng, (48, 64))), "w3a16", 20),
+        PackedWeight.quantize(framework.array(draw(rng, (48, 64))), "w8a8"),
+    ):
+        want = framework.numpy(weight.dequantize())
+        for copied in (copy.copy(weight), copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
+            assert repr(copied) == repr(weight)
+            np.testing.assert_array_equal(framework.numpy(copied.dequantize()), want)
+
+
+def test_streams_of_constructors_are_checked(backend, rng):
+    """Also on the CPU, which has none."""
+    w = backend.array(draw(rng, (48, 64)))
+    for make in (
+        lambda stream: PackedWeight.quantize(w, "w4a16", 32, stream=stream),
+        lambda stream: PackedWeight.from_awq(*map(backend.array, awq_tensors().values()), stream=stream),
+        lambda stream: PackedWeight.from_int8(
+            backend.array(np.zeros((4, 8), np.int8)), backend.array(np.ones(1, np.float32)), stream=stream
+        ),
+    ):
+        with pytest.raises(
+            TypeError, match=r"stream: expected an int, an object with __cuda_stream__, or None, got str"
+        ):
+            make("fast")
+
+
 def test_overlap_is_refused():
     pool = np.zeros((3, 64), np.float16)
     w = PackedWeight.quantize(np.eye(64, dtype=np.float32), "w4a16", 32)

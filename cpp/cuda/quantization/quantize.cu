@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "core/dispatch.h"
+#include "core/explain.h"
 #include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/quantize.cuh"
 #include "cuda/device/reduce.cuh"
@@ -672,12 +673,22 @@ void quantize_to(const QuantizeParams& p, Stream stream) {
   launch_quantize<T, kResult>(given, true, stream);
 }
 
+/// Why dequantize_rows_kernel, which stores 16 bytes at once, cannot do it; null: it can.
+template <typename Out>
+const char* prevents_dequantize_rows(const QuantizeParams& p) {
+  constexpr int kCount = kElementsPer16Bytes<Out>;
+  if (!is_vectors<Out, kCount>(p.out, p.out_rows, p.x, p.x_rows, p.width))
+    return "q or out does not divide into aligned 16-byte pieces of out";
+  if (p.width > INT32_MAX / 2 || p.num_rows > INT32_MAX) return "extents are over 2^30";
+  if (p.quant.granularity == ScaleGranularity::kGroup && p.quant.group_size % kCount != 0)
+    return "groups do not divide into 16-byte pieces";
+  return nullptr;
+}
+
 template <typename Out, typename Narrow>
 void launch_dequantize(const QuantizeParams& p, Stream stream) {
   constexpr int kCount = kElementsPer16Bytes<Out>, kVectors = 4;
-  const bool by_group = p.quant.granularity == ScaleGranularity::kGroup;
-  if (is_vectors<Out, kCount>(p.out, p.out_rows, p.x, p.x_rows, p.width) && p.width <= INT32_MAX / 2 && p.num_rows <= INT32_MAX &&
-      (!by_group || p.quant.group_size % kCount == 0)) {
+  if (prevents_dequantize_rows<Out>(p) == nullptr) {
     const dim3 block = row_block(ceil_div(p.width / kCount, kVectors), kNarrowThreads * 2);
     dequantize_rows_kernel<Out, Narrow, kVectors>
         <<<static_cast<unsigned>(ceil_div(p.num_rows, block.y)), block, 0, cuda_stream(stream)>>>(p);
@@ -693,6 +704,15 @@ void launch_dequantize(const QuantizeParams& p, Stream stream) {
 void quantize(const QuantizeParams& p, Stream stream) {
   dispatch_float(p.dtype, "quantize", [&](auto dtype) {
     using T = Element<decltype(dtype)::value>;
+    if (Explanation* const explanation = explaining()) {
+      const bool reads_twice = p.computes && p.quant.granularity == ScaleGranularity::kTensor;
+      const char* const obstacle = prevents_rows<T>(p);
+      explanation->variant = std::string(reads_twice ? "range+" : "") + (obstacle == nullptr ? "rows" : "groups");
+      explanation->reasons.push_back(obstacle == nullptr ? "a row stays in registers between its scale and its results"
+                                                         : std::string("not rows: ") + obstacle);
+      if (reads_twice) explanation->reasons.emplace_back("one scale for the whole tensor is computed: x is read twice");
+      return;
+    }
     if (p.quant.dtype != DType::kInt8) return quantize_to<T, Result::kFloat8>(p, stream);
     if (p.zero_points == nullptr) return quantize_to<T, Result::kInt8>(p, stream);
     quantize_to<T, Result::kAsymmetricInt8>(p, stream);
@@ -707,6 +727,13 @@ void set_default_scales(const QuantizeParams& p, Stream stream) {
 void dequantize(const QuantizeParams& p, Stream stream) {
   dispatch_float(p.dtype, "dequantize", [&](auto dtype) {
     using Out = Element<decltype(dtype)::value>;
+    if (Explanation* const explanation = explaining()) {
+      const char* const obstacle = prevents_dequantize_rows<Out>(p);
+      explanation->variant = obstacle == nullptr ? "rows" : "elements";
+      explanation->reasons.push_back(obstacle == nullptr ? "all rows of out begin and end at multiples of 16 bytes"
+                                                         : std::string("not rows: ") + obstacle);
+      return;
+    }
     if (p.quant.dtype == DType::kInt8) {
       launch_dequantize<Out, std::int8_t>(p, stream);
     } else {

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <limits>
 #include <span>
+#include <string>
 
+#include "core/explain.h"
 #include "cuda/launch.h"
 #include "cuda/quantization/hopper_code.h"
 #include "cuda/quantization/scaled_matmul.h"
@@ -32,15 +34,20 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 
 }  // namespace
 
-bool can_use_wgmma(const ScaledMatmulParams& p, int compute_capability) {
+const char* prevents_wgmma(const ScaledMatmulParams& p, int compute_capability) {
   const auto copies = [&](const void* data, std::int64_t num_rows, std::int64_t stride) {
     return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && ((num_rows == 1 && !p.batch_invariant) || (stride > 0 && stride % 16 == 0));
   };
   // Coordinates and counts of tiles are 32-bit.
   constexpr std::int64_t kLargest = std::int64_t{1} << 30;
-  const bool int8_blocks = p.dtype == DType::kInt8 && p.granularity_a == ScaleGranularity::kGroup;
-  return compute_capability == 90 && has_hopper_code() && !int8_blocks && copies(p.a, p.m, p.a_stride) && copies(p.b, p.n, p.b_stride) &&
-         p.m < kLargest && p.n < kLargest && p.k < kLargest && ceil_div(p.m, 16) * ceil_div(p.n, 64) < kLargest;
+  if (compute_capability != 90) return "the device is no Hopper (compute capability 9.0)";
+  if (!has_hopper_code()) return "this build has no code for sm_90a";
+  if (p.dtype == DType::kInt8 && p.granularity_a == ScaleGranularity::kGroup) return "int8 with scales of blocks";
+  if (!copies(p.a, p.m, p.a_stride)) return "rows of a do not begin at multiples of 16 bytes";
+  if (!copies(p.b, p.n, p.b_stride)) return "rows of b do not begin at multiples of 16 bytes";
+  if (p.m >= kLargest || p.n >= kLargest || p.k >= kLargest || ceil_div(p.m, 16) * ceil_div(p.n, 64) >= kLargest)
+    return "extents are over 2^30";
+  return nullptr;
 }
 
 WgmmaChoice choose_wgmma(const ScaledMatmulParams& p, int num_sms) {
@@ -85,11 +92,30 @@ WgmmaChoice choose_wgmma(const ScaledMatmulParams& p, int num_sms) {
   return best;
 }
 
+namespace {
+
+void explain(const ScaledMatmulParams& p, const char* obstacle, int num_sms, Explanation& explanation) {
+  explanation.variant = obstacle == nullptr ? "wgmma" : "mma";
+  if (obstacle != nullptr) {
+    explanation.reasons.push_back(std::string("not wgmma: ") + obstacle);
+    return;
+  }
+  const WgmmaChoice choice = choose_wgmma(p, num_sms);
+  explanation.reasons.push_back("tiles of " + std::to_string(choice.rows) + (choice.token_rows ? " rows of a and " : " rows of b and ") +
+                                std::to_string(choice.columns) + (choice.token_rows ? " of b" : " of a"));
+  if (choice.splits > 1) explanation.reasons.push_back("each tile's k in " + std::to_string(choice.splits) + " parts, as tiles are few");
+  if (choice.shared_columns > 1) explanation.reasons.emplace_back("two CTAs share what they read, as tiles are many");
+}
+
+}  // namespace
+
 }  // namespace scaled
 
 void scaled_matmul(const ScaledMatmulParams& p, Stream stream) {
   const DeviceProperties& device = current_device_properties();
-  if (!scaled::can_use_wgmma(p, device.compute_capability)) return scaled::launch_mma(p, stream);
+  const char* const obstacle = scaled::prevents_wgmma(p, device.compute_capability);
+  if (Explanation* const explanation = explaining()) return scaled::explain(p, obstacle, device.num_sms, *explanation);
+  if (obstacle != nullptr) return scaled::launch_mma(p, stream);
   const scaled::WgmmaChoice choice = scaled::choose_wgmma(p, device.num_sms);
   if (p.dtype == DType::kInt8) {
     scaled::launch_wgmma_int8(p, choice, stream);

@@ -16,8 +16,8 @@ struct WgmmaChoice {
   bool halves;         // tiles that would make up half a wave or less are halved: so many columns for each of two CTAs
 };
 
-/// True if Hopper's copy engine can read the operands, on a device of that compute capability.
-bool can_use_wgmma(const ScaledMatmulParams& params, int compute_capability);
+/// Why Hopper's kernel cannot do it on a device of that compute capability; null: it can.
+const char* prevents_wgmma(const ScaledMatmulParams& params, int compute_capability);
 WgmmaChoice choose_wgmma(const ScaledMatmulParams& params, int num_sms);
 
 void launch_wgmma_float8(const ScaledMatmulParams& params, const WgmmaChoice& choice, Stream stream);

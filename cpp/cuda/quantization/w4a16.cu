@@ -2,7 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <random>
+#include <string>
 
+#include "core/explain.h"
 #include "cuda/launch.h"
 #include "cuda/quantization/hopper_code.h"
 #include "cuda/quantization/w4a16_launch.h"
@@ -395,11 +397,38 @@ void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, S
 
 namespace {
 
-/// Whether wgmma's kernel can do it and is the faster one. It rounds weights to the dtype of x, whose range float16 may not have for scales of
-/// another dtype; the other kernel multiplies by scales in float32.
-bool takes_wgmma(std::int64_t num_tokens, const Layout& layout, DType dtype, bool batch_invariant) {
-  return num_tokens > 16 && layout.num_steps >= 4 && (dtype == DType::kBFloat16 || layout.scale_dtype == DType::kFloat16) &&
-         !batch_invariant && has_hopper_code();
+/// Why wgmma's kernel cannot do it or is the slower one; null: it is taken. It rounds weights to the dtype of x, whose range float16 may not have
+/// for scales of another dtype; the other kernel multiplies by scales in float32.
+const char* prevents_wgmma(std::int64_t num_tokens, const Layout& layout, DType dtype, bool batch_invariant) {
+  if (!has_hopper_code()) return "the device is no Hopper, or this build has no code for sm_90a";
+  if (batch_invariant) return "batch_invariant: one kernel for any number of tokens";
+  if (num_tokens <= 16) return "up to 16 tokens would leave its tiles mostly empty";
+  if (layout.num_steps < 4) return "fewer than 256 input features";
+  if (dtype != DType::kBFloat16 && layout.scale_dtype != DType::kFloat16)
+    return "float16 may not have the range of scales of another dtype";
+  return nullptr;
+}
+
+void explain(const QuantizedMatmulParams& p, const Layout& layout, const char* obstacle, const DeviceProperties& device,
+             Explanation& explanation) {
+  explanation.variant = obstacle == nullptr ? "wgmma" : "mma";
+  if (obstacle != nullptr) {
+    const MmaChoice choice = choose_mma(p.num_tokens, layout, device.num_sms, device.max_shared_bytes_per_cta, p.batch_invariant);
+    explanation.reasons.push_back(std::string("not wgmma: ") + obstacle);
+    explanation.reasons.push_back("tiles of " + std::to_string(8 * choice.tiles) + " tokens, input features in " +
+                                  std::to_string(choice.num_chunks) + " parts");
+  } else {
+    const WgmmaChoice choice = choose_wgmma(p.num_tokens, layout, device.num_sms);
+    explanation.reasons.push_back("tiles of " + std::to_string(choice.tokens) + " tokens and " + std::to_string(wgmma_rows(choice.tokens)) +
+                                  " output features");
+    if (choice.cluster_ctas > 1)
+      explanation.reasons.push_back("each tile's input features in " + std::to_string(choice.cluster_ctas) + " parts of a cluster");
+    if (choice.num_shared_tiles > 0 && choice.num_chunks > 1)
+      explanation.reasons.push_back("input features of " + std::to_string(choice.num_shared_tiles) + " tiles in " +
+                                    std::to_string(choice.num_chunks) + " parts");
+  }
+  if (p.weight.permutation != nullptr)
+    explanation.reasons.emplace_back("x is first put in the weight's order of input features (act-order)");
 }
 
 }  // namespace
@@ -421,7 +450,7 @@ std::int64_t quantized_matmul_workspace_size(std::int64_t num_tokens, const Weig
   const w4a16::Layout layout(nullptr, format);
   const auto mma = w4a16::choose_mma(num_tokens, layout, device.num_sms, device.max_shared_bytes_per_cta, batch_invariant);
   std::int64_t num_bytes = mma.partial_bytes + mma.arrival_bytes;
-  if (w4a16::takes_wgmma(num_tokens, layout, dtype, batch_invariant)) {
+  if (w4a16::prevents_wgmma(num_tokens, layout, dtype, batch_invariant) == nullptr) {
     const auto wgmma = w4a16::choose_wgmma(num_tokens, layout, device.num_sms);
     num_bytes = std::max(num_bytes, wgmma.partial_bytes + wgmma.arrival_bytes);
   }
@@ -434,7 +463,10 @@ void quantized_matmul(const QuantizedMatmulParams& params, Stream stream) {
   const bool aligned =
       params.weight.permutation != nullptr || (is_aligned(params.x, 16) && (params.num_tokens == 1 || params.x_stride > 0) &&
                                                keeps_alignment(params.num_tokens, params.x_stride, 2, 16));
-  if (aligned && w4a16::takes_wgmma(params.num_tokens, layout, params.dtype, params.batch_invariant)) {
+  const char* obstacle = w4a16::prevents_wgmma(params.num_tokens, layout, params.dtype, params.batch_invariant);
+  if (obstacle == nullptr && !aligned) obstacle = "rows of x do not begin at multiples of 16 bytes";
+  if (Explanation* const explanation = explaining()) return w4a16::explain(params, layout, obstacle, device, *explanation);
+  if (obstacle == nullptr) {
     w4a16::run_wgmma(params, w4a16::choose_wgmma(params.num_tokens, layout, device.num_sms), stream);
   } else {
     w4a16::run_mma(params,
