@@ -143,6 +143,30 @@ def attention_float32() -> None:
     paged([3, 20], [70, 20], (4, 2), 64, torch.float32, torch.float32, hostile=True)
 
 
+def attention_shared_keys() -> None:
+    """Decode, whose CTAs share the keys of the batch: by a line over all of them, or by equal parts of equal tiles."""
+    bf16 = torch.bfloat16
+    for kv in (bf16, torch.float8_e4m3fn):
+        paged(None, [3000, 5], (8, 2), 128, bf16, kv)  # one CTA to an SM
+        paged(None, [40, 0, 900, 17], (8, 2), 64, bf16, kv)  # pairs of kv heads
+        paged(None, [33] * 70, (16, 4), 128, bf16, kv, hostile=True)
+        paged(None, [20] * 300, (4, 2), 128, bf16, kv)  # more tiles than CTAs
+        paged([1, 150, 1, 1, 90], [400, 150, 0, 70, 300], (4, 2), 128, bf16, kv)  # decodes and prefills
+        paged([1, 3, 2], [500, 70, 9], (20, 2), 128, bf16, kv)  # 16 rows of a tile
+    paged(None, [3000, 5], (8, 2), 128, E4M3, E4M3, q_scale=put(torch.rand(2) + 0.5))
+    paged([1, 150, 1, 90], [400, 150, 0, 300], (4, 2), 128, E4M3, E4M3)
+
+
+def attention_batch_invariant() -> None:
+    """Keys divided at places that the batch has no part in."""
+    for dtype, kv in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.int8), (E4M3, E4M3)):
+        for heads in ((8, 2), (20, 2)):
+            paged(None, [1, 1300, 0, 33], heads, 128, dtype, kv, batch_invariant=True)
+            paged([1, 70, 0, 5], [700, 90, 3, 5], heads, 128, dtype, kv, batch_invariant=True, hostile=True)
+        paged(None, [1, 700, 33], (8, 2), 256, dtype, kv, batch_invariant=True)
+    paged([1, 9], [90, 9], (4, 2), 64, torch.float32, torch.float32, batch_invariant=True)
+
+
 def shared_prefix() -> None:
     for num_seqs, num_prefix_blocks in ((3, 5), (60, 150)):
         for dtype in (torch.bfloat16, torch.float32):
@@ -219,15 +243,119 @@ def position_encoding() -> None:
         )
 
 
+def quantize(dtype: torch.dtype) -> None:
+    """Rows in registers (one, two, four vectors to a thread), rows in groups, elements; and back."""
+    for rows, width in [(3, 64), (40, 512), (3, 9008), (2, 20000), (1, 40000), (7, 33)]:
+        x = normal(rows, width, dtype=dtype)
+        for granularity, group_size in (("tensor", 1), ("token", 1), ("group", 128), ("group", 20)):
+            options: dict[str, Any] = {"granularity": granularity, "group_size": group_size}
+            q, scale = quire.quantize_fp8(x, scale_ub=1.0, **options)
+            quire.quantize_fp8(x, scale=scale, **options)
+            quire.dequantize_fp8(q, scale, out_dtype=dtype, **options)
+            quire.quantize_int8(x, **options)
+            q, scale, zero = quire.quantize_int8(x, symmetric=False, **options)
+            quire.quantize_int8(x, symmetric=False, scale=scale, zero_point=zero, **options)
+            quire.dequantize_int8(q, scale, zero, out_dtype=dtype, **options)
+    column = normal(9, 5, 64, dtype=dtype)[:, ::2]
+    quire.dequantize_fp8(*quire.quantize_fp8(column, granularity="token"), granularity="token")
+    x = normal(200, 300, dtype=dtype)
+    for format, scaling in (("fp8", "block"), ("fp8", "tensor"), ("w8a8", "channel")):
+        quire.PackedWeight.quantize(x, format, granularity=scaling).dequantize(dtype)
+
+
+def words(*shape: int) -> torch.Tensor:
+    return put(torch.randint(-(2**31), 2**31, shape).to(torch.int32))
+
+
+def multiply(w: quire.PackedWeight, tokens: int, dtype: torch.dtype, **options: Any) -> None:
+    bias = normal(w.out_features, dtype=dtype)
+    quire.quantized_matmul(normal(tokens, w.in_features, dtype=dtype), w, bias=bias, **options)
+
+
+def quantized_matmul(bits: int) -> None:
+    """Both kernels, their tiles, sums in one and more parts, and what weights may have."""
+    stored = 4 if bits <= 4 else 8
+    for dtype, group_size in ((torch.bfloat16, 128), (torch.float16, 32)):
+        k, n = 512, 328
+        scales = put((torch.rand(k // group_size, n) * 0.01).to(dtype))
+        qweight, qzeros = words(k * bits // 32, n), words(k // group_size, -(-n * bits // 32))
+        g_idx = put((torch.randperm(k) // group_size).to(torch.int32))
+        plain = quire.PackedWeight.from_gptq(qweight, None, scales, bits=bits)
+        ordered = quire.PackedWeight.from_gptq(qweight, qzeros, scales, g_idx, bits=bits)
+        ordered.dequantize(dtype)
+        for tokens in (1, 9, 17, 33, 70, 130):
+            multiply(plain, tokens, dtype)
+        for tokens in (3, 20, 90):
+            multiply(ordered, tokens, dtype)
+            multiply(ordered, tokens, dtype, batch_invariant=True)
+        # Rows that begin at no multiple of 16 bytes.
+        quire.quantized_matmul(normal(40, k + 1, dtype=dtype)[:, 1:], plain)
+    # Groups of any size, an odd number of columns, and scales of 32 bits.
+    for k, group_size, scale in ((300, 60, torch.float32), (77, -1, torch.bfloat16)):
+        w = quire.PackedWeight.quantize(
+            normal(70, k, dtype=scale), f"w{bits}a16", group_size, symmetric=False
+        )
+        w.dequantize()
+        for tokens in (1, 20, 70):
+            multiply(w, tokens, torch.bfloat16)
+    if bits != stored:
+        return
+    # More tiles than SMs: some are whole CTAs', those left over are divided along K.
+    w = quire.PackedWeight.quantize(normal(1500, 384), f"w{bits}a16", 128)
+    multiply(w, 1700, torch.bfloat16)
+    if bits == 4:
+        awq = quire.PackedWeight.from_awq(words(256, 16), words(2, 16), put(torch.rand(2, 128).half()))
+        multiply(awq, 20, torch.float16)
+    packed = quire.PackedWeight.from_compressed_tensors(
+        weight_packed=words(70, 256 * bits // 32),
+        weight_scale=put(torch.rand(70, 2).half()),
+        weight_zero_point=words(-(-70 * bits // 32), 2),
+        bits=bits,
+    )
+    multiply(packed, 20, torch.float16)
+
+
+def scaled_matmul(dtype: torch.dtype) -> None:
+    """Every tile of both kernels, splits of K in clusters, more tiles than SMs, and all kinds of scales."""
+
+    def multiply_scaled(
+        m: int, n: int, k: int, *, blocks: bool = False, extra: int = 0, **options: Any
+    ) -> None:
+        a, b = (normal(rows, k + extra, dtype=dtype)[:, extra:] for rows in (m, n))
+        scale_a = put(torch.rand(m, -(-k // 128) if blocks else 1))
+        scale_b = put(torch.rand(-(-n // 128), -(-k // 128)) if blocks else torch.rand(n, 1))
+        quire.scaled_matmul(a, b, scale_a, scale_b, bias=normal(n), **options)
+
+    for blocks in (False, True):
+        for m, n, k in [(1, 200, 512), (20, 200, 2048), (60, 328, 256), (130, 200, 1040), (300, 520, 384)]:
+            multiply_scaled(m, n, k, blocks=blocks)
+            multiply_scaled(m, n, k, blocks=blocks, out_dtype="float32", batch_invariant=True)
+        multiply_scaled(1500, 1600, 128, blocks=blocks)
+        multiply_scaled(9, 70, 77, blocks=blocks)
+        multiply_scaled(50, 130, 200, blocks=blocks, extra=1)
+    if dtype == torch.int8:
+        zero = put(torch.randint(-128, 128, (70, 1), dtype=torch.int32))
+        one = put(torch.ones(1))
+        for k in (256, 33):
+            quire.scaled_matmul(
+                normal(70, k, dtype=dtype), normal(90, k, dtype=dtype), one, one, zero_point=zero
+            )
+
+
 FAMILIES: dict[str, Callable[[], None]] = {
     **{f"attention_{str(kv)[6:]}": functools.partial(attention_portable, kv) for kv in KV_DTYPES},
     **{
         f"attention_hopper_{str(t)[6:]}_{str(kv)[6:]}": functools.partial(attention_hopper, t, kv)
         for t, kv in HOPPER_DTYPES
     },
+    **{f"quantize_{str(t)[6:]}": functools.partial(quantize, t) for t in (*KV_DTYPES[:2], torch.float32)},
+    **{f"quantized_matmul_{bits}": functools.partial(quantized_matmul, bits) for bits in (2, 3, 4, 8)},
+    **{f"scaled_matmul_{str(t)[6:]}": functools.partial(scaled_matmul, t) for t in (E4M3, torch.int8)},
     **{
         f.__name__: f
         for f in (
+            attention_shared_keys,
+            attention_batch_invariant,
             attention_float32,
             shared_prefix,
             merge_attention,

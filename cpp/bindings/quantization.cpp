@@ -7,6 +7,7 @@
 #include "bindings/bindings.h"
 #include "bindings/tensor_args.h"
 #include "bindings/workspace.h"
+#include "ops/quantization.h"
 
 namespace quire::bindings {
 namespace {
@@ -34,6 +35,26 @@ int to_bits(const char* op, nb::handle value) {
   return bits < 0 || bits > 64 ? 0 : static_cast<int>(bits);
 }
 
+// A format, and the backend whose layout a weight of it has.
+struct Format : WeightFormat {
+  DeviceType layout = DeviceType::kCPU;
+};
+
+DeviceType to_layout(nb::handle value) {
+  const std::string text = nb::str(value).c_str();
+  if (text == "cpu") return DeviceType::kCPU;
+  if (text == "cuda") return DeviceType::kCUDA;
+  throw std::invalid_argument("[WeightFormat] layout: expected \"cpu\" or \"cuda\", got \"" + text + "\"");
+}
+
+// A packed weight that was copied to a device of the other kind is not in its layout.
+void check_layout(const char* op, const Format& format, const TensorView& data) {
+  if (data.device.type == format.layout) return;
+  const bool is_cuda = data.device.type == DeviceType::kCUDA;
+  throw std::invalid_argument(std::string("[") + op + "] weight: expected one packed for " + (is_cuda ? "cuda" : "cpu") + ", got one for " +
+                              (is_cuda ? "cpu" : "cuda"));
+}
+
 // The caller's workspace, or a lease of the shared one in `lease`.
 const TensorView* choose_workspace(const TensorView* given, std::int64_t num_bytes, Device device, Stream stream, WorkspaceLease& lease) {
   if (given != nullptr || num_bytes == 0) return given;
@@ -51,46 +72,45 @@ std::int64_t rows_of(const TensorView& t) {
 }  // namespace
 
 void bind_quantization(nb::module_& m) {
-  nb::class_<WeightFormat>(m, "WeightFormat", "What a packed weight is: the fields of quire::WeightFormat.")
+  nb::class_<Format>(m, "WeightFormat", "What a packed weight is: the fields of quire::WeightFormat.")
       .def(
           "__init__",
-          [](WeightFormat* self, nb::handle in_features, nb::handle out_features, nb::handle bits, nb::handle group_size,
-             nb::handle num_rows, nb::handle scale_dtype, nb::handle has_zeros) {
+          [](Format* self, nb::handle in_features, nb::handle out_features, nb::handle bits, nb::handle group_size, nb::handle num_rows,
+             nb::handle scale_dtype, nb::handle has_zeros, nb::handle layout) {
             const char* const op = "WeightFormat";
-            new (self) WeightFormat{to_int(op, "in_features", in_features),
-                                    to_int(op, "out_features", out_features),
-                                    to_bits(op, bits),
-                                    to_int(op, "group_size", group_size),
-                                    to_int(op, "num_rows", num_rows),
-                                    to_dtype(op, "scales", scale_dtype),
-                                    to_bool(has_zeros)};
+            new (self) Format{{to_int(op, "in_features", in_features), to_int(op, "out_features", out_features), to_bits(op, bits),
+                               to_int(op, "group_size", group_size), to_int(op, "num_rows", num_rows), to_dtype(op, "scales", scale_dtype),
+                               to_bool(has_zeros)},
+                              to_layout(layout)};
           },
           nb::arg("in_features").none(), nb::arg("out_features").none(), nb::arg("bits").none(), nb::arg("group_size").none(),
-          nb::arg("num_rows").none(), nb::arg("scale_dtype").none(), nb::arg("has_zeros").none())
-      .def_prop_ro("in_features", [](const WeightFormat& f) { return f.in_features; })
-      .def_prop_ro("out_features", [](const WeightFormat& f) { return f.out_features; })
-      .def_prop_ro("bits", [](const WeightFormat& f) { return f.bits; })
-      .def_prop_ro("group_size", [](const WeightFormat& f) { return f.group_size; })
-      .def_prop_ro("num_rows", [](const WeightFormat& f) { return f.num_rows; })
-      .def_prop_ro("num_groups", [](const WeightFormat& f) { return f.num_groups(); })
-      .def_prop_ro("scale_dtype", [](const WeightFormat& f) { return nb::str(name(f.scale_dtype)); })
-      .def_prop_ro("has_zeros", [](const WeightFormat& f) { return f.has_zeros; });
+          nb::arg("num_rows").none(), nb::arg("scale_dtype").none(), nb::arg("has_zeros").none(), nb::arg("layout").none())
+      .def_prop_ro("in_features", [](const Format& f) { return f.in_features; })
+      .def_prop_ro("out_features", [](const Format& f) { return f.out_features; })
+      .def_prop_ro("bits", [](const Format& f) { return f.bits; })
+      .def_prop_ro("group_size", [](const Format& f) { return f.group_size; })
+      .def_prop_ro("num_rows", [](const Format& f) { return f.num_rows; })
+      .def_prop_ro("num_groups", [](const Format& f) { return f.num_groups(); })
+      .def_prop_ro("scale_dtype", [](const Format& f) { return nb::str(name(f.scale_dtype)); })
+      .def_prop_ro("has_zeros", [](const Format& f) { return f.has_zeros; })
+      .def_prop_ro("layout", [](const Format& f) { return f.layout == DeviceType::kCUDA ? "cuda" : "cpu"; });
 
   m.def(
       "packed_weight_size",
-      [](const WeightFormat& format, nb::handle device) { return packed_weight_size(format, to_device("packed_weight_size", device)); },
+      [](const Format& format, nb::handle device) { return packed_weight_size(format, to_device("packed_weight_size", device)); },
       nb::arg("format"), nb::arg("device").none());
 
   m.def(
       "pack_weight",
-      [](nb::handle data, const WeightFormat& format, nb::handle permutation, nb::handle encoding, nb::handle codes, nb::handle scales,
+      [](nb::handle data, const Format& format, nb::handle permutation, nb::handle encoding, nb::handle codes, nb::handle scales,
          nb::handle zeros, nb::handle groups, nb::handle stream) {
         const WeightEncoding how = to_encoding("pack_weight", encoding);
+        const SourceNames source = source_names(how);
         Args args("pack_weight", stream,
                   {{data, "weight", Access::kWrite},
-                   {codes, "codes"},
-                   {scales, "scales"},
-                   {zeros, "zeros", Access::kRead, true},
+                   {codes, source.codes},
+                   {scales, source.scales},
+                   {zeros, source.zeros, Access::kRead, true},
                    {groups, "groups", Access::kRead, true},
                    {permutation, "permutation", Access::kRead, true}});
         args.run([&](Stream s) {
@@ -102,9 +122,10 @@ void bind_quantization(nb::module_& m) {
 
   m.def(
       "dequantize_weight",
-      [](nb::handle out, nb::handle data, const WeightFormat& format, nb::handle permutation, nb::handle stream) {
+      [](nb::handle out, nb::handle data, const Format& format, nb::handle permutation, nb::handle stream) {
         Args args("dequantize_weight", stream,
                   {{out, "out", Access::kWrite}, {data, "weight"}, {permutation, "permutation", Access::kRead, true}});
+        check_layout("dequantize_weight", format, args[1]);
         args.run([&](Stream s) { dequantize_weight(args[0], {format, args[1], args.optional(2)}, s); });
       },
       nb::arg("out").none(), nb::arg("data").none(), nb::arg("format"), nb::arg("permutation").none(), nb::arg("stream").none());
@@ -122,51 +143,47 @@ void bind_quantization(nb::module_& m) {
       nb::arg("codes").none(), nb::arg("scales").none(), nb::arg("zeros").none(), nb::arg("w").none(), nb::arg("bits").none(),
       nb::arg("group_size").none(), nb::arg("stream").none());
 
-  m.def(
-      "quantize",
-      [](nb::handle out, nb::handle scales, nb::handle zero_points, nb::handle x, nb::handle granularity, nb::handle group_size,
-         nb::handle computes, nb::handle scale_bound, nb::handle stream) {
-        const char* const op = "quantize";
-        const ScaleGranularity scaling = to_granularity(op, granularity);
-        const std::int64_t size = to_int(op, "group_size", group_size);
-        const bool writes = to_bool(computes);
-        const double bound = to_double(op, "scale_ub", scale_bound);
-        const Access access = writes ? Access::kWrite : Access::kRead;
-        Args args(op, stream,
-                  {{out, "out", Access::kWrite}, {scales, "scales", access}, {x, "x"}, {zero_points, "zero_points", access, true}});
-        args.run([&](Stream s) { quantize(args[0], args[1], args.optional(3), args[2], scaling, size, writes, bound, s); });
-      },
-      nb::arg("out").none(), nb::arg("scales").none(), nb::arg("zero_points").none(), nb::arg("x").none(), nb::arg("granularity").none(),
-      nb::arg("group_size").none(), nb::arg("computes").none(), nb::arg("scale_bound").none(), nb::arg("stream").none());
+  for (const char* const op : {"quantize_fp8", "quantize_int8"})
+    m.def(
+        op,
+        [op](nb::handle out, nb::handle scales, nb::handle zero_points, nb::handle x, nb::handle granularity, nb::handle group_size,
+             nb::handle computes, nb::handle scale_bound, nb::handle stream) {
+          const ScaleGranularity scaling = to_granularity(op, granularity);
+          const std::int64_t size = to_int(op, "group_size", group_size);
+          const bool writes = to_bool(computes);
+          const double bound = to_double(op, "scale_ub", scale_bound);
+          const Access access = writes ? Access::kWrite : Access::kRead;
+          Args args(op, stream,
+                    {{out, "out", Access::kWrite}, {scales, "scales", access}, {x, "x"}, {zero_points, "zero_points", access, true}});
+          args.run([&](Stream s) { quantize(args[0], args[1], args.optional(3), args[2], scaling, size, writes, bound, s); });
+        },
+        nb::arg("out").none(), nb::arg("scales").none(), nb::arg("zero_points").none(), nb::arg("x").none(), nb::arg("granularity").none(),
+        nb::arg("group_size").none(), nb::arg("computes").none(), nb::arg("scale_bound").none(), nb::arg("stream").none());
 
-  m.def(
-      "dequantize",
-      [](nb::handle out, nb::handle q, nb::handle scales, nb::handle zero_points, nb::handle granularity, nb::handle group_size,
-         nb::handle stream) {
-        const char* const op = "dequantize";
-        const ScaleGranularity scaling = to_granularity(op, granularity);
-        const std::int64_t size = to_int(op, "group_size", group_size);
-        Args args(op, stream,
-                  {{out, "out", Access::kWrite}, {q, "q"}, {scales, "scales"}, {zero_points, "zero_points", Access::kRead, true}});
-        args.run([&](Stream s) { dequantize(args[0], args[1], args[2], args.optional(3), scaling, size, s); });
-      },
-      nb::arg("out").none(), nb::arg("q").none(), nb::arg("scales").none(), nb::arg("zero_points").none(), nb::arg("granularity").none(),
-      nb::arg("group_size").none(), nb::arg("stream").none());
-
-  m.def(
-      "dequantize_blocks",
-      [](nb::handle out, nb::handle q, nb::handle scales, nb::handle block_rows, nb::handle block_columns, nb::handle stream) {
-        const std::int64_t rows = to_int("dequantize", "block", block_rows), columns = to_int("dequantize", "block", block_columns);
-        Args args("dequantize", stream, {{out, "out", Access::kWrite}, {q, "q"}, {scales, "scales"}});
-        args.run([&](Stream s) { dequantize_blocks(args[0], args[1], args[2], rows, columns, s); });
-      },
-      nb::arg("out").none(), nb::arg("q").none(), nb::arg("scales").none(), nb::arg("block_rows").none(), nb::arg("block_columns").none(),
-      nb::arg("stream").none());
+  for (const char* const op : {"dequantize_fp8", "dequantize_int8"})
+    m.def(
+        op,
+        [op](nb::handle out, nb::handle q, nb::handle scales, nb::handle zero_points, nb::handle granularity, nb::handle group_size,
+             nb::handle stream) {
+          const bool by_block = std::string(nb::str(granularity).c_str()) == "block";
+          const ScaleGranularity scaling = by_block ? ScaleGranularity::kGroup : to_granularity(op, granularity);
+          const std::int64_t size = to_int(op, "group_size", group_size);
+          Args args(op, stream,
+                    {{out, "out", Access::kWrite}, {q, "q"}, {scales, "scales"}, {zero_points, "zero_points", Access::kRead, true}});
+          args.run([&](Stream s) {
+            if (!by_block) return dequantize(args[0], args[1], args[2], args.optional(3), scaling, size, s);
+            if (args.optional(3) != nullptr)
+              throw std::invalid_argument(std::string("[") + op + "] zero_points: expected none with granularity \"block\", got a tensor");
+            dequantize_blocks(args[0], args[1], args[2], kScaleBlock, kScaleBlock, s);
+          });
+        },
+        nb::arg("out").none(), nb::arg("q").none(), nb::arg("scales").none(), nb::arg("zero_points").none(), nb::arg("granularity").none(),
+        nb::arg("group_size").none(), nb::arg("stream").none());
 
   m.def(
       "quantized_matmul",
-      [](nb::handle out, nb::handle x, nb::handle data, const WeightFormat& format, nb::handle permutation, nb::handle bias,
-         nb::handle workspace, nb::handle batch_invariant, nb::handle stream) {
+      [](nb::handle out, nb::handle x, nb::handle data, const Format& format, nb::handle permutation, nb::handle bias, nb::handle workspace,
+         nb::handle batch_invariant, nb::handle stream) {
         const MatmulOptions options{to_bool(batch_invariant)};
         Args args("quantized_matmul", stream,
                   {{out, "out", Access::kWrite},
@@ -175,6 +192,7 @@ void bind_quantization(nb::module_& m) {
                    {permutation, "permutation", Access::kRead, true},
                    {bias, "bias", Access::kRead, true},
                    {workspace, "workspace", Access::kWrite, true}});
+        check_layout("quantized_matmul", format, args[2]);
         const TensorView& input = args[1];
         const bool sized = input.device.type == DeviceType::kCUDA && (input.dtype == DType::kFloat16 || input.dtype == DType::kBFloat16);
         const std::int64_t num_bytes =
@@ -191,7 +209,7 @@ void bind_quantization(nb::module_& m) {
 
   m.def(
       "quantized_matmul_workspace_size",
-      [](nb::handle num_tokens, const WeightFormat& format, nb::handle has_permutation, nb::handle dtype, nb::handle batch_invariant,
+      [](nb::handle num_tokens, const Format& format, nb::handle has_permutation, nb::handle dtype, nb::handle batch_invariant,
          nb::handle device) {
         const char* const op = "quantized_matmul_workspace_size";
         return quantized_matmul_workspace_size(to_int(op, "num_tokens", num_tokens), format, to_bool(has_permutation),

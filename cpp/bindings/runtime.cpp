@@ -64,6 +64,14 @@ void bind_runtime(nb::module_& m) {
       "Raises IndexError if an op on the device met an index value out of range since the last call; None looks at every device. "
       "Waits for the work of a CUDA device.");
   m.def(
+      "synchronize",
+      [](const std::string& op, const std::string& arg, nb::handle x, nb::handle stream) {
+        Args(op.c_str(), stream, {{x, arg.c_str()}}).synchronize();
+      },
+      nb::arg("op"), nb::arg("arg"), nb::arg("x").none(), nb::arg("stream").none(),
+      "Waits for the stream that an op on the tensor would run on, so that the host may read what it holds; nothing for one on the CPU. "
+      "Raises UnsupportedError if the stream is being captured.");
+  m.def(
       "explain",
       [](nb::callable call) {
         const Explanation explanation = explain([&] { call(); });

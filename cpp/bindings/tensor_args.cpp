@@ -667,6 +667,16 @@ void Args::after_launch() {
 #endif
 }
 
+void Args::synchronize() const {
+  if (device_index_ < 0) return;
+  if (capturing_)
+    throw UnsupportedError(message(op_, "stream", "one that is not being captured, since the host reads contents", "one that is"));
+  if constexpr (kHasCuda) {
+    const GilRelease release;
+    cuda::synchronize(stream_, device_index_);
+  }
+}
+
 // ---- scalars -----------------------------------------------------------------------------------------------------------
 double to_double(const char* op, const char* arg, nb::handle value) {
   const double number = PyFloat_AsDouble(value.ptr());

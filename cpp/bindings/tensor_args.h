@@ -62,6 +62,9 @@ class Args {
     if (device_index_ >= 0) after_launch();
   }
 
+  /// Waits on the host for the stream, which the tensors' producers are ordered before. Throws UnsupportedError if it is being captured.
+  void synchronize() const;
+
  private:
   friend class Importer;
 

@@ -22,6 +22,8 @@ using quire::RopeStyle;
 using quire::ScaleGranularity;
 using quire::Stream;
 using quire::TensorView;
+using quire::WeightEncoding;
+using quire::WeightFormat;
 
 namespace {
 
@@ -190,6 +192,45 @@ AttentionOptions options_of(const char* op, const QuireAttentionOptions* given, 
   return options;
 }
 
+DType required_dtype(const char* op, const char* arg, QuireDataType type) {
+  const std::optional<DType> dtype = dtype_of(type);
+  if (!dtype)
+    quire::Check(op).fail_dtype(arg, "a dtype of the library",
+                                "DLPack type code " + std::to_string(type.code) + ", " + std::to_string(type.bits) + " bits, " +
+                                    std::to_string(type.lanes) + " lanes");
+  return *dtype;
+}
+
+WeightEncoding encoding_of(const char* op, int encoding) {
+  switch (encoding) {
+    case QUIRE_WEIGHT_AWQ: return WeightEncoding::kAwq;
+    case QUIRE_WEIGHT_GPTQ: return WeightEncoding::kGptq;
+    case QUIRE_WEIGHT_GPTQ_V2: return WeightEncoding::kGptqV2;
+    case QUIRE_WEIGHT_COMPRESSED_TENSORS: return WeightEncoding::kCompressedTensors;
+    case QUIRE_WEIGHT_CODES: return WeightEncoding::kCodes;
+    default: fail_value(op, "encoding", "0 (AWQ) to 4 (codes)", std::to_string(encoding));
+  }
+}
+
+WeightFormat format_of(const char* op, const QuireWeightFormat* given) {
+  if (given == nullptr) fail_value(op, "format", "a QuireWeightFormat", "null");
+  if (given->struct_size < sizeof(QuireWeightFormat))
+    fail_value(op, "format", "struct_size to be sizeof(QuireWeightFormat)", std::to_string(given->struct_size));
+  WeightFormat format;
+  format.in_features = given->in_features;
+  format.out_features = given->out_features;
+  format.bits = given->bits;
+  format.group_size = given->group_size;
+  format.num_rows = given->num_rows;
+  format.scale_dtype = required_dtype(op, "scale_dtype", given->scale_dtype);
+  format.has_zeros = given->has_zeros != 0;
+  return format;
+}
+
+void require_result(const char* op, const std::int64_t* num_bytes) {
+  if (num_bytes == nullptr) fail_value(op, "num_bytes", "a pointer", "null");
+}
+
 using Plain = void (*)(const TensorView&, const TensorView&, Stream);
 int plain(const char* op, Plain function, const QuireTensor* out, const QuireTensor* x, void* stream) {
   return guarded([&] {
@@ -212,7 +253,7 @@ using Size = std::int64_t (*)(std::int64_t, std::int64_t, std::int64_t, std::int
 int size(const char* op, Size function, std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads, std::int64_t head_dim,
          int device_type, int device_id, std::int64_t* num_bytes) {
   return guarded([&] {
-    if (num_bytes == nullptr) fail_value(op, "num_bytes", "a pointer", "null");
+    require_result(op, num_bytes);
     *num_bytes = function(num_tokens, num_seqs, num_heads, head_dim, device_of(op, "device", device_type, device_id));
   });
 }
@@ -459,6 +500,129 @@ int quire_attention_workspace_size(int64_t num_tokens, int64_t num_seqs, int64_t
                                    int device_id, int64_t* num_bytes) {
   return size("attention_workspace_size", &quire::attention_workspace_size, num_tokens, num_seqs, num_heads, head_dim, device_type,
               device_id, num_bytes);
+}
+
+int quire_quantize(const QuireTensor* out, const QuireTensor* scales, const QuireTensor* zero_points_or_null, const QuireTensor* x,
+                   int granularity, int64_t group_size, int computes, double scale_bound, void* stream) {
+  return guarded([&] {
+    Views v("quantize");
+    quire::quantize(v.required(out, "out"), v.required(scales, "scales"), v.optional(zero_points_or_null, "zero_points"),
+                    v.required(x, "x"), granularity_of("quantize", granularity), group_size, computes != 0, scale_bound, Stream(stream));
+  });
+}
+
+int quire_dequantize(const QuireTensor* out, const QuireTensor* q, const QuireTensor* scales, const QuireTensor* zero_points_or_null,
+                     int granularity, int64_t group_size, void* stream) {
+  return guarded([&] {
+    Views v("dequantize");
+    quire::dequantize(v.required(out, "out"), v.required(q, "q"), v.required(scales, "scales"),
+                      v.optional(zero_points_or_null, "zero_points"), granularity_of("dequantize", granularity), group_size,
+                      Stream(stream));
+  });
+}
+
+int quire_dequantize_blocks(const QuireTensor* out, const QuireTensor* w, const QuireTensor* scales, int64_t block_rows,
+                            int64_t block_columns, void* stream) {
+  return guarded([&] {
+    Views v("dequantize_blocks");
+    quire::dequantize_blocks(v.required(out, "out"), v.required(w, "w"), v.required(scales, "scales"), block_rows, block_columns,
+                             Stream(stream));
+  });
+}
+
+int quire_packed_weight_size(const QuireWeightFormat* format, int device_type, int device_id, int64_t* num_bytes) {
+  const char* const op = "packed_weight_size";
+  return guarded([&] {
+    require_result(op, num_bytes);
+    *num_bytes = quire::packed_weight_size(format_of(op, format), device_of(op, "device", device_type, device_id));
+  });
+}
+
+int quire_pack_weight(const QuireTensor* data, const QuireWeightFormat* format, const QuireTensor* permutation_or_null, int encoding,
+                      const QuireTensor* codes, const QuireTensor* scales, const QuireTensor* zeros_or_null,
+                      const QuireTensor* groups_or_null, void* stream) {
+  const char* const op = "pack_weight";
+  return guarded([&] {
+    Views v(op);
+    quire::pack_weight({format_of(op, format), v.required(data, "weight"), v.optional(permutation_or_null, "permutation")},
+                       {encoding_of(op, encoding), v.required(codes, "codes"), v.required(scales, "scales"),
+                        v.optional(zeros_or_null, "zeros"), v.optional(groups_or_null, "groups")},
+                       Stream(stream));
+  });
+}
+
+int quire_dequantize_weight(const QuireTensor* out, const QuireTensor* data, const QuireWeightFormat* format,
+                            const QuireTensor* permutation_or_null, void* stream) {
+  const char* const op = "dequantize_weight";
+  return guarded([&] {
+    Views v(op);
+    quire::dequantize_weight(v.required(out, "out"),
+                             {format_of(op, format), v.required(data, "weight"), v.optional(permutation_or_null, "permutation")},
+                             Stream(stream));
+  });
+}
+
+int quire_quantize_weight(const QuireTensor* codes, const QuireTensor* scales, const QuireTensor* zeros_or_null, const QuireTensor* w,
+                          int bits, int64_t group_size, void* stream) {
+  return guarded([&] {
+    Views v("quantize_weight");
+    quire::quantize_weight(v.required(codes, "codes"), v.required(scales, "scales"), v.optional(zeros_or_null, "zeros"), v.required(w, "w"),
+                           bits, group_size, Stream(stream));
+  });
+}
+
+int quire_quantized_matmul(const QuireTensor* out, const QuireTensor* x, const QuireTensor* data, const QuireWeightFormat* format,
+                           const QuireTensor* permutation_or_null, const QuireTensor* bias_or_null, const QuireTensor* workspace_or_null,
+                           int batch_invariant, void* stream) {
+  const char* const op = "quantized_matmul";
+  return guarded([&] {
+    Views v(op);
+    quire::quantized_matmul(v.required(out, "out"), v.required(x, "x"),
+                            {format_of(op, format), v.required(data, "weight"), v.optional(permutation_or_null, "permutation")},
+                            v.optional(bias_or_null, "bias"), v.optional(workspace_or_null, "workspace"), {batch_invariant != 0},
+                            Stream(stream));
+  });
+}
+
+int quire_quantized_matmul_workspace_size(int64_t num_tokens, const QuireWeightFormat* format, int has_permutation, QuireDataType dtype,
+                                          int batch_invariant, int device_type, int device_id, int64_t* num_bytes) {
+  const char* const op = "quantized_matmul_workspace_size";
+  return guarded([&] {
+    require_result(op, num_bytes);
+    *num_bytes =
+        quire::quantized_matmul_workspace_size(num_tokens, format_of(op, format), has_permutation != 0, required_dtype(op, "dtype", dtype),
+                                               {batch_invariant != 0}, device_of(op, "device", device_type, device_id));
+  });
+}
+
+int quire_scaled_matmul(const QuireTensor* out, const QuireTensor* a, const QuireTensor* b, const QuireTensor* scale_a,
+                        const QuireTensor* scale_b, const QuireTensor* zero_point_or_null, const QuireTensor* column_sums_or_null,
+                        const QuireTensor* bias_or_null, const QuireTensor* workspace_or_null, int batch_invariant, void* stream) {
+  return guarded([&] {
+    Views v("scaled_matmul");
+    quire::scaled_matmul(v.required(out, "out"), v.required(a, "a"), v.required(b, "b"),
+                         {v.required(scale_a, "scale_a"), v.required(scale_b, "scale_b"), v.optional(zero_point_or_null, "zero_point"),
+                          v.optional(column_sums_or_null, "column_sums")},
+                         v.optional(bias_or_null, "bias"), v.optional(workspace_or_null, "workspace"), {batch_invariant != 0},
+                         Stream(stream));
+  });
+}
+
+int quire_scaled_matmul_workspace_size(int64_t m, int64_t n, int64_t k, QuireDataType dtype, int has_blocks, int computes_sums,
+                                       int batch_invariant, int device_type, int device_id, int64_t* num_bytes) {
+  const char* const op = "scaled_matmul_workspace_size";
+  return guarded([&] {
+    require_result(op, num_bytes);
+    *num_bytes = quire::scaled_matmul_workspace_size(m, n, k, required_dtype(op, "dtype", dtype), has_blocks != 0, computes_sums != 0,
+                                                     {batch_invariant != 0}, device_of(op, "device", device_type, device_id));
+  });
+}
+
+int quire_column_sums(const QuireTensor* sums, const QuireTensor* b, void* stream) {
+  return guarded([&] {
+    Views v("column_sums");
+    quire::column_sums(v.required(sums, "sums"), v.required(b, "b"), Stream(stream));
+  });
 }
 
 }  // extern "C"

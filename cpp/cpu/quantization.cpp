@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/dispatch.h"
+#include "core/explain.h"
 #include "core/numeric.h"
 #include "cpu/isa/quantization_amx.h"
 #include "cpu/isa/tables.h"
@@ -100,6 +101,13 @@ void quantize(const QuantizeParams& p) {
       store_row(p, static_cast<char*>(out) + begin, x + begin, n, scale, zero_point);
     }
   });
+}
+
+void set_default_scales(const QuantizeParams& p) {
+  for (std::int64_t row = 0; row < p.num_rows; ++row) {
+    *p.quant.scale_at(row, 0) = 1.0f;
+    if (p.zero_points != nullptr) *p.zero_point_at(row, 0) = 0;
+  }
 }
 
 void dequantize(const QuantizeParams& p) {
@@ -527,11 +535,21 @@ void multiply_amx(const QuantizedMatmulParams& p, const PackedLayout& layout, co
 }  // namespace
 
 void quantized_matmul(const QuantizedMatmulParams& p) {
+  const char* const obstacle = p.batch_invariant                  ? "batch_invariant: one kernel for any number of tokens"
+                               : p.dtype == DType::kFloat32       ? "x is float32, which it would round"
+                               : p.num_tokens > kFixedPointTokens ? "it reads the weight for each token, which pays for up to 4"
+                                                                  : nullptr;
+  if (Explanation* const explanation = explaining()) {
+    explain_cpu(*explanation, obstacle == nullptr ? "fixed_point" : "unpacked", false);
+    explanation->reasons.push_back(obstacle != nullptr
+                                       ? std::string("not fixed_point: ") + obstacle
+                                       : "up to 4 tokens of 16 bits meet the codes as they are; unpacked if x has infinities or NaN");
+    return;
+  }
   const PackedLayout layout(p.weight.format);
   const WeightFormat& f = p.weight.format;
   const std::vector<float> bias = widened_bias(p.bias, p.bias_dtype, f.out_features);
-  if (p.num_tokens <= kFixedPointTokens && p.dtype != DType::kFloat32 && !p.batch_invariant && multiply_fixed_point(p, layout, bias))
-    return;
+  if (obstacle == nullptr && multiply_fixed_point(p, layout, bias)) return;
 
   if (p.dtype == DType::kBFloat16) {
     if (const QuantizationAmxKernels* const amx = amx_kernels()) return multiply_amx(p, layout, bias, *amx);
@@ -578,8 +596,6 @@ void finish_scaled(const ScaledMatmulParams& p, const std::vector<float>& bias, 
   quantized_matmul_kernels.active().narrow[index(p.out_dtype)](advance(p.out, row * p.out_stride + column, p.out_dtype), sums,
                                                                bias.empty() ? nullptr : bias.data() + column, columns);
 }
-
-constexpr std::int64_t kScaleBlock = 128;
 
 // float8, and int8 with scales of blocks: both operands widened to float32, and scales of blocks multiplied into them.
 void scaled_matmul_wide(const ScaledMatmulParams& p, const std::vector<float>& bias) {
@@ -761,9 +777,20 @@ void scaled_matmul_dots(const ScaledMatmulParams& p, const std::vector<float>& b
 }  // namespace
 
 void scaled_matmul(const ScaledMatmulParams& p) {
+  const bool dots = p.m <= kDotTokens && !p.batch_invariant;
+  const bool in_int32 = p.dtype == DType::kInt8 && p.granularity_a != ScaleGranularity::kGroup;
+  if (Explanation* const explanation = explaining()) {
+    explain_cpu(*explanation, dots ? "rows" : in_int32 ? "int16" : "float32", false);
+    explanation->reasons.emplace_back(dots                ? "up to 8 rows of a meet each row of b as it is"
+                                      : p.batch_invariant ? "not rows: batch_invariant: one kernel for any number of rows of a"
+                                                          : "not rows: more than 8 rows of a, for which b is widened once");
+    if (!dots && !in_int32)
+      explanation->reasons.emplace_back(p.dtype == DType::kInt8 ? "not int16: scales of blocks" : "not int16: a and b are float8");
+    return;
+  }
   const std::vector<float> bias = widened_bias(p.bias, p.bias_dtype, p.n);
-  if (p.m <= kDotTokens && !p.batch_invariant) return scaled_matmul_dots(p, bias);
-  if (p.dtype == DType::kInt8 && p.granularity_a != ScaleGranularity::kGroup) {
+  if (dots) return scaled_matmul_dots(p, bias);
+  if (in_int32) {
     const QuantizationAmxKernels* const amx = amx_kernels();
     if (amx != nullptr) return scaled_matmul_int8_amx(p, bias, *amx);
     scaled_matmul_int8(p, bias);

@@ -229,6 +229,11 @@ unsigned long long capture_id(Stream stream) {
   return status == cudaStreamCaptureStatusNone ? 0 : id;
 }
 
+void synchronize(Stream stream, int device_index) {
+  const DeviceGuard guard(device_index);
+  QUIRE_CUDA_CHECK(cudaStreamSynchronize(cuda_stream(stream)));
+}
+
 void order_streams(Stream earlier, int earlier_device, Stream later, int later_device) {
   if (earlier.handle() == later.handle() && earlier_device == later_device) return;
   const DeviceGuard guard(earlier_device);

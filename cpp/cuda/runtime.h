@@ -30,6 +30,9 @@ unsigned long long capture_id(Stream stream);
 /// Enqueues "stream `later` waits for what stream `earlier` holds now". Nothing happens if they are one stream of one device.
 void order_streams(Stream earlier, int earlier_device, Stream later, int later_device);
 
+/// Waits for what `stream` of the device holds now.
+void synchronize(Stream stream, int device_index);
+
 /// A marker in a stream's work.
 class Marker {
  public:

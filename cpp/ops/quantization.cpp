@@ -18,7 +18,7 @@ QuantParams check_quantized(const Check& check, const TensorView& out, const Ten
   check.dtype(out, "out", {DType::kFloat8E4M3FN, DType::kInt8});
   if (out.ndim != like.ndim || !std::equal(out.shape.begin(), out.shape.begin() + out.ndim, like.shape.begin()))
     check.fail_value("out", std::string("the shape of ") + like_arg + ", " + describe(like), describe(out));
-  check.device(out, "out", like.device, "x");
+  check.device(out, "out", like.device, like_arg);
   check.inner_contiguous(out, "out");
   check.writable(out, "out");
 
@@ -26,7 +26,7 @@ QuantParams check_quantized(const Check& check, const TensorView& out, const Ten
   params.granularity = granularity;
   params.dtype = out.dtype;
   check.dtype(scales, "scales", {DType::kFloat32});
-  check.device(scales, "scales", like.device, "x");
+  check.device(scales, "scales", like.device, like_arg);
   check.disjoint(out, "out", scales, "scales", false);
   const std::int64_t width = like.size(-1);
   if (granularity == ScaleGranularity::kTensor) {
@@ -53,7 +53,6 @@ QuantParams check_quantized(const Check& check, const TensorView& out, const Ten
 
 namespace {
 
-constexpr std::int64_t kBlock = 128;
 // Extents below this have products of three that fit 64 bits only where one is small; of two, always.
 constexpr std::int64_t kMaxExtent = std::numeric_limits<std::int32_t>::max();
 
@@ -68,11 +67,14 @@ std::string list(std::initializer_list<std::int64_t> extents) {
 
 // ---- quantize, dequantize ----------------------------------------------------------------------------------------------------------
 
+// As Python has it.
+const char* dequantize_name(const TensorView& q) { return q.dtype == DType::kInt8 ? "dequantize_int8" : "dequantize_fp8"; }
+
 // Scales or zero points of a tensor [..., width], checked against the granularity.
-void check_scales(const Check& check, const TensorView& t, const char* arg, DType dtype, const TensorView& like,
+void check_scales(const Check& check, const TensorView& t, const char* arg, DType dtype, const TensorView& like, const char* like_arg,
                   ScaleGranularity granularity, std::int64_t group_size, RowLayout& rows, std::int64_t& group_stride) {
   check.dtype(t, arg, {dtype});
-  check.device(t, arg, like.device, "x");
+  check.device(t, arg, like.device, like_arg);
   if (granularity == ScaleGranularity::kTensor) {
     check.shape(t, arg, {1});
     check.accessible(t, arg);
@@ -114,11 +116,12 @@ QuantizeParams check_both_sides(const Check& check, const TensorView& wide, cons
   params.quant.dtype = narrow.dtype;
   params.quant.group_size =
       granularity == ScaleGranularity::kGroup ? std::min(group_size, std::max<std::int64_t>(params.width, 1)) : params.width;
-  check_scales(check, scales, "scales", DType::kFloat32, wide, granularity, group_size, params.quant.scale_rows, params.quant.group_stride);
+  check_scales(check, scales, "scales", DType::kFloat32, wide, wide_arg, granularity, group_size, params.quant.scale_rows,
+               params.quant.group_stride);
   params.quant.scales = scales.as<float>();
   if (zero_points != nullptr) {
     if (narrow.dtype != DType::kInt8) check.fail_value("zero_points", "none for float8", describe(*zero_points));
-    check_scales(check, *zero_points, "zero_points", DType::kInt32, wide, granularity, group_size, params.zero_point_rows,
+    check_scales(check, *zero_points, "zero_points", DType::kInt32, wide, wide_arg, granularity, group_size, params.zero_point_rows,
                  params.zero_point_group_stride);
     params.zero_points = zero_points->as<std::int32_t>();
   }
@@ -129,7 +132,7 @@ QuantizeParams check_both_sides(const Check& check, const TensorView& wide, cons
 
 void quantize(const TensorView& out, const TensorView& scales, const TensorView* zero_points, const TensorView& x,
               ScaleGranularity granularity, std::int64_t group_size, bool computes, double scale_bound, Stream stream) {
-  const Check check("quantize");
+  const Check check(out.dtype == DType::kInt8 ? "quantize_int8" : "quantize_fp8");
   QuantizeParams params = check_both_sides(check, x, "x", out, "out", scales, zero_points, granularity, group_size);
   check.writable(out, "out");
   check.disjoint(out, "out", x, "x", false);
@@ -153,13 +156,21 @@ void quantize(const TensorView& out, const TensorView& scales, const TensorView*
   params.x_rows = row_layout(x);
   params.computes = computes;
   params.scale_bound = static_cast<float>(scale_bound);
-  if (params.num_rows == 0) return;
-  dispatch_device(check.op(), x.device, stream, [&] { cpu::quantize(params); }, [&](auto s) { cuda::quantize(params, s); });
+  if (params.num_rows == 0) {
+    // Computed scales are there, but for groups, where x has no elements: they must not be left as they were.
+    params.num_rows = !computes || granularity == ScaleGranularity::kGroup ? 0 : granularity == ScaleGranularity::kTensor ? 1 : num_rows(x);
+    if (params.num_rows == 0) return;
+    dispatch_device(
+        check.op(), x.device, stream, [&] { cpu::set_default_scales(params); }, [&](auto s) { cuda::set_default_scales(params, s); });
+    return;
+  }
+  dispatch_device(
+      check.op(), x.device, stream, [&] { cpu::quantize(params); }, [&](auto s) { cuda::quantize(params, s); }, Explains::kCuda);
 }
 
 void dequantize(const TensorView& out, const TensorView& q, const TensorView& scales, const TensorView* zero_points,
                 ScaleGranularity granularity, std::int64_t group_size, Stream stream) {
-  const Check check("dequantize");
+  const Check check(dequantize_name(q));
   QuantizeParams params = check_both_sides(check, out, "out", q, "q", scales, zero_points, granularity, group_size);
   check.writable(out, "out");
   check.disjoint(out, "out", q, "q", false);
@@ -170,12 +181,13 @@ void dequantize(const TensorView& out, const TensorView& q, const TensorView& sc
   params.out_rows = row_layout(out);
   params.x_rows = row_layout(q);
   if (params.num_rows == 0) return;
-  dispatch_device(check.op(), out.device, stream, [&] { cpu::dequantize(params); }, [&](auto s) { cuda::dequantize(params, s); });
+  dispatch_device(
+      check.op(), out.device, stream, [&] { cpu::dequantize(params); }, [&](auto s) { cuda::dequantize(params, s); }, Explains::kCuda);
 }
 
 void dequantize_blocks(const TensorView& out, const TensorView& w, const TensorView& scales, std::int64_t block_rows,
                        std::int64_t block_columns, Stream stream) {
-  const Check check("dequantize");
+  const Check check(dequantize_name(w));
   check.float_dtype(out, "out");
   check.dtype(w, "q", {DType::kFloat8E4M3FN, DType::kInt8});
   check.shape(w, "q", {kAny, kAny});
@@ -208,7 +220,8 @@ void dequantize_blocks(const TensorView& out, const TensorView& w, const TensorV
   params.quant.scale_rows = row_layout(scales);
   params.quant.group_stride = scales.stride(1);
   if (params.num_rows == 0 || params.width == 0) return;
-  dispatch_device(check.op(), w.device, stream, [&] { cpu::dequantize(params); }, [&](auto s) { cuda::dequantize(params, s); });
+  dispatch_device(
+      check.op(), w.device, stream, [&] { cpu::dequantize(params); }, [&](auto s) { cuda::dequantize(params, s); }, Explains::kCuda);
 }
 
 // ---- Packed weights ------------------------------------------------------------------------------------------------------------------
@@ -269,6 +282,17 @@ std::int64_t check_source(const Check& check, const TensorView& t, const char* a
 
 }  // namespace
 
+SourceNames source_names(WeightEncoding encoding) {
+  switch (encoding) {
+    case WeightEncoding::kAwq:
+    case WeightEncoding::kGptq:
+    case WeightEncoding::kGptqV2: return {"qweight", "scales", "qzeros"};
+    case WeightEncoding::kCompressedTensors: return {"weight_packed", "weight_scale", "weight_zero_point"};
+    case WeightEncoding::kCodes: break;
+  }
+  return {"codes", "scales", "zeros"};
+}
+
 std::int64_t packed_weight_size(const WeightFormat& format, Device device) {
   const Check check("packed_weight_size");
   check_format(check, format);
@@ -283,6 +307,7 @@ void pack_weight(const PackedWeight& weight, const WeightTensors& tensors, Strea
   const Device device = weight.data.device;
   const std::int64_t k = f.in_features, n = f.out_features;
   const WeightEncoding encoding = tensors.encoding;
+  const SourceNames names = source_names(encoding);
   const bool groups_first = encoding == WeightEncoding::kAwq || encoding == WeightEncoding::kGptq || encoding == WeightEncoding::kGptqV2;
 
   WeightSource source;
@@ -294,18 +319,18 @@ void pack_weight(const PackedWeight& weight, const WeightTensors& tensors, Strea
   source.permutation = packed.permutation;
 
   // Scales.
-  check.rank(tensors.scales, "scales", 2, 2);
-  check.dtype(tensors.scales, "scales", {f.scale_dtype});
-  check.device(tensors.scales, "scales", device, "weight");
-  check.accessible(tensors.scales, "scales");
+  check.rank(tensors.scales, names.scales, 2, 2);
+  check.dtype(tensors.scales, names.scales, {f.scale_dtype});
+  check.device(tensors.scales, names.scales, device, "weight");
+  check.accessible(tensors.scales, names.scales);
   source.num_source_groups = tensors.scales.size(groups_first ? 0 : 1);
   if (tensors.groups == nullptr) source.num_source_groups = f.num_groups();
   const std::int64_t g = source.num_source_groups;
   if (groups_first)
-    check.shape(tensors.scales, "scales", {g, n});
+    check.shape(tensors.scales, names.scales, {g, n});
   else
-    check.shape(tensors.scales, "scales", {n, g});
-  if (g < 1) check.fail_value("scales", "one group or more", describe(tensors.scales));
+    check.shape(tensors.scales, names.scales, {n, g});
+  if (g < 1) check.fail_value(names.scales, "one group or more", describe(tensors.scales));
   source.scales = tensors.scales.data;
   source.scale_group_stride = tensors.scales.stride(groups_first ? 0 : 1);
   source.scale_n_stride = tensors.scales.stride(groups_first ? 1 : 0);
@@ -316,7 +341,7 @@ void pack_weight(const PackedWeight& weight, const WeightTensors& tensors, Strea
 
   // Codes and zeros.
   if ((tensors.zeros != nullptr) != f.has_zeros)
-    check.fail_value("zeros", f.has_zeros ? "a tensor" : "none", tensors.zeros == nullptr ? "none" : describe(*tensors.zeros));
+    check.fail_value(names.zeros, f.has_zeros ? "a tensor" : "none", tensors.zeros == nullptr ? "none" : describe(*tensors.zeros));
   const auto unsupported_bits = [&](const char* supported) { check.fail_unsupported("bits", supported, std::to_string(f.bits)); };
   const auto words = [&](std::int64_t count) { return ceil_div(count * f.bits, 32); };
   std::int64_t code_rows = 0, code_columns = 0, zero_rows = 0, zero_columns = 0;
@@ -335,15 +360,15 @@ void pack_weight(const PackedWeight& weight, const WeightTensors& tensors, Strea
       break;
     case WeightEncoding::kCodes: code_rows = n, code_columns = k, zero_rows = n, zero_columns = g, dtype = DType::kUInt8; break;
   }
-  source.code_stride = check_source(check, tensors.codes, "codes", dtype, code_rows, code_columns, device);
+  source.code_stride = check_source(check, tensors.codes, names.codes, dtype, code_rows, code_columns, device);
   source.codes = tensors.codes.data;
   if (tensors.zeros != nullptr) {
-    source.zero_stride = check_source(check, *tensors.zeros, "zeros", dtype, zero_rows, zero_columns, device);
+    source.zero_stride = check_source(check, *tensors.zeros, names.zeros, dtype, zero_rows, zero_columns, device);
     source.zeros = tensors.zeros->data;
   }
-  check.disjoint(weight.data, "weight", tensors.codes, "codes", false);
-  check.disjoint(weight.data, "weight", tensors.scales, "scales", false);
-  if (tensors.zeros != nullptr) check.disjoint(weight.data, "weight", *tensors.zeros, "zeros", false);
+  check.disjoint(weight.data, "weight", tensors.codes, names.codes, false);
+  check.disjoint(weight.data, "weight", tensors.scales, names.scales, false);
+  if (tensors.zeros != nullptr) check.disjoint(weight.data, "weight", *tensors.zeros, names.zeros, false);
   if (tensors.groups != nullptr) check.disjoint(weight.data, "weight", *tensors.groups, "groups", false);
   if (weight.permutation != nullptr) check.disjoint(weight.data, "weight", *weight.permutation, "permutation", false);
 
@@ -437,22 +462,24 @@ std::int64_t check_rows(const Check& check, const TensorView& t, const char* arg
   return stride;
 }
 
-void check_bias(const Check& check, const TensorView* bias, std::int64_t n, Device device, const void*& data, DType& dtype) {
+void check_bias(const Check& check, const TensorView* bias, std::int64_t n, const TensorView& like, const char* like_arg, const void*& data,
+                DType& dtype) {
   if (bias == nullptr) return;
   check.float_dtype(*bias, "bias");
-  check.vector(*bias, "bias", bias->dtype, n, device, "x");
+  check.vector(*bias, "bias", bias->dtype, n, like.device, like_arg);
   data = bias->data;
   dtype = bias->dtype;
 }
 
-void* check_workspace(const Check& check, const TensorView* workspace, std::int64_t num_bytes, Device device,
+// The first of `others` is the one whose device the workspace shares.
+void* check_workspace(const Check& check, const TensorView* workspace, std::int64_t num_bytes,
                       std::initializer_list<std::pair<const TensorView*, const char*>> others) {
   if (num_bytes == 0) return nullptr;
   const std::string expected = "uint8 [" + std::to_string(num_bytes) + "] or longer";
   if (workspace == nullptr) check.fail_value("workspace", expected, "none");
   check.dtype(*workspace, "workspace", {DType::kUInt8});
   check.rank(*workspace, "workspace", 1, 1);
-  check.device(*workspace, "workspace", device, "x");
+  check.device(*workspace, "workspace", others.begin()->first->device, others.begin()->second);
   check.contiguous(*workspace, "workspace");
   check.writable(*workspace, "workspace");
   if (workspace->numel() < num_bytes) check.fail_value("workspace", expected, describe(*workspace));
@@ -525,7 +552,7 @@ void quantized_matmul(const TensorView& out, const TensorView& x, const PackedWe
   for (const auto& [t, arg] : {std::pair{&x, "x"}, std::pair{&weight.data, "weight"}}) check.disjoint(out, "out", *t, arg, false);
   if (weight.permutation != nullptr) check.disjoint(out, "out", *weight.permutation, "permutation", false);
   if (bias != nullptr) check.disjoint(out, "out", *bias, "bias", false);
-  check_bias(check, bias, f.out_features, x.device, params.bias, params.bias_dtype);
+  check_bias(check, bias, f.out_features, x, "x", params.bias, params.bias_dtype);
   std::int64_t out_rows = 0;
   params.x_stride = check_rows(check, x, "x", params.num_tokens);
   params.out_stride = check_rows(check, out, "out", out_rows);
@@ -538,9 +565,11 @@ void quantized_matmul(const TensorView& out, const TensorView& x, const PackedWe
   const std::int64_t num_bytes =
       matmul_workspace_size(check, params.num_tokens, f, weight.permutation != nullptr, x.dtype, options, x.device);
   params.workspace =
-      check_workspace(check, workspace, num_bytes, x.device,
-                      {{&out, "out"}, {&x, "x"}, {&weight.data, "weight"}, {weight.permutation, "permutation"}, {bias, "bias"}});
-  dispatch_device(check.op(), x.device, stream, [&] { cpu::quantized_matmul(params); }, [&](auto s) { cuda::quantized_matmul(params, s); });
+      check_workspace(check, workspace, num_bytes,
+                      {{&x, "x"}, {&out, "out"}, {&weight.data, "weight"}, {weight.permutation, "permutation"}, {bias, "bias"}});
+  dispatch_device(
+      check.op(), x.device, stream, [&] { cpu::quantized_matmul(params); }, [&](auto s) { cuda::quantized_matmul(params, s); },
+      Explains::kBoth);
 }
 
 namespace {
@@ -573,7 +602,7 @@ void check_scale_b(const Check& check, const TensorView& t, ScaledMatmulParams& 
     p.scale_b_row_stride = t.stride(0);
     return;
   }
-  const std::int64_t row_blocks = ceil_div(p.n, kBlock), k_blocks = ceil_div(p.k, kBlock);
+  const std::int64_t row_blocks = ceil_div(p.n, kScaleBlock), k_blocks = ceil_div(p.k, kScaleBlock);
   if (t.ndim != 2 || t.size(0) != row_blocks || t.size(1) != k_blocks)
     check.fail_value("scale_b", "float32 [1], " + list({p.n, 1}) + " or " + list({row_blocks, k_blocks}), describe(t));
   p.granularity_b = ScaleGranularity::kGroup;
@@ -589,7 +618,7 @@ void check_scale_a(const Check& check, const TensorView& t, const TensorView& a,
   if (!by_group && is_single(t)) return;
   TensorView expected = a;
   expected.dtype = DType::kFloat32;
-  expected.shape[static_cast<std::size_t>(a.ndim - 1)] = by_group ? ceil_div(p.k, kBlock) : 1;
+  expected.shape[static_cast<std::size_t>(a.ndim - 1)] = by_group ? ceil_div(p.k, kScaleBlock) : 1;
   if (t.ndim != a.ndim || !std::equal(t.shape.begin(), t.shape.begin() + t.ndim, expected.shape.begin()))
     check.fail_value("scale_a", (by_group ? "" : "float32 [1] or ") + describe(expected), describe(t));
   std::int64_t rows = 0;
@@ -675,7 +704,7 @@ void scaled_matmul(const TensorView& out, const TensorView& a, const TensorView&
     check.vector(*scales.column_sums, "column_sums", DType::kInt32, p.n, a.device, "a");
     if (p.zero_point != nullptr) p.column_sums = scales.column_sums->as<const std::int32_t>();
   }
-  check_bias(check, bias, p.n, a.device, p.bias, p.bias_dtype);
+  check_bias(check, bias, p.n, a, "a", p.bias, p.bias_dtype);
   const std::initializer_list<std::pair<const TensorView*, const char*>> inputs = {{&a, "a"},
                                                                                    {&b, "b"},
                                                                                    {&scales.scale_a, "scale_a"},
@@ -694,14 +723,15 @@ void scaled_matmul(const TensorView& out, const TensorView& a, const TensorView&
   const std::int64_t own_bytes =
       scaled_workspace_size(check, p.m, p.n, p.k, p.dtype, p.granularity_b == ScaleGranularity::kGroup, options, a.device);
   const std::int64_t num_bytes = own_bytes + (computes_sums ? p.n * std::int64_t{sizeof(std::int32_t)} : 0);
-  p.workspace = check_workspace(check, workspace, num_bytes, a.device, inputs);
+  p.workspace = check_workspace(check, workspace, num_bytes, inputs);
   if (num_bytes > 0) check.disjoint(*workspace, "workspace", out, "out", false);
   if (computes_sums) {
     auto* const sums = reinterpret_cast<std::int32_t*>(static_cast<char*>(p.workspace) + own_bytes);
     p.column_sums = sums;
     if (explaining() == nullptr) run_column_sums(check, sums, b.as<const std::int8_t>(), p.n, p.k, p.b_stride, a.device, stream);
   }
-  dispatch_device(check.op(), a.device, stream, [&] { cpu::scaled_matmul(p); }, [&](auto s) { cuda::scaled_matmul(p, s); });
+  dispatch_device(
+      check.op(), a.device, stream, [&] { cpu::scaled_matmul(p); }, [&](auto s) { cuda::scaled_matmul(p, s); }, Explains::kBoth);
 }
 
 void column_sums(const TensorView& sums, const TensorView& b, Stream stream) {

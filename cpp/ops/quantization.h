@@ -14,6 +14,9 @@ namespace quire {
 class Check;
 struct TensorView;
 
+/// Rows and columns of a block that has a scale of its own, where scales are those of blocks.
+inline constexpr std::int64_t kScaleBlock = 128;
+
 // ---- Quantized results ----------------------------------------------------------------------------------------------------------------
 
 struct QuantParams {
@@ -74,6 +77,12 @@ struct QuantizeWeightParams {
 };
 
 // ---- Packed weights ------------------------------------------------------------------------------------------------------------------
+
+/// What a checkpoint calls the tensors of WeightTensors, for messages.
+struct SourceNames {
+  const char *codes, *scales, *zeros;
+};
+SourceNames source_names(WeightEncoding encoding);
 
 /// Reads a checkpoint's tensors, whatever their encoding, in the order that a packed weight stores.
 ///
@@ -201,6 +210,8 @@ struct ScaledMatmulParams {
 
 namespace cpu {
 void quantize(const QuantizeParams& params);
+/// Scales of 1 and zero points of 0, one for each of num_rows rows without elements.
+void set_default_scales(const QuantizeParams& params);
 void dequantize(const QuantizeParams& params);
 void quantize_weight(const QuantizeWeightParams& params);
 std::int64_t packed_weight_size(const WeightFormat& format);
@@ -218,6 +229,7 @@ void column_sums(std::int32_t* sums, const std::int8_t* b, std::int64_t n, std::
 namespace cuda {
 // cuda/quantization/quantize.cu
 void quantize(const QuantizeParams& params, Stream stream);
+void set_default_scales(const QuantizeParams& params, Stream stream);
 void dequantize(const QuantizeParams& params, Stream stream);
 void quantize_weight(const QuantizeWeightParams& params, Stream stream);
 void column_sums(std::int32_t* sums, const std::int8_t* b, std::int64_t n, std::int64_t k, std::int64_t stride, Stream stream);

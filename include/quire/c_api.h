@@ -25,6 +25,8 @@ extern "C" {
 
 /* DLPack's DLTensor: that type itself where <dlpack/dlpack.h> is included before, else a declaration of the same layout. */
 #ifdef DLPACK_DLPACK_H_
+typedef DLDevice QuireDevice;
+typedef DLDataType QuireDataType;
 typedef DLTensor QuireTensor;
 #else
 typedef struct {
@@ -62,6 +64,14 @@ typedef enum {
 
 typedef enum { QUIRE_SCALE_TENSOR = 0, QUIRE_SCALE_TOKEN = 1, QUIRE_SCALE_GROUP = 2 } QuireScaleGranularity;
 typedef enum { QUIRE_ROPE_NEOX = 0, QUIRE_ROPE_GPTJ = 1 } QuireRopeStyle;
+/* How a checkpoint stores codes and zeros: WeightEncoding. */
+typedef enum {
+  QUIRE_WEIGHT_AWQ = 0,
+  QUIRE_WEIGHT_GPTQ = 1,
+  QUIRE_WEIGHT_GPTQ_V2 = 2,
+  QUIRE_WEIGHT_COMPRESSED_TENSORS = 3,
+  QUIRE_WEIGHT_CODES = 4
+} QuireWeightEncoding;
 typedef enum { QUIRE_VALIDATE_SHAPE = 0, QUIRE_VALIDATE_FULL = 1 } QuireValidate;
 
 /* Options of attention; start from QUIRE_ATTENTION_OPTIONS_INIT. A null pointer to options is the same. */
@@ -86,6 +96,18 @@ typedef struct {
 
 #define QUIRE_ATTENTION_OPTIONS_INIT \
   {sizeof(QuireAttentionOptions), 0.0, 1, QUIRE_VALIDATE_SHAPE, -1, -1, 0.0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0}
+
+/* What a packed weight is: WeightFormat. */
+typedef struct {
+  size_t struct_size; /* sizeof(QuireWeightFormat) */
+  int64_t in_features;
+  int64_t out_features;
+  int64_t group_size;        /* 32, 64, 128, or 0: all rows */
+  int64_t num_rows;          /* in_features, unless a permutation leaves rows empty */
+  int32_t bits;              /* 2, 3, 4, 8 */
+  int32_t has_zeros;         /* 0 or 1 */
+  QuireDataType scale_dtype; /* float16, bfloat16, float32 */
+} QuireWeightFormat;
 
 /* ---- the library ---- */
 
@@ -184,6 +206,37 @@ QUIRE_API int quire_shared_prefix_attention_workspace_size(int64_t num_tokens, i
                                                            int device_type, int device_id, int64_t* num_bytes);
 QUIRE_API int quire_attention_workspace_size(int64_t num_tokens, int64_t num_seqs, int64_t num_heads, int64_t head_dim, int device_type,
                                              int device_id, int64_t* num_bytes);
+
+/* ---- quire/quantization.h; granularity: QuireScaleGranularity, encoding: QuireWeightEncoding ---- */
+
+/* computes: 1 if scales and zero_points are written, 0 if they are read. scale_bound: INFINITY for none. */
+QUIRE_API int quire_quantize(const QuireTensor* out, const QuireTensor* scales, const QuireTensor* zero_points_or_null,
+                             const QuireTensor* x, int granularity, int64_t group_size, int computes, double scale_bound, void* stream);
+QUIRE_API int quire_dequantize(const QuireTensor* out, const QuireTensor* q, const QuireTensor* scales,
+                               const QuireTensor* zero_points_or_null, int granularity, int64_t group_size, void* stream);
+QUIRE_API int quire_dequantize_blocks(const QuireTensor* out, const QuireTensor* w, const QuireTensor* scales, int64_t block_rows,
+                                      int64_t block_columns, void* stream);
+/* Bytes of a packed weight, to *num_bytes. device_type: 1 CPU, 2 CUDA. */
+QUIRE_API int quire_packed_weight_size(const QuireWeightFormat* format, int device_type, int device_id, int64_t* num_bytes);
+QUIRE_API int quire_pack_weight(const QuireTensor* data, const QuireWeightFormat* format, const QuireTensor* permutation_or_null,
+                                int encoding, const QuireTensor* codes, const QuireTensor* scales, const QuireTensor* zeros_or_null,
+                                const QuireTensor* groups_or_null, void* stream);
+QUIRE_API int quire_dequantize_weight(const QuireTensor* out, const QuireTensor* data, const QuireWeightFormat* format,
+                                      const QuireTensor* permutation_or_null, void* stream);
+QUIRE_API int quire_quantize_weight(const QuireTensor* codes, const QuireTensor* scales, const QuireTensor* zeros_or_null,
+                                    const QuireTensor* w, int bits, int64_t group_size, void* stream);
+QUIRE_API int quire_quantized_matmul(const QuireTensor* out, const QuireTensor* x, const QuireTensor* data, const QuireWeightFormat* format,
+                                     const QuireTensor* permutation_or_null, const QuireTensor* bias_or_null,
+                                     const QuireTensor* workspace_or_null, int batch_invariant, void* stream);
+QUIRE_API int quire_quantized_matmul_workspace_size(int64_t num_tokens, const QuireWeightFormat* format, int has_permutation,
+                                                    QuireDataType dtype, int batch_invariant, int device_type, int device_id,
+                                                    int64_t* num_bytes);
+QUIRE_API int quire_scaled_matmul(const QuireTensor* out, const QuireTensor* a, const QuireTensor* b, const QuireTensor* scale_a,
+                                  const QuireTensor* scale_b, const QuireTensor* zero_point_or_null, const QuireTensor* column_sums_or_null,
+                                  const QuireTensor* bias_or_null, const QuireTensor* workspace_or_null, int batch_invariant, void* stream);
+QUIRE_API int quire_scaled_matmul_workspace_size(int64_t m, int64_t n, int64_t k, QuireDataType dtype, int has_blocks, int computes_sums,
+                                                 int batch_invariant, int device_type, int device_id, int64_t* num_bytes);
+QUIRE_API int quire_column_sums(const QuireTensor* sums, const QuireTensor* b, void* stream);
 
 #ifdef __cplusplus
 }

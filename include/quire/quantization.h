@@ -35,16 +35,18 @@ enum class ScaleGranularity {
 /// out = quantized x. x is float32, float16 or bfloat16 [..., width] (rank 1 to 4, unit inner stride); out is float8_e4m3fn or int8 of its
 /// shape. `scales` and `zero_points` are read where `computes` is false, else written. zero_points is int32 of scales' shape, or null:
 /// symmetric; int8 only. scale_bound is the largest |y| that counts for a computed scale of float8 (larger values saturate); infinity: none.
-/// width is a multiple of group_size for kGroup.
+/// For kGroup the last group of a row may be shorter than group_size. Messages say quantize_fp8 or quantize_int8, as Python does.
+/// Computed scales of an x without elements are 1, zero points 0.
 QUIRE_API void quantize(const TensorView& out, const TensorView& scales, const TensorView* zero_points, const TensorView& x,
                         ScaleGranularity granularity, std::int64_t group_size, bool computes, double scale_bound, Stream stream);
 
-/// out = (q - zero_point) * scale, in float32, rounded to out's dtype (float32, float16, bfloat16). Tensors as in quantize; for kGroup
-/// group_size need not divide width: the last group may be shorter.
+/// out = (q - zero_point) * scale, in float32, rounded to out's dtype (float32, float16, bfloat16). Tensors as in quantize.
+/// Messages say dequantize_fp8 or dequantize_int8.
 QUIRE_API void dequantize(const TensorView& out, const TensorView& q, const TensorView& scales, const TensorView* zero_points,
                           ScaleGranularity granularity, std::int64_t group_size, Stream stream);
 
-/// out[n, k] = w[n, k] * scales[n / 128, k / 128]: a weight with one scale for each block of block_rows x block_columns.
+/// out[n, k] = w[n, k] * scales[n / block_rows, k / block_columns]: one scale for each block. w is float8_e4m3fn or int8 [N, K], scales float32
+/// [ceil(N / block_rows), ceil(K / block_columns)]; out is float32, float16 or bfloat16 of w's shape.
 QUIRE_API void dequantize_blocks(const TensorView& out, const TensorView& w, const TensorView& scales, std::int64_t block_rows,
                                  std::int64_t block_columns, Stream stream);
 

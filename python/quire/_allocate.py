@@ -155,5 +155,8 @@ def from_numpy(array: np.ndarray[Any, Any], like: Array) -> Array:
         # As one block, because that op copies from the host to any device.
         block = _core.empty((1, *array.shape), array.dtype.name, like.device)
         _core.swap_blocks(block, array[None], np.zeros((1, 2), np.int64), None)
+        _core.synchronize(
+            "from_numpy", "array", block, None
+        )  # nothing of its own orders another stream behind the copy
         return block[0]
     raise _unknown_framework(like)

@@ -39,7 +39,7 @@ class Op:
     rule: Rule
     aliases: tuple[tuple[int, int], ...] = ()
     donated: tuple[int, ...] = ()
-    scratch_bytes: Callable[[list[Array]], int] | None = None
+    scratch_bytes: Callable[[list[Array], dict[str, Value]], int] | None = None
 
 
 def call(op: Op, operands: Sequence[Array], attributes: dict[str, Value]) -> tuple[Array, ...]:
@@ -107,7 +107,7 @@ def _compiled(
             aliases,
             bits,
         )
-        scratch = op.scratch_bytes(operands) if op.scratch_bytes is not None else 0
+        scratch = op.scratch_bytes(operands, attributes) if op.scratch_bytes is not None else 0
         if scratch > 0:
             bits["results"] = int(bits["results"]) | 1 << len(wanted)
         described: Any = jax.ShapeDtypeStruct

@@ -1,4 +1,4 @@
-"""What ops with a quantized result share: making ``out`` and ``scales``.
+"""What ops with a quantized result share: making ``out`` and ``scales``, and quantizing itself.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from quire._allocate import Array, dtype_name, empty, finish
+from quire import _core
+from quire._allocate import Array, dtype_name, empty, finish, shape_of
 
 Granularity = Literal["tensor", "token", "group"]
 
@@ -68,3 +69,94 @@ class Quantized:
             return self.out, self.scales
         out = finish(self.out, self._like)
         return out, finish(self.scales, self._like)
+
+
+def _unexpected(op: str, arg: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"[{op}] {arg}: expected {expected}, got {got}")
+
+
+def scale_shape(op: str, shape: tuple[int, ...], granularity: str, group_size: int) -> tuple[int, ...]:
+    """The shape of the scales of a tensor of this shape.
+
+    Raises:
+        ValueError: No such granularity, or a group_size below 1.
+    """
+    if granularity == "tensor":
+        return (1,)
+    if granularity == "token":
+        return (*shape[:-1], 1)
+    if granularity != "group":
+        raise _unexpected(op, "granularity", '"tensor", "token" or "group"', repr(granularity))
+    if not isinstance(group_size, int) or group_size < 1:
+        raise _unexpected(op, "group_size", "1 or more", group_size)
+    return (*shape[:-1], -(-shape[-1] // group_size))
+
+
+def check_given(
+    op: str, symmetric: bool, scale: object | None, zero_point: object | None, scale_ub: float | None
+) -> None:
+    """Whether what is given of scales and zero points goes together.
+
+    Raises:
+        ValueError: It does not.
+    """
+    computes = scale is None
+    if symmetric and zero_point is not None:
+        raise _unexpected(op, "zero_point", "none, as symmetric is set", "one")
+    if not symmetric and computes != (zero_point is None):
+        raise _unexpected(op, "zero_point", "one with scale, and none without", "one" if computes else "none")
+    if not computes and scale_ub is not None:
+        raise _unexpected(op, "scale_ub", "none with a given scale", scale_ub)
+
+
+def split_out(op: str, out: Array | tuple[Array, ...], symmetric: bool) -> tuple[Array, Array, Array | None]:
+    """An ``out`` that has computed scales too.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if not isinstance(out, tuple) or len(out) != (2 if symmetric else 3):
+        names = "(out, scale)" if symmetric else "(out, scale, zero_point)"
+        raise _unexpected(op, "out", f"{names}, as scales are computed", type(out).__qualname__)
+    return out[0], out[1], None if symmetric else out[2]
+
+
+def quantize(
+    op: str,
+    dtype: str,
+    x: Array,
+    scale: Array | None,
+    zero_point: Array | None,
+    symmetric: bool,
+    granularity: Granularity,
+    group_size: int,
+    scale_ub: float | None,
+    out: Array | tuple[Array, ...] | None,
+    stream: object,
+) -> tuple[Array, Array, Array | None]:
+    """``(out, scale, zero_point)`` of :func:`quire.quantize_fp8` and :func:`quire.quantize_int8`."""
+    shape = shape_of(op, "x", x)
+    if not shape:
+        raise _unexpected(op, "x", "rank 1 to 4", list(shape))
+    wanted = scale_shape(op, shape, granularity, group_size)
+    check_given(op, symmetric, scale, zero_point, scale_ub)
+    computes, fresh = scale is None, out is None
+    q: Array = out
+    if fresh:
+        q = empty(x, shape, dtype)
+        if computes:
+            scale = empty(x, wanted, "float32")
+            zero_point = None if symmetric else empty(x, wanted, "int32")
+    elif computes:
+        q, scale, zero_point = split_out(op, out, symmetric)
+    if dtype_name(q.dtype) != dtype:
+        raise TypeError(f"[{op}] out: expected {dtype}, got {dtype_name(q.dtype)}")
+    bound = float("inf") if scale_ub is None else scale_ub
+    call = _core.quantize_fp8 if dtype == "float8_e4m3fn" else _core.quantize_int8
+    call(q, scale, zero_point, x, granularity, group_size, computes, bound, stream)
+    if fresh:
+        q = finish(q, x)
+        if computes:
+            scale = finish(scale, x)
+            zero_point = None if zero_point is None else finish(zero_point, x)
+    return q, scale, zero_point

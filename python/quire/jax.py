@@ -17,12 +17,22 @@ from quire import _core
 from quire import _jax_batch as _batch
 from quire._allocate import Array, dtype_name
 from quire._jax_call import Op, Result, Value, call
+from quire._jax_quantization import (
+    dequantize_fp8,
+    dequantize_int8,
+    quantize_fp8,
+    quantize_int8,
+    quantized_matmul,
+    scaled_matmul,
+)
 from quire._quantized import Granularity
 from quire.attention import Window, split_window
 
 __all__ = [
     "attention",
     "copy_blocks",
+    "dequantize_fp8",
+    "dequantize_int8",
     "fused_add_rms_norm",
     "gather_kv",
     "gelu_and_mul",
@@ -34,10 +44,14 @@ __all__ = [
     "merge_attention",
     "paged_attention",
     "qk_norm_rope",
+    "quantize_fp8",
+    "quantize_int8",
+    "quantized_matmul",
     "relu_squared",
     "rms_norm",
     "rope_and_write_kv",
     "rotary_embedding",
+    "scaled_matmul",
     "shared_prefix_attention",
     "silu_and_mul",
     "write_kv",
@@ -554,7 +568,9 @@ def _attention_results(operands: _Operands, attributes: _Attributes) -> list[Res
     return [out, (tuple(q.shape[:2]), "float32") if attributes["return_lse"] else None]
 
 
-def _scratch_bytes(size_name: str, seq_lens: int | None, start_loc: int | None) -> Callable[[_Operands], int]:
+def _scratch_bytes(
+    size_name: str, seq_lens: int | None, start_loc: int | None
+) -> Callable[[_Operands, _Attributes], int]:
     """Of the workspace that the op asks for on CUDA.
 
     Which platform is compiled for is not known while tracing: where there is a GPU, it is declared for the CPU too, which leaves it
@@ -562,7 +578,7 @@ def _scratch_bytes(size_name: str, seq_lens: int | None, start_loc: int | None) 
     """
     size = getattr(_core, size_name)
 
-    def scratch_bytes(operands: _Operands) -> int:
+    def scratch_bytes(operands: _Operands, attributes: _Attributes) -> int:
         if not _core.has_cuda() or _core.num_cuda_devices() == 0:
             return 0
         q: Array = operands[0]

@@ -12,7 +12,16 @@ from frameworks import np_dtype
 import quire
 
 #: The families that quire.jax, quire.torch and the C interface have.
-FAMILIES = {"quire.activation", "quire.attention", "quire.kv_cache", "quire.norm", "quire.position_encoding"}
+FAMILIES = {
+    "quire.activation",
+    "quire.attention",
+    "quire.kv_cache",
+    "quire.norm",
+    "quire.position_encoding",
+    "quire.quantization",
+}
+#: Ops that take more than arrays, so that they are no cases but have tests of their own.
+WITHOUT_CASES = {"quantized_matmul"}
 
 
 def ops_of_families():
@@ -85,6 +94,11 @@ one = np.array([0.05], np.float32)
 int8_cache = rng().integers(-100, 100, (7, 16, 2, 32)).astype(np.int8)
 fp8_cache, fp8_q = k_cache.astype(ml_dtypes.float8_e4m3fn), q.astype(ml_dtypes.float8_e4m3fn)
 
+codes = rng().integers(-128, 128, (2, 5, 64)).astype(np.int8)
+fp8_codes, fp8_weight = (normal(*shape).astype(ml_dtypes.float8_e4m3fn) for shape in ((9, 200), (130, 200)))
+token_scales, zeros = abs(normal(2, 5, 1)) + 0.1, rng().integers(-9, 9, (2, 5, 1)).astype(np.int32)
+three = np.array([3], np.int32)
+
 #: id, op, arrays, options. Arrays among the options are operands too.
 CASES = [
     ("rms_norm", [x, w], {"eps": 1e-5, "weight_offset": 1.0}),
@@ -150,6 +164,24 @@ CASES = [
     ("attention", [fp8_q, fp8_cache[0, :9].copy(), fp8_cache[1, :9].copy()], {"query_start_loc": LOC, "q_scale": scales, "v_scale": one}),
     ("attention", [fp8_q, int8_cache[0], int8_cache[1]], {"return_lse": True}),
     ("attention", [q, k, v], {"query_start_loc": LOC, "batch_invariant": True}),
+    ("quantize_fp8", [x], {}),
+    ("quantize_fp8", [x.astype(BF16)], {"granularity": "token", "scale_ub": 1.0}),
+    ("quantize_fp8", [x.astype(np.float16)], {"granularity": "group", "group_size": 24}),
+    ("quantize_fp8", [x], {"scale": one}),
+    ("quantize_int8", [x], {"granularity": "token"}),
+    ("quantize_int8", [x], {"symmetric": False}),
+    ("quantize_int8", [x], {"symmetric": False, "granularity": "group", "group_size": 32}),
+    ("quantize_int8", [x], {"symmetric": False, "granularity": "token", "scale": token_scales, "zero_point": zeros}),
+    ("quantize_int8", [x], {"symmetric": False, "scale": one, "zero_point": three}),
+    ("dequantize_fp8", [fp8_codes, one], {"out_dtype": "float16"}),
+    ("dequantize_fp8", [fp8_weight[:128].copy(), abs(normal(1, 2))], {"granularity": "block"}),
+    ("dequantize_int8", [codes, token_scales, zeros], {"granularity": "token", "out_dtype": "bfloat16"}),
+    ("dequantize_int8", [codes, abs(normal(2, 5, 3))], {"granularity": "group", "group_size": 30}),
+    ("scaled_matmul", [codes, codes[0] // 2, token_scales, one], {"bias": normal(5), "out_dtype": "float32"}),
+    ("scaled_matmul", [codes, codes[0] // 2, one, abs(normal(5, 1))], {"zero_point": three}),
+    ("scaled_matmul", [codes, codes[0] // 2, one, one], {"zero_point": zeros, "column_sums": (codes[0] // 2).sum(1, dtype=np.int32)}),
+    ("scaled_matmul", [fp8_codes, fp8_weight, one, one], {"out_dtype": "float16", "batch_invariant": True}),
+    ("scaled_matmul", [fp8_codes, fp8_weight, abs(normal(9, 2)), abs(normal(2, 2))], {"bias": normal(130).astype(BF16)}),
     ("merge_attention", [q, q[..., 0].copy(), q + 1, q[..., 1].copy()], {}),
 ]  # fmt: skip
 IDS = [f"{i}-{case[0]}" for i, case in enumerate(CASES)]
@@ -168,3 +200,25 @@ def expected_of(op, arrays, options):
 def split_options(options):
     arrays = {name: value for name, value in options.items() if isinstance(value, np.ndarray)}
     return arrays, {name: value for name, value in options.items() if name not in arrays}
+
+
+def packed_weights(array, out_features=48, in_features=96):
+    """Weights of each kind, by name: of arrays that `array` makes from NumPy's."""
+    w = normal(out_features, in_features)
+    make = quire.PackedWeight
+    weights = {
+        "w4a16": make.quantize(array(w), "w4a16", 32),
+        "w8a16 with zeros": make.quantize(array(w), "w8a16", 32, symmetric=False),
+        "w3a16 of odd groups": make.quantize(array(w), "w3a16", 20),
+        "fp8": make.quantize(array(w), "fp8"),
+        "fp8 of blocks": make.quantize(array(w), "fp8", granularity="block"),
+        "w8a8": make.quantize(array(w), "w8a8"),
+    }
+    int8, scale = quire.quantize_int8(w, granularity="token")
+    given = {"input_scale": array(one), "input_zero_point": array(three)}
+    weights["w8a8 with a zero point"] = make.from_int8(array(int8), array(scale), **given)
+    order = rng().permutation(in_features).astype(np.int32) // 32
+    qweight = rng().integers(-(2**31), 2**31, (in_features // 8, out_features)).astype(np.int32)
+    group_scales = abs(normal(3, out_features)).astype(np.float16)
+    weights["act-order"] = make.from_gptq(array(qweight), None, array(group_scales), array(order))
+    return weights

@@ -87,7 +87,8 @@ def test_every_declared_function_is_exported():
     for name in names:
         assert hasattr(LIB, name), name
     # and every op is there
-    assert {f"quire_{op}" for op in ops_of_families()} - set(names) == set()
+    of_c = {f"{stem}_{kind}": stem for stem in ("quantize", "dequantize") for kind in ("fp8", "int8")}
+    assert {f"quire_{of_c.get(op, op)}" for op in ops_of_families()} - set(names) == set()
 
 
 def test_versions():
@@ -428,3 +429,107 @@ def test_layout_is_dlpacks(tmp_path):
             [compiler, *map(str, flags), str(tmp_path / source)], capture_output=True, text=True
         )
         assert result.returncode == 0, result.stderr
+
+
+class Format(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t), ("in_features", I64), ("out_features", I64), ("group_size", I64), ("num_rows", I64),
+        ("bits", ctypes.c_int32), ("has_zeros", ctypes.c_int32), ("dtype_code", ctypes.c_uint8), ("dtype_bits", ctypes.c_uint8),
+        ("dtype_lanes", ctypes.c_uint16),
+    ]  # fmt: skip
+
+
+class DataType(ctypes.Structure):
+    _fields_ = [("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
+
+
+def test_quantize_and_dequantize():
+    x, q, scales = normal(4, 64), np.empty((4, 64), np.int8), np.empty((4, 2), np.float32)
+    zeros, back = np.empty((4, 2), np.int32), np.empty((4, 64), np.float32)
+    infinity = float("inf")
+    assert call("quantize", q, scales, zeros, x, 2, I64(32), 1, infinity, None) == OK, error()
+    given = {"granularity": "group", "group_size": 32}
+    expected = quire.quantize_int8(x, symmetric=False, **given)
+    for a, b in zip((q, scales, zeros), expected):
+        np.testing.assert_array_equal(a, b)
+    assert call("dequantize", back, q, scales, zeros, 2, I64(32), None) == OK, error()
+    np.testing.assert_array_equal(back, quire.dequantize_int8(*expected, **given))
+    fp8, one = np.empty((4, 64), ml_dtypes.float8_e4m3fn), np.array([0.5], np.float32)
+    assert call("quantize", fp8, one, None, x, 0, I64(0), 0, infinity, None) == OK, error()
+    np.testing.assert_array_equal(fp8.view(np.uint8), quire.quantize_fp8(x, scale=one)[0].view(np.uint8))
+    assert call("dequantize_blocks", back, fp8, scales[:2].copy(), I64(2), I64(32), None) == OK, error()
+    spread = np.repeat(np.repeat(scales[:2], 2, 0), 32, 1)
+    np.testing.assert_array_equal(back, fp8.astype(np.float32) * spread)
+    assert call("quantize", q, scales, None, x, 1, I64(0), 1, infinity, None) == VALUE
+    assert error() == "[quantize_int8] scales: expected float32 [4, 1], got float32 [4, 2]"
+    assert call("quantize", q, scales, None, x, 3, I64(0), 1, infinity, None) == VALUE
+    assert "granularity" in error()
+
+
+def test_packed_weight():
+    """Quantized, packed, multiplied and undone as the constructor and the ops of Python do it."""
+    w, x = normal(48, 64), normal(3, 64)
+    codes, scales, zeros = (
+        np.empty((48, 64), np.uint8),
+        np.empty((48, 2), np.float32),
+        np.empty((48, 2), np.uint8),
+    )
+    assert call("quantize_weight", codes, scales, zeros, w, 4, I64(32), None) == OK, error()
+    format = Format(ctypes.sizeof(Format), 64, 48, 32, 64, 4, 1, 2, 32, 1)
+    size = I64()
+    assert call("packed_weight_size", ctypes.byref(format), 1, 0, ctypes.byref(size)) == OK, error()
+    data = np.empty(size.value, np.uint8)
+    pack = data, ctypes.byref(format), None, 4, codes, scales, zeros, None, None
+    assert call("pack_weight", *pack) == OK, error()
+    made = quire.PackedWeight.quantize(w, "w4a16", 32, symmetric=False)
+    np.testing.assert_array_equal(data, made._data)
+    dense, out, bias = np.empty_like(w), np.empty((3, 48), np.float32), normal(48)
+    assert call("dequantize_weight", dense, data, ctypes.byref(format), None, None) == OK, error()
+    np.testing.assert_array_equal(dense, made.dequantize())
+    multiply = out, x, data, ctypes.byref(format), None, bias, None, 1, None
+    assert call("quantized_matmul", *multiply) == OK, error()
+    np.testing.assert_array_equal(out, quire.quantized_matmul(x, made, bias=bias, batch_invariant=True))
+    f32 = DataType(2, 32, 1)
+    sized = I64(3), ctypes.byref(format), 0, f32, 1, 1, 0, ctypes.byref(size)
+    assert call("quantized_matmul_workspace_size", *sized) == OK, error()
+    assert size.value == 0
+    # refusals
+    assert call("pack_weight", *pack[:3], 5, *pack[4:]) == VALUE
+    assert "encoding" in error()
+    assert call("pack_weight", *pack[:6], None, *pack[7:]) == VALUE
+    assert error() == "[pack_weight] zeros: expected a tensor, got none"
+    for field, value, status in (
+        ("struct_size", 8, VALUE),
+        ("bits", 5, UNSUPPORTED),
+        ("dtype_code", 9, TYPE),
+        ("num_rows", 63, VALUE),
+    ):
+        bad = Format(ctypes.sizeof(Format), 64, 48, 32, 64, 4, 1, 2, 32, 1)
+        setattr(bad, field, value)
+        assert (
+            call("quantized_matmul", out, x, data, ctypes.byref(bad), None, None, None, 0, None) == status
+        ), field
+    assert call("quantized_matmul", out, x, data, None, None, None, None, 0, None) == VALUE
+    assert error() == "[quantized_matmul] format: expected a QuireWeightFormat, got null"
+
+
+def test_scaled_matmul():
+    rng = np.random.default_rng(4)
+    a, b = rng.integers(-128, 128, (5, 64)).astype(np.int8), rng.integers(-128, 128, (16, 64)).astype(np.int8)
+    scale_a, one, zero = abs(normal(5, 1)), np.ones(1, np.float32), np.array([7], np.int32)
+    sums, out = np.empty(16, np.int32), np.empty((5, 16), np.float32)
+    assert call("column_sums", sums, b, None) == OK, error()
+    np.testing.assert_array_equal(sums, b.sum(1, dtype=np.int32))
+    assert call("scaled_matmul", out, a, b, scale_a, one, zero, sums, None, None, 0, None) == OK, error()
+    expected = quire.scaled_matmul(a, b, scale_a, one, zero_point=zero, out_dtype="float32")
+    np.testing.assert_array_equal(out, expected)
+    size, int8 = I64(), DataType(0, 8, 1)
+    sized = *map(I64, (5, 16, 64)), int8, 0, 1, 0, 1, 0, ctypes.byref(size)
+    assert call("scaled_matmul_workspace_size", *sized) == OK, error()
+    workspace = np.empty(size.value + 16, np.uint8)
+    workspace = workspace[-workspace.ctypes.data % 16 :][: size.value]
+    out[:] = 0
+    assert call("scaled_matmul", out, a, b, scale_a, one, zero, None, None, workspace, 0, None) == OK, error()
+    np.testing.assert_array_equal(out, expected)
+    assert call("scaled_matmul", out, a, b, scale_a, one, zero, None, None, None, 0, None) == VALUE
+    assert error() == f"[scaled_matmul] workspace: expected uint8 [{size.value}] or longer, got none"

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from frameworks import as_float64
+from frameworks import as_float64, np_dtype
 from test_attention import Batch
 from test_streams import OPS
 from tolerances import assert_close
@@ -242,3 +242,116 @@ def test_cuda_layouts(backend, rng):
     want = as_float64(backend.numpy(x))[:, 1:]
     want = want / np.sqrt((want**2).mean(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(backend.numpy(quire.rms_norm(x[:, 1:], weight)), want, rtol=1e-4)
+
+
+# ---- quantization ----------------------------------------------------------------------------------------------------------
+
+
+def normal(rng, shape, dtype="float16"):
+    return rng.standard_normal(shape).astype(np.float32).astype(np_dtype(dtype))
+
+
+def test_cpu_products(rng):
+    """By the number of tokens, dtypes and scales, with what keeps the faster one out."""
+    isa = quire.cpu_isa().removesuffix("_amx")
+    w = quire.PackedWeight.quantize(normal(rng, (48, 96)), "w4a16", 32)
+    for x, options, variant, reason in (
+        (normal(rng, (4, 96)), {}, "fixed_point", "up to 4 tokens"),
+        (normal(rng, (5, 96)), {}, "unpacked", "not fixed_point: it reads the weight for each token"),
+        (normal(rng, (1, 96), "float32"), {}, "unpacked", "not fixed_point: x is float32"),
+        (normal(rng, (1, 96)), {"batch_invariant": True}, "unpacked", "not fixed_point: batch_invariant"),
+    ):
+        explanation = quire.explain("quantized_matmul", x, w, **options)
+        assert (explanation.op, explanation.variant) == ("quantized_matmul", f"{variant}_{isa}")
+        assert reason in str(explanation)
+    codes, one = rng.integers(-9, 9, (20, 96)).astype(np.int8), np.ones(1, np.float32)
+    fp8, blocks = codes.astype(np_dtype("float8_e4m3fn")), np.ones((20, 2), np.float32)
+    long = rng.integers(-9, 9, (20, 200)).astype(np.int8)
+    for a, scales, options, variant, reason in (
+        (codes[:8], (one, one), {}, "rows", "up to 8 rows"),
+        (codes, (one, one), {}, "int16", "not rows: more than 8 rows"),
+        (codes, (one, one), {"batch_invariant": True}, "int16", "not rows: batch_invariant"),
+        (fp8, (one, one), {}, "float32", "not int16: a and b are float8"),
+        (long, (blocks, blocks[:1]), {}, "float32", "not int16: scales of blocks"),
+    ):
+        explanation = quire.explain("scaled_matmul", a, a, *scales, **options)
+        assert (explanation.op, explanation.variant) == ("scaled_matmul", f"{variant}_{isa}")
+        assert reason in str(explanation)
+    # "fp8" and "w8a8" weights quantize x first: the product is what is told of.
+    w8a8 = quire.PackedWeight.quantize(normal(rng, (48, 96)), "w8a8")
+    assert quire.explain("quantized_matmul", normal(rng, (20, 96)), w8a8).op == "scaled_matmul"
+    for name in ("quantize_fp8", "quantize_int8"):
+        assert quire.explain(name, normal(rng, (3, 96))).op == name
+    assert quire.explain("dequantize_fp8", fp8, one).op == "dequantize_fp8"
+
+
+def quantized_calls(backend, rng):
+    """(op, arguments, options, variants, a reason) on CUDA."""
+    array = backend.array
+    w = quire.PackedWeight.quantize(array(normal(rng, (200, 512))), "w4a16", 128)
+    short = quire.PackedWeight.quantize(array(normal(rng, (200, 192))), "w4a16", 64)
+    wide = quire.PackedWeight.quantize(array(normal(rng, (200, 512), "float32")), "w8a16", 128)
+    x = array(normal(rng, (70, 512)))
+    multiply = quire.quantized_matmul
+    yield multiply, (x, w), {}, ("wgmma",), "tiles of"
+    yield multiply, (x[:3], w), {}, ("wgmma_few",), "tiles of 8 tokens"
+    yield multiply, (x[:1], w), {}, ("mma",), "not wgmma_few: one token"
+    yield multiply, (x, w), {"batch_invariant": True}, ("mma",), "not wgmma: batch_invariant"
+    yield (
+        multiply,
+        (array(normal(rng, (70, 192))), short),
+        {},
+        None,
+        "not wgmma: fewer than 256 input features",
+    )
+    yield multiply, (x, wide), {}, ("mma",), "not wgmma: float16 may not have the range"
+    yield (
+        multiply,
+        (array(normal(rng, (70, 513)))[:, 1:], w),
+        {},
+        ("mma",),
+        "not wgmma: rows of x do not begin",
+    )
+    codes, one = array(rng.integers(-9, 9, (200, 512)).astype(np.int8)), array(np.ones(1, np.float32))
+    groups, blocks = array(np.ones((200, 4), np.float32)), array(np.ones((2, 4), np.float32))
+    scaled = quire.scaled_matmul
+    yield scaled, (codes, codes, one, one), {}, ("wgmma",), "tiles of"
+    yield scaled, (codes, codes, groups, blocks), {}, ("mma",), "not wgmma: int8 with scales of blocks"
+    yield scaled, (codes[:, 1:], codes[:, 1:], one, one), {}, ("mma",), "not wgmma: rows of a do not begin"
+    yield scaled, (codes[:, :480], codes[:, 32:], one, one), {}, ("wgmma",), "tiles of"
+    quantize = quire.quantize_int8
+    yield quantize, (x,), {"granularity": "token"}, ("rows",), "a row stays in registers"
+    yield (
+        quantize,
+        (x,),
+        {"granularity": "group", "group_size": 24},
+        ("groups",),
+        "not rows: group_size is not",
+    )
+    yield quantize, (x[:, 1:],), {"granularity": "token"}, ("groups",), "not rows: x or out"
+    yield quantize, (x,), {}, ("range+rows",), "x is read twice"
+    yield quire.dequantize_int8, (codes, one), {}, ("rows",), "multiples of 16 bytes"
+    yield quire.dequantize_int8, (codes[:, 1:], one), {}, ("elements",), "not rows: q or out"
+
+
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
+def test_cuda_quantization(backend, rng, torch):
+    """What is said is what the profiler sees."""
+    cuda_backend(backend)
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("written for a Hopper")
+    for op, arguments, options, variants, reason in quantized_calls(backend, rng):
+        explanation = quire.explain(op, *arguments, **options)
+        assert explanation.op == op.__name__
+        assert variants is None or explanation.variant in variants, explanation
+        assert reason in str(explanation), explanation
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            op(*arguments, **options)
+            torch.cuda.synchronize()
+        names = [event.name for event in profile.events()]
+        stem = op.__name__.partition("_")[0] if "quantize_" in op.__name__ else op.__name__
+        for part in explanation.variant.split("+"):
+            kernel = {"range": "tensor_range_kernel", "elements": "dequantize_kernel"}.get(
+                part, f"{stem}_{part}_kernel"
+            )
+            assert any(kernel in name for name in names), (explanation, names)

@@ -22,12 +22,14 @@ from op_cases import (
     LENS,
     LOC,
     TABLES,
+    WITHOUT_CASES,
     expected_of,
     flat,
     k,
     k_cache,
     normal,
     ops_of_families,
+    packed_weights,
     q,
     split_options,
     v,
@@ -122,6 +124,7 @@ SHARED = {
     "paged_attention": {"alibi_slopes", "sinks", "q_scale", "k_scale", "v_scale"},
     "shared_prefix_attention": {1, 2, 3, "sinks", "q_scale", "k_scale", "v_scale"},
     "attention": {"q_scale", "v_scale"},
+    "scaled_matmul": {1, 3, "bias", "column_sums"},
 }
 
 
@@ -731,9 +734,136 @@ def test_abi_is_that_of_the_installed_header(tmp_path):
 def test_every_op_is_there():
     """But for the copy between host and device, which is JAX's own."""
     assert set(quire.jax.__all__) == ops_of_families() - {"swap_blocks"}
-    assert {case[0] for case in CASES} == set(quire.jax.__all__)
+    assert {case[0] for case in CASES} | WITHOUT_CASES == set(quire.jax.__all__)
 
 
 def test_importing_quire_imports_no_jax():
     code = "import sys, quire; assert not {'jax', 'jaxlib', 'torch', 'cupy'} & set(sys.modules); import quire.jax; assert 'jax' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- packed weights --------------------------------------------------------------------------------------------------------
+
+
+def half(*shape):
+    return jnp.asarray(normal(*shape).astype(BF16))
+
+
+def test_packed_weights(device):
+    """As an argument of a jitted function, in its closure, outside jit, and in a loop over weights: the library's own bits."""
+    weights = packed_weights(jnp.asarray)
+    x, bias = half(2, 3, 96), jnp.asarray(normal(48))
+    for name, w in weights.items():
+        want = np.asarray(quire.quantized_matmul(x, w, bias=bias))
+        for call in (
+            jax.jit(quire.jax.quantized_matmul),
+            jax.jit(lambda x, w, bias: quire.jax.quantized_matmul(x, weights[name], bias=bias)),  # noqa: B023
+            quire.jax.quantized_matmul,
+        ):
+            got = np.asarray(call(x, w, bias=bias))
+            np.testing.assert_array_equal(bits(got), bits(want), err_msg=name)
+        again = jax.tree.unflatten(jax.tree.structure(w), jax.tree.leaves(w))
+        assert repr(again) == repr(w)
+        stacked = jax.tree.map(lambda *t: jnp.stack(t), w, w)
+        _, got = jax.lax.scan(lambda carry, w: (carry, quire.jax.quantized_matmul(x, w)), 0, stacked)
+        want = np.asarray(quire.quantized_matmul(x, w))
+        for each in np.asarray(got):
+            np.testing.assert_array_equal(bits(each), bits(want), err_msg=name)
+
+
+def test_packed_weights_under_vmap(device):
+    x = half(4, 3, 96)
+    for name, w in packed_weights(jnp.asarray).items():
+        got = jax.vmap(lambda x: quire.jax.quantized_matmul(x, w, batch_invariant=True))(x)  # noqa: B023
+        for each, own in zip(np.asarray(got), x):
+            want = np.asarray(quire.quantized_matmul(own, w, batch_invariant=True))
+            np.testing.assert_array_equal(bits(each), bits(want), err_msg=name)
+        argument = "b" if w.weight is not None else "w"
+        stacked = jax.tree.map(lambda *t: jnp.stack(t), w, w)
+        with pytest.raises(
+            ValueError, match=rf"\] ({argument}|permutation): expected the same array .*jax\.lax\.map"
+        ):
+            jax.vmap(quire.jax.quantized_matmul, in_axes=(None, 0))(x[0], stacked)
+
+
+def test_scales_under_vmap(device):
+    """Each batch element has a scale of its own, computed or given, one for all of it too."""
+    x = jnp.asarray(normal(3, 2, 5, 64))
+    for options in ({}, {"symmetric": False}):
+        q, *scales = jax.vmap(lambda x: quire.jax.quantize_int8(x, **options))(x)  # noqa: B023
+        assert [s.shape for s in scales] == [(3, 1)] * len(scales)
+        back = jax.vmap(quire.jax.dequantize_int8)(q, *scales)
+        given = dict(zip(("scale", "zero_point"), scales))
+        quantize = lambda x, given: quire.jax.quantize_int8(x, **given, **options)[0]  # noqa: B023, E731
+        again = jax.vmap(quantize)(x, given)
+        for i in range(3):
+            want_q, *want = quire.quantize_int8(np.asarray(x[i]), **options)
+            np.testing.assert_array_equal(q[i], want_q)
+            np.testing.assert_array_equal(again[i], want_q)
+            for a, b in zip(scales, want):
+                np.testing.assert_allclose(a[i], b, rtol=1e-6)
+            np.testing.assert_array_equal(
+                back[i], quire.dequantize_int8(want_q, *(np.asarray(s[i]) for s in scales))
+            )
+    a, b = jnp.asarray(normal(2, 3, 64) * 30, jnp.int8), jnp.asarray(normal(8, 64) * 30, jnp.int8)
+    one_each = jnp.asarray([[0.5], [2.0]])
+    got = jax.vmap(lambda a, s: quire.jax.scaled_matmul(a, b, s, jnp.ones(1), out_dtype="float32"))(
+        a, one_each
+    )
+    for i in range(2):
+        want = quire.scaled_matmul(a[i], b, one_each[i], jnp.ones(1), out_dtype="float32")
+        np.testing.assert_array_equal(got[i], want)
+
+
+def test_quantization_refusals():
+    with jax.default_device(jax.devices("cpu")[0]):
+        refuse_quantization()
+
+
+def refuse_quantization():
+    ones = jnp.ones
+    (w, *_) = packed_weights(jnp.asarray).values()
+    with pytest.raises(
+        ValueError, match=r"\[quantized_matmul\] x: expected a last dimension of 96, got float32 \[2, 95\]"
+    ):
+        jax.jit(quire.jax.quantized_matmul)(ones((2, 95)), w)
+    with pytest.raises(ValueError, match=r"\[quantized_matmul\] bias: expected float32 \[48\]"):
+        jax.jit(quire.jax.quantized_matmul)(ones((2, 96)), w, bias=ones(47))
+    with pytest.raises(TypeError, match=r"\[quantized_matmul\] w: expected a PackedWeight"):
+        quire.jax.quantized_matmul(ones((2, 96)), ones((48, 96)))
+    with pytest.raises(ValueError, match=r"\[quantize_fp8\] scales: expected"):
+        quire.jax.quantize_fp8(ones((2, 96)), scale=ones(2))
+    with pytest.raises(ValueError, match=r"\[quantize_int8\] zero_point: expected one with scale"):
+        quire.jax.quantize_int8(ones((2, 96)), scale=ones(1), symmetric=False)
+    with pytest.raises(TypeError, match=r"\[dequantize_int8\] out_dtype"):
+        quire.jax.dequantize_int8(ones((2, 96), jnp.int8), ones(1), out_dtype="int8")
+    with pytest.raises(ValueError, match=r"\[dequantize_fp8\] granularity"):
+        quire.jax.dequantize_fp8(ones((2, 96), jnp.float8_e4m3fn), ones(1), granularity="row")
+    with pytest.raises(ValueError, match=r"\[dequantize_fp8\] q: .*jax\.lax\.map"):
+        jax.vmap(lambda q: quire.jax.dequantize_fp8(q, ones((1, 1)), granularity="block"))(
+            ones((2, 3, 96), jnp.float8_e4m3fn)
+        )
+    with pytest.raises(ValueError, match=r"\[scaled_matmul\] scale_b: expected a tensor"):
+        quire.jax.scaled_matmul(ones((2, 96), jnp.int8), ones((2, 96), jnp.int8), ones(1))
+    with pytest.raises(quire.UnsupportedError, match=r"\[quantized_matmul\] .*inference only"):
+        jax.grad(lambda x: quire.jax.quantized_matmul(x, w).sum())(ones((2, 96)))
+
+
+def test_weight_packed_for_another_device():
+    """A weight that was copied to another device is told from one that was packed there."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        (w, *_) = packed_weights(jnp.asarray).values()
+    gpu = frameworks.make("jax", "cuda:0")
+    if isinstance(gpu, str):
+        fields = (*w._fields[:7], "cuda")
+        other = quire.PackedWeight._unflatten((*w._flatten()[1][:4], "cuda", fields), w._flatten()[0])
+        with pytest.raises(ValueError, match="weight: expected one packed for cpu, got one for cuda"):
+            quire.quantized_matmul(jnp.ones((2, 96)), other)
+        with pytest.raises((ValueError, quire.UnsupportedError), match="quantized_matmul"):
+            quire.jax.quantized_matmul(jnp.ones((2, 96)), other)
+        return
+    x, moved = jax.device_put((jnp.ones((2, 96), jnp.bfloat16), w), gpu.jax_device)
+    with pytest.raises(ValueError, match="weight: expected one packed for cuda, got one for cpu"):
+        quire.quantized_matmul(x, moved)
+    with pytest.raises(Exception, match="expected a weight packed for cuda, got one for cpu"):
+        jax.block_until_ready(quire.jax.quantized_matmul(x, moved))

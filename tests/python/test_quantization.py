@@ -495,6 +495,46 @@ def test_scaled_matmul(backend, rng, m, n, k, scaling, dtype):
         assert_product_close(backend.numpy(out), want, magnitude, 2.0**-12 if dtype != "int8" else 0.0)
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+@pytest.mark.parametrize("scaling", ["token", "block"])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        (1024, 14336, 512),
+        (1000, 14320, 384),
+        (64, 4096, 4096),
+        (128, 2048, 2048),
+        (20, 520, 2048),
+        (3, 1024, 4096),
+    ],
+)
+def test_scaled_matmul_shares_of_tiles(backend, rng, m, n, k, scaling, dtype):
+    """The last tiles of many are halved, those of few are split along K. Sums of small integers are exact."""
+    if backend.device == "cpu":
+        pytest.skip("tiles of Hopper's kernel")
+    if scaling == "block" and dtype == "int8":
+        pytest.skip("the portable kernel, which has no shares of tiles")
+    a, b = (rng.integers(-4, 5, shape).astype(np.float32) for shape in ((m, k), (n, k)))
+    scales = [
+        np.exp2(rng.integers(-2, 3, shape)).astype(np.float32) for shape in scale_shapes(scaling, m, n, k)
+    ]
+    if scaling == "block":
+        wide_a, wide_b = (
+            a * np.repeat(scales[0], 128, 1)[:, :k],
+            b * reference.spread_blocks(scales[1], (n, k)).astype(np.float32),
+        )
+    else:
+        wide_a, wide_b = a * scales[0], b * scales[1]
+    bias = rng.integers(-8, 9, (n,)).astype(np.float32)
+    operands = [backend.array(t) for t in (a.astype(np_dtype(dtype)), b.astype(np_dtype(dtype)), *scales)]
+    want = wide_a @ wide_b.T + bias
+    for out_dtype in ("bfloat16", "float32"):
+        out = quire.scaled_matmul(*operands, bias=backend.array(bias), out_dtype=out_dtype)
+        np.testing.assert_array_equal(
+            as_float64(backend.numpy(out)), as_float64(want.astype(np_dtype(out_dtype)))
+        )
+
+
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("given_sums", [False, True])
 def test_scaled_matmul_zero_point(backend, rng, given_sums, per_token):
@@ -686,6 +726,53 @@ def test_quantize_strided_and_zero_sizes(backend, rng):
     assert (tuple(q.shape), tuple(scale.shape)) == ((0, 40), (0, 1))
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "token", "group"])
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 40), (2, 0, 40), (2, 3, 0)])
+def test_scales_of_nothing(backend, shape, granularity):
+    """Computed scales of no elements are 1, whatever their memory held."""
+    x = backend.array(np.zeros(shape, np.float32))
+    scale_shape = (
+        (1,)
+        if granularity == "tensor"
+        else (*shape[:-1], 1 if granularity == "token" else -(-shape[-1] // 128))
+    )
+    for asymmetric in (None, False, True):
+        dtype = "float8_e4m3fn" if asymmetric is None else "int8"
+        q = backend.array(np.zeros(shape, np_dtype(dtype)))
+        scale = backend.array(np.full(scale_shape, np.nan, np.float32))
+        zero = backend.array(np.full(scale_shape, 77, np.int32))
+        if asymmetric is None:
+            quire.quantize_fp8(x, granularity=granularity, out=(q, scale))
+        elif asymmetric:
+            quire.quantize_int8(x, symmetric=False, granularity=granularity, out=(q, scale, zero))
+            np.testing.assert_array_equal(backend.numpy(zero), np.zeros(scale_shape, np.int32))
+        else:
+            quire.quantize_int8(x, granularity=granularity, out=(q, scale))
+        np.testing.assert_array_equal(backend.numpy(scale), np.ones(scale_shape, np.float32))
+    given = backend.array(np.full(scale_shape, 3.0, np.float32))
+    quire.quantize_fp8(x, scale=given, granularity=granularity)
+    np.testing.assert_array_equal(backend.numpy(given), np.full(scale_shape, 3.0, np.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_ub_of_awkward_rows(backend, rng, dtype):
+    """Values beyond the bound saturate, with infinities and NaN among them."""
+    x = awkward(rng, (5, 1024), dtype)
+    x[1, 5], x[2, 7] = np.inf, -np.inf
+    for bound in (1e-38, 0.5, 1e30):
+        q, scale = quire.quantize_fp8(backend.array(x), granularity="token", scale_ub=bound)
+        largest = np.nanmax(np.abs(x.astype(np.float32)), -1, keepdims=True)
+        want = np.maximum(
+            np.minimum(largest, np.float32(bound)) / np.float32(448.0), reference.SMALLEST_SCALE
+        )
+        np.testing.assert_array_equal(backend.numpy(scale), want)
+        with np.errstate(over="ignore"):
+            stored = reference.store(x.astype(np.float32) / want, "float8_e4m3fn")
+        got, is_number = backend.numpy(q), ~np.isnan(stored.astype(np.float32))
+        np.testing.assert_array_equal(np.isnan(got.astype(np.float32)), ~is_number)
+        np.testing.assert_array_equal(got.view(np.uint8)[is_number], stored.view(np.uint8)[is_number])
+
+
 def test_scale_ub(backend):
     x = np.array([[1.0, -1000.0]], np.float32)
     q, scale = quire.quantize_fp8(backend.array(x), granularity="token", scale_ub=44.8)
@@ -870,6 +957,140 @@ def test_bad_products(rng):
     for kind, text, call in cases:
         with pytest.raises(kind, match=text):
             call()
+
+
+def test_names_of_packed_tensors():
+    """What only the core looks at has the checkpoint's names too."""
+    awq, gptq = awq_tensors(out_features=64), gptq_tensors(out_features=64)
+    compressed = {
+        "weight_packed": np.zeros((32, 8), np.int32),
+        "weight_scale": np.ones((32, 2), np.float32),
+        "weight_zero_point": np.zeros((4, 2), np.int32),
+    }
+    cases = [
+        (PackedWeight.from_awq, awq, "qweight"),
+        (PackedWeight.from_awq, awq, "qzeros"),
+        (PackedWeight.from_gptq, gptq, "qweight"),
+        (PackedWeight.from_gptq, gptq, "qzeros"),
+        (PackedWeight.from_compressed_tensors, compressed, "weight_packed"),
+        (PackedWeight.from_compressed_tensors, compressed, "weight_zero_point"),
+    ]
+    for make, tensors, name in cases:
+        strided = np.repeat(tensors[name], 2, axis=1)[:, ::2]
+        with pytest.raises(ValueError, match=rf"^\[pack_weight\] {name}: expected .*, got "):
+            make(**{**tensors, name: strided})
+    for changes, text in (
+        (
+            {"weight_g_idx": np.full(64, 7, np.int32)},
+            r"weight_g_idx: expected a group in \[0, 2\), got 7 at \[0\]",
+        ),
+        ({"group_size": 128}, "weight_scale: expected 1 groups of 128, got 2"),
+        ({"weight_scale": np.full((32, 2), np.nan, np.float32)}, "weight_scale: expected finite values"),
+    ):
+        with pytest.raises((ValueError, IndexError), match=r"^\[from_compressed_tensors\] " + text):
+            PackedWeight.from_compressed_tensors(**{**compressed, **changes})
+    int8 = np.zeros((4, 8), np.int8)
+    for weight, scale, text in (
+        (int8, np.ones(3, np.float32), r"weight_scale: expected \[1\] or \[4, 1\], got float32 \[3\]"),
+        (
+            int8.view(E4M3),
+            np.ones(3, np.float32),
+            r"weight_scale: expected \[1\], \[4, 1\] or \[1, 1\], got float32 \[3\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"^\[from_compressed_tensors\] " + text):
+            PackedWeight.from_compressed_tensors(weight=weight, weight_scale=scale)
+
+
+def test_names_of_ops():
+    x, q, one = np.ones((3, 64), np.float32), np.zeros((3, 64), np.int8), np.ones(1, np.float32)
+    two = np.ones(2, np.float32)
+    for call, text in (
+        (
+            lambda: quire.quantize_fp8(x.astype(np.int32)),
+            r"\[quantize_fp8\] x: expected float32, float16 or bfloat16, got int32",
+        ),
+        (
+            lambda: quire.quantize_int8(x, scale=two),
+            r"\[quantize_int8\] scales: expected float32 \[1\], got float32 \[2\]",
+        ),
+        (
+            lambda: quire.dequantize_int8(q, two),
+            r"\[dequantize_int8\] scales: expected float32 \[1\], got float32 \[2\]",
+        ),
+        (
+            lambda: quire.dequantize_fp8(q.view(E4M3), two, granularity="block"),
+            r"\[dequantize_fp8\] scales: expected float32 \[1, 1\]",
+        ),
+        (
+            lambda: quire.dequantize_int8(q, one, np.zeros(2, np.int32)),
+            r"\[dequantize_int8\] zero_points: expected int32 \[1\], got int32 \[2\]",
+        ),
+        (
+            lambda: quire.dequantize_int8(q, one, one.astype(np.int32), granularity="block"),
+            r"\[dequantize_int8\] zero_point: expected none",
+        ),
+    ):
+        with pytest.raises((ValueError, TypeError), match="^" + text):
+            call()
+
+
+def test_names_of_tensors_elsewhere(backend, rng):
+    """A tensor on another device, and which one it should be with."""
+    if backend.device == "cpu":
+        pytest.skip("two devices are needed")
+    x, q = backend.array(draw(rng, (3, 64), "float16")), backend.array(np.zeros((3, 64), np.int8))
+    one, bias = np.ones(1, np.float32), np.ones(3, np.float32)
+    on_gpu = backend.array(one)
+    w = PackedWeight.quantize(backend.array(draw(rng, (3, 64), "float16")), "w4a16", 32)
+    weight = backend.array(np.ones(64, np.float16))
+    for call, text in (
+        (lambda: quire.quantize_int8(x, scale=one), r"\[quantize_int8\] scales: expected .*\bx\b"),
+        (lambda: quire.dequantize_int8(q, one), r"\[dequantize_int8\] scales: expected .*\bout\b"),
+        (lambda: quire.quantized_matmul(x, w, bias=bias), r"\[quantized_matmul\] bias: expected .*\bx\b"),
+        (
+            lambda: quire.scaled_matmul(q, q, on_gpu, on_gpu, bias=bias),
+            r"\[scaled_matmul\] bias: expected .*\ba\b",
+        ),
+        (lambda: quire.scaled_matmul(q, q, one, on_gpu), r"\[scaled_matmul\] scale_a: expected .*\ba\b"),
+        (
+            lambda: quire.rms_norm(x, weight, out_dtype="int8", scale=one),
+            r"\[rms_norm\] scales: expected .*\bx\b",
+        ),
+    ):
+        with pytest.raises(ValueError, match="^" + text):
+            call()
+
+
+def test_copies_and_pickles(framework, rng):
+    import copy
+    import pickle
+
+    for weight in (
+        PackedWeight.quantize(framework.array(draw(rng, (48, 64))), "w4a16", 32, symmetric=False),
+        PackedWeight.quantize(framework.array(draw(rng, (48, 64))), "w3a16", 20),
+        PackedWeight.quantize(framework.array(draw(rng, (48, 64))), "w8a8"),
+    ):
+        want = framework.numpy(weight.dequantize())
+        for copied in (copy.copy(weight), copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
+            assert repr(copied) == repr(weight)
+            np.testing.assert_array_equal(framework.numpy(copied.dequantize()), want)
+
+
+def test_streams_of_constructors_are_checked(backend, rng):
+    """Also on the CPU, which has none."""
+    w = backend.array(draw(rng, (48, 64)))
+    for make in (
+        lambda stream: PackedWeight.quantize(w, "w4a16", 32, stream=stream),
+        lambda stream: PackedWeight.from_awq(*map(backend.array, awq_tensors().values()), stream=stream),
+        lambda stream: PackedWeight.from_int8(
+            backend.array(np.zeros((4, 8), np.int8)), backend.array(np.ones(1, np.float32)), stream=stream
+        ),
+    ):
+        with pytest.raises(
+            TypeError, match=r"stream: expected an int, an object with __cuda_stream__, or None, got str"
+        ):
+            make("fast")
 
 
 def test_overlap_is_refused():

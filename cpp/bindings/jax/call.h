@@ -132,5 +132,6 @@ std::span<const Target> activation_targets();
 std::span<const Target> position_encoding_targets();
 std::span<const Target> kv_cache_targets();
 std::span<const Target> attention_targets();
+std::span<const Target> quantization_targets();
 
 }  // namespace quire::jax

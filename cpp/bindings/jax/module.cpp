@@ -20,7 +20,7 @@ namespace {
 std::vector<jax::Target> all_targets() {
   std::vector<jax::Target> all;
   for (const std::span<const jax::Target> family : {jax::norm_targets(), jax::activation_targets(), jax::position_encoding_targets(),
-                                                    jax::kv_cache_targets(), jax::attention_targets()})
+                                                    jax::kv_cache_targets(), jax::attention_targets(), jax::quantization_targets()})
     all.insert(all.end(), family.begin(), family.end());
   return all;
 }

@@ -35,6 +35,12 @@ class Divisor {
   /// residual correction of every element is less work than to enclose it.
   template <typename CacheT, int kVec>
   __device__ __forceinline__ Packed<CacheT, kVec> divide_bounded_and_pack(float (&v)[kVec]) const {
+    divide_bounded(v);
+    return pack<CacheT, kVec>(v);
+  }
+  /// The same, not rounded to 8 bits.
+  template <int kVec>
+  __device__ __forceinline__ void divide_bounded(float (&v)[kVec]) const {
     if (factor_ != 1.0f) {
 #pragma unroll
       for (int e = 0; e < kVec; ++e) v[e] *= factor_;
@@ -45,7 +51,21 @@ class Divisor {
       const float estimate = v[e] * reciprocal_;
       v[e] = fmaf(-fmaf(estimate, scale_, -v[e]), reciprocal_, estimate);
     }
-    return pack<CacheT, kVec>(v);
+  }
+
+  /// Any quotients, not rounded to 8 bits. What overflows is infinite, or as good as that for 8 bits.
+  template <int kVec>
+  __device__ __forceinline__ void divide(float (&v)[kVec]) const {
+    if (factor_ != 1.0f) {
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) v[e] *= factor_;
+    }
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) {
+      // Bounded, an estimate leaves the residue finite where v is, and an infinite or NaN residue says what v is.
+      const float estimate = fmaxf(fminf(v[e] * reciprocal_, 0x1p20f), -0x1p20f);
+      v[e] = fmaf(-fmaf(estimate, scale_, -v[e]), reciprocal_, estimate);
+    }
   }
 
   template <typename CacheT, int kVec>

@@ -2,8 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <bit>
+#include <type_traits>
 
 #include "core/dispatch.h"
+#include "core/explain.h"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/quantize.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
@@ -17,6 +20,7 @@ namespace {
 constexpr int kVec = 16;
 constexpr int kMaxThreads = 512;
 constexpr int kNarrowThreads = 128;
+constexpr int kResidentThreads = 1024;  // of an SM, in quantize_rows_kernel
 
 // The results that there are. A kernel knows which it makes: code of the others would cost it registers.
 enum class Result { kFloat8, kInt8, kAsymmetricInt8 };
@@ -40,6 +44,37 @@ __device__ __forceinline__ void extend(Range& range, const float (&v)[kCount]) {
   }
 }
 
+__device__ __forceinline__ __half2 largest_pairs(__half2 a, __half2 b) { return __hmax2(a, b); }
+__device__ __forceinline__ __nv_bfloat162 largest_pairs(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2(a, b); }
+__device__ __forceinline__ __half2 smallest_pairs(__half2 a, __half2 b) { return __hmin2(a, b); }
+__device__ __forceinline__ __nv_bfloat162 smallest_pairs(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmin2(a, b); }
+__device__ __forceinline__ float larger_of(__half2 a) { return fmaxf(__low2float(a), __high2float(a)); }
+__device__ __forceinline__ float larger_of(__nv_bfloat162 a) { return fmaxf(__low2float(a), __high2float(a)); }
+__device__ __forceinline__ float smaller_of(__half2 a) { return fminf(__low2float(a), __high2float(a)); }
+__device__ __forceinline__ float smaller_of(__nv_bfloat162 a) { return fminf(__low2float(a), __high2float(a)); }
+
+// The same of elements as they are in memory: of 16 bits two at a time.
+template <bool kAsymmetric, typename T, int kCount>
+__device__ __forceinline__ void extend(Range& range, const Packed<T, kCount>& packed) {
+  if constexpr (sizeof(T) == 2 && kCount > 1) {
+    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    const auto pair = [](std::uint32_t word) { return *reinterpret_cast<Pair*>(&word); };
+    // Maximum and minimum pass over NaN.
+    Pair below = pair(0), above = pair(0);
+#pragma unroll
+    for (const std::uint32_t word : packed.words) {
+      above = largest_pairs(above, pair(kAsymmetric ? word : word & 0x7fff7fffu));
+      if constexpr (kAsymmetric) below = smallest_pairs(below, pair(word));
+    }
+    range.above = fmaxf(range.above, larger_of(above));
+    if constexpr (kAsymmetric) range.below = fmaxf(range.below, -smaller_of(below));
+  } else {
+    float v[kCount];
+    unpack<T, kCount>(v, packed);
+    extend<kAsymmetric>(range, v);
+  }
+}
+
 __device__ __forceinline__ int in_range(int zero_point) { return min(max(zero_point, -128), 127); }
 
 struct ScaleAndZero {
@@ -52,9 +87,25 @@ __device__ __forceinline__ ScaleAndZero computed(const QuantizeParams& p, const 
   if constexpr (kResult != Result::kAsymmetricInt8) {
     return {computed_scale(fminf(range.above, p.scale_bound), kResult == Result::kInt8), 0};
   } else {
-    const float scale = fmaxf(__fdiv_rn(range.above + range.below, 255.0f), kSmallestScale);
-    const float shift = rintf(__fdiv_rn(-range.below, scale));
-    return {scale, in_range(-128 - static_cast<int>(fmaxf(fminf(shift, 512.0f), -512.0f)))};
+    const float span = range.above + range.below, reciprocal = 1.0f / 255.0f;
+    // As in computed_scale.
+    const float estimate = span * reciprocal;
+    const float quotient = fmaf(fmaf(-estimate, 255.0f, span), reciprocal, estimate);
+    const float scale = span <= 0x1.fffffep127f ? fmaxf(quotient, kSmallestScale) : span;
+    float shift[1] = {-range.below};
+    Divisor(scale).divide_bounded(shift);
+    // Of an infinite range the shift is NaN.
+    return {scale, in_range(-128 - (shift[0] == shift[0] ? __float2int_rn(shift[0]) : 512))};
+  }
+}
+
+// NaN stays.
+template <int kCount>
+__device__ __forceinline__ void clamp_to(float (&v)[kCount], float limit) {
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) {
+    if (v[e] > limit) v[e] = limit;
+    if (v[e] < -limit) v[e] = -limit;
   }
 }
 
@@ -71,86 +122,219 @@ __device__ __forceinline__ ScaleAndZero read_scale(const QuantizeParams& p, std:
   return value;
 }
 
-// Elements [at, at + kCount) of the result.
-template <Result kResult, int kCount>
-__device__ __forceinline__ void store(const QuantizeParams& p, std::int64_t at, float (&v)[kCount], const ScaleAndZero& value) {
-  if constexpr (kResult == Result::kFloat8) {
-    store_raw(static_cast<__nv_fp8_e4m3*>(p.out) + at, Divisor(value.scale).divide_and_pack<__nv_fp8_e4m3>(v));
-  } else if constexpr (kResult == Result::kInt8) {
-    store_raw(static_cast<std::int8_t*>(p.out) + at, Divisor(value.scale).divide_and_pack<std::int8_t>(v));
+// Four integers as int8, the first in the low byte.
+__device__ __forceinline__ std::uint32_t pack_saturated(int a, int b, int c, int d) {
+  std::uint32_t word;
+  asm("{\n.reg .b32 high;\n"
+      "cvt.pack.sat.s8.s32.b32 high, %4, %3, 0;\n"
+      "cvt.pack.sat.s8.s32.b32 %0, %2, %1, high;\n}\n"
+      : "=r"(word)
+      : "r"(a), "r"(b), "r"(c), "r"(d));
+  return word;
+}
+
+// v over the scale, rounded, plus the zero point. kComputed: the scale is that of the elements' own range.
+template <bool kComputed, int kCount>
+__device__ __forceinline__ void store_asymmetric(void* out, float (&v)[kCount], const ScaleAndZero& value) {
+  const Divisor divisor(value.scale);
+  const auto is_number = [](const float (&of)[kCount]) {
+    float sum = 0.0f;
+#pragma unroll
+    for (const float x : of) sum += x;
+    return sum == sum;
+  };
+  bool ordinary;
+  if constexpr (kComputed) {
+    divisor.divide_bounded(v);
+    ordinary = is_number(v);
+  } else {
+    ordinary = is_number(v) && value.scale >= kSmallestScale && value.scale <= 0x1.fffffep127f;
+    if (ordinary) {
+      const float limit = value.scale * 512.0f;
+#pragma unroll
+      for (float& x : v) x = fminf(fmaxf(x, -limit), limit);
+      divisor.divide_bounded(v);
+    } else {
+      divisor.divide(v);
+    }
+  }
+  if (!ordinary) {
+#pragma unroll
+    for (float& x : v) x = x == x ? fminf(fmaxf(x, -512.0f), 512.0f) : 0.0f;
+  }
+  // A number that has no bits below 1: the addition rounds, and leaves an integer in the low bits.
+  constexpr float kRounds = 0x1.8p23f;
+  int integers[kCount];
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) integers[e] = __float_as_int(v[e] + kRounds) + (value.zero_point - __float_as_int(kRounds));
+  Packed<std::int8_t, kCount> result;
+  if constexpr (kCount == 1) {
+    result.byte = static_cast<std::uint8_t>(pack_saturated(integers[0], 0, 0, 0));
   } else {
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) {
-      const float quotient = __fdiv_rn(v[e], value.scale);
-      v[e] = (isnan(quotient) ? 0.0f : rintf(fmaxf(fminf(quotient, 512.0f), -512.0f))) + static_cast<float>(value.zero_point);
-    }
-    store_raw(static_cast<std::int8_t*>(p.out) + at, pack<std::int8_t, kCount>(v));
+    for (int i = 0; i < kCount / 4; ++i)
+      result.words[i] = pack_saturated(integers[4 * i], integers[4 * i + 1], integers[4 * i + 2], integers[4 * i + 3]);
+  }
+  store_raw(out, result);
+}
+
+// The result's elements from `out` on. kComputed: the scale is one of the elements' own.
+template <Result kResult, bool kComputed, int kCount>
+__device__ __forceinline__ void store(const QuantizeParams& p, void* out, float (&v)[kCount], const ScaleAndZero& value) {
+  using Q = std::conditional_t<kResult == Result::kFloat8, __nv_fp8_e4m3, std::int8_t>;
+  if constexpr (kResult == Result::kAsymmetricInt8) {
+    store_asymmetric<kComputed>(out, v, value);
+  } else if constexpr (kComputed) {
+    if (p.scale_bound <= 0x1.fffffep127f) clamp_to(v, value.scale * 512.0f);
+    store_raw(out, Divisor(value.scale).template divide_bounded_and_pack<Q>(v));
+  } else if constexpr (kResult == Result::kInt8) {
+    Divisor(value.scale).divide(v);
+    store_raw(out, pack<Q, kCount>(v));
+  } else {
+    store_raw(out, Divisor(value.scale).template divide_and_pack<Q>(v));
   }
 }
 
 enum class Scaling { kGiven, kToken, kGroup };
 
-// Grid: a CTA quantizes blockDim.y rows, one after the other every gridDim.x * blockDim.y. A row lies in the registers of its blockDim.x
-// threads, kVectors vectors each: one read, one write. blockDim.x is a power of two up to 32, or whole warps with blockDim.y = 1. With a scale per
-// group, a group's vectors lie in as many neighbouring lanes, a power of two up to 32 that divides blockDim.x.
+// Threads of a CTA: those that fit in with 64 registers each.
+template <int kVectors>
+inline constexpr int kRowThreads = kVectors == 1 ? kMaxThreads : 2 * kMaxThreads;
+
+// Two pieces take 32 registers of 16-bit elements; of float32 they would take too many.
+template <typename T>
+inline constexpr bool kReadsAhead = sizeof(T) == 2;
+
+// Where rows begin that have more than one stride. A call, which keeps divisions out of the kernels' way.
+__device__ __noinline__ std::int64_t strided_offset(const RowLayout& rows, int row) { return rows.offset(row); }
+__device__ __forceinline__ std::int64_t offset_of(const RowLayout& rows, int row) {
+  if (rows.inner_extents[0] == 1 && rows.inner_extents[1] == 1) return rows.strides[0] * row;
+  return strided_offset(rows, row);
+}
+
+// Grid: CTAs share the rows, blockDim.y at a time, in turns. Each thread has kVectors vectors of a piece of its row, blockDim.x apart, and, where it reads ahead, those of the next
+// piece are on their way while it works on them. With a scale per token a piece is a whole row, in the registers of its blockDim.x threads: one
+// read, one write. blockDim.x is a power of two up to 32, or whole warps, then blockDim.y = 1 with a scale per token. With a scale per group, a group's
+// vectors lie in as many neighbouring lanes, a power of two up to 32 that divides blockDim.x. group_shift: the logarithm of a group's vectors; -1: a row has one scale.
+// from_end: the last rows come first.
 template <typename T, int kVectors, Scaling kScaling, Result kResult>
-__global__ void __launch_bounds__(kMaxThreads, 2) quantize_rows_kernel(const __grid_constant__ QuantizeParams p) {
-  constexpr bool kAsymmetric = kResult == Result::kAsymmetricInt8;
+__global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVectors>)
+    quantize_rows_kernel(const __grid_constant__ QuantizeParams p, const int group_shift, const bool from_end) {
+  constexpr bool kAsymmetric = kResult == Result::kAsymmetricInt8, kComputes = kScaling != Scaling::kGiven;
   __shared__ float scratch[2][kWarpSize];
   const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
-  const int num_vectors = static_cast<int>(p.width) / kVec, group_vectors = static_cast<int>(p.quant.group_size) / kVec;
+  const int num_vectors = static_cast<int>(p.width) / kVec, num_rows = static_cast<int>(p.num_rows);
+  const int height = static_cast<int>(blockDim.y), step = static_cast<int>(gridDim.x) * height;
   int turn = 0;
   const auto row_max = [&](float value) {
     turn ^= 1;
     return width <= kWarpSize ? warp_max(value, width) : cta_max(value, scratch[turn]);
   };
-  // The condition is on the CTA's first row: all its threads take part in the maxima.
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.y;
-  for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * blockDim.y; first < p.num_rows; first += step) {
-    const std::int64_t row = first + threadIdx.y;
-    const int limit = row < p.num_rows ? num_vectors : 0;
-    const T* const x = static_cast<const T*>(p.x) + (limit > 0 ? p.x_rows.offset(row) : 0);
+
+  // A piece of a row that this thread reads, then works on. Of rows past the last there is nothing.
+  struct Piece {
     Packed<T, kVec> packed[kVectors];
+    ScaleAndZero given[kScaling == Scaling::kGiven ? kVectors : 1];
+    int first_row, first_vector;  // the CTA's
+  };
+  const auto row_of = [&](const Piece& piece) {
+    const int row = piece.first_row + static_cast<int>(threadIdx.y);
+    return from_end ? num_rows - 1 - row : row;
+  };
+  const auto limit_of = [&](const Piece& piece) { return piece.first_row + static_cast<int>(threadIdx.y) < num_rows ? num_vectors : 0; };
+  const auto load = [&](Piece& piece) {
+    const int row = row_of(piece), limit = limit_of(piece);
+    const T* x = nullptr;
+    if (limit > 0) x = static_cast<const T*>(p.x) + offset_of(p.x_rows, row);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      packed[i] = {};
-      if (lane + i * width < limit) packed[i] = load_packed<T, kVec>(x + (lane + i * width) * kVec);
+      const int vector = piece.first_vector + lane + i * width;
+      piece.packed[i] = {};
+      if (vector < limit) piece.packed[i] = load_packed<T, kVec>(x + vector * kVec);
     }
-
-    ScaleAndZero of_row{1.0f, 0};
+  };
+  const auto load_scale = [&](Piece& piece) {
+    if constexpr (!kComputes) {
+      const int row = row_of(piece), limit = limit_of(piece);
+      const float* scales = nullptr;
+      const std::int32_t* zero_points = nullptr;
+      if (limit > 0) {
+        scales = p.quant.scales + offset_of(p.quant.scale_rows, row);
+        if constexpr (kAsymmetric) zero_points = p.zero_points + offset_of(p.zero_point_rows, row);
+      }
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        piece.given[i] = {1.0f, 0};
+        const int vector = piece.first_vector + lane + i * width, group = group_shift < 0 ? 0 : vector >> group_shift;
+        if (vector >= limit) continue;
+        piece.given[i].scale = scales[group * p.quant.group_stride];
+        if constexpr (kAsymmetric) piece.given[i].zero_point = in_range(zero_points[group * p.zero_point_group_stride]);
+      }
+    }
+  };
+  const auto advance = [&](const Piece& piece, Piece& next) {
+    next.first_row = piece.first_row;
+    next.first_vector = piece.first_vector + kVectors * width;
+    if (kScaling == Scaling::kToken || next.first_vector >= num_vectors) next.first_row += step, next.first_vector = 0;
+    return next.first_row < num_rows;
+  };
+  const auto write_scale = [&](int row, int group, const ScaleAndZero& value) {
+    p.quant.scales[offset_of(p.quant.scale_rows, row) + group * p.quant.group_stride] = value.scale;
+    if constexpr (kAsymmetric) p.zero_points[offset_of(p.zero_point_rows, row) + group * p.zero_point_group_stride] = value.zero_point;
+  };
+  const auto finish = [&](Piece& piece) {
+    const int row = row_of(piece), limit = limit_of(piece);
+    ScaleAndZero value = piece.given[0];
     if constexpr (kScaling == Scaling::kToken) {
       Range range;
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        float v[kVec];
-        unpack<T, kVec>(v, packed[i]);
-        extend<kAsymmetric>(range, v);
-      }
+      for (int i = 0; i < kVectors; ++i) extend<kAsymmetric, T, kVec>(range, piece.packed[i]);
       range.above = row_max(range.above);
       if constexpr (kAsymmetric) range.below = row_max(range.below);
-      of_row = computed<kResult>(p, range);
-      if (lane == 0 && limit > 0) write_scale<kResult>(p, row, 0, of_row);
+      value = computed<kResult>(p, range);
+      if (lane == 0 && limit > 0) write_scale(row, 0, value);
     }
-
-    const std::int64_t out_at = limit > 0 ? p.out_rows.offset(row) : 0;
+    auto* out = static_cast<std::uint8_t*>(p.out);
+    if (limit > 0) out += offset_of(p.out_rows, row);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int vector = lane + i * width;
-      const bool inside = vector < limit;
-      float v[kVec];
-      unpack<T, kVec>(v, packed[i]);
-      ScaleAndZero value = of_row;
+      const int vector = piece.first_vector + lane + i * width;
+      if constexpr (!kComputes) value = piece.given[i];
       if constexpr (kScaling == Scaling::kGroup) {
         Range range;
-        extend<kAsymmetric>(range, v);
+        extend<kAsymmetric, T, kVec>(range, piece.packed[i]);
+        const int group_vectors = 1 << group_shift;
         range.above = warp_max(range.above, group_vectors);
         if constexpr (kAsymmetric) range.below = warp_max(range.below, group_vectors);
         value = computed<kResult>(p, range);
-        if (inside && lane % group_vectors == 0) write_scale<kResult>(p, row, vector / group_vectors, value);
-      } else if constexpr (kScaling == Scaling::kGiven) {
-        if (inside) value = read_scale<kResult>(p, row, vector / group_vectors);
+        if (vector < limit && (lane & (group_vectors - 1)) == 0) write_scale(row, vector >> group_shift, value);
       }
-      if (inside) store<kResult>(p, out_at + vector * kVec, v, value);
+      if (vector >= limit) continue;
+      float v[kVec];
+      unpack<T, kVec>(v, piece.packed[i]);
+      store<kResult, kComputes>(p, out + vector * kVec, v, value);
+    }
+  };
+
+  // All threads of a CTA go through its pieces together: they take part in the maxima.
+  Piece piece;
+  piece.first_row = static_cast<int>(blockIdx.x) * height, piece.first_vector = 0;
+  bool more = piece.first_row < num_rows;
+  if (more) load(piece);
+  // The computed scale of a tensor.
+  if constexpr (!kComputes) device::wait_for_predecessor();
+  if (more) load_scale(piece);
+  while (more) {
+    if constexpr (kReadsAhead<T>) {
+      Piece next;
+      more = advance(piece, next);
+      if (more) load(next), load_scale(next);
+      finish(piece);
+      piece = next;
+    } else {
+      finish(piece);
+      more = advance(piece, piece);
+      if (more) load(piece), load_scale(piece);
     }
   }
 }
@@ -184,7 +368,7 @@ __global__ void quantize_groups_kernel(const __grid_constant__ QuantizeParams p)
     const std::int64_t out_at = p.out_rows.offset(row);
     for (std::int64_t i = begin + lane; i < end; i += kWarpSize) {
       float v[1] = {to_float<T>(x[i])};
-      store<kResult>(p, out_at + i, v, value);
+      store<kResult, false>(p, static_cast<std::uint8_t*>(p.out) + out_at + i, v, value);
     }
   }
 }
@@ -209,26 +393,42 @@ __global__ void __launch_bounds__(kMaxThreads) tensor_range_kernel(const __grid_
       packed[i] = load_packed<T, kCount>(static_cast<const T*>(p.x) + p.x_rows.offset(row) + (item - row * row_vectors) * kCount);
     }
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      float v[kCount];
-      unpack<T, kCount>(v, packed[i]);
-      extend<kAsymmetric>(range, v);
-    }
+    for (int i = 0; i < kInFlight; ++i) extend<kAsymmetric, T, kCount>(range, packed[i]);
   }
   range.above = cta_max(range.above, scratch[0]);
   if constexpr (kAsymmetric) range.below = cta_max(range.below, scratch[1]);
+  // What it adds to is cleared by then; x was there before that.
+  device::wait_for_predecessor();
   if (threadIdx.x != 0) return;
   atomicMax(reinterpret_cast<unsigned*>(p.quant.scales), __float_as_uint(range.above));
   if constexpr (kAsymmetric) atomicMax(reinterpret_cast<unsigned*>(p.zero_points), __float_as_uint(range.below));
 }
 
+// Grid: one thread.
+template <bool kAsymmetric>
+__global__ void clear_tensor_range_kernel(const __grid_constant__ QuantizeParams p) {
+  p.quant.scales[0] = 0.0f;
+  if constexpr (kAsymmetric) p.zero_points[0] = 0;
+}
+
 // Grid: one thread. The range that tensor_range_kernel left becomes scale and zero point.
 template <Result kResult>
 __global__ void tensor_scale_kernel(const __grid_constant__ QuantizeParams p) {
+  device::launch_dependents();
+  device::wait_for_predecessor();
   Range range;
   range.above = p.quant.scales[0];
   if constexpr (kResult == Result::kAsymmetricInt8) range.below = __int_as_float(p.zero_points[0]);
   write_scale<kResult>(p, 0, 0, computed<kResult>(p, range));
+}
+
+// Grid: threads share the rows, in turns.
+__global__ void default_scales_kernel(const __grid_constant__ QuantizeParams p) {
+  for (std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < p.num_rows;
+       row += static_cast<std::int64_t>(gridDim.x) * blockDim.x) {
+    *p.quant.scale_at(row, 0) = 1.0f;
+    if (p.zero_points != nullptr) *p.zero_point_at(row, 0) = 0;
+  }
 }
 
 // Grid: threads share the elements of the result, in turns. For every layout, width and group.
@@ -368,40 +568,82 @@ dim3 row_block(std::int64_t lanes, int max_threads) {
   return block;
 }
 
-template <typename T, int kVectors, Result kResult>
-void launch_rows(const QuantizeParams& p, Stream stream) {
-  const dim3 block = row_block(ceil_div(p.width / kVec, kVectors), kMaxThreads);
-  const std::int64_t ctas = std::min<std::int64_t>(ceil_div(p.num_rows, block.y), 1 << 24);
-  const auto launch = [&](auto kernel) {
-    kernel<<<static_cast<unsigned>(ctas), block, 0, cuda_stream(stream)>>>(p);
-    QUIRE_CHECK_LAUNCH("quantize_rows_kernel", stream);
-  };
-  if (!p.computes || p.quant.granularity == ScaleGranularity::kTensor)
-    return launch(quantize_rows_kernel<T, kVectors, Scaling::kGiven, kResult>);
-  if (p.quant.granularity == ScaleGranularity::kToken) return launch(quantize_rows_kernel<T, kVectors, Scaling::kToken, kResult>);
-  launch(quantize_rows_kernel<T, kVectors, Scaling::kGroup, kResult>);
+// A launch that may begin while its predecessor in the stream ends; the kernel waits for it where it must.
+template <typename... Args>
+void launch_early(void (*kernel)(Args...), unsigned ctas, dim3 block, Stream stream, const Args&... args) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = {ctas, 1, 1};
+  config.blockDim = block;
+  config.stream = cuda_stream(stream);
+  config.attrs = &attribute;
+  config.numAttrs = current_device_properties().compute_capability >= 90 ? 1 : 0;
+  QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+// after_range: p holds the tensor's scale once the kernel before has ended.
+template <typename T, int kVectors, Scaling kScaling, Result kResult>
+void launch_rows(const QuantizeParams& p, bool after_range, Stream stream) {
+  const std::int64_t num_vectors = p.width / kVec;
+  dim3 block = row_block(ceil_div(num_vectors, kVectors), kScaling == Scaling::kToken ? kRowThreads<kVectors> : kMaxThreads);
+  if (kScaling != Scaling::kToken) {
+    // The more rows, the fewer threads for each: what is done once for a row counts less.
+    const std::int64_t threads = kResidentThreads * current_device_properties().num_sms / p.num_rows;
+    block.x = std::min(block.x, std::bit_ceil(static_cast<unsigned>(std::clamp<std::int64_t>(threads, kWarpSize, kMaxThreads))));
+    if (kScaling == Scaling::kGroup) block.x = std::max(block.x, static_cast<unsigned>(p.quant.group_size / kVec));
+    block.y = block.x < kNarrowThreads ? kNarrowThreads / block.x : 1;
+  }
+  // Where threads do not read ahead, new CTAs do so for them.
+  const unsigned ctas = num_ctas(p.num_rows, block.y, kReadsAhead<T> ? kResidentThreads / static_cast<int>(block.x * block.y) : 1 << 20);
+  const int group_shift = p.quant.group_size == p.width && kScaling != Scaling::kGroup
+                              ? -1
+                              : std::countr_zero(static_cast<std::uint64_t>(p.quant.group_size / kVec));
+  constexpr auto kernel = quantize_rows_kernel<T, kVectors, kScaling, kResult>;
+  if (after_range) {
+    // Of what the range was taken from, the end is in the L2 cache.
+    launch_early(kernel, ctas, block, stream, p, group_shift, true);
+  } else {
+    kernel<<<ctas, block, 0, cuda_stream(stream)>>>(p, group_shift, false);
+  }
+  QUIRE_CHECK_LAUNCH("quantize_rows_kernel", stream);
+}
+
+/// Why quantize_rows_kernel cannot do it; null: it can.
+template <typename T>
+const char* prevents_rows(const QuantizeParams& p) {
+  const std::int64_t group_vectors = p.quant.group_size / kVec;
+  if (!is_vectors<T, kVec>(p.x, p.x_rows, p.out, p.out_rows, p.width)) return "x or out does not divide into aligned pieces of 16 elements";
+  if (p.quant.granularity == ScaleGranularity::kGroup) {
+    if (p.quant.group_size % kVec != 0 || !std::has_single_bit(static_cast<std::uint64_t>(group_vectors)))
+      return "group_size is not 16 times a power of two";
+    if (p.computes && (p.width % p.quant.group_size != 0 || group_vectors > kWarpSize))
+      return "scales are computed, and group_size is over 512 or does not divide the row";
+  }
+  if (p.computes && p.quant.granularity == ScaleGranularity::kToken && p.width / kVec > 2 * kRowThreads<2>)
+    return "a row has more than 32768 elements";
+  return p.width > INT32_MAX / 2 || p.num_rows > INT32_MAX / 2 ? "extents are over 2^30" : nullptr;
 }
 
 template <typename T, Result kResult>
-void launch_quantize(const QuantizeParams& p, Stream stream) {
-  const std::int64_t group_vectors = p.quant.group_size / kVec, num_vectors = p.width / kVec;
-  const bool by_group = p.quant.granularity == ScaleGranularity::kGroup;
-  const bool fits_group =
-      !by_group || (p.quant.group_size % kVec == 0 && (!p.computes || (p.width % p.quant.group_size == 0 && group_vectors <= kWarpSize &&
-                                                                       std::has_single_bit(static_cast<std::uint64_t>(group_vectors)))));
-  if (is_vectors<T, kVec>(p.x, p.x_rows, p.out, p.out_rows, p.width) && fits_group && num_vectors <= 4 * kMaxThreads) {
-    // One vector is enough in flight; more only where a row has more than a CTA has threads.
-    if (num_vectors <= kMaxThreads) return launch_rows<T, 1, kResult>(p, stream);
-    if (num_vectors <= 2 * kMaxThreads) return launch_rows<T, 2, kResult>(p, stream);
-    return launch_rows<T, 4, kResult>(p, stream);
+void launch_quantize(const QuantizeParams& p, bool after_range, Stream stream) {
+  if (prevents_rows<T>(p) == nullptr) {
+    // 64 bytes for each thread, and more only where a row has more than a CTA has threads for it.
+    constexpr int kVectors = sizeof(T) == 2 ? 2 : 1;
+    if (!p.computes) return launch_rows<T, kVectors, Scaling::kGiven, kResult>(p, after_range, stream);
+    if (p.quant.granularity == ScaleGranularity::kGroup) return launch_rows<T, kVectors, Scaling::kGroup, kResult>(p, false, stream);
+    if (p.width / kVec <= kVectors * kRowThreads<kVectors>) return launch_rows<T, kVectors, Scaling::kToken, kResult>(p, false, stream);
+    return launch_rows<T, 2, Scaling::kToken, kResult>(p, false, stream);
   }
   const std::int64_t items = p.num_rows * ceil_div(p.width, p.quant.group_size);
   quantize_groups_kernel<T, kResult><<<num_ctas(items, 8, 8), 256, 0, cuda_stream(stream)>>>(p);
   QUIRE_CHECK_LAUNCH("quantize_groups_kernel", stream);
 }
 
+// Writes scales[0] and zero_points[0].
 template <typename T, Result kResult>
-void launch_tensor_range(QuantizeParams p, Stream stream) {
+void launch_tensor_scale(QuantizeParams p, Stream stream) {
   constexpr bool kAsymmetric = kResult == Result::kAsymmetricInt8;
   constexpr int kCount = kElementsPer16Bytes<T>;
   if (p.x_rows.inner_extents[0] == 1 && p.x_rows.inner_extents[1] == 1 && p.x_rows.strides[0] == p.width) {
@@ -409,34 +651,44 @@ void launch_tensor_range(QuantizeParams p, Stream stream) {
     p.width *= p.num_rows;
     p.num_rows = 1;
   }
-  QUIRE_CUDA_CHECK(cudaMemsetAsync(p.quant.scales, 0, sizeof(float), cuda_stream(stream)));
-  if constexpr (kAsymmetric) QUIRE_CUDA_CHECK(cudaMemsetAsync(p.zero_points, 0, sizeof(std::int32_t), cuda_stream(stream)));
+  clear_tensor_range_kernel<kAsymmetric><<<1, 1, 0, cuda_stream(stream)>>>(p);
+  QUIRE_CHECK_LAUNCH("clear_tensor_range_kernel", stream);
   if (is_vectors<T, kCount>(p.x, p.x_rows, p.x, RowLayout{}, p.width)) {
     const std::int64_t items = p.num_rows * (p.width / kCount);
-    tensor_range_kernel<T, kCount, kAsymmetric><<<num_ctas(items, kMaxThreads, 4), kMaxThreads, 0, cuda_stream(stream)>>>(p);
+    launch_early(tensor_range_kernel<T, kCount, kAsymmetric>, num_ctas(items, kMaxThreads, 4), kMaxThreads, stream, p);
   } else {
-    tensor_range_kernel<T, 1, kAsymmetric><<<num_ctas(p.num_rows * p.width, kMaxThreads, 4), kMaxThreads, 0, cuda_stream(stream)>>>(p);
+    launch_early(tensor_range_kernel<T, 1, kAsymmetric>, num_ctas(p.num_rows * p.width, kMaxThreads, 4), kMaxThreads, stream, p);
   }
   QUIRE_CHECK_LAUNCH("tensor_range_kernel", stream);
-  tensor_scale_kernel<kResult><<<1, 1, 0, cuda_stream(stream)>>>(p);
+  launch_early(tensor_scale_kernel<kResult>, 1, 1, stream, p);
   QUIRE_CHECK_LAUNCH("tensor_scale_kernel", stream);
 }
 
 template <typename T, Result kResult>
 void quantize_to(const QuantizeParams& p, Stream stream) {
-  if (p.quant.granularity != ScaleGranularity::kTensor || !p.computes) return launch_quantize<T, kResult>(p, stream);
-  launch_tensor_range<T, kResult>(p, stream);
+  if (p.quant.granularity != ScaleGranularity::kTensor || !p.computes) return launch_quantize<T, kResult>(p, false, stream);
+  launch_tensor_scale<T, kResult>(p, stream);
   QuantizeParams given = p;
   given.computes = false;
-  launch_quantize<T, kResult>(given, stream);
+  launch_quantize<T, kResult>(given, true, stream);
+}
+
+/// Why dequantize_rows_kernel, which stores 16 bytes at once, cannot do it; null: it can.
+template <typename Out>
+const char* prevents_dequantize_rows(const QuantizeParams& p) {
+  constexpr int kCount = kElementsPer16Bytes<Out>;
+  if (!is_vectors<Out, kCount>(p.out, p.out_rows, p.x, p.x_rows, p.width))
+    return "q or out does not divide into aligned 16-byte pieces of out";
+  if (p.width > INT32_MAX / 2 || p.num_rows > INT32_MAX) return "extents are over 2^30";
+  if (p.quant.granularity == ScaleGranularity::kGroup && p.quant.group_size % kCount != 0)
+    return "groups do not divide into 16-byte pieces";
+  return nullptr;
 }
 
 template <typename Out, typename Narrow>
 void launch_dequantize(const QuantizeParams& p, Stream stream) {
   constexpr int kCount = kElementsPer16Bytes<Out>, kVectors = 4;
-  const bool by_group = p.quant.granularity == ScaleGranularity::kGroup;
-  if (is_vectors<Out, kCount>(p.out, p.out_rows, p.x, p.x_rows, p.width) && p.width <= INT32_MAX / 2 && p.num_rows <= INT32_MAX &&
-      (!by_group || p.quant.group_size % kCount == 0)) {
+  if (prevents_dequantize_rows<Out>(p) == nullptr) {
     const dim3 block = row_block(ceil_div(p.width / kCount, kVectors), kNarrowThreads * 2);
     dequantize_rows_kernel<Out, Narrow, kVectors>
         <<<static_cast<unsigned>(ceil_div(p.num_rows, block.y)), block, 0, cuda_stream(stream)>>>(p);
@@ -452,15 +704,36 @@ void launch_dequantize(const QuantizeParams& p, Stream stream) {
 void quantize(const QuantizeParams& p, Stream stream) {
   dispatch_float(p.dtype, "quantize", [&](auto dtype) {
     using T = Element<decltype(dtype)::value>;
+    if (Explanation* const explanation = explaining()) {
+      const bool reads_twice = p.computes && p.quant.granularity == ScaleGranularity::kTensor;
+      const char* const obstacle = prevents_rows<T>(p);
+      explanation->variant = std::string(reads_twice ? "range+" : "") + (obstacle == nullptr ? "rows" : "groups");
+      explanation->reasons.push_back(obstacle == nullptr ? "a row stays in registers between its scale and its results"
+                                                         : std::string("not rows: ") + obstacle);
+      if (reads_twice) explanation->reasons.emplace_back("one scale for the whole tensor is computed: x is read twice");
+      return;
+    }
     if (p.quant.dtype != DType::kInt8) return quantize_to<T, Result::kFloat8>(p, stream);
     if (p.zero_points == nullptr) return quantize_to<T, Result::kInt8>(p, stream);
     quantize_to<T, Result::kAsymmetricInt8>(p, stream);
   });
 }
 
+void set_default_scales(const QuantizeParams& p, Stream stream) {
+  default_scales_kernel<<<num_ctas(p.num_rows, 256, 8), 256, 0, cuda_stream(stream)>>>(p);
+  QUIRE_CHECK_LAUNCH("default_scales_kernel", stream);
+}
+
 void dequantize(const QuantizeParams& p, Stream stream) {
   dispatch_float(p.dtype, "dequantize", [&](auto dtype) {
     using Out = Element<decltype(dtype)::value>;
+    if (Explanation* const explanation = explaining()) {
+      const char* const obstacle = prevents_dequantize_rows<Out>(p);
+      explanation->variant = obstacle == nullptr ? "rows" : "elements";
+      explanation->reasons.push_back(obstacle == nullptr ? "all rows of out begin and end at multiples of 16 bytes"
+                                                         : std::string("not rows: ") + obstacle);
+      return;
+    }
     if (p.quant.dtype == DType::kInt8) {
       launch_dequantize<Out, std::int8_t>(p, stream);
     } else {

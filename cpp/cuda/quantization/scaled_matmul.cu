@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <limits>
 #include <span>
+#include <string>
 
+#include "core/explain.h"
 #include "cuda/launch.h"
 #include "cuda/quantization/hopper_code.h"
 #include "cuda/quantization/scaled_matmul.h"
@@ -26,21 +28,26 @@ constexpr Tile kBlockTiles[] = {
 constexpr float kBytesPerMicrosecond = 2.1e6f;  // of device memory
 constexpr float kReadOnce = 0.85f;              // of that time where the L2 cache need not keep the weight,
 constexpr float kReadAtOnce = 0.95f;            // and where column tiles read it at one time
-constexpr float kFewCtas = 0.05f;               // more of it, the fewer CTAs read
+constexpr float kFewCtas = 0.12f;               // more of it, the fewer CTAs read
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-bool can_use_wgmma(const ScaledMatmulParams& p, int compute_capability) {
+const char* prevents_wgmma(const ScaledMatmulParams& p, int compute_capability) {
   const auto copies = [&](const void* data, std::int64_t num_rows, std::int64_t stride) {
     return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && ((num_rows == 1 && !p.batch_invariant) || (stride > 0 && stride % 16 == 0));
   };
   // Coordinates and counts of tiles are 32-bit.
   constexpr std::int64_t kLargest = std::int64_t{1} << 30;
-  const bool int8_blocks = p.dtype == DType::kInt8 && p.granularity_a == ScaleGranularity::kGroup;
-  return compute_capability == 90 && has_hopper_code() && !int8_blocks && copies(p.a, p.m, p.a_stride) && copies(p.b, p.n, p.b_stride) &&
-         p.m < kLargest && p.n < kLargest && p.k < kLargest && ceil_div(p.m, 16) * ceil_div(p.n, 64) < kLargest;
+  if (compute_capability != 90) return "the device is no Hopper (compute capability 9.0)";
+  if (!has_hopper_code()) return "this build has no code for sm_90a";
+  if (p.dtype == DType::kInt8 && p.granularity_a == ScaleGranularity::kGroup) return "int8 with scales of blocks";
+  if (!copies(p.a, p.m, p.a_stride)) return "rows of a do not begin at multiples of 16 bytes";
+  if (!copies(p.b, p.n, p.b_stride)) return "rows of b do not begin at multiples of 16 bytes";
+  if (p.m >= kLargest || p.n >= kLargest || p.k >= kLargest || ceil_div(p.m, 16) * ceil_div(p.n, 64) >= kLargest)
+    return "extents are over 2^30";
+  return nullptr;
 }
 
 WgmmaChoice choose_wgmma(const ScaledMatmulParams& p, int num_sms) {
@@ -59,12 +66,12 @@ WgmmaChoice choose_wgmma(const ScaledMatmulParams& p, int num_sms) {
     for (const int splits : {1, 2, 4}) {
       // Clusters of four do not fill every part of the chip.
       const std::int64_t at_once = splits == 4 ? std::max(num_sms / 4 - 4, 1) : num_sms / splits;
-      if (splits > 1 && (!may_split || num_tiles > at_once || num_steps < 4 * splits)) break;
+      if (splits > 1 && (!may_split || (tile.columns == 256 && !blocks) || num_tiles > at_once || num_steps < 4 * splits)) break;
       // Where there are many large tiles, two CTAs share columns, and the last tiles may be halved.
       const bool shares = tile.columns == 256 && num_tiles > num_sms;
       const std::int64_t rest = num_tiles % at_once;
-      const bool halves = shares && may_split && rest > 0 && 2 * rest <= at_once;
-      const float waves = static_cast<float>(num_tiles / at_once) + (rest == 0 ? 0.0f : halves ? 0.6f : 1.0f);
+      const bool halves = shares && !blocks && rest > 0 && 2 * rest <= at_once;
+      const float waves = static_cast<float>(num_tiles / at_once) + (rest == 0 ? 0.0f : halves ? 0.65f : 1.0f);
       const float ctas = static_cast<float>(std::min(num_tiles * splits, std::int64_t{num_sms})) / static_cast<float>(num_sms);
       const float once = tile.token_rows || (num_column_tiles > 1 && num_tiles > at_once) ? 1.0f
                          : num_column_tiles == 1                                          ? kReadOnce
@@ -72,7 +79,7 @@ WgmmaChoice choose_wgmma(const ScaledMatmulParams& p, int num_sms) {
       const float memory = memory_time * once * (1.0f + kFewCtas * (1.0f - ctas));
       // A step is faster while fewer CTAs load; with blocks it waits for sums instead.
       const float step = blocks ? tile.step : tile.step * (0.5f + 0.5f * ctas);
-      const float exchange = splits > 1 ? (0.6f + 0.01f * static_cast<float>(tile.columns)) * static_cast<float>(splits) / 2.0f : 0.0f;
+      const float exchange = splits > 1 ? (0.5f + 0.009f * static_cast<float>(tile.columns)) * static_cast<float>(splits) / 2.0f : 0.0f;
       // All but the last results are stored while memory may be busy.
       const float time = std::max(waves * static_cast<float>(ceil_div(num_steps, splits)) * step + (waves - 1.0f) * tile.store, memory) +
                          tile.store + exchange;
@@ -85,11 +92,30 @@ WgmmaChoice choose_wgmma(const ScaledMatmulParams& p, int num_sms) {
   return best;
 }
 
+namespace {
+
+void explain(const ScaledMatmulParams& p, const char* obstacle, int num_sms, Explanation& explanation) {
+  explanation.variant = obstacle == nullptr ? "wgmma" : "mma";
+  if (obstacle != nullptr) {
+    explanation.reasons.push_back(std::string("not wgmma: ") + obstacle);
+    return;
+  }
+  const WgmmaChoice choice = choose_wgmma(p, num_sms);
+  explanation.reasons.push_back("tiles of " + std::to_string(choice.rows) + (choice.token_rows ? " rows of a and " : " rows of b and ") +
+                                std::to_string(choice.columns) + (choice.token_rows ? " of b" : " of a"));
+  if (choice.splits > 1) explanation.reasons.push_back("each tile's k in " + std::to_string(choice.splits) + " parts, as tiles are few");
+  if (choice.shared_columns > 1) explanation.reasons.emplace_back("two CTAs share what they read, as tiles are many");
+}
+
+}  // namespace
+
 }  // namespace scaled
 
 void scaled_matmul(const ScaledMatmulParams& p, Stream stream) {
   const DeviceProperties& device = current_device_properties();
-  if (!scaled::can_use_wgmma(p, device.compute_capability)) return scaled::launch_mma(p, stream);
+  const char* const obstacle = scaled::prevents_wgmma(p, device.compute_capability);
+  if (Explanation* const explanation = explaining()) return scaled::explain(p, obstacle, device.num_sms, *explanation);
+  if (obstacle != nullptr) return scaled::launch_mma(p, stream);
   const scaled::WgmmaChoice choice = scaled::choose_wgmma(p, device.num_sms);
   if (p.dtype == DType::kInt8) {
     scaled::launch_wgmma_int8(p, choice, stream);

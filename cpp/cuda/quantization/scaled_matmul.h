@@ -13,11 +13,11 @@ struct WgmmaChoice {
   bool token_rows;     // tokens are the tile's rows: only with block scales
   int shared_columns;  // CTAs of a cluster with the same columns: 1, 2, 4
   int splits;          // of the inner dimension, over CTAs of a cluster
-  bool halves;         // tiles that would make up half a wave or less are halved along the inner dimension
+  bool halves;         // tiles that would make up half a wave or less are halved: so many columns for each of two CTAs
 };
 
-/// True if Hopper's copy engine can read the operands, on a device of that compute capability.
-bool can_use_wgmma(const ScaledMatmulParams& params, int compute_capability);
+/// Why Hopper's kernel cannot do it on a device of that compute capability; null: it can.
+const char* prevents_wgmma(const ScaledMatmulParams& params, int compute_capability);
 WgmmaChoice choose_wgmma(const ScaledMatmulParams& params, int num_sms);
 
 void launch_wgmma_float8(const ScaledMatmulParams& params, const WgmmaChoice& choice, Stream stream);

@@ -15,8 +15,8 @@ namespace quire::cuda::scaled {
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 /// How many clusters run at once. Asked once per kernel, device and size.
-template <typename Kernel>
-int max_clusters(Kernel kernel, const cudaLaunchConfig_t& config, int cluster_size) {
+template <auto kKernel>
+int max_clusters(const cudaLaunchConfig_t& config, int cluster_size) {
   constexpr int kDevices = 64, kSizes = 9;
   static std::array<std::atomic<int>, kDevices * kSizes> known{};
   int device = 0;
@@ -24,7 +24,7 @@ int max_clusters(Kernel kernel, const cudaLaunchConfig_t& config, int cluster_si
   std::atomic<int>* slot = device < kDevices ? &known[static_cast<std::size_t>(device * kSizes + cluster_size)] : nullptr;
   int count = slot != nullptr ? slot->load(std::memory_order_relaxed) : 0;
   if (count == 0) {
-    QUIRE_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, kernel, &config));
+    QUIRE_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, kKernel, &config));
     count = std::max(count, 1);
     if (slot != nullptr) slot->store(count, std::memory_order_relaxed);
   }
@@ -69,9 +69,9 @@ void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream
   config.numAttrs = 1;
   int num_clusters = plan.num_items;
   if (choice.splits == 1) {
-    const int most = max_clusters(kernel, config, cluster_size);
+    const int most = max_clusters<kernel>(config, cluster_size);
     const int rest = plan.num_items % most;
-    if (choice.halves && choice.shared_columns == 2 && plan.num_items > most && rest > 0 && 2 * rest <= most) {
+    if (Shape::kHalves && choice.halves && choice.shared_columns == 2 && plan.num_items > most && rest > 0 && 2 * rest <= most) {
       plan.num_items -= rest;
       plan.num_halved_tiles = 2 * rest;
     }

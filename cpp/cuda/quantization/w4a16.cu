@@ -2,7 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <random>
+#include <string>
 
+#include "core/explain.h"
 #include "cuda/launch.h"
 #include "cuda/quantization/hopper_code.h"
 #include "cuda/quantization/w4a16_launch.h"
@@ -570,16 +572,51 @@ void run_few(const QuantizedMatmulParams& params, const FewChoice& choice, Strea
 
 namespace {
 
-/// Whether wgmma's kernel can do it and is the faster one. It rounds weights to the dtype of x, whose range float16 may not have for scales of
-/// another dtype; the other kernel multiplies by scales in float32.
-bool takes_wgmma(std::int64_t num_tokens, const Layout& layout, DType dtype, bool batch_invariant) {
-  return num_tokens > kMaxFewTokens && layout.num_steps >= 4 && (dtype == DType::kBFloat16 || layout.scale_dtype == DType::kFloat16) &&
-         !batch_invariant && has_hopper_code();
+/// Why the kernel for few tokens cannot do it or is the slower one; null: it is taken.
+const char* prevents_few(std::int64_t num_tokens, const WeightFormat& format, bool batch_invariant) {
+  if (!has_hopper_code()) return "the device is no Hopper, or this build has no code for sm_90a";
+  if (batch_invariant) return "batch_invariant: one kernel for any number of tokens";
+  if (num_tokens > kMaxFewTokens) return "more than 64 tokens";
+  if (num_tokens == 1) return "one token is bound by memory, where the other kernel reads more at a time";
+  if (format.num_rows % kUnitColumns != 0) return "input features are no multiple of 64";
+  return nullptr;
 }
 
-/// Whether the kernel for few tokens can do it and is the faster one.
-bool takes_few(std::int64_t num_tokens, const WeightFormat& format, bool batch_invariant) {
-  return num_tokens > 1 && num_tokens <= kMaxFewTokens && format.num_rows % kUnitColumns == 0 && !batch_invariant && has_hopper_code();
+/// Why wgmma's kernel for many tokens cannot do it or is the slower one; null: it is taken. It rounds weights to the dtype of x, whose range
+/// float16 may not have for scales of another dtype; the other kernels multiply by scales in float32.
+const char* prevents_wgmma(std::int64_t num_tokens, const Layout& layout, DType dtype, bool batch_invariant) {
+  if (!has_hopper_code()) return "the device is no Hopper, or this build has no code for sm_90a";
+  if (batch_invariant) return "batch_invariant: one kernel for any number of tokens";
+  if (num_tokens <= kMaxFewTokens) return "up to 64 tokens would leave its tiles mostly empty";
+  if (layout.num_steps < 4) return "fewer than 256 input features";
+  if (dtype != DType::kBFloat16 && layout.scale_dtype != DType::kFloat16)
+    return "float16 may not have the range of scales of another dtype";
+  return nullptr;
+}
+
+void explain(const QuantizedMatmulParams& p, const Layout& layout, const char* no_few, const char* no_wgmma, const DeviceProperties& device,
+             Explanation& explanation) {
+  const auto add = [&](const std::string& reason) { explanation.reasons.push_back(reason); };
+  if (no_few == nullptr) {
+    explanation.variant = "wgmma_few";
+    const FewChoice choice = choose_few(p.num_tokens, layout, device.num_sms);
+    add("tiles of " + std::to_string(choice.tokens) + " tokens and " + std::to_string(kBlockRows << choice.row_groups_log2) +
+        " output features");
+    if (choice.cluster_ctas > 1) add("each tile's input features in " + std::to_string(choice.cluster_ctas) + " parts of a cluster");
+  } else if (no_wgmma == nullptr) {
+    explanation.variant = "wgmma";
+    const WgmmaChoice choice = choose_wgmma(p.num_tokens, layout, device.num_sms);
+    add("tiles of " + std::to_string(choice.tokens) + " tokens and " + std::to_string(wgmma_rows(choice.tokens)) + " output features");
+    if (choice.cluster_ctas > 1) add("each tile's input features in " + std::to_string(choice.cluster_ctas) + " parts of a cluster");
+    if (choice.num_shared_tiles > 0 && choice.num_chunks > 1)
+      add("input features of " + std::to_string(choice.num_shared_tiles) + " tiles in " + std::to_string(choice.num_chunks) + " parts");
+  } else {
+    explanation.variant = "mma";
+    const MmaChoice choice = choose_mma(p.num_tokens, layout, device.num_sms, device.max_shared_bytes_per_cta, p.batch_invariant);
+    add(std::string(p.num_tokens > kMaxFewTokens ? "not wgmma: " : "not wgmma_few: ") + (p.num_tokens > kMaxFewTokens ? no_wgmma : no_few));
+    add("tiles of " + std::to_string(8 * choice.tiles) + " tokens, input features in " + std::to_string(choice.num_chunks) + " parts");
+  }
+  if (p.weight.permutation != nullptr) add("x is first put in the weight's order of input features (act-order)");
 }
 
 }  // namespace
@@ -600,6 +637,7 @@ namespace {
 
 /// Tokens that are worked on at a time.
 std::int64_t slice_tokens(std::int64_t num_tokens, const WeightFormat& format, bool has_permutation) {
+  num_tokens = std::max(num_tokens, std::int64_t{1});
   if (!has_permutation) return num_tokens;
   const std::int64_t most = std::max(kMaxGatheredBytes / gathered_bytes(1, format) / kBandTokens, std::int64_t{1}) * kBandTokens;
   return std::min(num_tokens, most);
@@ -612,7 +650,7 @@ std::int64_t slice_workspace_size(std::int64_t num_tokens, const WeightFormat& f
   const Layout layout(nullptr, format);
   const MmaChoice mma = choose_mma(num_tokens, layout, device.num_sms, device.max_shared_bytes_per_cta, batch_invariant);
   std::int64_t num_bytes = mma.partial_bytes + mma.arrival_bytes;
-  if (takes_wgmma(num_tokens, layout, dtype, batch_invariant)) {
+  if (prevents_wgmma(num_tokens, layout, dtype, batch_invariant) == nullptr) {
     const WgmmaChoice wgmma = choose_wgmma(num_tokens, layout, device.num_sms);
     num_bytes = std::max(num_bytes, wgmma.partial_bytes + wgmma.arrival_bytes);
   }
@@ -625,9 +663,13 @@ void multiply_slice(const QuantizedMatmulParams& params, Stream stream) {
   const bool aligned =
       params.weight.permutation != nullptr || (is_aligned(params.x, 16) && (params.num_tokens == 1 || params.x_stride > 0) &&
                                                keeps_alignment(params.num_tokens, params.x_stride, 2, 16));
-  if (aligned && takes_few(params.num_tokens, params.weight.format, params.batch_invariant)) {
+  const char* no_few = prevents_few(params.num_tokens, params.weight.format, params.batch_invariant);
+  const char* no_wgmma = prevents_wgmma(params.num_tokens, layout, params.dtype, params.batch_invariant);
+  if (!aligned) no_few = no_wgmma = "rows of x do not begin at multiples of 16 bytes";
+  if (Explanation* const explanation = explaining()) return explain(params, layout, no_few, no_wgmma, device, *explanation);
+  if (no_few == nullptr) {
     run_few(params, choose_few(params.num_tokens, layout, device.num_sms), stream);
-  } else if (aligned && takes_wgmma(params.num_tokens, layout, params.dtype, params.batch_invariant)) {
+  } else if (no_wgmma == nullptr) {
     run_wgmma(params, choose_wgmma(params.num_tokens, layout, device.num_sms), stream);
   } else {
     run_mma(params, choose_mma(params.num_tokens, layout, device.num_sms, device.max_shared_bytes_per_cta, params.batch_invariant), stream);
@@ -652,6 +694,7 @@ void quantized_matmul(const QuantizedMatmulParams& params, Stream stream) {
     part.x = static_cast<const std::uint16_t*>(params.x) + first * params.x_stride;
     part.out = static_cast<std::uint16_t*>(params.out) + first * params.out_stride;
     w4a16::multiply_slice(part, stream);
+    if (explaining() != nullptr) return;  // of the first slice, as of any
   }
 }
 

@@ -1,0 +1,207 @@
+// The warpgroups of Hopper's kernel for products of 8-bit matrices that multiply: 64 rows of every tile each.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "cuda/device/wgmma_8bit.cuh"
+#include "cuda/quantization/scaled_matmul_wgmma_results.cuh"
+
+namespace quire::cuda::scaled {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+/// A warpgroup: 64 rows of every tile.
+template <typename Sum, typename Shape>
+struct WgmmaConsumer : WgmmaResults<Sum, Shape> {
+  using Results = WgmmaResults<Sum, Shape>;
+  using Results::clear_sums, Results::exchange, Results::group, Results::kColumnBlocks, Results::lane, Results::load_values, Results::plan,
+      Results::rank, Results::shared, Results::store, Results::sum, Results::thread, Results::warp;
+  static constexpr int kTurnBarrier = 3;  // and the next one: one for each group
+
+  std::uint32_t empty;  // the first barrier that this lane releases stages by, in whichever CTA; 0: none
+  StageRing<Shape::kStages> ring;
+
+  /// Tells every CTA that copies to this one's stage that this warp has read it: lane i tells the i-th.
+  __device__ __forceinline__ void release(int stage) const {
+    __syncwarp();
+    if (empty == 0) return;
+    if (plan.shared_columns == 1) {
+      device::barrier_arrive(empty + stage * 8);
+    } else {
+      device::cluster_barrier_arrive(empty + stage * 8);
+    }
+  }
+
+  /// Starts the products of the ring's stage with some of its columns.
+  template <int kCount>
+  __device__ __forceinline__ void multiply_stage(Sum (&d)[kCount], int first_column, bool accumulate) const {
+    const std::uint32_t rows = device::matrix_descriptor(shared.rows(ring.stage) + static_cast<std::uint32_t>(group * 64 * kStepBytes), 0);
+    const std::uint32_t columns =
+        device::matrix_descriptor(shared.columns(ring.stage) + static_cast<std::uint32_t>(first_column * kStepBytes), 0);
+    device::wgmma_fence();
+#pragma unroll
+    for (int part = 0; part < kStepBytes / 32; ++part)
+      device::Wgmma8Bit<kCount * 2, Sum>::product(d, rows + part * 2, columns + part * 2, accumulate || part > 0 ? 1 : 0);
+    device::wgmma_commit();
+  }
+
+  /// d = the tile's products with all of a stage's columns, or with the first ones.
+  template <int kCount>
+  __device__ __forceinline__ void multiply(Sum (&d)[kCount], const Work& work) {
+    int previous = 0;
+#pragma unroll 1
+    for (int step = 0; step < work.num_steps; ++step) {
+      device::barrier_wait(shared.full(ring.stage), ring.parity);
+      multiply_stage(d, 0, step > 0);
+      if (step > 0) {
+        device::wgmma_wait<1>();
+        release(previous);
+      }
+      previous = ring.stage;
+      ring.advance();
+    }
+    device::wgmma_wait<0>();
+    device::pin_registers(d);
+    release(previous);
+  }
+
+  using Part = float[Shape::kPartColumns / 2];
+
+  /// What a part's products are multiplied by: of rows lane / 4 and + 8, or of columns.
+  struct PartScales {
+    float value[Shape::kTokenRows ? 2 : Shape::kColumns / 4];
+  };
+  __device__ __forceinline__ PartScales load_scales(int stage, int part) const {
+    const std::uint32_t scales = shared.scales(stage);
+    PartScales result;
+    if constexpr (Shape::kTokenRows) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        result.value[r] = load_shared(scales + static_cast<std::uint32_t>(group * 64 + warp() * 16 + lane() / 4 + 8 * r) * 4);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kColumnBlocks; ++j)
+        load_shared_2(result.value[2 * j], result.value[2 * j + 1], scales + static_cast<std::uint32_t>(8 * j + lane() % 4 * 2) * 4);
+    }
+    const float block_scale = load_shared(scales + static_cast<std::uint32_t>(Shape::kTokens + part) * 4);
+#pragma unroll
+    for (float& value : result.value) value *= block_scale;
+    return result;
+  }
+  __device__ __forceinline__ void add_scaled(const Part& products, const PartScales& scales, int part) {
+#pragma unroll
+    for (int j = 0; j < Shape::kPartColumns / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        sum[part * Shape::kPartColumns / 2 + 4 * j + e] += products[4 * j + e] * scales.value[Shape::kTokenRows ? e / 2 : 2 * j + e % 2];
+    }
+  }
+
+  /// Starts the products of the ring's stage; returns the stage.
+  __device__ __forceinline__ int start_step(Part& products) {
+    device::barrier_wait(shared.full(ring.stage), ring.parity);
+    multiply_stage(products, 0, false);
+    const int stage = ring.stage;
+    ring.advance();
+    return stage;
+  }
+  /// Adds a stage's products, while the next stage's, if there is one, are under way.
+  template <bool kIsLast>
+  __device__ __forceinline__ void finish_step(Part& products, int stage) {
+    const PartScales scales = load_scales(stage, 0);
+    device::wgmma_wait<kIsLast ? 0 : 1>();
+    device::pin_registers(products);
+    release(stage);
+    add_scaled(products, scales, 0);
+  }
+
+  /// sum = the tile's products with a scale for each token and step: a step's products are summed by themselves, and added while the next
+  /// step's are computed.
+  __device__ __forceinline__ void multiply_blocks(const Work& work) {
+    Part even, odd;
+    clear_sums();
+    int stage = start_step(even), next = 0;
+    int left = work.num_steps - 1;  // steps not started
+#pragma unroll 1
+    for (; left >= 2; left -= 2) {
+      next = start_step(odd);
+      finish_step<false>(even, stage);
+      stage = start_step(even);
+      finish_step<false>(odd, next);
+    }
+    if (left == 1) {
+      next = start_step(odd);
+      finish_step<false>(even, stage);
+      finish_step<true>(odd, next);
+    } else {
+      finish_step<true>(even, stage);
+    }
+  }
+
+  /// The same where there are no registers for two steps' products: the groups take turns, so that one adds while the other multiplies.
+  __device__ __forceinline__ void multiply_blocks_in_turn(const Work& work) {
+    Part products;
+    clear_sums();
+#pragma unroll 1
+    for (int step = 0; step < work.num_steps; ++step) {
+      device::barrier_wait(shared.full(ring.stage), ring.parity);
+#pragma unroll
+      for (int part = 0; part < Shape::kParts; ++part) {
+        device::named_barrier_sync(kTurnBarrier + group, 256);
+        device::pin_registers(products);
+        multiply_stage(products, part * Shape::kPartColumns, false);
+        device::named_barrier_arrive(kTurnBarrier + 1 - group, 256);
+        const PartScales scales = load_scales(ring.stage, part);
+        device::wgmma_wait<0>();
+        device::pin_registers(products);
+        if (part == Shape::kParts - 1) release(ring.stage);
+        add_scaled(products, scales, part);
+      }
+      ring.advance();
+    }
+  }
+  /// Group 0 has the first turn; in the end it takes the last.
+  __device__ __forceinline__ void begin_turns() const {
+    if (Shape::kParts > 1 && group == 1) device::named_barrier_arrive(kTurnBarrier, 256);
+  }
+  __device__ __forceinline__ void end_turns() const {
+    if (Shape::kParts > 1 && group == 0) device::named_barrier_sync(kTurnBarrier, 256);
+  }
+
+  __device__ __forceinline__ void run() {
+    Work work;
+    const SplitColumns<Shape> mine(plan, rank);
+    begin_turns();
+    for (int iteration = 0; locate_work(plan, rank, iteration, work); ++iteration) {
+      load_values(work);
+      int first = 0, count = kColumnBlocks;
+      if constexpr (Shape::kParts > 1) {
+        multiply_blocks_in_turn(work);
+      } else if constexpr (Shape::kBlockScales) {
+        multiply_blocks(work);
+      } else if constexpr (Shape::kHalves) {
+        if (work.half >= 0) {
+          count = kColumnBlocks / 2, first = work.half * count;
+          multiply(reinterpret_cast<Sum(&)[Shape::kColumns / 4]>(sum), work);
+        } else {
+          multiply(sum, work);
+        }
+      } else {
+        multiply(sum, work);
+      }
+      // Tiles that are halved have no splits.
+      if constexpr (!Shape::kHalves) {
+        if (plan.splits > 1) {
+          exchange(mine);
+          first = mine.first, count = mine.count;
+        }
+      }
+      store(work, first, count);
+    }
+    end_turns();
+    if (thread() == 0) device::store_wait_read<0>();
+  }
+};
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+}  // namespace quire::cuda::scaled
