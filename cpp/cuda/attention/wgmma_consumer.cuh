@@ -415,10 +415,11 @@ struct WgmmaConsumer {
     device::wgmma_fence();
     start_output(from, accumulate);
     pass_turn();
-    if constexpr (kNewTile) describe(scores);
-    std::uint32_t seen[2];
-    const bool masked = find_seen(scores, __shfl_sync(kAllLanes, loaded, 0), seen);
+    const std::uint32_t valid = __shfl_sync(kAllLanes, loaded, 0);
     if constexpr (kNewTile) {
+      describe(scores);
+      std::uint32_t seen[2];
+      const bool masked = find_seen(scores, valid, seen);
       const Ending ending = end_rows(*values.slot);
       device::wgmma_wait<1>();
       weigh_first(scores, masked, seen);
@@ -426,9 +427,15 @@ struct WgmmaConsumer {
       release_values(1);
       return ending;
     } else {
+      // Few of these steps are masked: what that takes is not worth registers here.
+      const auto mask = [&] {
+        std::uint32_t seen[2];
+        const bool masked = find_seen(scores, valid, seen);
+        mask_scores(scores, masked, seen);
+      };
       device::wgmma_wait<1>();
       device::pin_registers(score);
-      mask_scores(scores, masked, seen);
+      mask();
       float added[2];
       weigh(log2_scale(scores), added);
       // Products are a warpgroup's: all of it takes one branch.
@@ -441,7 +448,7 @@ struct WgmmaConsumer {
         device::wgmma_wait<0>();
         device::pin_registers(score);
         device::pin_registers(out);
-        mask_scores(scores, masked, seen);
+        mask();
         float factor[2];
         weigh_anew(log2_scale(scores), added, factor);
 #pragma unroll
