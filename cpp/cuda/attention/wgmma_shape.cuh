@@ -44,7 +44,7 @@ struct WgmmaShape {
   /// ptxas counts 128 registers for a thread of four warpgroups, too few for one product with all columns.
   static constexpr int kOutputParts = kNarrowKv && kDim > 128 ? 2 : 1;
 
-  static constexpr int kKeys = kDim <= 128 ? 128 : kNarrowKv ? 64 : kDim == 192 ? 112 : 80;  // per step
+  static constexpr int kKeys = kDim == 96 ? 96 : kDim <= 128 ? 128 : kNarrowKv ? 64 : kDim == 192 ? 112 : 80;  // per step
   static constexpr int kKeyUnit = kKeys & -kKeys;  // the largest box
   static constexpr int kStages = 2;
   static constexpr int kNarrowStages = kWidenK && kDim > 64 ? 1 : 2;
