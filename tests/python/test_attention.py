@@ -1145,6 +1145,34 @@ def test_masks_in_every_kernel(backend, rng, variant, dim):
         assert_lse_close(backend.numpy(lse), want_lse, "bfloat16")
 
 
+@pytest.mark.parametrize("dim", [64, 96, 120, 128, 256])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8, 16, 24, 32])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_groups_in_hoppers_kernel(backend, rng, dtype, group, dim):
+    """Query and output rows that are boxes of the copy engine and rows that are not; and a tile that is done again, for a NaN in V."""
+    if backend.device == "cpu":
+        pytest.skip("the variant is a CUDA kernel")
+    batch = Batch.make(
+        rng,
+        q_lens=[150, 0, 7, 33],
+        kv_lens=[160, 5, 7, 100],
+        heads=2 * group,
+        kv_heads=2,
+        dim=dim,
+        block_size=16,
+        dtype=dtype,
+    )
+    batch.v_cache[batch.block_tables[0, 9], 15, 0, 3] = np.nan  # the last query alone sees it
+    want, want_lse = batch.reference()
+    positional, keywords = batch.arguments(backend)
+    try:
+        out, lse = quire.paged_attention(*positional, **keywords, variant="wgmma", return_lse=True)
+    except quire.UnsupportedError as error:
+        pytest.skip(str(error))
+    assert_close("attention", backend.numpy(out), want)
+    assert_lse_close(backend.numpy(lse), want_lse, dtype)
+
+
 @pytest.mark.parametrize("dim", [40, 64, 96, 128, 200, 256])
 @pytest.mark.parametrize("variant", ["mma_split_rows", "mma_split_rows_128", "mma_split_rows_small"])
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])

@@ -36,7 +36,7 @@ constexpr int tile_rows(Variant variant) {
 }
 
 /// Rows of a tile of kWgmma.
-constexpr int wgmma_rows(int head_dim_bucket, bool narrow_kv) { return head_dim_bucket == 64 && !narrow_kv ? 192 : 128; }
+constexpr int wgmma_rows(int head_dim_bucket, bool narrow_kv) { return head_dim_bucket <= 96 && !narrow_kv ? 192 : 128; }
 
 /// head_dim rounded up to what kernels are compiled for; the rest is zero in shared memory.
 constexpr int head_dim_bucket(Variant variant, std::int64_t head_dim) {

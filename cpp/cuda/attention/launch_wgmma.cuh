@@ -30,17 +30,38 @@ inline CUtensorMap make_tensor_map(const AttentionParams& p, const void* base, s
   return map;
 }
 
+/// Whether `rows` packed rows from a multiple of it on are a box of {head_dim, head, token}, q or out; then the map of such boxes, a panel of
+/// columns each.
+inline bool make_rows_map(const AttentionParams& p, const void* base, std::int64_t item, std::int64_t token_stride,
+                          std::int64_t head_stride, int rows, CUtensorMap& map) {
+  const std::int64_t group = p.num_heads / p.num_kv_heads, heads = std::min<std::int64_t>(group, rows);
+  const auto fits = [](std::int64_t stride) { return stride > 0 && stride < std::int64_t{1} << 38; };
+  if (rows % heads != 0 || group % heads != 0 || !fits(token_stride) || !fits(head_stride)) return false;
+  const std::int64_t tokens = p.shared_queries > 0 && base == p.q ? p.shared_queries : p.num_tokens;
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(p.head_dim), static_cast<cuuint64_t>(p.num_heads), static_cast<cuuint64_t>(tokens)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(head_stride * item), static_cast<cuuint64_t>(token_stride * item)};
+  const cuuint32_t box[3] = {static_cast<cuuint32_t>(device::kPanelRowBytes / item), static_cast<cuuint32_t>(heads),
+                             static_cast<cuuint32_t>(rows / heads)};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  check_tensor_map(encode_tensor_map()(&map, item == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 3,
+                                       const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+  return true;
+}
+
 template <DType kQ, bool kNarrowKv, int kHeadDim>
 void launch_wgmma(const Plan& plan, const Config& config, Stream stream) {
   using Shape = WgmmaShape<kQ, kNarrowKv, kHeadDim>;
   const AttentionParams& p = plan.params;
-  WgmmaInputs inputs;
+  WgmmaInputs inputs{};
   inputs.keys_per_box =
       p.block_tables != nullptr ? static_cast<int>(std::min<std::int64_t>(p.block_size & -p.block_size, Shape::kKeyUnit)) : Shape::kKeys;
   inputs.log2_scale = p.scale * kLog2E;
   inputs.transform = p.softcap > 0.0f || p.alibi_slopes != nullptr || (!kNarrowKv && !(p.scale > 0.0f));
   inputs.k = make_tensor_map(p, p.k, p.k_block_stride, p.k_token_stride, p.k_head_stride, inputs.keys_per_box);
   inputs.v = make_tensor_map(p, p.v, p.v_block_stride, p.v_token_stride, p.v_head_stride, inputs.keys_per_box);
+  inputs.q_boxes = make_rows_map(p, p.q, Shape::kNarrowQ ? 1 : 2, p.q_token_stride, p.q_head_stride, Shape::kRows, inputs.q);
+  inputs.out_boxes = Shape::kOutBoxes && make_rows_map(p, p.out, 2, p.out_token_stride, p.out_head_stride, 16, inputs.out);
   const auto launch = [&](auto kernel) {
     constexpr int kSharedBytes = kWgmmaSharedBytes<Shape>;
     static_assert(kSharedBytes <= 227 * 1024);

@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       init(control->narrow_k_full[i], 1), init(control->narrow_v_full[i], 1);
       init(control->narrow_k_empty[i], Shape::kWidenerWarps), init(control->narrow_v_empty[i], Shape::kWidenerWarps);
     }
-    for (int i = 0; i < Shape::kQStages; ++i) init(control->q_full[i], kQueryLoaders), init(control->q_empty[i], Shape::kConsumerWarps);
+    for (int i = 0; i < Shape::kQStages; ++i)
+      init(control->q_full[i], inputs.q_boxes ? 1 : kQueryLoaders), init(control->q_empty[i], Shape::kConsumerWarps);
     for (int i = 0; i < kTileSlots; ++i)
       init(control->tile_full[i], 1), init(control->tile_empty[i], 32 * (Shape::kConsumerWarps + Shape::kWidenerWarps + 3));
     for (int i = 0; i < kTileSlots; ++i) control->tiles[i].again = 0;
@@ -41,6 +42,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     device::barrier_init_fence();
     device::prefetch_tensor_map(&inputs.k);
     device::prefetch_tensor_map(&inputs.v);
+    if (inputs.q_boxes) device::prefetch_tensor_map(&inputs.q);
+    if (inputs.out_boxes) device::prefetch_tensor_map(&inputs.out);
   }
   __syncthreads();
 
@@ -52,6 +55,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       copy_steps<Shape, true>(plan, inputs, shared, control);
     } else if (warp == 2) {
       copy_steps<Shape, false>(plan, inputs, shared, control);
+    } else if (inputs.q_boxes) {
+      copy_queries<Shape>(plan, inputs, shared, control);
     } else {
       gather_queries<Shape>(plan, shared, control);
     }

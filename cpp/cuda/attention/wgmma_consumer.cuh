@@ -27,7 +27,7 @@ struct WgmmaConsumer {
   char* shared;
   int group;  // which of the consumers
   // Uses so far, of which follow the next one's place in its ring and the parity of its barrier.
-  unsigned tile_uses = 0, q_uses = 0, k_uses = 0, v_uses = 0;
+  unsigned tile_uses = 0, q_uses = 0, k_uses = 0;  // the values of the next product are of the keys before
   float out[kHeadDim / 2];
   float score[kKeys / 2];
   std::uint32_t weights[kKeys / 16][4];
@@ -65,7 +65,7 @@ struct WgmmaConsumer {
         device::matrix_descriptor(
             address + Shape::kQOffset + q_uses % Shape::kQStages * Shape::kQBytes + group * 64 * device::kPanelRowBytes, 0),
         device::matrix_descriptor(address + k_uses % Shape::kStages * Shape::kKSlotBytes, 0),
-        device::matrix_descriptor(address + Shape::kVOffset + v_uses % Shape::kStages * Shape::kVSlotBytes, Shape::kKeyPanelBytes)};
+        device::matrix_descriptor(address + Shape::kVOffset + (k_uses - 1) % Shape::kStages * Shape::kVSlotBytes, Shape::kKeyPanelBytes)};
   }
 
   /// score = q k^T for the stage's keys, started.
@@ -118,66 +118,79 @@ struct WgmmaConsumer {
     return make_row_params(plan, slot.tile, slot.kv_head, row(r));
   }
 
-  /// Scores of keys that a row does not see become -inf; and what is asked for beyond a factor is done.
-  __device__ __forceinline__ void mask_scores(const Work& work, std::uint32_t valid) {
+  /// Which keys of the step the thread's rows see, if not all rows of the warp see all of them: the result. Bit 2 j + i stands for
+  /// score[4 j + i] of the first row, and score[4 j + 2 + i] of the second, i < 2: key 8 j + i, counted from the thread's first.
+  __device__ __forceinline__ bool find_seen(const Work& work, std::uint32_t valid, std::uint32_t (&seen)[2]) const {
+    if ((work.step + 1) * kKeys <= work.full_end && work.step * kKeys >= work.full_begin && valid == ~0u) return false;
     const int first = work.step * kKeys + static_cast<int>(threadIdx.x) % 4 * 2;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const RowParams params = row_params(*work.slot, r);
+      seen[r] = bits_below(params.end - first) & ~bits_below(params.begin - first);
+      if (valid != ~0u) seen[r] &= spread_bits(valid);
+    }
+    if (kOptions && plan.params.mask != nullptr) apply_mask(work, seen);
+    return true;
+  }
+
+  /// Scores of keys that a row does not see become -inf; and what is asked for beyond a factor is done. `masked` and `seen` are find_seen's.
+  __device__ __forceinline__ void mask_scores(const Work& work, bool masked, const std::uint32_t (&seen)[2]) {
     if (kOptions && inputs.transform) {
+      const int first = work.step * kKeys + static_cast<int>(threadIdx.x) % 4 * 2;
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           score[4 * j + i] = transformed_score(score[4 * j + i], work.rows[i / 2], plan.params.softcap, first + 8 * j + i % 2);
     }
-    if ((work.step + 1) * kKeys <= work.full_end && work.step * kKeys >= work.full_begin && valid == ~0u) return;
+    if (!masked) return;
     if (Shape::kWidenV && work.scale_first) {
       const float factor = row_params(*work.slot, 0).scale * kLog2E;
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) score[i] *= factor;
     }
-    int begin[2], end[2];  // relative to `first`
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const RowParams params = row_params(*work.slot, r);
-      begin[r] = params.begin - first, end[r] = params.end - first;
-    }
-    if (work.step * kKeys >= work.full_begin && valid == ~0u) {  // a causal mask's diagonal, or the last keys
+    for (int block = 0; block < (kKeys + 31) / 32; ++block) {
+      // Most of a step is seen or hidden by all rows.
+      const std::uint32_t ones = kKeys - 32 * block >= 32 ? 0xffu : (1u << (kKeys - 32 * block) / 4) - 1u;
+      if ((seen[0] & seen[1] & ones << (8 * block)) == ones << (8 * block)) continue;
 #pragma unroll
-      for (int j = 0; j < kKeys / 8; ++j)
+      for (int j = 4 * block; j < 4 * block + 4 && j < kKeys / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (8 * j + i % 2 >= end[i / 2]) score[4 * j + i] = -INFINITY;
-    } else {
-#pragma unroll
-      for (int j = 0; j < kKeys / 8; ++j) {
-        const bool present = (valid >> j & 1) != 0;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int key = 8 * j + i % 2;
-          if (!(present && key >= begin[i / 2] && key < end[i / 2])) score[4 * j + i] = -INFINITY;
-        }
-      }
+          if ((seen[i / 2] >> (2 * j + i % 2) & 1u) == 0) score[4 * j + i] = -INFINITY;
     }
-    if (kOptions && plan.params.mask != nullptr) apply_mask(work);
   }
 
-  /// Scores of keys that the mask hides become -inf. Of four lanes with the same rows each fetches 32 keys' bits.
-  __device__ __forceinline__ void apply_mask(const Work& work) {
-    static_assert(kKeys <= 128);
+  static_assert(kKeys <= 128);
+  /// find_seen's bits of the keys before `end`.
+  __device__ __forceinline__ static std::uint32_t bits_below(int end) {
+    const int keys = min(max(end, 0), kKeys);
+    return __funnelshift_lc(~0u, 0u, static_cast<unsigned>(keys / 8 * 2 + min(keys % 8, 2)));
+  }
+  /// Bit j for both keys of a group of eight.
+  __device__ __forceinline__ static std::uint32_t spread_bits(std::uint32_t groups) {
+    groups = (groups & 0xffffu) | groups << 8;
+    groups &= 0x00ff00ffu;
+    groups = (groups | groups << 4) & 0x0f0f0f0fu;
+    groups = (groups | groups << 2) & 0x33333333u;
+    groups = (groups | groups << 1) & 0x55555555u;
+    return groups | groups << 1;
+  }
+
+  /// Takes keys that the mask hides out of `seen`. Of four lanes with the same rows each fetches 32 keys' bits.
+  __device__ __forceinline__ void apply_mask(const Work& work, std::uint32_t (&seen)[2]) const {
     const int quad = static_cast<int>(threadIdx.x) % 4;
-    std::uint32_t bits[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) bits[r] = mask_bits(plan.params, work.rows[r], work.step * kKeys + 32 * quad);
+    for (int r = 0; r < 2; ++r) {
+      const std::uint32_t mine = mask_bits(plan.params, work.rows[r], work.step * kKeys + 32 * quad);
 #pragma unroll
-    for (int word = 0; word < (kKeys + 31) / 32; ++word)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const std::uint32_t seen = __shfl_sync(kAllLanes, bits[r], word, 4) >> (2 * quad);
-#pragma unroll
-        for (int j = 4 * word; j < 4 * word + 4 && j < kKeys / 8; ++j)
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            if ((seen >> (8 * (j % 4) + i) & 1u) == 0) score[4 * j + 2 * r + i] = -INFINITY;
+      for (int word = 0; word < (kKeys + 31) / 32; ++word) {
+        std::uint32_t bits = __shfl_sync(kAllLanes, mine, word, 4) >> (2 * quad) & 0x03030303u;
+        bits = (bits | bits >> 6) & 0x000f000fu;
+        seen[r] &= (bits | bits >> 12 | ~0xffu) << (8 * word) | ((1u << (8 * word)) - 1u);
       }
+    }
   }
 
   /// Scores become weights in float32, relative to `base`, which need not be the maximum: as long as weights are not large, nothing depends
@@ -193,7 +206,9 @@ struct WgmmaConsumer {
       }
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) added[r] = parts[r][0] + parts[r][1];
+    for (int r = 0; r < 2; ++r) {
+      added[r] = parts[r][0] + parts[r][1];
+    }
   }
 
   /// Makes the maximum of the scores the base of rows that need one: those whose weights would be large. Earlier weights of a row are to be
@@ -287,6 +302,13 @@ struct WgmmaConsumer {
       }
       close(work);
     }
+    work.first = work.slot->tile.key_begin / kKeys;
+    work.step = (work.slot->tile.key_end + kKeys - 1) / kKeys - 1;
+    return true;
+  }
+
+  /// The rest of what an opened tile is: not needed to start its first product.
+  __device__ __forceinline__ void describe(Work& work) const {
     RowParams rows[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) rows[r] = row_params(*work.slot, r);
@@ -307,9 +329,6 @@ struct WgmmaConsumer {
       if (work.scale_first) work.log2_scale = 1.0f, work.full_end = 0;
     }
     work.selecting = work.slot->kind == TileKind::kSelecting;
-    work.first = work.slot->tile.key_begin / kKeys;
-    work.step = (work.slot->tile.key_end + kKeys - 1) / kKeys - 1;
-    return true;
   }
 
   /// Gives the tile's slot back, each lane for itself.
@@ -340,20 +359,21 @@ struct WgmmaConsumer {
   __device__ __forceinline__ void prepare_values(const Work& work) const {
     if (!work.selecting) return;
     wait_values();
-    select_values(plan, *work.slot, shared + Shape::kVOffset + v_uses % Shape::kStages * Shape::kVSlotBytes, wgmma_notes<Shape>(plan),
+    select_values(plan, *work.slot, shared + Shape::kVOffset + (k_uses - 1) % Shape::kStages * Shape::kVSlotBytes, wgmma_notes<Shape>(plan),
                   work.step + 1);
   }
-  __device__ __forceinline__ void wait_values() const { wait_full(control().v_full, v_uses); }
+  __device__ __forceinline__ void wait_values() const { wait_full(control().v_full, k_uses - 1); }
 
-  __device__ __forceinline__ void release_values() {
+  /// `later`: how many uses of keys came after those of the values.
+  __device__ __forceinline__ void release_values(unsigned later) {
     device::pin_registers(out);
-    release(control().v_empty, v_uses++);
+    release(control().v_empty, k_uses - 1 - later);
   }
 
   /// A tile's first scores become weights.
-  __device__ __forceinline__ void weigh_first(Work& work, std::uint32_t valid) {
+  __device__ __forceinline__ void weigh_first(Work& work, bool masked, const std::uint32_t (&seen)[2]) {
     device::pin_registers(score);
-    mask_scores(work, valid);
+    mask_scores(work, masked, seen);
     release_keys(work);
 #pragma unroll
     for (int r = 0; r < 2; ++r) base[r] = work.sees_keys[r] ? -INFINITY : 0.0f, sum[r] = 0.0f;
@@ -371,16 +391,18 @@ struct WgmmaConsumer {
     device::wgmma_fence();
     start_scores(from);
     pass_turn();
-    const std::uint32_t valid = __shfl_sync(kAllLanes, loaded, 0);
+    describe(work);
+    std::uint32_t seen[2];
+    const bool masked = find_seen(work, __shfl_sync(kAllLanes, loaded, 0), seen);
     device::wgmma_wait<0>();
-    weigh_first(work, valid);
+    weigh_first(work, masked, seen);
     pack_weights();
   }
 
   /// The output of the step that has weights, beside the scores of the next step, which may be another tile's first. The latter's weights
-  /// are left in `score`.
+  /// are left in `score`. With a new tile, returns what finishing the last one takes.
   template <bool kNewTile>
-  __device__ __forceinline__ void advance(const Work& values, Work& scores, int accumulate) {
+  __device__ __forceinline__ auto advance(const Work& values, Work& scores, int accumulate) {
     const Operands from = operands();
     prepare_values(values);
     const std::uint32_t loaded = wait_scores_inputs(kNewTile);
@@ -394,13 +416,26 @@ struct WgmmaConsumer {
     start_output(from, accumulate);
     pass_turn();
     const std::uint32_t valid = __shfl_sync(kAllLanes, loaded, 0);
-    device::wgmma_wait<1>();
     if constexpr (kNewTile) {
-      weigh_first(scores, valid);
+      describe(scores);
+      std::uint32_t seen[2];
+      const bool masked = find_seen(scores, valid, seen);
+      const Ending ending = end_rows(*values.slot);
+      device::wgmma_wait<1>();
+      weigh_first(scores, masked, seen);
       device::wgmma_wait<0>();
+      release_values(1);
+      return ending;
     } else {
+      // Few of these steps are masked: what that takes is not worth registers here.
+      const auto mask = [&] {
+        std::uint32_t seen[2];
+        const bool masked = find_seen(scores, valid, seen);
+        mask_scores(scores, masked, seen);
+      };
+      device::wgmma_wait<1>();
       device::pin_registers(score);
-      mask_scores(scores, valid);
+      mask();
       float added[2];
       weigh(log2_scale(scores), added);
       // Products are a warpgroup's: all of it takes one branch.
@@ -413,7 +448,7 @@ struct WgmmaConsumer {
         device::wgmma_wait<0>();
         device::pin_registers(score);
         device::pin_registers(out);
-        mask_scores(scores, valid);
+        mask();
         float factor[2];
         weigh_anew(log2_scale(scores), added, factor);
 #pragma unroll
@@ -423,8 +458,8 @@ struct WgmmaConsumer {
         device::wgmma_wait<0>();
       }
       release_keys(scores);
+      release_values(1);
     }
-    release_values();
   }
 
   __device__ __forceinline__ void run() {
@@ -440,12 +475,11 @@ struct WgmmaConsumer {
           advance<false>(work, work, accumulate);
           pack_weights();
         }
-        const float last_base[2] = {base[0], base[1]}, last_sum[2] = {sum[0], sum[1]};
         if constexpr (Shape::kQStages > 1) {
           Work next;
           if (open(next, true)) {
-            advance<true>(work, next, accumulate);
-            finish(*work.slot, last_base, last_sum);
+            const Ending ending = advance<true>(work, next, accumulate);
+            finish(*work.slot, ending);
             close(work);
             pack_weights();
             work = next;
@@ -458,14 +492,17 @@ struct WgmmaConsumer {
         device::pin_registers(out);
         device::wgmma_fence();
         start_output(from, accumulate);
+        const Ending ending = end_rows(*work.slot);
         device::wgmma_wait<0>();
-        release_values();
-        finish(*work.slot, last_base, last_sum);
+        release_values(0);
+        finish(*work.slot, ending);
         close(work);
         break;
       }
     }
     if (group == 0) wait_turn();
+    // Shared memory stays until the copy engine has read it.
+    if (Shape::kOutBoxes && threadIdx.x % 32 == 0) device::store_wait_read<0>();
   }
 
   /// Rows that see no key.
@@ -519,38 +556,109 @@ struct WgmmaConsumer {
     return device::pack_16<kBf16>(low, high);
   }
 
-  __device__ __forceinline__ void finish(TileSlot& slot, const float (&last_base)[2], const float (&last_sum)[2]) {
+  /// What finishing a tile's rows takes besides their output: known before the last product is done.
+  struct Ending {
+    float factor[2];
+  };
+
+  /// The tile's log-sum-exps are stored here.
+  __device__ __forceinline__ Ending end_rows(const TileSlot& slot) const {
     const AttentionParams& p = plan.params;
-    float probes[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) probes[i % 4] = fmaf(out[i], 0.0f, probes[i % 4]);
-    const bool selecting = slot.kind == TileKind::kSelecting;
-    if ((probes[0] + probes[1]) + (probes[2] + probes[3]) != 0.0f && !selecting) slot.again = control().any_again = 1;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const float v_scale = p.v_scale != nullptr ? p.v_scale[slot.kv_head * p.v_scale_stride] : 1.0f;
+    Ending ending;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float total = last_sum[r];
+      float total = sum[r];
       total += __shfl_xor_sync(kAllLanes, total, 1);
       total += __shfl_xor_sync(kAllLanes, total, 2);
       const bool exists = row(r) < slot.tile.num_rows;
       const RowIndex index = row_index(plan, slot.tile, slot.kv_head, exists ? row(r) : 0);
-      const RowFinish end = finish_row(p, total == 0.0f ? -INFINITY : last_base[r], total, index.head);
+      const RowFinish end = finish_row(p, total == 0.0f ? -INFINITY : base[r], total, index.head);
       if (exists && lane % 4 == 0 && p.lse != nullptr) p.lse[stats_index(plan, index)] = end.lse;
-      const float factor = end.factor * v_scale;
+      ending.factor[r] = end.factor * v_scale;
+    }
+    return ending;
+  }
+
+  /// The warp's 16 rows as they are in boxes, by the copy engine.
+  __device__ __forceinline__ void store_boxes(const TileSlot& slot, const std::uint32_t (&words)[kHeadDim / 4]) const {
+    if constexpr (Shape::kOutBoxes) {
+      const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) % 128 / 32;
+      const std::uint32_t box =
+          device::shared_address(shared) + Shape::kOutOffset + (4 * group + warp) * (Shape::kVPanels * 16 * device::kPanelRowBytes);
+      if (lane == 0) device::store_wait_read<0>();
+      __syncwarp();
+      // Of four matrices at once two are the upper and the lower rows of eight columns, and two of the next eight.
+      const std::uint32_t target = box + static_cast<std::uint32_t>(lane % 16 * device::kPanelRowBytes);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 16; ++i) {
+        const std::uint32_t four[4] = {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]};
+        device::store_matrix_x4(target + i / 4 * (16 * device::kPanelRowBytes) + (((i % 4 * 2 + lane / 16) ^ lane % 8) << 4), four);
+      }
+      device::fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) {
+        const RowIndex index = row_index(plan, slot.tile, slot.kv_head, row(0));
+#pragma unroll
+        for (int panel = 0; panel < Shape::kVPanels; ++panel)
+          device::store_box(&inputs.out, box + panel * 16 * device::kPanelRowBytes, panel * device::kPanelColumns, index.head,
+                            static_cast<int>(index.q_token));
+        device::store_commit();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_rows(const TileSlot& slot, const std::uint32_t (&words)[kHeadDim / 4]) const {
+    const AttentionParams& p = plan.params;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    // Boxes of the same rows on the tile's first pass come before.
+    if (Shape::kOutBoxes && slot.kind == TileKind::kSelecting) {
+      if (lane == 0) device::store_wait<0>();
+      __syncwarp();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const bool exists = row(r) < slot.tile.num_rows;
+      const RowIndex index = row_index(plan, slot.tile, slot.kv_head, exists ? row(r) : 0);
       auto* row_out =
           static_cast<std::uint16_t*>(p.out) + index.q_token * p.out_token_stride + index.head * p.out_head_stride + lane % 4 * 8;
       const int num_columns = exists ? p.head_dim - lane % 4 * 8 : 0;
 #pragma unroll
       for (int i = 0; i < kHeadDim / 32; ++i) {
-        std::uint32_t words[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) words[j] = pack_out(out[16 * i + 4 * j + 2 * r] * factor, out[16 * i + 4 * j + 2 * r + 1] * factor);
-        const uint4 columns = gather_columns(words);
+        const uint4 columns = gather_columns({words[8 * i + r], words[8 * i + 2 + r], words[8 * i + 4 + r], words[8 * i + 6 + r]});
         if (32 * i < num_columns) store_global_16(row_out + 32 * i, columns);
       }
     }
-    if (selecting) store_notes(plan, group, slot);
+  }
+
+  __device__ __forceinline__ void finish(TileSlot& slot, const Ending& ending) {
+    // Of each group of eight columns two words: of the thread's two rows.
+    std::uint32_t words[kHeadDim / 4];
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 4; ++i) words[i] = pack_out(out[2 * i] * ending.factor[i % 2], out[2 * i + 1] * ending.factor[i % 2]);
+    // What is not finite is not zero times zero.
+    bool finite;
+    if constexpr (Shape::kNarrowQ) {
+      float probes[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) probes[i % 4] = fmaf(out[i], 0.0f, probes[i % 4]);
+      finite = (probes[0] + probes[1]) + (probes[2] + probes[3]) == 0.0f;
+    } else {
+      std::uint32_t probes[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 4; ++i) probes[i % 4] = device::times_zero_plus<kBf16>(words[i], probes[i % 4]);
+      finite = ((probes[0] | probes[1] | probes[2] | probes[3]) & 0x7fff7fffu) == 0;
+    }
+    const bool selecting = slot.kind == TileKind::kSelecting;
+    if (!finite && !selecting) slot.again = control().any_again = 1;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (Shape::kOutBoxes && inputs.out_boxes && !selecting && row(0) - lane / 4 + 16 <= slot.tile.num_rows) {
+      store_boxes(slot, words);
+    } else {
+      store_rows(slot, words);
+      if (selecting) store_notes(plan, group, slot);
+    }
   }
 };
 

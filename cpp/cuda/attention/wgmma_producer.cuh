@@ -227,7 +227,35 @@ __device__ void widen_steps(char* shared, WgmmaControl<Shape>* control) {
 
 constexpr int kQueryLoaders = 32;  // one warp
 
-/// Warp 3: each tile's query rows.
+/// Warp 3: each tile's query rows, if they are a box of q. Rows past the tile's last are other queries or zeros.
+template <typename Shape>
+__device__ void copy_queries(const Plan& plan, const WgmmaInputs& inputs, char* shared, WgmmaControl<Shape>* control) {
+  constexpr int kPanelElements = device::kPanelRowBytes / (Shape::kNarrowQ ? 1 : 2);
+  const auto group = static_cast<int>(plan.group.divisor);
+  Ring<kTileSlots> tiles;
+  Ring<Shape::kQStages> queries;
+  for (;;) {
+    const TileSlot slot = take_tile<Shape>(control, tiles);
+    if (slot.kind == TileKind::kEnd) return;
+    if (slot.kind == TileKind::kNone || slot.tile.key_end == 0) continue;
+    const std::uint32_t q = device::shared_address(shared + Shape::kQOffset + queries.stage * Shape::kQBytes);
+    const std::uint32_t full = device::shared_address(&control->q_full[queries.stage]);
+    device::barrier_wait(device::shared_address(&control->q_empty[queries.stage]), queries.parity ^ 1);
+    if (threadIdx.x % 32 == 0) {
+      device::barrier_arrive_expect(full, Shape::kQBytes);
+      const int token = plan.group.quotient(slot.tile.row_begin);
+      const int head = slot.kv_head * group + plan.group.remainder(slot.tile.row_begin, token);
+      const int q_token = (plan.params.shared_queries > 0 ? 0 : slot.tile.first_token) + token;
+#pragma unroll
+      for (int panel = 0; panel < Shape::kQkPanels; ++panel)
+        device::copy_box(q + panel * Shape::kRowPanelBytes, &inputs.q, full, panel * kPanelElements, head, q_token);
+    }
+    __syncwarp();
+    queries.advance();
+  }
+}
+
+/// Warp 3: each tile's query rows, wherever they lie.
 template <typename Shape>
 __device__ void gather_queries(const Plan& plan, char* shared, WgmmaControl<Shape>* control) {
   const AttentionParams& p = plan.params;

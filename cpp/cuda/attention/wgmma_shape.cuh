@@ -13,6 +13,8 @@ namespace quire::cuda::attn {
 /// K's and V's rows as {head_dim, kv head, slot in its block, block}; without a block table all keys are one block.
 struct WgmmaInputs {
   CUtensorMap k, v;
+  CUtensorMap q, out;         // as {head_dim, head, token}; only if
+  bool q_boxes, out_boxes;  // a tile's rows are a box of q, and 16 of them one of out
   int keys_per_box;
   float log2_scale;  // of q k, to log2 units; without scales that only the device knows
   bool transform;    // scores are more than a factor times q k
@@ -42,7 +44,7 @@ struct WgmmaShape {
   /// ptxas counts 128 registers for a thread of four warpgroups, too few for one product with all columns.
   static constexpr int kOutputParts = kNarrowKv && kDim > 128 ? 2 : 1;
 
-  static constexpr int kKeys = kDim <= 128 ? 128 : kNarrowKv ? 64 : kDim == 192 ? 112 : 80;  // per step
+  static constexpr int kKeys = kDim == 96 ? 96 : kDim <= 128 ? 128 : kNarrowKv ? 64 : kDim == 192 ? 112 : 80;  // per step
   static constexpr int kKeyUnit = kKeys & -kKeys;  // the largest box
   static constexpr int kStages = 2;
   static constexpr int kNarrowStages = kWidenK && kDim > 64 ? 1 : 2;
@@ -65,7 +67,10 @@ struct WgmmaShape {
   static constexpr int kNarrowKOffset = kVOffset + kStages * kVSlotBytes;
   static constexpr int kNarrowVOffset = kNarrowKOffset + (kWidenK ? kNarrowStages * kNarrowSlotBytes : 0);
   static constexpr int kQOffset = kNarrowVOffset + (kWidenV ? kNarrowStages * kNarrowSlotBytes : 0);
-  static constexpr int kControlOffset = kQOffset + kQStages * kQBytes;
+  static constexpr int kOutOffset = kQOffset + kQStages * kQBytes;
+  static constexpr int kOutBytes = kVPanels * kRowPanelBytes;
+  static constexpr bool kOutBoxes = kOutOffset + kOutBytes <= 225 * 1024;  // there is room for a tile's output
+  static constexpr int kControlOffset = kOutOffset + (kOutBoxes ? kOutBytes : 0);
 };
 
 enum class TileKind : int {

@@ -83,6 +83,17 @@ __device__ __forceinline__ std::uint32_t pack_16(float low, float high) {
   return packed;
 }
 
+/// For both halves: 0 value + sum, which is sum unless the value is not finite; then NaN.
+template <bool kBf16>
+__device__ __forceinline__ std::uint32_t times_zero_plus(std::uint32_t values, std::uint32_t sums) {
+  if constexpr (kBf16) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;\n" : "+r"(sums) : "r"(values), "r"(0));
+  } else {
+    asm("fma.rn.f16x2 %0, %1, %2, %0;\n" : "+r"(sums) : "r"(values), "r"(0));
+  }
+  return sums;
+}
+
 /// 2^x, with 2^-inf = 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

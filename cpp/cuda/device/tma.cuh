@@ -48,6 +48,12 @@ __device__ __forceinline__ void copy_box(std::uint32_t dst, const void* tensor_m
       "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
+__device__ __forceinline__ void copy_box(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];\n" ::"r"(dst),
+      "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
 /// The same of a matrix: c0 counts along its rows, c1 counts rows.
 __device__ __forceinline__ void copy_box(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n" ::"r"(dst),
@@ -84,11 +90,21 @@ __device__ __forceinline__ void store_box(const void* tensor_map, std::uint32_t 
                "r"(c1)
                : "memory");
 }
+__device__ __forceinline__ void store_box(const void* tensor_map, std::uint32_t src, int c0, int c1, int c2) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];\n" ::"l"(tensor_map), "r"(src),
+               "r"(c0), "r"(c1), "r"(c2)
+               : "memory");
+}
 __device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
 /// Waits until all but the last kPending of this thread's groups of stores have read their shared memory.
 template <int kPending>
 __device__ __forceinline__ void store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(kPending) : "memory");
+}
+/// The same, until they are in global memory.
+template <int kPending>
+__device__ __forceinline__ void store_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 __device__ __forceinline__ void prefetch_tensor_map(const void* tensor_map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(tensor_map) : "memory");
