@@ -32,6 +32,7 @@ def test_every_op_says_what_and_runs_nothing(backend, rng, op):
     """The op is in the answer, its tensors keep every bit, and the call works as ever afterwards."""
     arrays = op.make(rng, "bfloat16")
     tensors = {name: x if name.startswith("host") else backend.array(x) for name, x in arrays.items()}
+    op.prepare(tensors)
     explanation = quire.explain(lambda: op.call(tensors))
     assert explanation.op in quire.__all__
     assert explanation.device == backend.device
