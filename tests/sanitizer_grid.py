@@ -79,6 +79,9 @@ def attention_portable(kv: torch.dtype) -> None:
         paged([70, 1, 30], [170, 64, 30], (4, 2), 128, E4M3, kv, block_size=7)
     for head_dim in (64, 72, 256):
         paged(None, [1, 700, 0, 33], (8, 2), head_dim, dtype, kv)  # decode
+        paged(None, [700], (8, 2), head_dim, dtype, kv, window=(300, -1))  # decode in clusters
+        paged(None, [150, 120, 100], (16, 4), head_dim, dtype, kv)
+        paged(None, [40] * 33, (32, 8), head_dim, dtype, kv)  # a CTA to each tile
         paged([2, 5, 1], [40, 300, 1], (8, 2), head_dim, dtype, kv, window=50, softcap=20.0)  # 16 rows
         paged([70, 1, 30], [170, 64, 30], (4, 2), head_dim, dtype, kv, block_size=7)  # 64 rows
         paged([70, 1, 30], [170, 64, 30], (4, 2), head_dim, dtype, kv)

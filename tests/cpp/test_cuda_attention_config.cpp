@@ -168,7 +168,7 @@ TEST(CudaAttentionConfig, small_shared_memory_gets_variants_that_fit) {
 }
 
 TEST(CudaAttentionConfig, decode_fills_the_device_whatever_the_batch) {
-  EXPECT_EQ(configure(paged(1, 65536, 32, 8, 128), kDevice).num_ctas, 132);  // of four times as many warps
+  EXPECT_EQ(configure(paged(1, 65536, 32, 8, 128), kDevice).num_ctas, 2 * 132);  // of twice as many warps
   EXPECT_TRUE(configure(paged(1, 65536, 32, 8, 128), kDevice).wide);
   EXPECT_EQ(configure(paged(32, 8192, 32, 8, 128), kDevice).num_ctas, 4 * 132);
   EXPECT_FALSE(configure(paged(32, 8192, 32, 8, 128), kDevice).wide);
@@ -177,6 +177,35 @@ TEST(CudaAttentionConfig, decode_fills_the_device_whatever_the_batch) {
   AttentionParams invariant = paged(1, 65536, 32, 8, 128);
   invariant.batch_invariant = true;
   EXPECT_FALSE(configure(invariant, kDevice).wide);
+}
+
+TEST(CudaAttentionConfig, few_tiles_have_clusters) {
+  const auto cluster = [](const AttentionParams& params) { return configure(params, kDevice, true).cluster; };
+  EXPECT_EQ(cluster(paged(1, 1024, 32, 8, 128)), 16);
+  EXPECT_EQ(cluster(paged(3, 1024, 32, 8, 128)), 11);
+  EXPECT_EQ(cluster(paged(32, 1024, 32, 8, 128)), 1);
+  EXPECT_EQ(cluster(paged(34, 1024, 32, 8, 128)), 0);  // more tiles than the device has places for CTAs
+  EXPECT_EQ(cluster(paged(20, 1024, 32, 8, 128)), 0);  // a third of the places would be left empty
+  EXPECT_EQ(cluster(paged(32, 1024, 16, 2, 256)), 2);
+  EXPECT_EQ(cluster(paged(1, 1024, 72, 8, 128)), 0);
+  EXPECT_EQ(cluster(ragged_queries(paged(2, 1024, 32, 8, 128), 4)), 0);
+  AttentionParams params = paged(1, 1024, 32, 8, 128);
+  EXPECT_EQ(configure(params, kDevice).cluster, 0);
+  params.batch_invariant = true;
+  EXPECT_EQ(cluster(params), 0);
+}
+
+TEST(CudaAttentionConfig, neighbouring_heads_are_pairs) {
+  const auto pairing = [](const AttentionParams& params) { return configure(params, kDevice).pairing; };
+  EXPECT_EQ(pairing(dense(paged(64, 1024, 32, 8, 64))), Pairing::kColumns);
+  EXPECT_EQ(pairing(dense(paged(64, 1024, 32, 8, 128))), Pairing::kWarps);
+  EXPECT_EQ(pairing(dense(paged(64, 1024, 64, 8, 128))), Pairing::kWarps);
+  EXPECT_EQ(pairing(dense(paged(64, 1024, 72, 8, 128))), Pairing::kNone);
+  EXPECT_EQ(pairing(dense(paged(64, 1024, 28, 7, 128))), Pairing::kNone);
+  EXPECT_EQ(pairing(dense(paged(64, 1024, 32, 8, 256))), Pairing::kNone);
+  AttentionParams params = dense(paged(64, 1024, 32, 8, 128));
+  params.k_head_stride *= 16;  // heads are not side by side
+  EXPECT_EQ(pairing(params), Pairing::kNone);
 }
 
 TEST(CudaAttentionConfig, rows_of_many_queries_are_split_where_tiles_are_few) {
@@ -190,7 +219,8 @@ TEST(CudaAttentionConfig, the_line_of_all_keys_fits_31_bits) {
     for (std::int64_t capacity : {16, 100000, 1 << 30}) {
       const Config config = configure(paged(num_seqs, capacity, 64, 8, 128), kDevice);
       const double steps = std::ceil(static_cast<double>(capacity) / 16 / static_cast<double>(1 << config.line_shift));
-      EXPECT_LT(static_cast<double>(num_seqs) * 8 * (steps + kTileCost), static_cast<double>(std::numeric_limits<std::int32_t>::max()));
+      EXPECT_LT(static_cast<double>(num_seqs) * 8 * (steps + config.tile_cost),
+                static_cast<double>(std::numeric_limits<std::int32_t>::max()));
     }
 }
 
@@ -279,12 +309,12 @@ TEST(CudaAttentionConfig, partial_results_fit_the_workspace_of_any_larger_batch)
       return static_cast<std::int64_t>(std::exp(std::uniform_real_distribution<double>(0.0, std::log(high))(random)));
     };
     const std::int64_t num_kv_heads = pick(64.0);
-    AttentionParams params = paged(pick(5000.0), pick(2e6), num_kv_heads * pick(64.0), num_kv_heads, 8 * pick(32.9));
+    AttentionParams params = dense(paged(pick(5000.0), pick(2e6), num_kv_heads * pick(64.0), num_kv_heads, 8 * pick(32.9)));
     if (repeat % 3 == 0) params.dtype = params.kv_dtype = DType::kFloat32;
     if (repeat % 2 == 0) params = ragged_queries(params, pick(20000.0));
     params.batch_invariant = repeat % 5 == 0;
-    const Config config = configure(params, kDevice);
-    const std::int64_t rows = shares_keys(config.variant) ? std::int64_t{config.num_ctas} * config.slots_per_cta * tile_rows(config.variant)
+    const Config config = configure(params, kDevice, repeat % 7 < 3);
+    const std::int64_t rows = shares_keys(config.variant) ? std::int64_t{config.num_ctas} * config.slots_per_cta * config.tile_rows
                                                           : config.num_splits * params.num_tokens * params.num_heads;
     const std::int64_t bytes = rows * (params.head_dim + 2) * 4;
     const std::int64_t limit = workspace_bytes(params.num_tokens, params.num_heads, params.head_dim, kDevice.num_sms);

@@ -4,6 +4,7 @@ SPDX-License-Identifier: Apache-2.0
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -224,6 +225,48 @@ def test_decode_lengths(backend, rng, kv_len):
             decode=True,
         )
         batch.check(backend)
+
+
+@pytest.mark.parametrize(
+    ("dim", "kv_dtype"),
+    [
+        *itertools.product([64, 128, 256], ["bfloat16", "float8_e4m3fn"]),
+        (80, "bfloat16"),
+        (128, "int8"),
+    ],
+)
+@pytest.mark.parametrize(
+    "kv_lens",
+    [
+        [700],
+        [5000],
+        [600, 640, 0],
+        [4000, 5, 900],
+        [2000, 400],
+        [130] * 31 + [100],
+        [60] * 40 + [40] * 24,
+        [1 + 37 * i % 900 for i in range(64)],
+    ],
+    ids=["one", "one_long", "alike", "unlike", "alike_in_window", "a_cta_each", "rounds", "many_unlike"],
+)
+def test_decode_batches(backend, rng, kv_lens, dim, kv_dtype):
+    """Few sequences and many, of lengths that are alike or not: who has which keys differs."""
+    kv_heads, group = 8, 8 if kv_dtype == "bfloat16" else 4
+    batch = Batch.make(
+        rng,
+        q_lens=[1] * len(kv_lens),
+        kv_lens=kv_lens,
+        heads=group * kv_heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        block_size=16,
+        dtype="bfloat16",
+        kv_dtype=kv_dtype,
+        scales=kv_heads if kv_dtype != "bfloat16" else 0,
+        decode=True,
+    )
+    batch.check(backend)
+    batch.check(backend, window=(300, -1), sinks=rng.standard_normal(group * kv_heads).astype(np.float32))
 
 
 @pytest.mark.parametrize("q_len", [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200])

@@ -296,13 +296,14 @@ def quantized_calls(backend, rng):
     x = array(normal(rng, (70, 512)))
     multiply = quire.quantized_matmul
     yield multiply, (x, w), {}, ("wgmma",), "tiles of"
-    yield multiply, (x[:3], w), {}, None, "not wgmma: up to 16 tokens"
+    yield multiply, (x[:3], w), {}, ("few",), "tiles of 8 tokens"
+    yield multiply, (x[:1], w), {}, ("mma",), "not few: one token"
     yield multiply, (x, w), {"batch_invariant": True}, ("mma",), "not wgmma: batch_invariant"
     yield (
         multiply,
         (array(normal(rng, (70, 192))), short),
         {},
-        None,
+        ("mma",),
         "not wgmma: fewer than 256 input features",
     )
     yield multiply, (x, wide), {}, ("mma",), "not wgmma: float16 may not have the range"

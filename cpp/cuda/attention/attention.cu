@@ -32,7 +32,7 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   const std::int64_t q_bytes = params.float8_queries ? 1 : itemsize(params.dtype), out_bytes = itemsize(params.dtype);
   Plan plan{};
   plan.params = params;
-  if (config.paired) {
+  if (config.pairing != Pairing::kNone) {
     plan.params.num_kv_heads /= 2;
     plan.params.k_head_stride *= 2;
     plan.params.v_head_stride *= 2;
@@ -57,6 +57,9 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   plan.batch_invariant = params.batch_invariant;
   plan.key_span = std::numeric_limits<std::int32_t>::max();
   plan.line_shift = config.line_shift;
+  plan.tile_cost = config.tile_cost;
+  plan.num_ctas = config.num_ctas;
+  plan.cluster = Divisor::make(1);
   plan.ctas_per_tile = Divisor::make(std::max(config.ctas_per_tile, 1));
   plan.tiles_per_cta = config.tiles_per_cta;
   plan.tiles_of_seq = Divisor::make(std::max<std::int64_t>(config.tiles_per_seq * plan.params.num_kv_heads, 1));
@@ -208,10 +211,15 @@ void launch(const AttentionParams& params, const Config& config, Stream stream) 
 namespace {
 
 std::string tiles_text(const Config& config, std::int64_t num_kv_heads) {
+  if (config.cluster > 0)
+    return std::to_string(config.num_tiles * num_kv_heads) + " tiles, of a sequence by one kv head, " +
+           (config.cluster > 1 ? "the keys of each shared by a cluster of up to " + std::to_string(config.cluster) + " CTAs"
+                               : "a CTA to each") +
+           ", if the lengths are alike; else all keys shared evenly by up to " + std::to_string(config.num_ctas) + " CTAs";
   if (shares_keys(config.variant))
     return "the keys of all tiles, of " + std::to_string(config.tile_rows) + " rows by one kv head, shared evenly by " +
            std::to_string(config.num_ctas) + (config.wide ? " CTAs of many warps" : " CTAs") +
-           (config.paired ? ", two kv heads at a time" : "");
+           (config.pairing != Pairing::kNone ? ", two kv heads at a time" : "");
   return std::to_string(config.num_tiles * num_kv_heads) + " tiles of " + std::to_string(config.tile_rows) +
          " rows by one kv head at most" +
          (config.num_splits > 1 ? ", the keys of each split over up to " + std::to_string(config.num_splits) + " CTAs" : "");

@@ -69,8 +69,9 @@ constexpr bool needs_large_shared(Variant variant, int bucket, std::int64_t kv_i
   }
 }
 
-/// What a tile costs besides its keys, in steps.
-constexpr int kTileCost = 4;
+/// What a tile costs besides its keys, in steps: the time in which a CTA reads so many. Batches of very many tiles count less, so that they fit 31
+/// bits.
+constexpr int tile_cost(bool wide, std::int64_t num_tiles) { return num_tiles > 1 << 20 ? 4 : wide ? 24 : 8; }
 
 /// Whether a variant's CTAs share the batch's keys on the device (share.cuh), so that the host splits nothing.
 constexpr bool shares_keys(Variant variant) {
@@ -87,17 +88,26 @@ __host__ __device__ constexpr int part_begin(int index) {
   return (4096 << octave) + (index - 8) % 4 * (1024 << octave);
 }
 
+/// How two neighbouring kv heads are one tile's: memory gives what lies in longer pieces faster.
+enum class Pairing {
+  kNone,
+  kColumns,  // heads of half of the kernel's head_dim, their groups in one tile of 8 queries
+  kWarps     // every second warp has the second head
+};
+
 struct Config {
   Variant variant;
   int head_dim_bucket;
   int tile_rows;
   // If shares_keys.
   int num_ctas;
-  bool paired;        // two neighbouring kv heads are one: params.num_kv_heads and the heads' strides are as if
-  bool wide;          // one CTA with all warps to an SM, instead of several
+  Pairing pairing;    // unless kNone, params.num_kv_heads and the heads' strides are as if the two were one
+  bool wide;          // CTAs of twice as many warps
+  int cluster;        // > 0: if lengths are alike, up to so many CTAs, a cluster, share a tile's keys (mma_cluster_keys.cuh)
   int slots_per_cta;  // of partial results, each of a tile's rows
   int ctas_per_tile, tiles_per_cta;  // if all tiles have one length; 0: that makes no difference
   int line_shift;                    // see Plan
+  int tile_cost;
   // If not.
   int num_splits;          // CTAs that share one tile's keys; > 1 needs the workspace and the combine kernel
   int keys_per_split_min;  // a split is at least this long, and a multiple of it
@@ -116,6 +126,10 @@ constexpr int kMaxCtas = 640;
 constexpr int kCutParts = 12;
 constexpr int kWideSharedBytes = 226 * 1024;
 constexpr int kMaxPrefixRanges = 16;
+/// Rows of K and V up to so long are read by pairs of kv heads.
+constexpr int kPairedRowBytes = 256;
+/// CTAs of a cluster, at most.
+constexpr int kMaxCluster = 16;
 
 constexpr std::int64_t partial_rows(std::int64_t num_tokens, std::int64_t num_heads, int num_sms) {
   return std::min(num_tokens * num_heads * kPartialsPerRow, std::int64_t{kPartialRowsPerSm} * num_sms);
@@ -154,7 +168,7 @@ constexpr int choose_num_splits(std::int64_t num_ctas, std::int64_t num_sms, std
 
 /// The largest key count that a sequence can have, as far as the host knows. Kernels add a step to key indices in 32 bits.
 inline std::int64_t key_capacity(const AttentionParams& params) {
-  const std::int64_t limit = std::numeric_limits<std::int32_t>::max() - 1024;
+  const std::int64_t limit = std::numeric_limits<std::int32_t>::max() - 4096;
   if (params.block_tables == nullptr) return std::min(params.num_kv_tokens, limit);
   if (params.max_blocks_per_seq > limit / std::max<std::int64_t>(params.block_size, 1)) return limit;
   return params.max_blocks_per_seq * params.block_size;
@@ -265,11 +279,26 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
   return variant;
 }
 
-/// Whether decode may take two neighbouring kv heads of 64 columns as one: their rows are twice as long a piece of memory.
-inline bool may_pair_heads(const AttentionParams& params) {
-  return params.head_dim == 64 && params.num_kv_heads % 2 == 0 && params.num_heads / params.num_kv_heads <= 4 &&
-         params.k_head_stride == 64 && params.v_head_stride == 64 && params.block_tables != nullptr && params.query_start_loc == nullptr &&
-         params.shared_queries == 0 && !params.batch_invariant && !params.float8_queries;
+/// How many CTAs share a tile if lengths are alike; 0: all keys are shared evenly at once. `per_sm` of them run on an SM together.
+constexpr int choose_cluster(std::int64_t num_tiles, std::int64_t num_sms, std::int64_t per_sm, bool long_rows) {
+  const std::int64_t places = num_sms * per_sm, size = std::min<std::int64_t>(places / num_tiles, kMaxCluster);
+  if (num_tiles * 2 <= num_sms) return static_cast<int>(size);
+  // Where tiles are many, short rows are better read two heads at a time, and places should not be left empty.
+  return long_rows && num_tiles * size * 10 >= places * 9 ? static_cast<int>(size) : 0;
+}
+
+/// How decode takes two neighbouring kv heads as one.
+inline Pairing choose_pairing(const AttentionParams& params) {
+  const std::int64_t group = params.num_heads / params.num_kv_heads;
+  if (params.num_kv_heads % 2 != 0 || params.k_head_stride != params.head_dim || params.v_head_stride != params.head_dim ||
+      params.block_tables == nullptr || params.query_start_loc != nullptr || params.shared_queries > 0 || params.batch_invariant ||
+      params.float8_queries)
+    return Pairing::kNone;
+  if (params.head_dim == 64 && group <= 4) return Pairing::kColumns;
+  const std::int64_t row_bytes = params.head_dim * itemsize(params.kv_dtype);
+  return group <= 8 && params.head_dim > 64 && params.head_dim <= 128 && row_bytes <= kPairedRowBytes && params.mask == nullptr
+             ? Pairing::kWarps
+             : Pairing::kNone;
 }
 
 /// `why`, unless null, gets the reasons for the variant. `rows_of_sequence` is what to choose for; 0: the mean.
@@ -291,9 +320,16 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
   config.tiles_per_seq = ragged ? 0 : ceil_div(query_len * group, rows);
   config.num_tiles = ragged ? params.num_tokens * group / rows + params.num_seqs : config.tiles_per_seq * params.num_seqs;
 
-  config.paired = config.variant == Variant::kMmaSplitKeys8 && may_pair_heads(params);
-  if (config.paired) config.head_dim_bucket = 128;
-  const std::int64_t num_ctas = config.num_tiles * (config.paired ? params.num_kv_heads / 2 : params.num_kv_heads);
+  const std::int64_t num_head_tiles = config.num_tiles * params.num_kv_heads;
+  if (has_wgmma && config.variant == Variant::kMmaSplitKeys8 && params.block_tables != nullptr && !ragged && params.shared_queries == 0 &&
+      !params.float8_queries && !params.batch_invariant && params.mask == nullptr && group <= rows && key_capacity(params) < 1 << 30) {
+    config.cluster = choose_cluster(num_head_tiles, device.num_sms, ctas_per_sm(config.variant, config.head_dim_bucket) / 2,
+                                    params.head_dim * itemsize(params.kv_dtype) >= 128);
+  }
+  if (config.variant == Variant::kMmaSplitKeys8) config.pairing = choose_pairing(params);
+  if (config.pairing == Pairing::kColumns) config.head_dim_bucket = 128;
+  if (config.pairing == Pairing::kWarps) config.tile_rows = 16;
+  const std::int64_t num_ctas = config.num_tiles * (config.pairing != Pairing::kNone ? params.num_kv_heads / 2 : params.num_kv_heads);
   const std::int64_t limit = std::numeric_limits<std::int32_t>::max();
   if (num_ctas > limit || params.num_tokens * group > limit - 64)
     throw UnsupportedError("[attention] num_tokens * num_heads: expected less than 2^31 query rows in one call");
@@ -302,19 +338,22 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
   config.keys_per_split_min = 1;
   if (hopper || (params.batch_invariant && config.variant == Variant::kSimt)) return config;
   if (shares_keys(config.variant)) {
-    // One CTA to an SM where tiles are so few that each has many parts: then it has fewer.
-    config.wide = !params.batch_invariant && config.variant != Variant::kMmaSplitKeys8Small && num_ctas * 2 <= device.num_sms &&
-                  key_capacity(params) > 2048 && device.max_shared_bytes_per_cta >= kWideSharedBytes;
+    // CTAs of more warps where tiles are so few that each has many parts: then it has fewer.
+    config.wide = !params.batch_invariant && config.variant != Variant::kMmaSplitKeys8Small &&
+                  (config.cluster > 0 || (num_ctas * 2 <= device.num_sms && key_capacity(params) > 2048)) &&
+                  device.max_shared_bytes_per_cta >= kWideSharedBytes;
+    config.tile_cost = tile_cost(config.wide, num_ctas);
     config.slots_per_cta = params.batch_invariant ? kCutParts + 1 : 2;
-    const int per_sm = config.wide ? 1 : ctas_per_sm(config.variant, config.head_dim_bucket);
-    const std::int64_t fitting = partial_rows(params.num_tokens, params.num_heads, device.num_sms) / (config.slots_per_cta * rows);
+    const int per_sm = ctas_per_sm(config.variant, config.head_dim_bucket) / (config.wide ? 2 : 1);
+    const std::int64_t fitting =
+        partial_rows(params.num_tokens, params.num_heads, device.num_sms) / (config.slots_per_cta * config.tile_rows);
     // Places on the line are 31 bits, and its tiles alone may take half of them.
-    constexpr std::int64_t kMaxTiles = (std::int64_t{1} << 29) / (kTileCost + 1);
+    constexpr std::int64_t kMaxTiles = (std::int64_t{1} << 29) / 5;
     if (num_ctas > kMaxTiles)
       throw UnsupportedError("[attention] num_seqs * num_kv_heads: expected at most " + std::to_string(kMaxTiles) +
                              " tiles of query rows in one call, got " + std::to_string(num_ctas));
-    const auto longest = static_cast<double>(num_ctas) * (static_cast<double>(key_capacity(params)) / 16 + kTileCost + 1);
-    while (std::ldexp(longest, -config.line_shift) + static_cast<double>(num_ctas) * (kTileCost + 1) > 1 << 30) ++config.line_shift;
+    const auto longest = static_cast<double>(num_ctas) * (static_cast<double>(key_capacity(params)) / 16 + config.tile_cost + 1);
+    while (std::ldexp(longest, -config.line_shift) + static_cast<double>(num_ctas) * (config.tile_cost + 1) > 1 << 30) ++config.line_shift;
     // A CTA has 64 keys or more.
     const std::int64_t useful = num_ctas * (key_capacity(params) / 64 + 2);
     config.num_ctas = static_cast<int>(

@@ -2,27 +2,146 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
+#include <atomic>
+
 #include "cuda/attention/launch.h"
+#include "cuda/attention/mma_cluster_keys.cuh"
 #include "cuda/attention/mma_split_keys.cuh"
 
 namespace quire::cuda::attn {
 
+/// Whether a kernel has attend_in_clusters, too.
+template <Variant kVariant, bool kWide>
+constexpr bool kHasClusters = kWide && kVariant == Variant::kMmaSplitKeys8;
+
+/// Of a CTA that is alone on its SM.
+constexpr int kLoneWarps = 16;
+
+/// kHeadDim of a kv head that is not paired.
+__host__ __device__ constexpr int head_dim_alone(int head_dim, Pairing pairing) {
+  return pairing == Pairing::kColumns ? head_dim / 2 : head_dim;
+}
+
+inline cudaLaunchAttribute cluster_attribute(int size) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(size);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
+/// Grid: as many CTAs as the device holds, or fewer; plan.cluster of them to a tile if there are clusters.
+template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing>
+__global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>::kCtaThreads,
+                                  SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>::kCtasPerSm)
+    attention_mma_split_keys_kernel(const __grid_constant__ Plan plan) {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kHasClusters<kVariant, kWide>) {
+    if (plan.in_clusters && attend_in_clusters<kKvDType, head_dim_alone(kHeadDim, kPairing), 2 * kWarps, kPairing != Pairing::kNone>(plan))
+      return;
+  }
+#endif
+  attend_to_stretches<kKvDType, kHeadDim, kVariant, kWide, kPairing>(plan);
+}
+
+/// The same for one sequence: clusters alone, whose CTAs have all of an SM's warps. Clusters of CTAs of which an SM could hold two do not leave SMs
+/// evenly.
+template <DType kKvDType, int kHeadDim, bool kInPairs>
+__global__ void __launch_bounds__(ClusterKeysShape<kKvDType, kHeadDim, kLoneWarps>::kCtaThreads, 1)
+    attention_mma_cluster_keys_kernel(const __grid_constant__ Plan plan) {
+#if __CUDA_ARCH__ >= 900
+  attend_in_clusters<kKvDType, kHeadDim, kLoneWarps, kInPairs>(plan);
+#endif
+}
+
+/// The most CTAs, up to `limit`, of which `num_clusters` clusters run at once; 0 if there is no such size.
+template <auto kKernel>
+int largest_cluster(int num_threads, int shared_bytes, int limit, std::int64_t num_clusters) {
+  // 1 + the clusters of a size that run at once, on the first device that was asked; others of its kind are alike.
+  static std::atomic<int> known[kMaxCluster + 1];
+  for (int size = limit; size > 0; --size) {
+    int clusters = known[size].load(std::memory_order_relaxed) - 1;
+    if (clusters < 0) {
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(static_cast<unsigned>(size));
+      config.blockDim = dim3(static_cast<unsigned>(num_threads));
+      config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+      cudaLaunchAttribute attribute = cluster_attribute(size);
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+      QUIRE_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config));
+      known[size].store(clusters + 1, std::memory_order_relaxed);
+    }
+    if (clusters >= num_clusters) return size;
+  }
+  return 0;
+}
+
+/// Launches the kernel with up to `limit` CTAs to a tile, at least `min_size`; false if it cannot.
+template <auto kKernel>
+bool launch_clusters(Plan plan, int limit, int min_size, std::int64_t num_tiles, int num_threads, int shared_bytes, Stream stream) {
+  set_max_shared_bytes(reinterpret_cast<const void*>(kKernel), shared_bytes);
+  if (limit > 8)
+    known_of_device([] {
+      QUIRE_CUDA_CHECK(cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+      return true;
+    });
+  const int size = limit == 1 ? 1 : largest_cluster<kKernel>(num_threads, shared_bytes, limit, num_tiles);
+  if (size < min_size) return false;
+  plan.cluster = Divisor::make(size);
+  plan.in_clusters = true;
+  plan.num_ctas = static_cast<int>(std::min<std::int64_t>(plan.num_ctas, num_tiles * size));
+  plan.tiles_per_cta = 0;  // what was chosen for equal lengths was for another number of CTAs
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(num_tiles * size));
+  config.blockDim = dim3(static_cast<unsigned>(num_threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+  config.stream = cuda_stream(stream);
+  cudaLaunchAttribute attribute = cluster_attribute(size);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, plan));
+  QUIRE_CHECK_LAUNCH("attention_mma_split_keys_kernel in clusters", stream);
+  return true;
+}
+
 template <DType kKvDType>
 void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
-  const auto launch = [&]<int kHeadDim, Variant kVariant, bool kWide, bool kPaired = false>() {
-    using Shape = SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPaired>;
-    const auto kernel = attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPaired>;
+  const bool in_clusters = config.cluster > 0 && plan.chunk_strides_exist && plan.q_alignment == 16;
+  const std::int64_t num_head_tiles = config.num_tiles * (plan.params.num_heads / plan.kv_group.divisor);
+  const auto launch = [&]<int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing = Pairing::kNone>() {
+    using Shape = SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>;
+    if constexpr (kHasClusters<kVariant, kWide>) {
+      constexpr int kAlone = head_dim_alone(kHeadDim, kPairing);
+      if constexpr (kAlone <= 128) {
+        using Lone = ClusterKeysShape<kKvDType, kAlone, kLoneWarps>;
+        if (in_clusters && plan.params.num_seqs == 1 && num_head_tiles < kMaxCluster &&
+            launch_clusters<attention_mma_cluster_keys_kernel<kKvDType, kAlone, kPairing != Pairing::kNone>>(
+                plan, config.cluster, 8, num_head_tiles, Lone::kCtaThreads, Lone::kSharedBytes, stream))
+          return;
+      }
+      constexpr int kSharedBytes = std::max(Shape::kSharedBytes, ClusterKeysShape<kKvDType, kAlone, 2 * kWarps>::kSharedBytes);
+      static_assert(kSharedBytes <= kWideSharedBytes / Shape::kCtasPerSm);
+      if (in_clusters && launch_clusters<attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>>(
+                             plan, config.cluster, 1, num_head_tiles, Shape::kCtaThreads, kSharedBytes, stream))
+        return;
+    }
+    const auto kernel = attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>;
     set_max_shared_bytes(reinterpret_cast<const void*>(kernel), Shape::kSharedBytes);
     kernel<<<static_cast<unsigned>(config.num_ctas), Shape::kCtaThreads, static_cast<std::size_t>(Shape::kSharedBytes),
              cuda_stream(stream)>>>(plan);
     QUIRE_CHECK_LAUNCH("attention_mma_split_keys_kernel", stream);
   };
   const auto of_head_dim = [&]<int kHeadDim>() {
-    if constexpr (kHeadDim == 128)
-      if (config.paired) {
-        return config.wide ? launch.template operator()<128, Variant::kMmaSplitKeys8, true, true>()
-                           : launch.template operator()<128, Variant::kMmaSplitKeys8, false, true>();
-      }
+    if constexpr (kHeadDim == 128) {
+      const auto paired = [&]<Pairing kPairing>() {
+        return config.wide ? launch.template operator()<128, Variant::kMmaSplitKeys8, true, kPairing>()
+                           : launch.template operator()<128, Variant::kMmaSplitKeys8, false, kPairing>();
+      };
+      if (config.pairing == Pairing::kColumns) return paired.template operator()<Pairing::kColumns>();
+      if (config.pairing == Pairing::kWarps) return paired.template operator()<Pairing::kWarps>();
+    }
     if constexpr (kHeadDim == 256)
       if (config.variant == Variant::kMmaSplitKeys8Small) return launch.template operator()<256, Variant::kMmaSplitKeys8Small, false>();
     if (config.variant == Variant::kMmaSplitKeys16) {

@@ -50,9 +50,10 @@ struct MmaColumns {
     device::load_matrix_x4(fragment, QRows::advance(q_address, 0, 4 * pair) + static_cast<std::uint32_t>(8 * t * Types::kQRowBytes));
   }
 
-  __device__ __forceinline__ void attach_q(std::uint32_t q_shared) {
+  /// The queries are the rows of q from `first_row` on; what is there of 8 rows is not read where there are less.
+  __device__ __forceinline__ void attach_q(std::uint32_t q_shared, int first_row = 0) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    q_address = Rows<Types::kQRowBytes>::address(q_shared, lane % 8, lane / 8);
+    q_address = Rows<Types::kQRowBytes>::address(q_shared, first_row + lane % 8, lane / 8);
     if constexpr (kQInRegisters) {
 #pragma unroll
       for (int pair = 0; pair < kSteps / 2; ++pair)

@@ -7,24 +7,27 @@
 
 namespace quire::cuda::attn {
 
-/// kWide: the warps of all CTAs that an SM could hold are one CTA, for batches that are so small that the parts of a tile are many.
-/// kPaired: two neighbouring kv heads of half of kHeadDim are one. Memory gives what lies in longer pieces faster, and a tile has room.
-template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, bool kPaired>
+/// kWide: the warps of two CTAs are one CTA, for batches that are so small that the parts of a tile are many.
+template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing>
 struct SplitKeysShape {
+  static constexpr bool kPaired = kPairing == Pairing::kColumns;
+  static constexpr bool kPairedWarps = kPairing == Pairing::kWarps;
   using Types = MmaTypes<kKvDType, kHeadDim>;
-  static constexpr int kRows = tile_rows(kVariant);
-  static constexpr int kTiles = kRows / 8;
-  static constexpr int kCtasPerSm = kWide ? 1 : ctas_per_sm(kVariant, kHeadDim);
-  static constexpr int kCtaWarps = kWide ? kWarps * ctas_per_sm(kVariant, kHeadDim) : kWarps;
+  static constexpr int kRows = kPairedWarps ? 16 : tile_rows(kVariant);
+  static constexpr int kTiles = tile_rows(kVariant) / 8;  // of queries of a warp
+  static constexpr int kCtasPerSm = kWide ? ctas_per_sm(kVariant, kHeadDim) / 2 : ctas_per_sm(kVariant, kHeadDim);
+  static constexpr int kCtaWarps = kWide ? 2 * kWarps : kWarps;
   static constexpr int kCtaThreads = 32 * kCtaWarps;
+  static constexpr int kHeadWarps = kPairedWarps ? kCtaWarps / 2 : kCtaWarps;  // that take turns at the keys
   static constexpr int kKeys = Types::kKvRowBytes >= 256 ? 16 : 32;  // per step of a warp
   static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;      // one step's K or V
   // 192 KiB for all warps of an SM, or 64 KiB for a CTA.
   static constexpr int kSlots =
       (kVariant == Variant::kMmaSplitKeys8Small ? 16 * 1024 : 48 * 1024 / ctas_per_sm(kVariant, kHeadDim)) / kSlotBytes;
   static constexpr int kRingBytes = kSlots * kSlotBytes;  // of one warp
+  static constexpr int kLead = (kSlots + 1) / 2;          // steps whose copies are under way
+  static constexpr int kEntryBytes = kLead * kKeys * 4;   // of a warp: table entries
   static constexpr int kOutPitch = kHeadDim + 4;          // floats; every second row 8 banks on
-  static constexpr bool kIsPaired = kPaired;
   static constexpr bool kManyRegisters = ctas_per_sm(kVariant, kHeadDim) <= 2;  // of a thread
   static constexpr int kColumns = kPaired ? kHeadDim / 2 : kHeadDim;  // of a row of q and out
   static constexpr int kQOffset = kCtaWarps * kRingBytes;
@@ -32,15 +35,25 @@ struct SplitKeysShape {
   static constexpr int kStatsOffset = kRowParamsOffset + kRows * static_cast<int>(sizeof(RowParams));
   static constexpr int kNotesOffset = kStatsOffset + 2 * kCtaWarps * kRows * static_cast<int>(sizeof(float));
   static constexpr int kFoldedOffset = kNotesOffset + kRows * kNoteWords<kHeadDim> * 4;
-  static constexpr int kWalkOffset = kFoldedOffset + 2 * kRows * static_cast<int>(sizeof(float2));
+  static constexpr int kEntriesOffset = kFoldedOffset + 2 * kRows * static_cast<int>(sizeof(float2));
+  static constexpr int kWalkOffset = kEntriesOffset + kCtaWarps * kEntryBytes;
   static constexpr int kSharedBytes = kWalkOffset + static_cast<int>(sizeof(Walk));
+  /// Of paired warps: whether this one has the second kv head.
+  __device__ __forceinline__ static bool is_upper_warp() { return (threadIdx.x & 32u) != 0; }
   static_assert(kSlots >= 2);
   static_assert(kWide || kSharedBytes <= (kVariant == Variant::kMmaSplitKeys16 || kHeadDim == 256 && kVariant == Variant::kMmaSplitKeys8
                                               ? kLargeSharedBytes
                                               : 99 * 1024));
-  static_assert(!kWide || kSharedBytes <= kWideSharedBytes);
+  static_assert(!kWide || kSharedBytes <= kWideSharedBytes / kCtasPerSm);
   static_assert(kRows * kOutPitch * 4 <= kRingBytes, "the rings hold the merge");
 };
+
+/// Starts the copy of a key's table entry to shared memory, if it has one.
+__device__ __forceinline__ void copy_entry(const Plan& plan, const Tile& tile, int key, int key_end, std::uint32_t target) {
+  const AttentionParams& p = plan.params;
+  if (p.block_tables == nullptr || key >= key_end) return;
+  device::copy_async_4(target, p.block_tables + tile.seq * p.block_tables_stride + plan.block_size.quotient(key), 4);
+}
 
 /// The lane, read anew each time: what is derived from it is then computed where it is needed, not kept in registers that the loop lacks.
 __device__ __forceinline__ int lane_here() {
@@ -49,25 +62,43 @@ __device__ __forceinline__ int lane_here() {
   return static_cast<int>(lane);
 }
 
-/// One warp's keys: steps first, first + kCtaWarps, ... of the CTA's part, copied ahead into a ring of slots K0 V0 K1 V1 ... What is the whole
-/// CTA's stays in shared memory.
+/// One warp's keys: steps first, first + kCtaWarps, ... of the CTA's part, copied ahead into a ring of slots K0 V0 K1 V1 ... Table entries are copied
+/// ahead of that, into a ring of their own: a load would be waited for. What is the whole CTA's stays in shared memory.
 template <typename Shape>
 struct KeyStream {
   using Types = typename Shape::Types;
-  static constexpr int kStride = Shape::kCtaWarps * Shape::kKeys;
+  static constexpr int kStride = Shape::kHeadWarps * Shape::kKeys;
 
-  int next_key;          // of the step whose K comes next
-  int next_entry;        // the lane's table entry for it, fetched ahead
-  KeyLocation location;  // the lane's, of the step whose K came last
-  std::uint32_t valid;   // of that step: bit j says whether key j exists
+  int next_key;           // of the step whose K comes next
+  std::uint32_t entries;  // the lane's entry for it, in shared memory
+  KeyLocation location;   // the lane's, of the step whose K came last
+  std::uint32_t valid;    // of that step: bit j says whether key j exists
 
-  __device__ __forceinline__ void start(const Plan& plan, const Walk& walk, int first_key) {
-    next_key = first_key;
-    next_entry = load_entry(plan, walk.tile, lane_key(walk), walk.part_end);
+  /// The warp's entries.
+  __device__ __forceinline__ static std::uint32_t warp_entries(std::uint32_t shared_base) {
+    unsigned thread;
+    asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));  // as lane_here
+    return shared_base + static_cast<std::uint32_t>(Shape::kEntriesOffset) + thread / 32 * static_cast<std::uint32_t>(Shape::kEntryBytes);
   }
 
-  __device__ __forceinline__ static KvView whole_rows(KvView view) {
-    if constexpr (Shape::kIsPaired) view.row_bytes *= 2;
+  /// Asks for the first steps' table entries. They are there when all that the thread has asked for is.
+  __device__ __forceinline__ void start(const Plan& plan, const Walk& walk, int first_key, std::uint32_t shared_base) {
+    entries = warp_entries(shared_base) + static_cast<std::uint32_t>(4 * lane_here());
+    next_key = first_key;
+#pragma unroll
+    for (int i = 0; i < Shape::kLead; ++i) {
+      copy_entry(plan, walk.tile, lane_key(walk), walk.part_end, entries + static_cast<std::uint32_t>(i * Shape::kKeys * 4));
+      next_key += kStride;
+    }
+    next_key = first_key;
+  }
+
+  /// The warp's part of a kv head, or of a pair's view.
+  __device__ __forceinline__ static KvView own_part(KvView view, std::int64_t pair_stride) {
+    if constexpr (Shape::kPaired) view.row_bytes *= 2;
+    if constexpr (Shape::kPairedWarps) {
+      if (Shape::is_upper_warp()) view.base += pair_stride * Types::kElementBytes / 2;
+    }
     return view;
   }
 
@@ -78,18 +109,21 @@ struct KeyStream {
   }
 
   /// Starts the copy of the next step's K and returns which of its keys exist.
-  __device__ __forceinline__ std::uint32_t copy_k(const Plan& plan, const Walk& walk, std::uint32_t slot) {
+  __device__ __forceinline__ std::uint32_t copy_k(const Plan& plan, const Walk& walk, std::uint32_t slot, std::uint32_t shared_base) {
     const int key = next_key;
     if (key >= walk.part_end) {
       next_key = key + kStride;
       return 0;
     }
-    location = locate_key(plan, walk.tile, lane_key(walk), walk.part_end, next_entry);
+    location = locate_key(plan, walk.tile, lane_key(walk), walk.part_end, device::load_shared(entries));
     valid = __ballot_sync(kAllLanes, location.valid);
-    copy_rows<Types, Shape::kKeys>(plan, whole_rows(k_view<Types>(plan.params, plan, walk.kv_head)), location, valid, 0, slot, 0,
-                                   lane_here());
+    copy_rows<Types, Shape::kKeys>(plan, own_part(k_view<Types>(plan.params, plan, walk.kv_head), plan.params.k_head_stride), location,
+                                   valid, 0, slot, 0, lane_here());
+    next_key = key + Shape::kLead * kStride;
+    copy_entry(plan, walk.tile, lane_key(walk), walk.part_end, entries);
     next_key = key + kStride;
-    next_entry = load_entry(plan, walk.tile, lane_key(walk), walk.part_end);
+    entries += Shape::kKeys * 4;
+    if (entries >= warp_entries(shared_base) + Shape::kEntryBytes) entries -= Shape::kEntryBytes;
     return valid;
   }
 
@@ -97,8 +131,8 @@ struct KeyStream {
   __device__ __forceinline__ void copy_v(const Plan& plan, const Walk& walk, std::uint32_t slot) const {
     const int key = next_key - kStride;
     if (key >= walk.part_begin && key < walk.part_end)
-      copy_rows<Types, Shape::kKeys>(plan, whole_rows(v_view<Types>(plan.params, plan, walk.kv_head)), location, valid, 0, slot, 0,
-                                     lane_here());
+      copy_rows<Types, Shape::kKeys>(plan, own_part(v_view<Types>(plan.params, plan, walk.kv_head), plan.params.v_head_stride), location,
+                                     valid, 0, slot, 0, lane_here());
   }
 };
 
@@ -249,14 +283,13 @@ __device__ __forceinline__ void prefetch_tables(const AttentionParams& p) {
   asm volatile("prefetch.global.L2 [%0];\n" ::"l"(reinterpret_cast<const char*>(p.block_tables) + offset));
 }
 
-/// Grid: as many CTAs as the device holds, or fewer. A CTA has an equal stretch of the batch's line of keys (share.cuh). It computes 8 or 16 packed
-/// rows at a time against the keys that it has of them and writes them to out and lse, or to the workspace if other CTAs have keys of them too.
-template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, bool kPaired>
-__global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPaired>::kCtaThreads,
-                                  SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPaired>::kCtasPerSm)
-    attention_mma_split_keys_kernel(const __grid_constant__ Plan plan) {
+/// A CTA has an equal stretch of the batch's line of keys (share.cuh). It computes 8 or 16 packed rows at a time against the keys that it has of
+/// them and writes them to out and lse, or to the workspace if other CTAs have keys of them too.
+template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing>
+__device__ __forceinline__ void attend_to_stretches(const Plan& plan) {
   using Types = MmaTypes<kKvDType, kHeadDim>;
-  using Shape = SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPaired>;
+  using Shape = SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>;
+  constexpr bool kPaired = Shape::kPaired, kPairedWarps = Shape::kPairedWarps;
   constexpr int kRows = Shape::kRows;
   constexpr int kTiles = Shape::kTiles;
   constexpr int kKeys = Shape::kKeys;
@@ -271,6 +304,8 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
   char* q_shared = shared + Shape::kQOffset;
   auto* row_params = reinterpret_cast<RowParams*>(shared + Shape::kRowParamsOffset);
   auto& stats = *reinterpret_cast<float (*)[2][kCtaWarps][kRows]>(shared + Shape::kStatsOffset);
+  // Which warps have a row's keys: [first, first + kWarpStep, ...).
+  constexpr int kWarpStep = kPairedWarps ? 2 : 1;
   auto& folded_stats = *reinterpret_cast<float2(*)[2][kRows]>(shared + Shape::kFoldedOffset);
   const std::uint32_t shared_base = device::shared_address(shared);
   const std::uint32_t ring = shared_base + static_cast<std::uint32_t>(warp * Shape::kRingBytes);
@@ -280,6 +315,7 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
   Walk& walk = *reinterpret_cast<Walk*>(shared + Shape::kWalkOffset);
   const Tile& tile = walk.tile;
 
+  if (static_cast<int>(blockIdx.x) >= plan.num_ctas) return;
   prefetch_tables<Shape::kCtaThreads>(p);
   if (warp == 0) begin_walk<kRows, kKeys>(plan, walk);
   for (bool fresh = true;; fresh = false) {
@@ -291,6 +327,9 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
     typename MmaState::Scale score;
     const std::uint32_t k_offset = MmaState::k_thread_offset();
     const std::uint32_t v_offset = MmaState::v_thread_offset();
+    // Of paired warps: the tile's row that is the warp's first.
+    const auto first_row = [&] { return kPairedWarps && Shape::is_upper_warp() ? static_cast<int>(plan.kv_group.divisor) : 0; };
+    const RowParams* const warp_row_params = row_params + first_row();
 
     // Batch-invariant calls go from part to part; else all of the CTA's keys of the tile are one.
     for (bool has_q = false;; has_q = true) {
@@ -298,27 +337,20 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
       bool selecting = false;
       for (;; selecting = true) {
         KeyStream<Shape> stream;
-        stream.start(plan, walk, walk.part_begin + warp * kKeys);
+        stream.start(plan, walk, walk.part_begin + (kPairedWarps ? warp / 2 : warp) * kKeys, shared_base);
         if (!has_q && !selecting) {
           if constexpr (kPaired) {
             copy_paired_q<Shape>(plan, tile, walk.kv_head, device::shared_address(q_shared));
           } else {
             copy_q<Types, kRows>(plan, tile, walk.kv_head, 0, warp, kCtaWarps, q_shared);
           }
-          if (threadIdx.x < kRows) {
-            const int row = static_cast<int>(threadIdx.x);
-            row_params[row] = make_row_params(plan, tile, walk.kv_head, row);
-            if (kPaired && p.k_scale != nullptr) {
-              const int head = row_index(plan, tile, walk.kv_head, min(row, tile.num_rows - 1)).head;
-              row_params[row].scale = p.scale * p.k_scale[plan.kv_group.quotient(head) * p.k_scale_stride];
-            }
-          }
-          device::copy_async_commit();
         }
+        device::copy_async_commit();
+        device::copy_async_wait<0>();
         state.reset();
 
         // The first kLead rounds only fill the ring: one copy of the code serves both, which matters to a cold instruction cache.
-        constexpr int kLead = (kSlots + 1) / 2;
+        constexpr int kLead = Shape::kLead;
         std::uint32_t valid[kLead + 1] = {};  // of the step in use and the ones after
         std::uint32_t slot = 0;
         for (int round = -kLead;; ++round) {
@@ -326,7 +358,14 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
             if (selecting) {
               for (int i = static_cast<int>(threadIdx.x); i < kRows * kNoteWords<kHeadDim>; i += Shape::kCtaThreads) notes[i] = 0;
             } else if (!has_q) {
-              device::copy_async_wait<kSlots>();
+              if (threadIdx.x < kRows) {
+                const int row = static_cast<int>(threadIdx.x);
+                row_params[row] = make_row_params(plan, tile, walk.kv_head, row);
+                if ((kPaired || kPairedWarps) && p.k_scale != nullptr) {
+                  const int head = row_index(plan, tile, walk.kv_head, min(row, tile.num_rows - 1)).head;
+                  row_params[row].scale = p.scale * p.k_scale[plan.kv_group.quotient(head) * p.k_scale_stride];
+                }
+              }
               if constexpr (Types::kQuantized) {
                 __syncthreads();
                 for (int row = warp; row < kRows; row += kCtaWarps) convert_q<Types, kHeadDim, 1>(plan, row, q_shared, row_params);
@@ -334,8 +373,8 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
             }
             __syncthreads();
             if (!selecting && !has_q) {
-              score = make_score_scale<MmaState::kQueries>(p, row_params, MmaState::query);
-              state.attach_q(device::shared_address(q_shared));
+              score = make_score_scale<MmaState::kQueries>(p, warp_row_params, MmaState::query);
+              state.attach_q(device::shared_address(q_shared), first_row());
               if constexpr (kPaired) {
 #pragma unroll
                 for (int i = 0; i < MmaState::kQueries; ++i)
@@ -358,18 +397,18 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
             __syncwarp();
           }
           if constexpr (kEven) {
-            valid[kLead] = stream.copy_k(plan, walk, k_address);
+            valid[kLead] = stream.copy_k(plan, walk, k_address, shared_base);
           } else {
             stream.copy_v(plan, walk, k_address);
           }
           device::copy_async_commit();
 
           if (round >= 0) {
-            if (score.transform) state.template transform_scores<kKeys>(scores, row_params, p.softcap, key);
+            if (score.transform) state.template transform_scores<kKeys>(scores, warp_row_params, p.softcap, key);
             constexpr std::uint32_t kAll = kKeys == 32 ? 0xffffffffu : (1u << (kKeys % 32)) - 1;
             if (valid[0] != kAll || key < walk.full.begin || key > walk.full.end - kKeys) {
-              state.template mask_scores<kKeys>(scores, row_params, key, valid[0]);
-              if (p.mask != nullptr) state.template apply_mask<kKeys>(scores, p, row_params, key);
+              state.template mask_scores<kKeys>(scores, warp_row_params, key, valid[0]);
+              if (p.mask != nullptr) state.template apply_mask<kKeys>(scores, p, warp_row_params, key);
             }
             state.template softmax<kKeys>(scores, score);
 
@@ -386,14 +425,14 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
           if constexpr (kEven) {
             stream.copy_v(plan, walk, v_address);
           } else {
-            valid[kLead] = stream.copy_k(plan, walk, v_address);
+            valid[kLead] = stream.copy_k(plan, walk, v_address, shared_base);
           }
           device::copy_async_commit();
 #pragma unroll
           for (int i = 0; i < kLead; ++i) valid[i] = valid[i + 1];
         }
         device::copy_async_wait<0>();
-        if (!kMayBeNotFinite<kKvDType> || selecting || (walk.all_see_the_same && !plan.batch_invariant) ||
+        if (kPairedWarps || !kMayBeNotFinite<kKvDType> || selecting || (walk.all_see_the_same && !plan.batch_invariant) ||
             !__syncthreads_or(state.not_finite()))
           break;
       }
@@ -403,17 +442,20 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
       if (lane < 4) {
 #pragma unroll
         for (int i = 0; i < MmaState::kQueries; ++i) {
-          stats[0][warp][MmaState::query(i)] = state.largest[i] * score.log2_scale[i];
-          stats[1][warp][MmaState::query(i)] = state.sum[i];
+          const int row = first_row() + MmaState::query(i);
+          stats[0][warp][row] = state.largest[i] * score.log2_scale[i];
+          stats[1][warp][row] = state.sum[i];
         }
       }
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < MmaState::kQueries; ++i) {
-        const int row = MmaState::query(i);
-        float top = stats[0][0][row];
+        const int row = first_row() + MmaState::query(i);
+        if (kPairedWarps && MmaState::query(i) >= static_cast<int>(plan.kv_group.divisor)) continue;
+        const int first_warp = kPairedWarps ? warp % 2 : 0;
+        float top = stats[0][first_warp][row];
 #pragma unroll 4
-        for (int w = 1; w < kCtaWarps; ++w) top = fmaxf(top, stats[0][w][row]);
+        for (int w = first_warp + kWarpStep; w < kCtaWarps; w += kWarpStep) top = fmaxf(top, stats[0][w][row]);
         const float weight = device::exp2_approx(stats[0][warp][row] - (top == -INFINITY ? 0.0f : top));
         if (row < tile.num_rows) {
           float* target = merged + (warp * kRows + row) * Shape::kOutPitch;
@@ -442,13 +484,14 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
           if (merging) {
             result = plan.batch_invariant ? fold_parts<kKeys>(plan, walk, row, column) : sum_parts<Shape>(plan, walk, row, column);
           } else {
-            int merged_column = column;
+            int merged_column = column, first_warp = 0;
             if (kPaired && is_upper(plan, row_index(plan, tile, walk.kv_head, row).head)) merged_column += Shape::kColumns;
-            result = Partial{float4{0.0f, 0.0f, 0.0f, 0.0f}, stats[0][0][row], 0.0f};
+            if (kPairedWarps && row >= static_cast<int>(plan.kv_group.divisor)) first_warp = 1;
+            result = Partial{float4{0.0f, 0.0f, 0.0f, 0.0f}, stats[0][first_warp][row], 0.0f};
 #pragma unroll 4
-            for (int w = 1; w < kCtaWarps; ++w) result.top = fmaxf(result.top, stats[0][w][row]);
+            for (int w = first_warp + kWarpStep; w < kCtaWarps; w += kWarpStep) result.top = fmaxf(result.top, stats[0][w][row]);
 #pragma unroll 4
-            for (int w = 0; w < kCtaWarps; ++w) {
+            for (int w = first_warp; w < kCtaWarps; w += kWarpStep) {
               result.sum += stats[1][w][row] * device::exp2_approx(stats[0][w][row] - (result.top == -INFINITY ? 0.0f : result.top));
               const float4 of_warp = *reinterpret_cast<const float4*>(merged + (w * kRows + row) * Shape::kOutPitch + merged_column);
               result.value.x += of_warp.x, result.value.y += of_warp.y, result.value.z += of_warp.z, result.value.w += of_warp.w;

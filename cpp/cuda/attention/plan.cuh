@@ -61,6 +61,10 @@ struct Plan {
   Divisor ctas_per_tile;
   int tiles_per_cta;
   Divisor tiles_of_seq, kv_heads;  // of all kv heads; how many of those there are
+  Divisor cluster;  // CTAs of a cluster, if there is one to a tile (mma_cluster_keys.cuh)
+  bool in_clusters;
+  int num_ctas;  // that share keys
+  int tile_cost;  // what a tile takes besides its keys, on the line
   int line_shift;  // places on the line are counted in units of 2^line_shift steps
   bool batch_invariant;
   int num_tiles;  // per kv head

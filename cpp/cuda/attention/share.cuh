@@ -134,12 +134,13 @@ __device__ __forceinline__ void next_tile(const Plan& plan, Walk& walk, bool fre
         // Whole tiles go to whoever is ready for one. Every tile but the CTAs' first takes a ticket, and every CTA one more in vain: as many
         // as there are tiles. The last one makes the counter zero again.
         const auto num_tiles = static_cast<unsigned>(p.num_seqs) * plan.tiles_of_seq.divisor;
+        const auto num_ctas = static_cast<unsigned>(plan.num_ctas);
         unsigned* const tickets = plan.counters + kMaxCtas;
         const unsigned ticket = atomicAdd(tickets, 1u);
         if (ticket == num_tiles - 1) *tickets = 0;
-        if (ticket + gridDim.x >= num_tiles) return;
+        if (ticket + num_ctas >= num_tiles) return;
         walk.more = true;
-        walk.tile_idx = static_cast<int>(ticket + gridDim.x);
+        walk.tile_idx = static_cast<int>(ticket + num_ctas);
         walk.begin = walk.tile_idx * walk.stretch;
         walk.end = walk.begin + walk.stretch;
       }
@@ -153,7 +154,7 @@ __device__ __forceinline__ void next_tile(const Plan& plan, Walk& walk, bool fre
       tile.kv_first_token = 0;
       tile.kv_len = sequence_keys(plan, seq, false);
     } else if (!fresh) {
-      walk.keys_start += walk.length + kTileCost;
+      walk.keys_start += walk.length + plan.tile_cost;
       if (walk.keys_start >= walk.end) {
         walk.more = false;
         return;
@@ -254,7 +255,7 @@ __device__ __forceinline__ void begin_walk(const Plan& plan, Walk& walk) {
   }
 
   // The first pass measures the lane's part of the line; the second, in the lane that has the CTA's beginning, finds it.
-  const auto num_ctas = static_cast<int>(gridDim.x);
+  const int num_ctas = plan.num_ctas;
   int at = 0, begin = -1;
 #pragma unroll 1
   for (bool finding = false;; finding = true) {
@@ -266,11 +267,11 @@ __device__ __forceinline__ void begin_walk(const Plan& plan, Walk& walk) {
       token = tile.first_token + tile.query_len, key = tile.kv_first_token + tile.kv_len;
       const int tiles = tiles_of<kRows>(plan, tile);
       const int length = length_of<kKeys>(plan, tile);
-      const int of_head = (kTileCost + length) * tiles;
+      const int of_head = (plan.tile_cost + length) * tiles;
       if (finding && begin < at + of_head * num_kv_heads) {
-        const int tile_idx = (begin - at) / (kTileCost + length);
+        const int tile_idx = (begin - at) / (plan.tile_cost + length);
         walk.tile = tile;
-        walk.keys_start = at + tile_idx * (kTileCost + length) + kTileCost;
+        walk.keys_start = at + tile_idx * (plan.tile_cost + length) + plan.tile_cost;
         walk.tile_in_seq = tile_idx / num_kv_heads;
         walk.kv_head = tile_idx % num_kv_heads;
         walk.tiles_in_seq = tiles;

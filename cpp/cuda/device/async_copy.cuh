@@ -10,6 +10,12 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+__device__ __forceinline__ std::int32_t load_shared(std::uint32_t address) {
+  std::int32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
 /// 16 bytes, of which the first `src_bytes` are read and the rest become zero. Both addresses are 16-byte aligned.
 __device__ __forceinline__ void copy_async_16(std::uint32_t dst, const void* src, int src_bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(src), "r"(src_bytes) : "memory");
@@ -32,6 +38,9 @@ template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
+
+/// Waits for all copies of this thread, also those not committed to a group.
+__device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;\n" ::: "memory"); }
 
 /// 16 bytes from an address aligned to `alignment` (1, 2 or 4) only, of which the first `src_bytes`, a multiple of it, are
 /// read. Synchronous.
