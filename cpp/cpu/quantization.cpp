@@ -540,7 +540,7 @@ void quantized_matmul(const QuantizedMatmulParams& p) {
                                : p.num_tokens > kFixedPointTokens ? "it reads the weight for each token, which pays for up to 4"
                                                                   : nullptr;
   if (Explanation* const explanation = explaining()) {
-    explain_cpu(*explanation, obstacle == nullptr ? "fixed_point" : "unpacked", false);
+    explain_cpu(*explanation, obstacle == nullptr ? "fixed_point" : "unpacked", obstacle != nullptr && p.dtype == DType::kBFloat16);
     explanation->reasons.push_back(obstacle != nullptr
                                        ? std::string("not fixed_point: ") + obstacle
                                        : "up to 4 tokens of 16 bits meet the codes as they are; unpacked if x has infinities or NaN");
@@ -780,12 +780,12 @@ void scaled_matmul(const ScaledMatmulParams& p) {
   const bool dots = p.m <= kDotTokens && !p.batch_invariant;
   const bool in_int32 = p.dtype == DType::kInt8 && p.granularity_a != ScaleGranularity::kGroup;
   if (Explanation* const explanation = explaining()) {
-    explain_cpu(*explanation, dots ? "rows" : in_int32 ? "int16" : "float32", false);
+    explain_cpu(*explanation, dots ? "rows" : in_int32 ? "int32" : "float32", in_int32 && !dots);
     explanation->reasons.emplace_back(dots                ? "up to 8 rows of a meet each row of b as it is"
                                       : p.batch_invariant ? "not rows: batch_invariant: one kernel for any number of rows of a"
                                                           : "not rows: more than 8 rows of a, for which b is widened once");
     if (!dots && !in_int32)
-      explanation->reasons.emplace_back(p.dtype == DType::kInt8 ? "not int16: scales of blocks" : "not int16: a and b are float8");
+      explanation->reasons.emplace_back(p.dtype == DType::kInt8 ? "not int32: scales of blocks" : "not int32: a and b are float8");
     return;
   }
   const std::vector<float> bias = widened_bias(p.bias, p.bias_dtype, p.n);

@@ -22,10 +22,11 @@ class Explanation:
         op: The op's name.
         device: "cpu" or "cuda:0"; empty like ``variant``.
         variant: The kernel, empty where a zero size leaves nothing to run. Attention on CUDA: what its ``variant=`` takes. Products with
-            quantized weights on CUDA: "wgmma" or "mma". Quantizing there: "rows" in registers, or "groups", behind "range+" where
-            a scale of the whole tensor is computed. Other ops on CUDA: "vector" or "element" for 16-byte or single accesses,
-            "only" where there is one kernel. On the CPU: the instruction set, for attention behind "decode" or "prefill", for products
-            behind the kernel. An op that is two calls tells of the second: quantized_matmul with an "fp8" or "w8a8" weight of the product.
+            quantized weights on CUDA: "few" (tokens), "wgmma" or "mma". Quantizing there: "rows" in registers, or "groups", behind
+            "range+" where a scale of the whole tensor is computed. Other ops on CUDA: "vector" or "element" for 16-byte or single
+            accesses, "only" where there is one kernel. On the CPU: the instruction set, for attention behind "decode" or "prefill", for
+            products behind the kernel. An op that is two calls tells of the second: quantized_matmul with an "fp8" or "w8a8" weight of
+            the product.
         reasons: Why that one, and why not a faster one; a clause each.
     """
 

@@ -356,59 +356,6 @@ def make_merge(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
     }
 
 
-def make_quantize(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
-    return {
-        "x": draw(rng, (ROWS, HIDDEN), dtype),
-        "q": np.zeros((ROWS, HIDDEN), np.int8),
-        "scale": np.zeros((ROWS, 1), np.float32),
-        "zero_point": np.zeros((ROWS, 1), np.int32),
-    }
-
-
-def make_dequantize(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
-    return {
-        "q": rng.integers(-128, 128, (ROWS, HIDDEN)).astype(np.int8),
-        "scale": rng.random((ROWS, HIDDEN // 128)).astype(np.float32),
-        "out": np.zeros((ROWS, HIDDEN), np_dtype(dtype)),
-    }
-
-
-def make_scaled(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
-    return {
-        "a": rng.integers(-128, 128, (ROWS, HIDDEN)).astype(np.int8),
-        "b": rng.integers(-128, 128, (200, HIDDEN)).astype(np.int8),
-        "scale_a": rng.random((ROWS, 1)).astype(np.float32),
-        "scale_b": rng.random((200, 1)).astype(np.float32),
-        "zero_point": rng.integers(-9, 9, (ROWS, 1)).astype(np.int32),
-        "out": np.zeros((ROWS, 200), np_dtype(dtype)),
-    }
-
-
-def quantization_ops() -> list[Op]:
-    def quantize(granularity: str, t: Arrays, **kw: Any) -> object:
-        scales = [t["scale"], t["zero_point"]]
-        if granularity == "tensor":
-            scales = [s[0] for s in scales]
-        return quire.quantize_int8(
-            t["x"], symmetric=False, granularity=granularity, out=(t["q"], *scales), **kw
-        )
-
-    def dequantize(t: Arrays, **kw: Any) -> object:
-        return quire.dequantize_int8(t["q"], t["scale"], granularity="group", out=t["out"], **kw)
-
-    def scaled(t: Arrays, **kw: Any) -> object:
-        return quire.scaled_matmul(
-            t["a"], t["b"], t["scale_a"], t["scale_b"], zero_point=t["zero_point"], out=t["out"], **kw
-        )
-
-    return [
-        Op("quantize_int8", make_quantize, functools.partial(quantize, "token")),
-        Op("quantize_int8_tensor", make_quantize, functools.partial(quantize, "tensor")),
-        Op("dequantize_int8", make_dequantize, dequantize),
-        Op("scaled_matmul", make_scaled, scaled),
-    ]
-
-
 def activation(name: str, make: Callable[..., dict[str, np.ndarray]]) -> Op:
     return Op(name, make, lambda t, **kw: getattr(quire, name)(t["x"], out=t["out"], **kw))
 
@@ -434,7 +381,6 @@ OPS = {
         *quantization_ops(),
         *(activation(name, make_gated) for name in ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")),
         *(activation(name, make_plain) for name in ("gelu_new", "gelu_fast", "gelu_quick", "relu_squared")),
-        *quantization_ops(),
         Op(
             "rotary_embedding",
             make_rotary,

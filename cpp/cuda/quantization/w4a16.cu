@@ -572,48 +572,50 @@ void run_few(const QuantizedMatmulParams& params, const FewChoice& choice, Strea
 
 namespace {
 
-/// Why the kernel for few tokens cannot do it or is the slower one; null: it is taken.
-const char* prevents_few(std::int64_t num_tokens, const WeightFormat& format, bool batch_invariant) {
-  if (!has_hopper_code()) return "the device is no Hopper, or this build has no code for sm_90a";
-  if (batch_invariant) return "batch_invariant: one kernel for any number of tokens";
-  if (num_tokens > kMaxFewTokens) return "more than 64 tokens";
-  if (num_tokens == 1) return "one token is bound by memory, where the other kernel reads more at a time";
-  if (format.num_rows % kUnitColumns != 0) return "input features are no multiple of 64";
-  return nullptr;
-}
-
-/// Why wgmma's kernel for many tokens cannot do it or is the slower one; null: it is taken. It rounds weights to the dtype of x, whose range
-/// float16 may not have for scales of another dtype; the other kernels multiply by scales in float32.
+/// Why wgmma's kernel cannot do it or is the slower one; null: it is taken. It rounds weights to the dtype of x, whose range float16 may not have
+/// for scales of another dtype; the other kernel multiplies by scales in float32.
 const char* prevents_wgmma(std::int64_t num_tokens, const Layout& layout, DType dtype, bool batch_invariant) {
   if (!has_hopper_code()) return "the device is no Hopper, or this build has no code for sm_90a";
   if (batch_invariant) return "batch_invariant: one kernel for any number of tokens";
-  if (num_tokens <= kMaxFewTokens) return "up to 64 tokens would leave its tiles mostly empty";
+  if (num_tokens <= kMaxFewTokens) return "so few tokens would leave its tiles mostly empty";
   if (layout.num_steps < 4) return "fewer than 256 input features";
   if (dtype != DType::kBFloat16 && layout.scale_dtype != DType::kFloat16)
     return "float16 may not have the range of scales of another dtype";
   return nullptr;
 }
 
-void explain(const QuantizedMatmulParams& p, const Layout& layout, const char* no_few, const char* no_wgmma, const DeviceProperties& device,
+/// The same for the kernel for few tokens.
+const char* prevents_few(std::int64_t num_tokens, const WeightFormat& format, bool batch_invariant) {
+  if (!has_hopper_code()) return "the device is no Hopper, or this build has no code for sm_90a";
+  if (batch_invariant) return "batch_invariant: one kernel for any number of tokens";
+  if (num_tokens == 1) return "one token is mma's";
+  if (num_tokens > kMaxFewTokens) return "more tokens than it has room for";
+  if (format.num_rows % kUnitColumns != 0) return "input features are no multiple of 64";
+  return nullptr;
+}
+
+/// The first of `few` and `wgmma` that is null is the kernel that is taken; where neither is, it is mma.
+void explain(const QuantizedMatmulParams& p, const Layout& layout, const char* few, const char* wgmma, const DeviceProperties& device,
              Explanation& explanation) {
   const auto add = [&](const std::string& reason) { explanation.reasons.push_back(reason); };
-  if (no_few == nullptr) {
-    explanation.variant = "wgmma_few";
+  if (few == nullptr) {
     const FewChoice choice = choose_few(p.num_tokens, layout, device.num_sms);
+    explanation.variant = "few";
     add("tiles of " + std::to_string(choice.tokens) + " tokens and " + std::to_string(kBlockRows << choice.row_groups_log2) +
         " output features");
     if (choice.cluster_ctas > 1) add("each tile's input features in " + std::to_string(choice.cluster_ctas) + " parts of a cluster");
-  } else if (no_wgmma == nullptr) {
-    explanation.variant = "wgmma";
+  } else if (wgmma == nullptr) {
     const WgmmaChoice choice = choose_wgmma(p.num_tokens, layout, device.num_sms);
-    add("tiles of " + std::to_string(choice.tokens) + " tokens and " + std::to_string(wgmma_rows(choice.tokens)) + " output features");
+    explanation.variant = "wgmma";
+    add("tiles of " + std::to_string(choice.tokens) + " tokens and " + std::to_string(kWgmmaRows) + " output features");
     if (choice.cluster_ctas > 1) add("each tile's input features in " + std::to_string(choice.cluster_ctas) + " parts of a cluster");
     if (choice.num_shared_tiles > 0 && choice.num_chunks > 1)
       add("input features of " + std::to_string(choice.num_shared_tiles) + " tiles in " + std::to_string(choice.num_chunks) + " parts");
   } else {
-    explanation.variant = "mma";
     const MmaChoice choice = choose_mma(p.num_tokens, layout, device.num_sms, device.max_shared_bytes_per_cta, p.batch_invariant);
-    add(std::string(p.num_tokens > kMaxFewTokens ? "not wgmma: " : "not wgmma_few: ") + (p.num_tokens > kMaxFewTokens ? no_wgmma : no_few));
+    explanation.variant = "mma";
+    add(std::string("not few: ") + few);
+    add(std::string("not wgmma: ") + wgmma);
     add("tiles of " + std::to_string(8 * choice.tiles) + " tokens, input features in " + std::to_string(choice.num_chunks) + " parts");
   }
   if (p.weight.permutation != nullptr) add("x is first put in the weight's order of input features (act-order)");
@@ -663,13 +665,17 @@ void multiply_slice(const QuantizedMatmulParams& params, Stream stream) {
   const bool aligned =
       params.weight.permutation != nullptr || (is_aligned(params.x, 16) && (params.num_tokens == 1 || params.x_stride > 0) &&
                                                keeps_alignment(params.num_tokens, params.x_stride, 2, 16));
-  const char* no_few = prevents_few(params.num_tokens, params.weight.format, params.batch_invariant);
-  const char* no_wgmma = prevents_wgmma(params.num_tokens, layout, params.dtype, params.batch_invariant);
-  if (!aligned) no_few = no_wgmma = "rows of x do not begin at multiples of 16 bytes";
-  if (Explanation* const explanation = explaining()) return explain(params, layout, no_few, no_wgmma, device, *explanation);
-  if (no_few == nullptr) {
+  const char* few = prevents_few(params.num_tokens, params.weight.format, params.batch_invariant);
+  const char* wgmma = prevents_wgmma(params.num_tokens, layout, params.dtype, params.batch_invariant);
+  if (!aligned) {
+    const char* const obstacle = "rows of x do not begin at multiples of 16 bytes";
+    if (few == nullptr) few = obstacle;
+    if (wgmma == nullptr) wgmma = obstacle;
+  }
+  if (Explanation* const explanation = explaining()) return explain(params, layout, few, wgmma, device, *explanation);
+  if (few == nullptr) {
     run_few(params, choose_few(params.num_tokens, layout, device.num_sms), stream);
-  } else if (no_wgmma == nullptr) {
+  } else if (wgmma == nullptr) {
     run_wgmma(params, choose_wgmma(params.num_tokens, layout, device.num_sms), stream);
   } else {
     run_mma(params, choose_mma(params.num_tokens, layout, device.num_sms, device.max_shared_bytes_per_cta, params.batch_invariant), stream);
@@ -694,7 +700,7 @@ void quantized_matmul(const QuantizedMatmulParams& params, Stream stream) {
     part.x = static_cast<const std::uint16_t*>(params.x) + first * params.x_stride;
     part.out = static_cast<std::uint16_t*>(params.out) + first * params.out_stride;
     w4a16::multiply_slice(part, stream);
-    if (explaining() != nullptr) return;  // of the first slice, as of any
+    if (explaining() != nullptr) return;  // the other parts are alike
   }
 }
 
