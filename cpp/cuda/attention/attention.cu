@@ -12,6 +12,7 @@
 #include "cuda/attention/config.h"
 #include "cuda/attention/launch.h"
 #include "cuda/attention/plan.cuh"
+#include "cuda/known_of_device.h"
 #include "cuda/launch.h"
 #include "ops/attention.h"
 

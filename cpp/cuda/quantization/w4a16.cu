@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <random>
 
+#include "cuda/known_of_device.h"
 #include "cuda/launch.h"
 #include "cuda/quantization/hopper_code.h"
 #include "cuda/quantization/w4a16_launch.h"

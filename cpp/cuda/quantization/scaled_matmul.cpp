@@ -1,12 +1,13 @@
 // Products of float8 and int8 matrices with scales, on CUDA: which kernel, which tile.
 // SPDX-License-Identifier: Apache-2.0
+#include "cuda/quantization/scaled_matmul.h"
+
 #include <algorithm>
 #include <limits>
 #include <span>
 
 #include "cuda/launch.h"
 #include "cuda/quantization/hopper_code.h"
-#include "cuda/quantization/scaled_matmul.h"
 
 namespace quire::cuda {
 namespace scaled {
