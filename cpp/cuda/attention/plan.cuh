@@ -8,11 +8,9 @@
 #include <cfloat>
 #include <climits>
 #include <cstdint>
-#include <limits>
 
 #include "core/error_word.h"
-#include "cuda/attention/variant.h"
-#include "cuda/launch.h"
+#include "cuda/attention/config.h"
 #include "ops/attention.h"
 
 namespace quire::cuda::attn {
@@ -26,8 +24,7 @@ struct Divisor {
   std::uint32_t divisor, multiplier, shift;
 
   static Divisor make(std::int64_t value) {
-    constexpr std::int64_t kLimit = std::numeric_limits<std::int32_t>::max();
-    const auto d = static_cast<std::uint32_t>(value < kLimit ? value : kLimit);
+    const auto d = static_cast<std::uint32_t>(std::min<std::int64_t>(value, std::numeric_limits<std::int32_t>::max()));
     std::uint32_t shift = 0;
     while ((std::uint64_t{1} << shift) < d) ++shift;
     const std::uint64_t multiplier = ((std::uint64_t{1} << 32) * ((std::uint64_t{1} << shift) - d)) / d + 1;
