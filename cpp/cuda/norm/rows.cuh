@@ -417,11 +417,10 @@ void launch_norm(const NormParams& p, const char* name, Stream stream) {
   });
 }
 
+template <NormKind kKind>
+void launch_norm(const NormParams& p, const char* name, Stream stream) {
+  p.quant.scales != nullptr ? launch_norm<kKind, true>(p, name, stream) : launch_norm<kKind, false>(p, name, stream);
+}
+
 }  // namespace norm
-
-/// norm_quantized.cu: the ops with a quantized result.
-void rms_norm_quantized(const NormParams& params, Stream stream);
-void fused_add_rms_norm_quantized(const NormParams& params, Stream stream);
-void layer_norm_quantized(const NormParams& params, Stream stream);
-
 }  // namespace quire::cuda
