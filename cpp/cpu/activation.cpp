@@ -5,20 +5,17 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/isa/activation.h"
-#include "cpu/isa/dispatch.h"
+#include "cpu/isa/tables.h"
 #include "cpu/quantize_row.h"
 #include "cpu/rows.h"
 #include "cpu/thread_pool.h"
 
 namespace quire::cpu {
 
-QUIRE_ISA_TABLES(ActivationKernels, activation_kernels);
-
 namespace {
 
 // Fewer elements than this are not worth waking a thread for.
-constexpr std::int64_t kGrainElements = 16384;
+constexpr std::int64_t kActivationGrain = 16384;
 // Wide rows are cut so that a few of them fill all threads. A multiple of a cache line of any dtype.
 constexpr std::int64_t kTileWidth = 4096;
 
@@ -26,7 +23,7 @@ constexpr std::int64_t kTileWidth = 4096;
 void activation_quantized(const ActivationParams& p) {
   const ActivationKernel kernel =
       activation_kernels.active().run_wide[static_cast<std::size_t>(p.activation)][static_cast<std::size_t>(p.dtype)];
-  const std::int64_t item_bytes = itemsize(p.dtype), grain = ceil_div(kGrainElements, p.width);
+  const std::int64_t item_bytes = itemsize(p.dtype), grain = ceil_div(kActivationGrain, p.width);
   const std::int64_t num_parts = std::min<std::int64_t>(num_threads(), ceil_div(p.num_rows, grain)),
                      rows_per_part = ceil_div(p.num_rows, num_parts);
   // Apart by a cache line or more: threads must not share one.
@@ -70,14 +67,14 @@ void activation(const ActivationParams& p) {
     const auto run_rows = [&](std::int64_t begin, std::int64_t end) {
       while (begin < end) begin += run(begin, end - begin, 0, p.width);
     };
-    if (p.num_rows * p.width < 2 * kGrainElements)
+    if (p.num_rows * p.width < 2 * kActivationGrain)
       run_rows(0, p.num_rows);
     else
-      parallel_for(p.num_rows, ceil_div(kGrainElements, p.width), run_rows);
+      parallel_for(p.num_rows, ceil_div(kActivationGrain, p.width), run_rows);
     return;
   }
   const std::int64_t tiles_per_row = ceil_div(p.width, kTileWidth);
-  parallel_for(p.num_rows * tiles_per_row, kGrainElements / kTileWidth, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(p.num_rows * tiles_per_row, kActivationGrain / kTileWidth, [&](std::int64_t begin, std::int64_t end) {
     while (begin < end) {
       const std::int64_t row = begin / tiles_per_row, tile = begin % tiles_per_row;
       const std::int64_t num_tiles = std::min(end - begin, tiles_per_row - tile);

@@ -17,14 +17,11 @@
 #include "core/explain.h"
 #include "core/layout.h"
 #include "core/numeric.h"
-#include "cpu/isa/attention.h"
-#include "cpu/isa/dispatch.h"
+#include "cpu/isa/tables.h"
 #include "cpu/thread_pool.h"
 
 namespace quire::cpu {
 
-QUIRE_ISA_TABLES(AttentionKernels, attention_kernels);
-QUIRE_ISA_TABLES(AttentionBf16Kernels, attention_bf16_kernels);
 #if defined(__x86_64__)
 namespace avx512_amx {
 extern const AttentionBf16Kernels attention_bf16_kernels;

@@ -8,13 +8,10 @@
 #include "core/dispatch.h"
 #include "core/error_word.h"
 #include "core/layout.h"
-#include "cpu/isa/dispatch.h"
-#include "cpu/isa/kv_cache.h"
+#include "cpu/isa/tables.h"
 #include "cpu/thread_pool.h"
 
 namespace quire::cpu {
-
-QUIRE_ISA_TABLES(KvKernels, kv_kernels);
 
 namespace {
 

@@ -1,32 +1,19 @@
 // Norms on the CPU: rows over threads.
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/isa/norm.h"
+#include "ops/norm.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "core/dispatch.h"
-#include "core/numeric.h"
-#include "cpu/isa/dispatch.h"
+#include "cpu/isa/tables.h"
+#include "cpu/norm_weight.h"
 #include "cpu/quantize_row.h"
 #include "cpu/rows.h"
 #include "cpu/thread_pool.h"
-#include "ops/norm.h"
 
 namespace quire::cpu {
 
-QUIRE_ISA_TABLES(NormKernels, norm_kernels);
-
 namespace {
-
-// Fewer elements than this are not worth waking a thread for.
-constexpr std::int64_t kGrainElements = 32768;
-
-template <typename T>
-auto* advance(T* data, std::int64_t num_elements, DType dtype) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return static_cast<Byte*>(data) + num_elements * itemsize(dtype);
-}
 
 void run_rows(const NormParams& p, NormKernel kernel, const void* weight, const void* bias) {
   const auto run = [&](std::int64_t begin, std::int64_t end) {
@@ -92,42 +79,28 @@ void run(const NormParams& p, NormKernel kernel, NormKernel wide_kernel, const v
   }
 }
 
-std::size_t index(DType dtype) { return static_cast<std::size_t>(dtype); }
-
-std::vector<float> widened(const void* data, DType dtype, std::int64_t n) {
-  std::vector<float> result(static_cast<std::size_t>(n));
-  dispatch_float(dtype, "layer_norm", [&](auto constant) {
-    const auto* values = static_cast<const HostType<constant()>*>(data);
-    std::transform(values, values + n, result.begin(), [](auto value) { return to_float(value); });
-  });
-  return result;
-}
-
 }  // namespace
 
 void rms_norm(const NormParams& p) {
   const NormKernels& kernels = norm_kernels.active();
-  const std::size_t t = index(p.dtype), w = index(p.weight_dtype);
-  run(p, kernels.rms_norm[t][w], kernels.rms_norm_wide[t][w], p.weight, nullptr);
+  const NormWeight weight(p.weight, p.weight_dtype, p.hidden, p.dtype);
+  run(p, kernels.rms_norm[index(p.dtype)][weight.column()], kernels.rms_norm_wide[index(p.dtype)][weight.column()], weight.data(), nullptr);
 }
 
 void fused_add_rms_norm(const NormParams& p) {
   const NormKernels& kernels = norm_kernels.active();
-  const std::size_t t = index(p.dtype), w = index(p.weight_dtype);
-  run(p, kernels.fused_add_rms_norm[t][w], kernels.fused_add_rms_norm_wide[t][w], p.weight, nullptr);
+  const NormWeight weight(p.weight, p.weight_dtype, p.hidden, p.dtype);
+  run(p, kernels.fused_add_rms_norm[index(p.dtype)][weight.column()], kernels.fused_add_rms_norm_wide[index(p.dtype)][weight.column()],
+      weight.data(), nullptr);
 }
 
 void layer_norm(const NormParams& p) {
   const NormKernels& kernels = norm_kernels.active();
-  const std::size_t t = index(p.dtype), w = index(p.weight_dtype), f = index(DType::kFloat32);
-  if (p.bias == nullptr || p.bias_dtype == p.weight_dtype) {
-    run(p, kernels.layer_norm[t][w], kernels.layer_norm_wide[t][w], p.weight, p.bias);
-    return;
-  }
-  // Kernels take weight and bias of one dtype; that they differ is rare.
-  const std::vector<float> weight = widened(p.weight, p.weight_dtype, p.hidden);
-  const std::vector<float> bias = widened(p.bias, p.bias_dtype, p.hidden);
-  run(p, kernels.layer_norm[t][f], kernels.layer_norm_wide[t][f], weight.data(), bias.data());
+  // Kernels take weight and bias of one dtype.
+  const bool widen = p.bias != nullptr && p.bias_dtype != p.weight_dtype;
+  const NormWeight weight(p.weight, p.weight_dtype, p.hidden, p.dtype, widen), bias(p.bias, p.bias_dtype, p.hidden, p.dtype, widen);
+  run(p, kernels.layer_norm[index(p.dtype)][weight.column()], kernels.layer_norm_wide[index(p.dtype)][weight.column()], weight.data(),
+      bias.data());
 }
 
 }  // namespace quire::cpu

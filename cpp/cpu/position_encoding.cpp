@@ -8,34 +8,27 @@
 #include "core/dispatch.h"
 #include "core/error_word.h"
 #include "core/layout.h"
-#include "cpu/isa/dispatch.h"
-#include "cpu/isa/kv_cache.h"
-#include "cpu/isa/norm.h"
-#include "cpu/isa/position_encoding.h"
+#include "cpu/isa/tables.h"
+#include "cpu/norm_weight.h"
+#include "cpu/rows.h"
 #include "cpu/thread_pool.h"
 
 namespace quire::cpu {
 
-QUIRE_ISA_TABLES(RotaryKernels, rotary_kernels);
-QUIRE_ISA_TABLES(NormKernels, norm_kernels);
-QUIRE_ISA_TABLES(KvKernels, kv_kernels);
-
 namespace {
 
 // Fewer elements than this are not worth waking a thread for.
-constexpr std::int64_t kGrainElements = 16384;
+constexpr std::int64_t kRotaryGrain = 16384;
 
 }  // namespace
 
 void rotary_embedding(const RotaryParams& p) {
-  const RotaryKernel rotate =
-      rotary_kernels.active()
-          .rotate[p.style == RopeStyle::kGptj][static_cast<std::size_t>(p.dtype)][static_cast<std::size_t>(p.cache_dtype)];
+  const RotaryKernel rotate = rotary_kernels.active().rotate[p.style == RopeStyle::kGptj][index(p.dtype)][index(p.cache_dtype)];
   const std::int64_t item_bytes = itemsize(p.dtype);
   const std::int64_t table_row_bytes = p.rotary_dim * itemsize(p.cache_dtype);
   const std::int64_t elements_per_token = (p.num_heads + (p.k != nullptr ? p.num_kv_heads : 0)) * p.rotary_dim;
   if (elements_per_token == 0) return;
-  const std::int64_t grain = ceil_div(kGrainElements, elements_per_token);
+  const std::int64_t grain = ceil_div(kRotaryGrain, elements_per_token);
 
   dispatch_index(p.position_dtype, "rotary_embedding", [&](auto tag) {
     const auto* positions = static_cast<const decltype(tag)*>(p.positions);
@@ -57,8 +50,6 @@ void rotary_embedding(const RotaryParams& p) {
 
 namespace {
 
-std::size_t index(DType dtype) { return static_cast<std::size_t>(dtype); }
-
 // One token's heads.
 struct Heads {
   char* data;
@@ -79,25 +70,25 @@ class HeadPass {
   }
 
   /// from -> to, which may be one: normalised and rotated with the table's row, or copied where that is null.
-  void turn(Heads to, Heads from, std::int64_t num_heads, const void* weight, DType weight_dtype, const void* table_row) {
+  void turn(Heads to, Heads from, std::int64_t num_heads, const NormWeight& weight, const void* table_row) {
     if (num_heads == 0) return;
     if (table_row == nullptr) {
       if (to.data != from.data) convert(to, r_.dtype, from, r_.dtype, num_heads, nullptr, 0);
       return;
     }
     const auto& rotate = rotary_kernels.active().rotate[r_.style == RopeStyle::kGptj];
-    if (weight != nullptr) {
+    if (weight.data() != nullptr) {
       NormRows rows{};
       rows.out = wide_;
       rows.x = from.data;
-      rows.weight = weight;
+      rows.weight = weight.data();
       rows.out_stride = r_.head_dim;
       rows.x_stride = from.head_stride;
       rows.num_rows = num_heads;
       rows.hidden = r_.head_dim;
       rows.eps = p_.norm.eps;
       rows.weight_offset = p_.norm.weight_offset;
-      norm_kernels.active().rms_norm_wide[index(r_.dtype)][index(weight_dtype)](rows);
+      norm_kernels.active().rms_norm_wide[index(r_.dtype)][weight.column()](rows);
       rotate[index(DType::kFloat32)][index(r_.cache_dtype)](wide_, r_.head_dim, num_heads, table_row, r_.rotary_dim);
       convert(to, r_.dtype, {reinterpret_cast<char*>(wide_), r_.head_dim}, DType::kFloat32, num_heads, nullptr, 0);
       return;
@@ -135,10 +126,11 @@ void rope(const RopeParams& p) {
   const std::int64_t elements_per_token = (r.num_heads + 2 * kv.num_kv_heads) * r.head_dim;
   const bool writes = kv.k_cache != nullptr;
   const std::int64_t num_slots = kv.num_blocks * kv.block_size;
-  const std::int64_t num_parts =
-      std::min<std::int64_t>(num_threads(), ceil_div(r.num_tokens, ceil_div(kGrainElements, elements_per_token)));
+  const std::int64_t num_parts = std::min<std::int64_t>(num_threads(), ceil_div(r.num_tokens, ceil_div(kRotaryGrain, elements_per_token)));
   const std::int64_t tokens_per_part = ceil_div(r.num_tokens, num_parts), scratch_floats = HeadPass::scratch_floats(p);
   std::vector<float> scratch(static_cast<std::size_t>(num_parts * scratch_floats));
+  const NormWeight q_weight(p.norm.q_weight, p.norm.q_weight_dtype, r.head_dim, r.dtype);
+  const NormWeight k_weight(p.norm.k_weight, p.norm.k_weight_dtype, r.head_dim, r.dtype);
   const auto heads_at = [&](void* data, std::int64_t token, std::int64_t token_stride, std::int64_t head_stride) {
     return Heads{static_cast<char*>(data) + token * token_stride * item_bytes, head_stride};
   };
@@ -155,7 +147,7 @@ void rope(const RopeParams& p) {
           if (!known && position != -1) record_cpu_error(p.op, ArgId::kPositions, token, position);
           const void* table_row = known ? static_cast<const char*>(r.cos_sin_cache) + position * table_row_bytes : nullptr;
           const Heads q = heads_at(r.q, token, r.q_token_stride, r.q_head_stride);
-          pass.turn(q, q, r.num_heads, p.norm.q_weight, p.norm.q_weight_dtype, table_row);
+          pass.turn(q, q, r.num_heads, q_weight, table_row);
           if (kv.k == nullptr) continue;
 
           std::int64_t slot = writes ? slots[token * kv.slot_stride] : -1;
@@ -167,7 +159,7 @@ void rope(const RopeParams& p) {
           const Heads k = heads_at(kv.k, token, kv.k_token_stride, kv.k_head_stride);
           const Heads rotated = r.k == nullptr ? pass.keys() : heads_at(r.k, token, r.k_token_stride, r.k_head_stride);
           if (r.k == nullptr && slot < 0) continue;
-          pass.turn(rotated, k, kv.num_kv_heads, p.norm.k_weight, p.norm.k_weight_dtype, table_row);
+          pass.turn(rotated, k, kv.num_kv_heads, k_weight, table_row);
           if (slot < 0) continue;
           const std::int64_t block = slot / kv.block_size, offset = slot % kv.block_size;
           const auto at_slot = [&](void* cache, std::int64_t block_stride, std::int64_t slot_stride, std::int64_t head_stride) {

@@ -1,6 +1,6 @@
 // Quantization on the CPU: quantizing and undoing it, the layout of packed weights, and products with quantized operands.
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/isa/quantization.h"
+#include "ops/quantization.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,32 +10,18 @@
 
 #include "core/dispatch.h"
 #include "core/numeric.h"
-#include "cpu/isa/dispatch.h"
-#include "cpu/isa/quantization_matmul.h"
+#include "cpu/isa/tables.h"
 #include "cpu/quantize_row.h"
+#include "cpu/rows.h"
 #include "cpu/thread_pool.h"
-#include "ops/quantization.h"
 
 namespace quire::cpu {
 
-QUIRE_ISA_TABLES(QuantizedMatmulKernels, quantized_matmul_kernels);
-
 namespace {
-
-std::size_t index(DType dtype) { return static_cast<std::size_t>(dtype); }
-
-template <typename T>
-auto* advance(T* data, std::int64_t num_elements, DType dtype) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return static_cast<Byte*>(data) + num_elements * itemsize(dtype);
-}
 
 std::size_t count(std::int64_t n) { return static_cast<std::size_t>(n); }
 
 // ---- quantize, dequantize ---------------------------------------------------------------------------------------------------------
-
-// Fewer elements than this are not worth waking a thread for.
-constexpr std::int64_t kGrainElements = 32768;
 
 // Calls body(row, scratch) for all rows, on threads with `scratch_floats` floats of their own.
 template <typename F>

@@ -5,15 +5,10 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/isa/dispatch.h"
-#include "cpu/isa/kv_cache.h"
-#include "cpu/isa/quantization.h"
+#include "cpu/isa/tables.h"
 #include "ops/quantization.h"
 
 namespace quire::cpu {
-
-QUIRE_ISA_TABLES(KvKernels, kv_kernels);
-QUIRE_ISA_TABLES(QuantizationKernels, quantization_kernels);
 
 /// out = saturate(y / scale) for row `row` of `width` elements; computes the scales that are not given.
 inline void quantize_row(const QuantParams& p, void* out, const float* y, std::int64_t row, std::int64_t width) {

@@ -2,12 +2,28 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "core/layout.h"
+#include "quire/tensor.h"
 
 namespace quire::cpu {
+
+/// Fewer elements than this are not worth waking a thread for, where little is computed with each.
+inline constexpr std::int64_t kGrainElements = 32768;
+
+/// A dtype's place in a table of kernels.
+inline std::size_t index(DType dtype) { return static_cast<std::size_t>(dtype); }
+
+/// data + num_elements, of elements of `dtype`.
+template <typename T>
+auto* advance(T* data, std::int64_t num_elements, DType dtype) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return static_cast<Byte*>(data) + num_elements * itemsize(dtype);
+}
 
 /// The stride that holds from `row` on, and for how many rows.
 struct RowRun {

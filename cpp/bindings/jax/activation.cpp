@@ -19,7 +19,7 @@ void quantized(const Call& call) {
             call.stream());
 }
 
-constexpr Target kTargets[] = {
+constexpr Target kActivationTargets[] = {
     target<"silu_and_mul", &plain<&silu_and_mul>>(),
     target<"gelu_and_mul", &plain<&gelu_and_mul>>(),
     target<"gelu_tanh_and_mul", &plain<&gelu_tanh_and_mul>>(),
@@ -34,6 +34,6 @@ constexpr Target kTargets[] = {
 
 }  // namespace
 
-std::span<const Target> activation_targets() { return kTargets; }
+std::span<const Target> activation_targets() { return kActivationTargets; }
 
 }  // namespace quire::jax

@@ -50,7 +50,7 @@ void merge(const Call& call) {
   merge_attention(call.result(0), &call.result(1), call.operand(0), call.operand(1), call.operand(2), call.operand(3), call.stream());
 }
 
-constexpr Target kTargets[] = {
+constexpr Target kAttentionTargets[] = {
     target<"paged_attention", &paged>(),
     target<"shared_prefix_attention", &shared_prefix>(),
     target<"attention", &ragged>(),
@@ -59,6 +59,6 @@ constexpr Target kTargets[] = {
 
 }  // namespace
 
-std::span<const Target> attention_targets() { return kTargets; }
+std::span<const Target> attention_targets() { return kAttentionTargets; }
 
 }  // namespace quire::jax

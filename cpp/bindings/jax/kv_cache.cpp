@@ -22,7 +22,7 @@ void gather(const Call& call) {
 // Operands: cache, pairs. Results: cache.
 void copy(const Call& call) { copy_blocks(call.in_place(0, 0), call.operand(1), call.stream()); }
 
-constexpr Target kTargets[] = {
+constexpr Target kKvCacheTargets[] = {
     target<"write_kv", &write>(),
     target<"gather_kv", &gather>(),
     target<"copy_blocks", &copy>(),
@@ -30,6 +30,6 @@ constexpr Target kTargets[] = {
 
 }  // namespace
 
-std::span<const Target> kv_cache_targets() { return kTargets; }
+std::span<const Target> kv_cache_targets() { return kKvCacheTargets; }
 
 }  // namespace quire::jax

@@ -42,7 +42,7 @@ void layer_quantized(const Call& call) {
                        granularity_of(call), call.integer("group_size"), call.stream());
 }
 
-constexpr Target kTargets[] = {
+constexpr Target kNormTargets[] = {
     target<"rms_norm", &rms>(),
     target<"rms_norm_quantized", &rms_quantized>(),
     target<"fused_add_rms_norm", &fused_add_rms>(),
@@ -53,6 +53,6 @@ constexpr Target kTargets[] = {
 
 }  // namespace
 
-std::span<const Target> norm_targets() { return kTargets; }
+std::span<const Target> norm_targets() { return kNormTargets; }
 
 }  // namespace quire::jax

@@ -27,7 +27,7 @@ void rope_and_write(const Call& call) {
                     rope_style_of(call), call.stream());
 }
 
-constexpr Target kTargets[] = {
+constexpr Target kPositionEncodingTargets[] = {
     target<"rotary_embedding", &rotary>(),
     target<"qk_norm_rope", &qk_norm>(),
     target<"rope_and_write_kv", &rope_and_write>(),
@@ -35,6 +35,6 @@ constexpr Target kTargets[] = {
 
 }  // namespace
 
-std::span<const Target> position_encoding_targets() { return kTargets; }
+std::span<const Target> position_encoding_targets() { return kPositionEncodingTargets; }
 
 }  // namespace quire::jax

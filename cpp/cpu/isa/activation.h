@@ -97,9 +97,8 @@ template <typename F, bool kGated, typename Out, typename T>
 QUIRE_INLINE void activate_row(Out* out, const T* x, const T* up, std::int64_t width) {
   std::int64_t i = 0;
   for (; i + 4 * kLanes <= width; i += 4 * kLanes) activate_vectors<F, kGated, 4>(out, x, up, i);
-  for (; i + kLanes <= width; i += kLanes) activate_vectors<F, kGated, 1>(out, x, up, i);
-  if (i < width) {
-    const int left = static_cast<int>(width - i);
+  for (; i < width; i += kLanes) {
+    const int left = static_cast<int>(width - i < kLanes ? width - i : kLanes);
     Vec y[1] = {load(x + i, left)};
     F::apply(y);
     if constexpr (kGated) y[0] *= load(up + i, left);

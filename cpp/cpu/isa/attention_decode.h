@@ -89,14 +89,16 @@ QUIRE_INLINE void score_keys(const float* q, std::int64_t q_stride, const void* 
     for (int j = 0; j < kDecodeKeyStep; ++j) chunk[j] = load(k[j] + d);
     add(d, chunk);
   }
-  if (d < head_dim) {
-    for (int j = 0; j < kDecodeKeyStep; ++j) chunk[j] = load(k[j] + d, head_dim - d);
-    add(d, chunk);
+  if constexpr (kHeadsHaveTails) {
+    if (d < head_dim) {
+      for (int j = 0; j < kDecodeKeyStep; ++j) chunk[j] = load(k[j] + d, head_dim - d);
+      add(d, chunk);
+    }
   }
   for (int r = 0; r < kRows; ++r) reduce_add4(sums[r][0], sums[r][1], sums[r][2], sums[r][3], scores + r * kDecodeTileKeys);
 }
 
-/// sums[r][d, d + kChunks vectors) = that * rescale[r] + sum over keys of weight[r][key] * v[key]. With kTail the last vector holds
+/// sums[r][d, d + kChunks vectors) = that * rescale[r] + sum over keys of weight[r][key] * v[key]. With kTail the one vector holds
 /// fewer than kLanes elements.
 template <int kRows, int kChunks, bool kTail, typename KvT>
 QUIRE_INLINE void add_values(const float* weights, const float* rescale, const void* const* values, int num_keys, int d, int head_dim,
@@ -107,8 +109,7 @@ QUIRE_INLINE void add_values(const float* weights, const float* rescale, const v
   for (int j = 0; j < num_keys; ++j) {
     const KvT* v = static_cast<const KvT*>(values[j]) + d;
     Vec chunk[kChunks];
-    for (int c = 0; c < kChunks; ++c)
-      chunk[c] = kTail && c == kChunks - 1 ? load(v + c * kLanes, head_dim - d - c * kLanes) : load(v + c * kLanes);
+    for (int c = 0; c < kChunks; ++c) chunk[c] = kTail ? load(v, head_dim - d) : load(v + c * kLanes);
     for (int r = 0; r < kRows; ++r) {
       const Vec weight = set1(weights[r * kDecodeTileKeys + j]);
       for (int c = 0; c < kChunks; ++c) total[r][c] = fma(weight, chunk[c], total[r][c]);
@@ -124,27 +125,17 @@ QUIRE_INLINE void add_values(const float* weights, const float* rescale, const v
 template <int kRows, typename KvT>
 QUIRE_INLINE void add_all_values(const float* weights, const float* rescale, const void* const* values, int num_keys, int head_dim,
                                  float* sums, std::int64_t stride) {
-  constexpr int kStep = kDecodeChunks * kLanes;
   int d = 0;
-  for (; d + kStep <= head_dim; d += kStep)
-    add_values<kRows, kDecodeChunks, false, KvT>(weights, rescale, values, num_keys, d, head_dim, sums, stride);
-  const int left = head_dim - d;
-  const auto with_tail = [&](auto tail) __attribute__((always_inline)) {
-    const auto add = [&](auto chunks) __attribute__((always_inline)) {
-      add_values<kRows, chunks.value, tail.value, KvT>(weights, rescale, values, num_keys, d, head_dim, sums, stride);
-    };
-    switch ((left + kLanes - 1) / kLanes) {
-      case 1: add(Constant<int, 1>{}); break;
-      case 2: add(Constant<int, 2>{}); break;
-      case 3: add(Constant<int, 3>{}); break;
-      default: add(Constant<int, 4>{}); break;
-    }
+  const auto add = [&](auto chunks, auto tail) __attribute__((always_inline)) {
+    add_values<kRows, chunks.value, tail.value, KvT>(weights, rescale, values, num_keys, d, head_dim, sums, stride);
+    d += chunks.value * kLanes;
   };
-  if (left == 0) return;
-  if (left % kLanes == 0)
-    with_tail(Constant<bool, false>{});
-  else
-    with_tail(Constant<bool, true>{});
+  while (d + kDecodeChunks * kLanes <= head_dim) add(Constant<int, kDecodeChunks>{}, Constant<bool, false>{});
+  if (d + 2 * kLanes <= head_dim) add(Constant<int, 2>{}, Constant<bool, false>{});
+  if (d + kLanes <= head_dim) add(Constant<int, 1>{}, Constant<bool, false>{});
+  if constexpr (kHeadsHaveTails) {
+    if (d < head_dim) add(Constant<int, 1>{}, Constant<bool, true>{});
+  }
 }
 
 /// Calls f(first row, number of rows as a constant) over all rows, kDecodeRows at a time.

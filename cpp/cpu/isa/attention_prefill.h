@@ -73,7 +73,7 @@ struct FloatEngine {
   }
   template <typename KvT>
   static QUIRE_INLINE Bits load_words(const KvT* row, int n) {
-    return bits(load(row, n));
+    return bits(load_dims(row, n));
   }
   static QUIRE_INLINE Bits join(Vec v, Vec) { return bits(v); }
 
@@ -131,12 +131,8 @@ void pack_values(const AttentionKeyTile& tile, int first_key, int last_key, int 
     std::uint32_t* row = out + static_cast<std::int64_t>(key / kElements) * kPanel;
     for (int d = 0; d < padded_dim; d += kLanes) {
       std::uint32_t* words = row + (d / kPanel) * panel_stride + d % kPanel;
-      if (d + kLanes <= head_dim) {
-        detail::store32(words, Engine::join(load(v0 + d), load(v1 + d)));
-      } else {
-        const int left = larger(head_dim - d, 0);
-        detail::store32(words, Engine::join(left > 0 ? load(v0 + d, left) : zero(), left > 0 ? load(v1 + d, left) : zero()));
-      }
+      const int left = larger(smaller(head_dim - d, kLanes), 0);
+      detail::store32(words, Engine::join(load_dims(v0 + d, left), load_dims(v1 + d, left)));
     }
   }
 }
@@ -149,7 +145,7 @@ bool values_are_finite(const AttentionKeyTile& tile, int num_keys, int head_dim)
   for (int j = 0; j < num_keys; ++j) {
     const KvT* v = static_cast<const KvT*>(tile.v[j]);
     for (int d = 0; d < head_dim; d += kLanes) {
-      const Bits e = bits(load(v + d, smaller(kLanes, head_dim - d))) & exponent;
+      const Bits e = bits(load_dims(v + d, smaller(kLanes, head_dim - d))) & exponent;
       largest = select(less_signed(largest, e), e, largest);
     }
   }
@@ -164,7 +160,8 @@ bool values_are_finite(const AttentionKeyTile& tile, int num_keys, int head_dim)
 template <typename KvT>
 void add_value(const void* value, float weight, int head_dim, float* sums) {
   const KvT* v = static_cast<const KvT*>(value);
-  for (int d = 0; d < head_dim; d += kLanes) store(sums + d, fma(set1(weight), load(v + d, smaller(kLanes, head_dim - d)), load(sums + d)));
+  for (int d = 0; d < head_dim; d += kLanes)
+    store(sums + d, fma(set1(weight), load_dims(v + d, smaller(kLanes, head_dim - d)), load(sums + d)));
 }
 
 /// What depends on the dtype of keys and values.

@@ -67,6 +67,19 @@ QUIRE_INLINE Vec exp2_weight(Vec t) {
   return select(t < set1(-125.0f), zero(), power);
 }
 
+// head_dim is a multiple of 8.
+inline constexpr bool kHeadsHaveTails = kLanes > 8;
+
+/// The first n dimensions of a vector of a head, 0 <= n <= kLanes and as many as head_dim leaves; 0 in the other lanes.
+template <typename T>
+QUIRE_INLINE Vec load_dims(const T* x, int n) {
+  if (n >= kLanes) return load(x);
+  if constexpr (kHeadsHaveTails) {
+    if (n > 0) return load(x, n);
+  }
+  return zero();
+}
+
 template <typename T, typename Out>
 QUIRE_INLINE void convert_row(const T* x, std::int64_t count, Out* out, std::int64_t padded_count) {
   std::int64_t d = 0;

@@ -3,7 +3,7 @@
 //
 // How a family adds its kernels: a header of templates in QUIRE_ISA_NAMESPACE over cpu/isa/vec.h, one plain struct of function
 // pointers, and in each per-ISA unit (file name and compile flags by level: scalar*.cpp, avx2*.cpp, avx512*.cpp, avx512_amx*.cpp) one
-// constant of that struct. The orchestration picks with QUIRE_ISA_TABLES.
+// constant of that struct. The orchestration finds them in cpu/isa/tables.h.
 #pragma once
 
 #include <cstdint>

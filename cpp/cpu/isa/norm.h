@@ -20,15 +20,15 @@ struct NormRows {
 
 using NormKernel = void (*)(const NormRows& rows);
 
-/// Indexed by [dtype][weight dtype], which are float32, float16, bfloat16 in DType's order.
+/// Indexed by [dtype][NormWeight::column()]: float32, float16, bfloat16 in DType's order, and weights of that dtype or of float32.
 struct NormKernels {
-  NormKernel rms_norm[3][3];
-  NormKernel fused_add_rms_norm[3][3];
-  NormKernel layer_norm[3][3];
+  NormKernel rms_norm[3][2];
+  NormKernel fused_add_rms_norm[3][2];
+  NormKernel layer_norm[3][2];
   // With an out of float32.
-  NormKernel rms_norm_wide[3][3];
-  NormKernel fused_add_rms_norm_wide[3][3];
-  NormKernel layer_norm_wide[3][3];
+  NormKernel rms_norm_wide[3][2];
+  NormKernel fused_add_rms_norm_wide[3][2];
+  NormKernel layer_norm_wide[3][2];
 };
 
 }  // namespace quire::cpu
@@ -147,7 +147,7 @@ void layer_norm_to(const NormRows& rows) {
   }
 }
 
-#define QUIRE_KERNELS_BY_WEIGHT(kernel, Out, T) {kernel<Out, T, float>, kernel<Out, T, Half>, kernel<Out, T, BFloat16>}
+#define QUIRE_KERNELS_BY_WEIGHT(kernel, Out, T) {kernel<Out, T, T>, kernel<Out, T, float>}
 #define QUIRE_KERNELS(kernel)                                                                  \
   {QUIRE_KERNELS_BY_WEIGHT(kernel, float, float), QUIRE_KERNELS_BY_WEIGHT(kernel, Half, Half), \
    QUIRE_KERNELS_BY_WEIGHT(kernel, BFloat16, BFloat16)}

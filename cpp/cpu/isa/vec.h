@@ -27,6 +27,12 @@
 
 #define QUIRE_INLINE inline __attribute__((always_inline))
 #define QUIRE_LAMBDA_INLINE __attribute__((always_inline))
+// Loads and stores of part of a vector: a few instructions with AVX-512's masks, else long and out of line, as rows have one tail at most.
+#if QUIRE_ISA_LEVEL >= 2
+#define QUIRE_PARTIAL QUIRE_INLINE
+#else
+#define QUIRE_PARTIAL inline __attribute__((noinline))
+#endif
 
 namespace quire::cpu::QUIRE_ISA_NAMESPACE {
 
@@ -603,12 +609,12 @@ QUIRE_INLINE Vec load(const std::int8_t* p) {
 }
 
 /// The first n elements, 0 <= n <= kLanes; 0 in the other lanes.
-QUIRE_INLINE Vec load(const float* p, int n) { return from_bits(detail::load32(p, n)); }
-QUIRE_INLINE Vec load(const BFloat16* p, int n) { return from_bits(shift_left<16>(detail::load16(p, n))); }
-QUIRE_INLINE Vec load(const Half* p, int n) { return detail::half_to_float(detail::load16(p, n)); }
-QUIRE_INLINE Vec load(const Float8E4M3FN* p, int n) { return detail::e4m3_to_float(detail::load8(p, n)); }
-QUIRE_INLINE Vec load(const Float8E5M2* p, int n) { return detail::e5m2_to_float(detail::load8(p, n)); }
-QUIRE_INLINE Vec load(const std::int8_t* p, int n) {
+QUIRE_PARTIAL Vec load(const float* p, int n) { return from_bits(detail::load32(p, n)); }
+QUIRE_PARTIAL Vec load(const BFloat16* p, int n) { return from_bits(shift_left<16>(detail::load16(p, n))); }
+QUIRE_PARTIAL Vec load(const Half* p, int n) { return detail::half_to_float(detail::load16(p, n)); }
+QUIRE_PARTIAL Vec load(const Float8E4M3FN* p, int n) { return detail::e4m3_to_float(detail::load8(p, n)); }
+QUIRE_PARTIAL Vec load(const Float8E5M2* p, int n) { return detail::e5m2_to_float(detail::load8(p, n)); }
+QUIRE_PARTIAL Vec load(const std::int8_t* p, int n) {
   return detail::small_int_to_float(shift_right_signed<24>(shift_left<24>(detail::load8(p, n))));
 }
 
@@ -621,12 +627,12 @@ QUIRE_INLINE void store(Float8E5M2* p, Vec a) { detail::store8(p, detail::float_
 QUIRE_INLINE void store(std::int8_t* p, Vec a) { detail::store8(p, detail::float_to_int8(a)); }
 
 /// The first n lanes, 0 <= n <= kLanes.
-QUIRE_INLINE void store(float* p, Vec a, int n) { detail::store32(p, bits(a), n); }
-QUIRE_INLINE void store(BFloat16* p, Vec a, int n) { detail::store16(p, detail::pack(p, a), n); }
-QUIRE_INLINE void store(Half* p, Vec a, int n) { detail::store16(p, detail::pack(p, a), n); }
-QUIRE_INLINE void store(Float8E4M3FN* p, Vec a, int n) { detail::store8(p, detail::float_to_fp8<3, 7, 0x43e00000u, 0x7fu>(a), n); }
-QUIRE_INLINE void store(Float8E5M2* p, Vec a, int n) { detail::store8(p, detail::float_to_fp8<2, 15, 0x47600000u, 0x7eu>(a), n); }
-QUIRE_INLINE void store(std::int8_t* p, Vec a, int n) { detail::store8(p, detail::float_to_int8(a), n); }
+QUIRE_PARTIAL void store(float* p, Vec a, int n) { detail::store32(p, bits(a), n); }
+QUIRE_PARTIAL void store(BFloat16* p, Vec a, int n) { detail::store16(p, detail::pack(p, a), n); }
+QUIRE_PARTIAL void store(Half* p, Vec a, int n) { detail::store16(p, detail::pack(p, a), n); }
+QUIRE_PARTIAL void store(Float8E4M3FN* p, Vec a, int n) { detail::store8(p, detail::float_to_fp8<3, 7, 0x43e00000u, 0x7fu>(a), n); }
+QUIRE_PARTIAL void store(Float8E5M2* p, Vec a, int n) { detail::store8(p, detail::float_to_fp8<2, 15, 0x47600000u, 0x7eu>(a), n); }
+QUIRE_PARTIAL void store(std::int8_t* p, Vec a, int n) { detail::store8(p, detail::float_to_int8(a), n); }
 
 // ---- Functions ---------------------------------------------------------------------------------------------------------------
 // The forms on N vectors work in place, step by step on all of them: one chain alone leaves the multipliers waiting.
