@@ -87,7 +87,7 @@ struct FloatEngine {
 };
 
 /// Transposes kLanes x kLanes words: each round of shuffles rotates the bits of (row, column) by one.
-QUIRE_INLINE void transpose(Bits* rows) {
+inline __attribute__((noinline)) void transpose(Bits* rows) {
   Vec a[kLanes], b[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) a[i] = from_bits(rows[i]);
@@ -111,7 +111,6 @@ void pack_keys(const AttentionKeyTile& tile, int first_key, int last_key, int he
     for (int word = 0; word < num_words; word += kLanes) {
       const int d = word * kElements, left = larger(smaller(head_dim / kElements - word, kLanes), 0);
       Bits rows[kLanes];
-#pragma GCC unroll 16
       for (int j = 0; j < kLanes; ++j) rows[j] = Engine::load_words(static_cast<const KvT*>(tile.k[key + j]) + d, left);
       transpose(rows);
       const int count = smaller(num_words - word, kLanes);
