@@ -370,19 +370,25 @@ dim3 row_block(std::int64_t lanes, int max_threads) {
   return block;
 }
 
-// Rows of up to kVectors * kMaxThreads vectors: the threads of a CTA hold them all, or as many CTAs have a part each.
+// Rows of up to kVectors * kMaxThreads vectors: the threads of a CTA hold them all. Few of them, without a scale per token: as many CTAs as it takes
+// have a part each.
 template <typename T, int kVectors, Result kResult>
 void launch_rows(const QuantizeParams& p, Stream stream) {
-  const dim3 block = row_block(ceil_div(p.width / kVec, kVectors), kMaxThreads);
-  const auto ctas = static_cast<unsigned>(std::min<std::int64_t>(ceil_div(p.num_rows, block.y), 1 << 24));
-  const auto launch = [&](void (*kernel)(QuantizeParams), unsigned parts) {
-    kernel<<<dim3(ctas, parts), block, 0, cuda_stream(stream)>>>(p);
+  const auto launch = [&](void (*kernel)(QuantizeParams), int vectors, int parts) {
+    const dim3 block = row_block(ceil_div(p.width / kVec, vectors * parts), kMaxThreads);
+    const auto ctas = static_cast<unsigned>(std::min<std::int64_t>(ceil_div(p.num_rows, block.y), 1 << 24));
+    kernel<<<dim3(ctas, static_cast<unsigned>(parts)), block, 0, cuda_stream(stream)>>>(p);
     QUIRE_CHECK_LAUNCH("quantize_rows_kernel", stream);
   };
-  if (!p.computes || p.quant.granularity == ScaleGranularity::kTensor)
-    return launch(quantize_rows_kernel<T, 1, Scaling::kGiven, kResult>, kVectors);
-  if (p.quant.granularity == ScaleGranularity::kToken) return launch(quantize_rows_kernel<T, kVectors, Scaling::kToken, kResult>, 1);
-  launch(quantize_rows_kernel<T, 1, Scaling::kGroup, kResult>, kVectors);
+  const auto launch_parts = [&]<Scaling kScaling>() {
+    if (kVectors == 1 || p.num_rows < 4 * current_device_properties().num_sms)
+      return launch(quantize_rows_kernel<T, 1, kScaling, kResult>, 1, kVectors);
+    launch(quantize_rows_kernel<T, 4, kScaling, kResult>, 4, 1);
+  };
+  if (!p.computes || p.quant.granularity == ScaleGranularity::kTensor) return launch_parts.template operator()<Scaling::kGiven>();
+  if (p.quant.granularity == ScaleGranularity::kToken)
+    return launch(quantize_rows_kernel<T, kVectors, Scaling::kToken, kResult>, kVectors, 1);
+  launch_parts.template operator()<Scaling::kGroup>();
 }
 
 template <typename T, Result kResult>
