@@ -6,10 +6,12 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "core/dispatch.h"
 #include "core/numeric.h"
+#include "cpu/isa/quantization_amx.h"
 #include "cpu/isa/tables.h"
 #include "cpu/quantize_row.h"
 #include "cpu/rows.h"
@@ -17,7 +19,21 @@
 
 namespace quire::cpu {
 
+#if defined(__x86_64__)
+namespace avx512_amx {
+extern const QuantizationAmxKernels quantization_amx_kernels;
+}
+#endif
+
 namespace {
+
+// Null on a machine without AMX, where other paths are taken.
+const QuantizationAmxKernels* amx_kernels() {
+#if defined(__x86_64__)
+  if (isa() == Isa::kAvx512Amx) return &avx512_amx::quantization_amx_kernels;
+#endif
+  return nullptr;
+}
 
 std::size_t count(std::int64_t n) { return static_cast<std::size_t>(n); }
 
@@ -325,6 +341,42 @@ std::vector<std::uint32_t> pack_left(std::int64_t num_rows, std::int64_t num_ste
   return result;
 }
 
+// Words from a multiple of 64 bytes on, so that no row of a tile lies in two lines of the cache.
+class AlignedWords {
+ public:
+  explicit AlignedWords(std::int64_t num_words) : storage_(count(num_words + 16)) {
+    void* start = storage_.data();
+    std::size_t space = storage_.size() * 4;
+    data_ = static_cast<std::uint32_t*>(std::align(64, count(num_words) * 4, start, space));
+  }
+  std::uint32_t* data() const { return data_; }
+
+ private:
+  std::vector<std::uint32_t> storage_;
+  std::uint32_t* data_;
+};
+
+constexpr std::int64_t kAmxBlockRows = 512, kAmxFewRows = 128;
+
+// Blocks of rows and columns of a product on AMX, by threads: block(first row, rows, first column, columns, panel, sums), where panel has
+// room for kAmxSteps tiles of each of the columns' panels.
+template <typename F>
+void for_amx_blocks(std::int64_t num_rows, std::int64_t num_columns, F&& block) {
+  const std::int64_t column_blocks = ceil_div(num_columns, std::int64_t{kAmxColumns});
+  // A panel is filled again for each block of rows, so these are long unless threads would have nothing to do.
+  const std::int64_t most = column_blocks * ceil_div(num_rows, kAmxBlockRows) >= 2 * num_threads() ? kAmxBlockRows : kAmxFewRows;
+  const std::int64_t row_blocks = ceil_div(num_rows, most);
+  parallel_for(row_blocks * column_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+    const AlignedWords panel(kAmxSteps * kAmxTile * kAmxColumns);
+    const AlignedWords sums(ceil_div(std::min(most, num_rows), std::int64_t{kAmxTile}) * kAmxTile * kAmxColumns);
+    for (std::int64_t task = begin; task < end; ++task) {
+      const std::int64_t row = task % row_blocks * most, column = task / row_blocks * kAmxColumns;
+      block(row, std::min(most, num_rows - row), column, std::min<std::int64_t>(kAmxColumns, num_columns - column), panel.data(),
+            sums.data());
+    }
+  });
+}
+
 std::vector<float> widened_bias(const void* bias, DType dtype, std::int64_t n) {
   std::vector<float> result;
   if (bias == nullptr) return result;
@@ -362,7 +414,8 @@ bool multiply_fixed_point(const QuantizedMatmulParams& p, const PackedLayout& la
   const std::int64_t block = f.group_size == 0 ? kFixedPointBlock : f.group_size, num_blocks = ceil_div(num_rows, block);
   std::vector<float> natural, x(count(num_rows)), block_scales(count(p.num_tokens * num_blocks));
   std::vector<std::int16_t> q(count(num_rows));
-  std::vector<std::int32_t> pairs(count(p.num_tokens * num_rows / 2)), block_sums(block_scales.size());
+  std::vector<std::int32_t> operands(count(p.num_tokens * num_rows / 2)), block_sums(block_scales.size());
+  const int bits_index = f.stored_bits() == 4 ? 0 : 1;
   for (std::int64_t token = 0; token < p.num_tokens; ++token) {
     read_row(p, token, num_rows, natural, x.data());
     for (std::int64_t b = 0; b < num_blocks; ++b) {
@@ -374,16 +427,10 @@ bool multiply_fixed_point(const QuantizedMatmulParams& p, const PackedLayout& la
       block_scales[count(token * num_blocks + b)] = scale;
       block_sums[count(token * num_blocks + b)] = sum;
     }
-    std::int32_t* out = pairs.data() + token * num_rows / 2;
-    for (std::int64_t step = 0; step < layout.num_steps; ++step)
-      for (std::int64_t i = 0; i < codes / 2; ++i) {
-        const auto low = static_cast<std::uint16_t>(q[count(step * codes + i)]),
-                   high = static_cast<std::uint16_t>(q[count(step * codes + i + codes / 2)]);
-        *out++ = static_cast<std::int32_t>(low | static_cast<std::uint32_t>(high) << 16);
-      }
+    kernels.pack_row[bits_index](operands.data() + token * num_rows / 2, q.data(), layout.num_steps);
   }
 
-  const auto multiply = kernels.row[f.stored_bits() == 4 ? 0 : 1];
+  const auto multiply = kernels.row[bits_index];
   const std::int64_t group_stride = f.group_size == 0 ? 0 : kTileColumns;
   parallel_for(layout.num_tiles, ceil_div(4 * kGrainElements, num_rows * kTileColumns), [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> scales(count(layout.tile_scales)), zeros(scales.size());
@@ -392,7 +439,7 @@ bool multiply_fixed_point(const QuantizedMatmulParams& p, const PackedLayout& la
       const std::int64_t first = tile * kTileColumns;
       for (std::int64_t token = 0; token < p.num_tokens; ++token) {
         float sums[kTileColumns];
-        multiply({sums, layout.words(p.weight.data, tile), scales.data(), zeros.data(), pairs.data() + token * num_rows / 2,
+        multiply({sums, layout.words(p.weight.data, tile), scales.data(), zeros.data(), operands.data() + token * num_rows / 2,
                   block_scales.data() + token * num_blocks, block_sums.data() + token * num_blocks, layout.num_steps, block / codes,
                   group_stride, group_stride});
         kernels.narrow[index(p.dtype)](advance(p.out, token * p.out_stride + first, p.dtype), sums,
@@ -404,6 +451,79 @@ bool multiply_fixed_point(const QuantizedMatmulParams& p, const PackedLayout& la
   return true;
 }
 
+// x in bfloat16 on AMX, and the weight rounded to bfloat16.
+void multiply_amx(const QuantizedMatmulParams& p, const PackedLayout& layout, const std::vector<float>& bias,
+                  const QuantizationAmxKernels& kernels) {
+  const WeightFormat& f = p.weight.format;
+  constexpr std::int64_t kStepRows = 2 * kAmxTile;  // of the weight in a tile
+  const std::int64_t codes = layout.codes_per_word, num_steps = ceil_div(f.num_rows, kStepRows), tile_words = num_steps * kAmxTileWords;
+  const std::int64_t step_words = kStepRows / codes, group_words = f.group_size == 0 ? layout.num_steps : f.group_size / codes;
+  const auto unpack = kernels.unpack[f.stored_bits() == 4 ? 0 : 1];
+  const std::int64_t left_rows = ceil_div(std::min(kChunkRows, p.num_tokens), std::int64_t{kAmxTile}) * kAmxTile;
+  const AlignedWords left(left_rows / kAmxTile * tile_words);
+
+  const auto pack = [&](std::int64_t token, std::int64_t row, std::vector<float>& natural, float* line) {
+    read_row(p, token, num_steps * kStepRows, natural, line);
+    const auto upper = [&](std::int64_t i) {
+      std::uint32_t bits;
+      std::memcpy(&bits, line + i, 4);
+      return bits >> 16;
+    };
+    std::uint32_t* const out = left.data() + row / kAmxTile * tile_words + row % kAmxTile * kAmxTile;
+    for (std::int64_t step = 0; step < num_steps; ++step)
+      for (std::int64_t word = 0; word < kAmxTile; ++word) {
+        const std::int64_t i = step * kStepRows + word / (codes / 2) * codes + word % (codes / 2);
+        out[step * kAmxTileWords + word] = upper(i) | upper(i + codes / 2) << 16;
+      }
+  };
+
+  for (std::int64_t first = 0; first < p.num_tokens; first += kChunkRows) {
+    const std::int64_t chunk = std::min(kChunkRows, p.num_tokens - first);
+    parallel_for(chunk, ceil_div(kGrainElements, num_steps * kStepRows), [&](std::int64_t begin, std::int64_t end) {
+      std::vector<float> natural, line(count(num_steps * kStepRows));
+      for (std::int64_t row = begin; row < end; ++row) pack(first + row, row, natural, line.data());
+    });
+    for_amx_blocks(
+        chunk, f.out_features,
+        [&](std::int64_t row, std::int64_t rows, std::int64_t column, std::int64_t columns, std::uint32_t* panel, std::uint32_t* sums) {
+          const std::int64_t first_tile = column / kAmxTile, tiles = ceil_div(columns, std::int64_t{kAmxTile});
+          std::vector<float> scales(count(tiles * layout.tile_scales)), zeros(scales.size());
+          for (std::int64_t tile = 0; tile < tiles; ++tile)
+            read_tile(layout, p.weight, first_tile + tile, scales.data() + tile * layout.tile_scales,
+                      zeros.data() + tile * layout.tile_scales);
+          for (std::int64_t step = 0; step < num_steps; step += kAmxSteps) {
+            const std::int64_t steps = std::min(kAmxSteps, num_steps - step), panel_words = steps * kAmxTileWords;
+            for (std::int64_t tile = 0; tile < kAmxColumns / kAmxTile; ++tile) {
+              std::uint32_t* to = panel + tile * panel_words;
+              std::uint32_t* const to_end = to + panel_words;
+              if (tile < tiles) {
+                const std::uint32_t* const words = layout.words(p.weight.data, first_tile + tile);
+                const std::int64_t last_word = std::min((step + steps) * step_words, layout.num_steps);
+                for (std::int64_t word = step * step_words; word < last_word;) {
+                  const std::int64_t group = word / group_words, n = std::min((group + 1) * group_words, last_word) - word;
+                  unpack(to, words + word * kTileColumns, n, scales.data() + tile * layout.tile_scales + group * kTileColumns,
+                         zeros.data() + tile * layout.tile_scales + group * kTileColumns);
+                  to += n * codes / 2 * kAmxTile;
+                  word += n;
+                }
+              }
+              std::fill(to, to_end, 0u);
+            }
+            kernels.multiply_bfloat16({sums, left.data() + row / kAmxTile * tile_words + step * kAmxTileWords, panel,
+                                       ceil_div(rows, std::int64_t{kAmxTile}), tile_words, panel_words, steps, step > 0});
+          }
+          AmxFinish finish = {};
+          finish.out = advance(p.out, (first + row) * p.out_stride + column, p.dtype);
+          finish.sums = sums;
+          finish.bias = bias.empty() ? nullptr : bias.data() + column;
+          finish.out_stride = p.out_stride;
+          finish.rows = rows;
+          finish.columns = columns;
+          kernels.finish_float32[index(p.dtype)](finish);
+        });
+  }
+}
+
 }  // namespace
 
 void quantized_matmul(const QuantizedMatmulParams& p) {
@@ -413,6 +533,9 @@ void quantized_matmul(const QuantizedMatmulParams& p) {
   if (p.num_tokens <= kFixedPointTokens && p.dtype != DType::kFloat32 && !p.batch_invariant && multiply_fixed_point(p, layout, bias))
     return;
 
+  if (p.dtype == DType::kBFloat16) {
+    if (const QuantizationAmxKernels* const amx = amx_kernels()) return multiply_amx(p, layout, bias, *amx);
+  }
   const auto& kernels = quantized_matmul_kernels.active();
   const std::int64_t num_rows = layout.num_steps * layout.codes_per_word;
   // All tiles' scales as float32: they are read once for each block of x.
@@ -535,6 +658,53 @@ void scaled_matmul_int8(const ScaledMatmulParams& p, const std::vector<float>& b
   }
 }
 
+// int8 on AMX: the rows of a as tiles once, those of b as panels for each block.
+void scaled_matmul_int8_amx(const ScaledMatmulParams& p, const std::vector<float>& bias, const QuantizationAmxKernels& kernels) {
+  const std::int64_t num_steps = ceil_div(p.k, std::int64_t{4 * kAmxTile}), tile_words = num_steps * kAmxTileWords;
+  std::vector<float> scale_b(count(p.n));
+  for (std::int64_t i = 0; i < p.n; ++i) scale_b[count(i)] = p.scale_b[i * p.scale_b_row_stride];
+  const auto* const a = static_cast<const std::int8_t*>(p.a);
+  const auto* const b = static_cast<const std::int8_t*>(p.b);
+  const AlignedWords left(ceil_div(std::min(kChunkRows, p.m), std::int64_t{kAmxTile}) * tile_words);
+  for (std::int64_t first = 0; first < p.m; first += kChunkRows) {
+    const std::int64_t chunk = std::min(kChunkRows, p.m - first);
+    parallel_for(ceil_div(chunk, std::int64_t{kAmxTile}), ceil_div(kGrainElements, kAmxTile * p.k),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t tile = begin; tile < end; ++tile)
+                     kernels.pack_rows_int8(left.data() + tile * tile_words, a + (first + tile * kAmxTile) * p.a_stride, p.a_stride,
+                                            std::min<std::int64_t>(kAmxTile, chunk - tile * kAmxTile), p.k);
+                 });
+    for_amx_blocks(
+        chunk, p.n,
+        [&](std::int64_t row, std::int64_t rows, std::int64_t column, std::int64_t columns, std::uint32_t* panel, std::uint32_t* sums) {
+          for (std::int64_t step = 0; step < num_steps; step += kAmxSteps) {
+            const std::int64_t steps = std::min(kAmxSteps, num_steps - step), panel_words = steps * kAmxTileWords, k = step * 4 * kAmxTile;
+            for (std::int64_t i = 0; i < kAmxColumns; i += kAmxTile)
+              kernels.pack_columns_int8(panel + i / kAmxTile * panel_words, b + std::min(column + i, p.n - 1) * p.b_stride + k, p.b_stride,
+                                        std::clamp<std::int64_t>(columns - i, 0, kAmxTile), std::min(steps * 4 * kAmxTile, p.k - k));
+            kernels.multiply_int8({sums, left.data() + row / kAmxTile * tile_words + step * kAmxTileWords, panel,
+                                   ceil_div(rows, std::int64_t{kAmxTile}), tile_words, panel_words, steps, step > 0});
+          }
+          AmxFinish finish = {};
+          finish.out = advance(p.out, (first + row) * p.out_stride + column, p.out_dtype);
+          finish.sums = sums;
+          finish.bias = bias.empty() ? nullptr : bias.data() + column;
+          finish.scale_a = p.scale_a + (first + row) * p.scale_a_row_stride;
+          finish.scale_b = scale_b.data() + column;
+          if (p.zero_point != nullptr) {
+            finish.zero_point = p.zero_point + (first + row) * p.zero_point_stride;
+            finish.column_sums = p.column_sums + column;
+          }
+          finish.out_stride = p.out_stride;
+          finish.scale_a_stride = p.scale_a_row_stride;
+          finish.zero_point_stride = p.zero_point_stride;
+          finish.rows = rows;
+          finish.columns = columns;
+          kernels.finish_int32[index(p.out_dtype)](finish);
+        });
+  }
+}
+
 // Up to this many rows of a are multiplied by each row of b as it is, which costs no panel.
 constexpr std::int64_t kDotTokens = 8;
 
@@ -594,6 +764,8 @@ void scaled_matmul(const ScaledMatmulParams& p) {
   const std::vector<float> bias = widened_bias(p.bias, p.bias_dtype, p.n);
   if (p.m <= kDotTokens && !p.batch_invariant) return scaled_matmul_dots(p, bias);
   if (p.dtype == DType::kInt8 && p.granularity_a != ScaleGranularity::kGroup) {
+    const QuantizationAmxKernels* const amx = amx_kernels();
+    if (amx != nullptr) return scaled_matmul_int8_amx(p, bias, *amx);
     scaled_matmul_int8(p, bias);
   } else {
     scaled_matmul_wide(p, bias);

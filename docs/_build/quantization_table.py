@@ -2,13 +2,15 @@
 
 SPDX-License-Identifier: Apache-2.0
 
-`python docs/_build/quantization_table.py CHECKPOINTS [--plot docs/quantization.png]`, where quantize_demo_model.py has filled the folder
-CHECKPOINTS. The other rows are quantized here, each element to the nearest code. Everything runs on the CPU in float32 otherwise.
+`python docs/_build/quantization_table.py CHECKPOINTS... [--plot docs/quantization.png]`, where quantize_demo_model.py has filled the
+folders CHECKPOINTS. The other rows are quantized here, each element to the nearest code. Everything runs on the CPU in float32 otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,22 @@ def perplexity(model: Model, ids: list[int]) -> float:
     return float(np.exp(loss / count))
 
 
+def describe(directory: Path) -> tuple[str, str]:
+    """Format and maker of a checkpoint of quantize_demo_model.py."""
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    name = directory.name
+    if "config_groups" in config:
+        weights = config["config_groups"]["group_0"]["weights"]
+        bits, size, symmetric = weights["num_bits"], weights["group_size"], weights["symmetric"]
+        maker = f"{'AWQ' if 'awq' in name else 'GPTQ'} (llm-compressor)"
+    else:
+        bits, size = config["bits"], config["group_size"]
+        symmetric = not config.get("zero_point", not config.get("sym", False))
+        maker = "AWQ (AutoAWQ)" if name.startswith("autoawq") else "GPTQ (GPTQModel)"
+    text = f"W{bits}A16, groups of {size}" + ("" if symmetric else ", zeros") + (", act-order" if config.get("desc_act") else "")
+    return text, maker
+
+
 def rounded(**kwargs: object) -> Model:
     """The demo model with every linear layer quantized to nearest."""
     model = Model(read_config(MODEL), Checkpoint(MODEL), Backend(), "fp32")
@@ -61,7 +79,7 @@ def rounded(**kwargs: object) -> Model:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoints", type=Path)
+    parser.add_argument("checkpoints", type=Path, nargs="*")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     ids = Tokenizer.from_file(str(MODEL / "tokenizer.json")).encode(HELD_OUT.read_text()).ids
@@ -86,26 +104,36 @@ def main() -> None:
     for granularity in ("tensor", "channel", "block"):
         add(f"FP8, scale per {granularity}", "round to nearest", rounded(format="fp8", granularity=granularity))
     add("INT8 W8A8, scale per channel", "round to nearest", rounded(format="w8a8"))
-    for directory in sorted(args.checkpoints.iterdir()):
-        if (directory / "config.json").is_file():
-            add(directory.name, "llm-compressor", Model.load(directory, Backend(), "fp32"))
+    found = [directory for folder in args.checkpoints for directory in folder.iterdir() if (directory / "config.json").is_file()]
+    described = [(*describe(directory), directory) for directory in found if directory.name != "plain"]
+    natural = lambda row: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row[0])]  # noqa: E731
+    for name, maker, directory in sorted(sorted(described), key=natural):
+        add(name, maker, Model.load(directory, Backend(), "fp32"))
     if args.plot:
         plot(rows, args.plot)
 
 
 def plot(rows: list[tuple[str, str, int, float]], path: Path) -> None:
+    """All formats beside those of 4 bits alone."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
-    for maker, marker in (("", "s"), ("round to nearest", "o"), ("llm-compressor", "^")):
-        chosen = [r for r in rows if r[1] == maker and r[3] < 1.35 * rows[0][3]]
-        axes.scatter([r[2] / 1e6 for r in chosen], [r[3] for r in chosen], marker=marker, label=maker or "bfloat16")
-        for name, _, size, value in chosen:
-            axes.annotate(name, (size / 1e6, value), fontsize=5, xytext=(3, 3), textcoords="offset points")
-    axes.axhline(rows[0][3], lw=0.5, color="grey")
-    axes.set_xlabel("bytes of the linear layers as packed (MB)")
-    axes.set_ylabel("perplexity")
-    axes.legend()
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), dpi=110)
+    for panel, shown in zip(panels, ("", "W4A16"), strict=True):
+        for index, maker in enumerate(dict.fromkeys(row[1] for row in rows)):
+            chosen = [r for r in rows if r[1] == maker and r[0].startswith(shown) and r[3] < 1.15 * rows[0][3]]
+            style = {"marker": "so^vDP"[index], "c": f"C{index}", "s": 22, "label": maker or "bfloat16"}
+            panel.scatter([r[2] / 1e6 for r in chosen], [r[3] for r in chosen], **style)
+            for name, _, size, value in chosen:
+                short = name.split(",", 1)[-1].replace("groups of", "").strip() if shown else name.split(",")[0]
+                if shown or name.startswith(("bf", "W8", "INT8", "FP8, scale per channel")):
+                    offset = (4, -8) if name.startswith("INT8") else (4, 4)
+                    panel.annotate(short, (size / 1e6, value), fontsize=7, xytext=offset, textcoords="offset points")
+        panel.axhline(rows[0][3], lw=0.5, color="grey")
+        panel.margins(x=0.15)
+        panel.set_xlabel("bytes of the linear layers as packed (MB)")
+        panel.set_ylabel("perplexity")
+        panel.set_title("W4A16, by group size" if shown else "all (W3A16 above 25.5, W4A16 below)", fontsize=9)
+    panels[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
 

@@ -6,6 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from reference import quantization as reference
+from tolerances import assert_product_close
 
+import quire
 from quire.demo import DemoError
 from quire.demo.backend import Backend, select_backend
+from quire.demo.checkpoint import Checkpoint
 from quire.demo.config import read_config
 from quire.demo.model import Model
-from quire.demo.quantization import parse_quantization
+from quire.demo.quantization import parse_quantization, read_quantized
 
 HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 128, 256, 160, 4, 2, 32, 2
 CONFIG = {
@@ -245,7 +249,8 @@ def test_quantized_head(rng: np.random.Generator, tmp_path: Path) -> None:
     assert np.abs(a - b).max() < tolerance * np.abs(b).max()
 
 
-#: Checkpoints of a small random model by llm-compressor, and the logits of its own model for TOKENS (docs/_build/quantize_demo_model.py --tiny).
+#: Checkpoints of a small random model by llm-compressor, GPTQModel and AutoAWQ, and the logits of the tool's own model for TOKENS
+#: (docs/_build/quantize_demo_model.py --model tiny).
 PRODUCED = Path(__file__).parent / "data" / "quantized"
 TOKENS = [(7 * i * i + 3) % 256 for i in range(24)]
 
@@ -253,10 +258,94 @@ TOKENS = [(7 * i * i + 3) % 256 for i in range(24)]
 @pytest.mark.parametrize("name", sorted(path.name for path in PRODUCED.iterdir()))
 def test_produced_checkpoints(name: str) -> None:
     """The logits that the tool computes from its own file. Activations that it quantizes in bfloat16 may round the other way."""
+    assert produced_error(name, PRODUCED / name) < (0.02 if name.startswith("w8a8") else 2e-6)
+
+
+def produced_error(name: str, directory: Path, **kwargs: Any) -> float:
+    """Of the logits of `directory`, against the largest of the tool's."""
     want = np.load(PRODUCED / name / "logits.npy")
-    got = Model.load(PRODUCED / name, select_backend("cpu"), "fp32").run_prompt(TOKENS)
-    error = np.abs(got - want).max() / np.abs(want).max()
-    assert error < (1e-5 if name.startswith(("w4a16", "w8a16")) else 0.02), error
+    got = Model.load(directory, select_backend("cpu"), "fp32", **kwargs).run_prompt(TOKENS)
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+#: A weight [128, 1024] of a random model of hidden size 1024, by the same tools, and the tool's own product of it with PROBE (--model wide).
+PRODUCED_LAYERS = Path(__file__).parent / "data" / "quantized_layers"
+LAYER, LAYER_SHAPE = "model.layers.1.self_attn.k_proj", (128, 1024)
+PROBE = ((np.arange(4)[:, None] * 37 + np.arange(1024) * 101) % 251 - 125).astype(np.float32) / 128
+
+
+def dequantized_layer(config: dict[str, Any], raw: Any) -> np.ndarray:
+    """float64 from the file's bytes, by the formats' descriptions."""
+
+    def optional(name: str) -> np.ndarray | None:
+        return raw(name) if name in raw.names else None
+
+    if config["quant_method"] == "awq":
+        return reference.dequantize_awq(raw("qweight"), raw("qzeros"), raw("scales"), config["group_size"])
+    if config["quant_method"] == "gptq":
+        arguments = [raw(name) for name in ("qweight", "qzeros", "scales", "g_idx")]
+        return reference.dequantize_gptq(*arguments, config["bits"], config["checkpoint_format"])
+    weights = config["config_groups"]["group_0"]["weights"]
+    if "weight_packed" in raw.names:
+        groups = optional("weight_g_idx")
+        if groups is None:
+            groups = np.arange(LAYER_SHAPE[1]) // weights["group_size"]
+        packed, scale, zero = raw("weight_packed"), raw("weight_scale"), optional("weight_zero_point")
+        return reference.dequantize_compressed(
+            packed, scale, zero, weights["num_bits"], LAYER_SHAPE[1], groups
+        )
+    return raw("weight").astype(np.float64) * reference.spread_blocks(raw("weight_scale"), LAYER_SHAPE)
+
+
+@pytest.mark.parametrize("path", sorted(PRODUCED_LAYERS.iterdir()), ids=lambda path: path.stem)
+def test_produced_layers(backend: Backend, tmp_path: Path, path: Path) -> None:
+    shutil.copy(path, tmp_path / "model.safetensors")
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    raw_config = json.loads(header["__metadata__"]["quantization_config"])
+    config, checkpoint = parse_quantization(raw_config), Checkpoint(tmp_path)
+    assert config is not None
+    weight = read_quantized(config, LAYER, LAYER_SHAPE, checkpoint.__contains__, checkpoint.raw, backend.raw)
+    assert weight is not None
+
+    def raw(name: str) -> np.ndarray:
+        return checkpoint.raw(f"{LAYER}.{name}")
+
+    raw.names = {key.removeprefix(f"{LAYER}.") for key in header}  # type: ignore[attr-defined]
+    wide = dequantized_layer(raw_config, raw)
+    np.testing.assert_array_equal(backend.host(weight.dequantize("float32")), wide.astype(np.float32))
+    # The tool multiplied in float32, and rounded activations where the format does.
+    product, exact = checkpoint.raw("product").astype(np.float64), PROBE.astype(np.float64) @ wide.T
+    magnitude = np.abs(PROBE).astype(np.float64) @ np.abs(wide).T
+    rounds = path.stem.startswith(("w8a8", "fp8"))
+    assert (np.abs(product - exact) <= magnitude * (2.0**-5 if rounds else 1e-6)).all()
+    x = PROBE if backend.device == "cpu" else PROBE.astype(ml_dtypes.bfloat16)
+    got = backend.host(quire.quantized_matmul(backend.raw(x), weight))
+    if rounds:
+        assert (np.abs(got.astype(np.float64) - product) <= magnitude * 2.0**-5).all()
+    else:
+        assert_product_close(got, product, magnitude)
+
+
+@pytest.mark.parametrize("name", ["gptqmodel-w4a16-32", "gptqmodel-w4a16-64-v2-zeros", "gptqmodel-w3a16-32"])
+def test_mislabelled_checkpoints(tmp_path: Path, name: str) -> None:
+    """What names the wrong checkpoint_format gives noise, and with the right one given what its tool meant."""
+    directory = tmp_path / name
+    shutil.copytree(PRODUCED / name, directory)
+    config = json.loads((directory / "config.json").read_text())
+    right = config["quantization_config"]["checkpoint_format"]
+    wrong = {"gptq": "gptq_v2", "gptq_v2": "gptq"}[right]
+    config["quantization_config"]["checkpoint_format"] = wrong
+    (directory / "config.json").write_text(json.dumps(config))
+    assert produced_error(name, directory) > 0.1
+    assert produced_error(name, directory, checkpoint_format=right) < 2e-6
+
+
+def test_checkpoint_format_of_others(tmp_path: Path, rng: np.random.Generator) -> None:
+    for config, text in ((None, "none"), (CASES["awq"][0], "awq")):
+        directory = write_model(tmp_path / text, common(rng), config)
+        with pytest.raises(DemoError, match=f"expected a checkpoint of quant_method gptq, got {text}"):
+            Model.load(directory, select_backend("cpu"), checkpoint_format="gptq_v2")
 
 
 @pytest.mark.parametrize(
@@ -277,7 +366,23 @@ def test_produced_checkpoints(name: str) -> None:
             {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
             "unknown checkpoint_format 'marlin'",
         ),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 1.5}, "group_size"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 1.5}, "group_size: expected .*, got 1.5"),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 2**62},
+            "group_size: expected .*, got 4611686018427387904",
+        ),
+        ({"quant_method": "gptq", "bits": 4, "group_size": -2}, "group_size: expected .*, got -2"),
+        (
+            {"quant_method": "gptq", "bits": 2**64},
+            "bits: expected 2 or 3 or 4 or 8, got 18446744073709551616",
+        ),
+        ({"quant_method": "gptq", "bits": "4"}, "bits: expected 2 or 3 or 4 or 8, got '4'"),
+        ({"quant_method": "gptq", "bits": 5}, "bits: expected 2 or 3 or 4 or 8, got 5"),
+        ({"quant_method": "gptq"}, "bits: expected 2 or 3 or 4 or 8, got None"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [2**62, 1]},
+            r"weight_block_size: expected \[128, 128\]",
+        ),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"weight_block_size: expected \[128, 128\]"),
         ({"quant_method": "compressed-tensors"}, "config_groups: expected an object"),
         (
@@ -300,20 +405,57 @@ def test_several_kinds_of_weights_are_refused() -> None:
         parse_quantization(raw)
 
 
+def hostile_shape(_: np.ndarray) -> np.ndarray:
+    return np.array([2**62, 2**62], np.int64)
+
+
 @pytest.mark.parametrize(
-    ("name", "change", "text"),
+    ("case", "name", "change", "text"),
     [
-        ("qweight", lambda t: t[:-1], "qzeros|scales|qweight|expected"),
-        ("qweight", lambda t: t.astype(np.int64), "expected int32, got int64"),
-        ("qzeros", lambda t: t[:, :-1], "qzeros: expected int32"),
-        ("scales", lambda t: t * np.float16(np.nan), "scales: expected finite"),
-        ("scales", lambda t: -t, "scales: expected finite values of 0 or more"),
-        ("scales", None, "tensor '.*scales' is missing"),
-        ("qweight", None, "expected all of them quantized or none"),
+        ("awq", "qweight", lambda t: t[:-1], r"expected a weight of shape \[256, 128\], got \[256, 127\]"),
+        ("awq", "qweight", lambda t: t[:-32], "scales: expected 3 groups of 32, got 4"),
+        ("awq", "qweight", lambda t: t[:, :-1], r"scales: expected \d+ columns, as qweight has \d+ of words, got \d+"),
+        ("awq", "qweight", lambda t: t.astype(np.int64), "qweight: expected int32, got int64"),
+        ("awq", "qweight", lambda t: t[None], r"qweight: expected rank 2, got int32 \[1, "),
+        ("awq", "qzeros", lambda t: t[:, :-1], r"qzeros: expected int32 \[4, 32\], got int32 \[4, 31\]"),
+        ("awq", "qzeros", lambda t: t[:-1], r"qzeros: expected int32 \[4, 32\], got int32 \[3, 32\]"),
+        ("awq", "scales", lambda t: t[:-1], r"qzeros: expected int32 \[3, 32\], got int32 \[4, 32\]"),
+        ("awq", "scales", lambda t: t * np.float16(np.nan), r"scales: expected finite values of 0 or more, got nan at \[0, 0\]"),
+        ("awq", "scales", lambda t: -t, "scales: expected finite values of 0 or more, got -0.0"),
+        ("awq", "scales", lambda t: t.astype(np.int32), "scales: expected float32, float16 or bfloat16, got int32"),
+        ("awq", "scales", None, "tensor '.*scales' is missing"),
+        ("awq", "qweight", None, "expected all of them quantized or none"),
+        ("gptq", "qweight", lambda t: t[:-1], "qweight: expected 16 rows for a g_idx of 128, got 15"),
+        ("gptq", "qweight", lambda t: t[:, :-1], "scales: expected .* got"),
+        ("gptq", "qzeros", lambda t: t[:, 1:], r"qzeros: expected int32 \[2, 32\], got int32 \[2, 31\]"),
+        ("gptq", "qzeros", lambda t: np.concatenate([t, t]), r"qzeros: expected int32 \[2, 32\], got int32 \[4, 32\]"),
+        ("gptq", "scales", lambda t: np.concatenate([t, t]), "scales: expected 2 groups of 64, got 4|qzeros: expected"),
+        ("gptq", "scales", lambda t: t * np.float16(np.nan), "scales: expected finite values, got nan"),
+        ("gptq", "g_idx", lambda t: t + np.int32(1), r"g_idx: expected a group in \[0, 2\), got 2 at \[64\]"),
+        ("gptq", "g_idx", lambda t: t - np.int32(2**31 - 1), r"g_idx: expected a group in \[0, 2\), got -2147483647 at \[0\]"),
+        ("gptq", "g_idx", lambda t: t.astype(np.int64) + 2**40, r"g_idx: expected a group in \[0, 2\), got 1099511627776 at \[0\]"),
+        ("gptq", "g_idx", lambda t: t[:-1], r"expected a weight of shape \[256, 128\], got \[256, 127\]"),
+        ("gptq", "g_idx", lambda t: t[:-8], "qweight: expected 15 rows for a g_idx of 120, got 16"),
+        ("gptq", "g_idx", lambda t: t.astype(np.float32), "g_idx: expected int32, got float32"),
+        ("gptq-v2", "qweight", lambda t: t[::2], "qweight: expected 32 rows for a g_idx of 128, got 16"),  # that of 4 bits
+        ("w4a16", "weight_shape", hostile_shape, r"weight_shape: expected \[256, 128 or a little less\], got \[4611686018427387904"),
+        ("w4a16", "weight_shape", lambda t: -t, r"weight_shape: expected .* got \[-256, -128\]"),
+        ("w4a16", "weight_packed", lambda t: t[:, :-1], "weight_shape: expected|weight_scale: expected"),
+        ("w4a16", "weight_scale", lambda t: t[:-1], r"weight_scale: expected .* got"),
+        ("w4a16", "weight_scale", lambda t: -t, "weight_scale: expected finite values of 0 or more, got -0.0"),
+        ("w8a8", "weight_scale", lambda t: t * np.float32(np.nan), "scale: expected finite values of 0 or more, got nan"),
+        ("w8a8", "weight_scale", lambda t: t[:-1], "scale: expected .* got"),
+        ("w8a8", "weight", lambda t: t[:, :-1], r"expected a weight of shape \[256, 128\], got \[256, 127\]"),
+        ("fp8-tensor", "weight_scale", lambda t: -t, "scale: expected finite values of 0 or more, got -0.0"),
+        ("fp8-block", "weight_scale_inv", lambda t: np.concatenate([t, t]), r"scale: expected .*\[2, 1\], got float32 \[4, 1\]"),
+        ("fp8-block", "weight", lambda t: t.astype(np.float32).astype(np.int8), "expected float8_e4m3fn, got int8"),
     ],
-)
-def test_bad_tensors(rng: np.random.Generator, tmp_path: Path, name: str, change: Any, text: str) -> None:
-    config, make_layer, _ = CASES["awq"]
+)  # fmt: skip
+def test_bad_tensors(
+    rng: np.random.Generator, tmp_path: Path, case: str, name: str, change: Any, text: str
+) -> None:
+    """The error names the layer, the tensor, what was expected and what is there."""
+    config, make_layer, _ = CASES[case]
     tensors = common(rng)
     for layer in range(LAYERS):
         for linear, (out, into) in LINEARS.items():
@@ -328,6 +470,24 @@ def test_bad_tensors(rng: np.random.Generator, tmp_path: Path, name: str, change
     with pytest.raises(DemoError, match=text) as error:
         Model.load(directory, select_backend("cpu"))
     assert "up_proj" in str(error.value)
+
+
+def test_hostile_header(tmp_path: Path, rng: np.random.Generator) -> None:
+    """A shape whose number of bytes overflows 64 bits is no shape of the bytes that are there."""
+    config, make_layer, _ = CASES["gptq"]
+    directory = write_model(tmp_path / "model", {"x.qweight": make_layer(rng, 32, 64)[0]["qweight"]}, config)
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    for shape in ([2**62, 4], [2**63, 2**63], [2**31, 2**33]):
+        header = json.loads(content[8 : 8 + size])
+        header["x.qweight"]["shape"] = shape
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+        with pytest.raises(
+            DemoError, match=r"tensor 'x.qweight': shape \[.*\] of I32 does not have 1024 bytes"
+        ):
+            Checkpoint(directory)
 
 
 def test_config_is_read(tmp_path: Path, rng: np.random.Generator) -> None:

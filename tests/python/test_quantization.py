@@ -767,6 +767,35 @@ def test_bad_fp8(weight, scale, kind, text):
         PackedWeight.from_fp8(weight, scale)
 
 
+def spread(shape, dtype, value=0):
+    """A tensor of any extents that takes no memory."""
+    return np.broadcast_to(np.full((1,) * len(shape), value, dtype), shape)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "text"),
+    [
+        (lambda: PackedWeight.from_gptq(spread((2**27, 8), np.int32), None, spread((1, 8), np.float16, 1), bits=2),
+         ValueError, r"in_features: expected 1 to 2\^31 - 1, got 2147483648"),
+        (lambda: PackedWeight.from_awq(spread((8, 2**28), np.int32), spread((1, 2**28), np.int32), spread((1, 2**31), np.float16, 1)),
+         ValueError, r"scales: expected extents from 1 to 2\^31 - 1, got \[1, 2147483648\]"),
+        (lambda: PackedWeight.from_compressed_tensors(weight_packed=spread((8, 2**28), np.int32), weight_scale=np.ones((8, 1), np.float32)),
+         ValueError, r"in_features: expected 1 to 2\^31 - 1, got 2147483648"),
+        (lambda: PackedWeight.from_compressed_tensors(
+            weight_packed=np.zeros((8, 8), np.int32), weight_scale=np.ones((8, 1), np.float32), weight_shape=np.array([2**62, 2**62])),
+         ValueError, "weight_shape: expected .* got .4611686018427387904"),
+        (lambda: PackedWeight.from_gptq(**{**gptq_tensors(), "bits": 2**64}), quire.UnsupportedError, "bits: expected 2, 3, 4 or 8, got 18446744073709551616"),
+        (lambda: PackedWeight.from_gptq(**gptq_tensors(), g_idx=np.full(64, 2**40)), IndexError, r"g_idx: expected .*, got 1099511627776 at \[0\]"),
+        (lambda: PackedWeight.from_int8(np.zeros((8, 64), np.int8), np.full((8, 1), -1, np.float32)), ValueError, "scale: expected finite values of 0 or more, got -1.0"),
+        (lambda: PackedWeight.from_int8(np.zeros((8, 64), np.int8), np.ones((8, 1), np.float32), input_scale=np.float32([1]), input_zero_point=np.array([2**40])),
+         ValueError, r"input_zero_point: expected one integer in \[-128, 127\], got \[1099511627776\]"),
+    ],
+)  # fmt: skip
+def test_hostile_sizes(make, kind, text):
+    with pytest.raises(kind, match=text):
+        make()
+
+
 def test_bad_products(rng):
     w = PackedWeight.quantize(draw(rng, (32, 64)), "w4a16", 32)
     x = draw(rng, (3, 64), "float16")

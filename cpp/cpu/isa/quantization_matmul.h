@@ -12,6 +12,8 @@ namespace quire::cpu {
 inline constexpr int kTileColumns = 16;
 /// Rows of a block of x that shares a scale where it is rounded to 16 bits, unless a weight's groups are shorter.
 inline constexpr std::int64_t kFixedPointBlock = 128;
+/// 256 * 127 + 127: two signed digits of 8 bits.
+inline constexpr std::int32_t kLargestFixedPoint = 32639;
 
 /// c[rows][columns] (+)= a times b. `rows` and `columns` are those of the table.
 struct MatmulTile {
@@ -38,7 +40,7 @@ struct PackedRow {
   const std::uint32_t* words;        // [num_steps][16]
   const float* scales;               // [num_groups][16]
   const float* zeros;                // [num_groups][16], or [16] where zero_stride is 0
-  const std::int32_t* pairs;         // pairs of int16: [num_steps][16 / bits]; elements i and i + 16 / bits of a step
+  const std::int32_t* operand;       // [num_steps][16 / bits] words of pack_row
   const float* block_scales;         // [num_blocks]
   const std::int32_t* block_sums;    // [num_blocks]
   std::int64_t num_steps, block_steps;
@@ -63,6 +65,8 @@ struct QuantizedMatmulKernels {
   /// panel[step * codes + i][16] = (code - zero) * scale; by stored bits: 4, 8.
   void (*unpack[2])(float* panel, const PackedTile& tile);
   void (*row[2])(const PackedRow& row);
+  /// The row of fixed-point x for `row`, by stored bits: 32 / bits elements a step.
+  void (*pack_row[2])(std::int32_t* operand, const std::int16_t* x, std::int64_t num_steps);
   void (*dot_int8)(const DotRows& rows);        // int16 and int8, in int32
   void (*dot_int8_wide)(const DotRows& rows);   // float32 and int8
   void (*dot_float8)(const DotRows& rows);      // float32 and float8_e4m3fn
@@ -70,7 +74,8 @@ struct QuantizedMatmulKernels {
   void (*widen[6])(float* out, const void* x, std::int64_t n);
   /// The reverse for the first three, with a bias or null: out = x + bias.
   void (*narrow[3])(void* out, const float* x, const float* bias, std::int64_t n);
-  /// q = x / scale rounded to int16, where scale is the largest magnitude over 32767, or 1 where that is 0. Returns the scale; it is not finite where x is not.
+  /// q = x / scale rounded to int16, where scale is the largest magnitude over kLargestFixedPoint, or 1 where that is 0. Returns the
+  /// scale; it is not finite where x is not.
   float (*fixed_point)(std::int16_t* q, const float* x, std::int64_t n);
 };
 
@@ -179,38 +184,116 @@ void unpack(float* panel, const PackedTile& t) {
   }
 }
 
+#ifdef __AVX512VNNI__
+// Codes are bytes without a sign, x two digits of 8 bits with one: the words of a step are the upper and the lower digits of elements
+// 0 2 4 6 and those of 1 3 5 7, or of 0 1 2 3.
 template <int kBits>
-void multiply_row(const PackedRow& row) {
+void pack_row(std::int32_t* operand, const std::int16_t* x, std::int64_t num_steps) {
+  constexpr std::int64_t kCodes = 32 / kBits, kWords = 16 / kBits;
+  const __m128i order = kBits == 4 ? _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15)
+                                   : _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (std::int64_t i = 0; i < num_steps * kCodes; i += 16) {
+    const std::int64_t left = num_steps * kCodes - i;
+    const __m256i q = left >= 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i))
+                                 : _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << left) - 1u), x + i);
+    const __m128i low = _mm256_cvtepi16_epi8(q);
+    const __m128i high = _mm256_cvtepi16_epi8(_mm256_srai_epi16(_mm256_sub_epi16(q, _mm256_cvtepi8_epi16(low)), 8));
+    const __m128i lows = _mm_shuffle_epi8(low, order), highs = _mm_shuffle_epi8(high, order);
+    const __m256i words =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi32(highs, lows)), _mm_unpackhi_epi32(highs, lows), 1);
+    std::int32_t* const out = operand + i / kCodes * kWords;
+    if (left >= 16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), words);
+    } else {
+      _mm256_mask_storeu_epi32(out, static_cast<__mmask8>((1u << (left / kCodes * kWords)) - 1u), words);
+    }
+  }
+}
+
+template <int kBits>
+QUIRE_INLINE void multiply_digits(__m512i word, const std::int32_t* digits, __m512i& high, __m512i& low) {
+  const __m512i first = kBits == 4 ? _mm512_and_si512(word, _mm512_set1_epi8(0x0f)) : word;
+  high = _mm512_dpbusd_epi32(high, first, _mm512_set1_epi32(digits[0]));
+  low = _mm512_dpbusd_epi32(low, first, _mm512_set1_epi32(digits[1]));
+  if constexpr (kBits == 4) {
+    const __m512i second = _mm512_and_si512(_mm512_srli_epi32(word, 4), _mm512_set1_epi8(0x0f));
+    high = _mm512_dpbusd_epi32(high, second, _mm512_set1_epi32(digits[2]));
+    low = _mm512_dpbusd_epi32(low, second, _mm512_set1_epi32(digits[3]));
+  }
+}
+
+/// Sums over steps [begin, end) of codes times x, for 16 output features.
+template <int kBits>
+QUIRE_INLINE void multiply_steps(const PackedRow& row, std::int64_t begin, std::int64_t end, Bits (&sums)[kTileVecs]) {
+  constexpr int kWords = 16 / kBits, kChains = 4;  // one alone waits for its own additions
+  __m512i high[kChains], low[kChains];
+#pragma GCC unroll 4
+  for (int i = 0; i < kChains; ++i) high[i] = low[i] = _mm512_setzero_si512();
+  const std::uint32_t* words = row.words + begin * kTileColumns;
+  const std::int32_t* digits = row.operand + begin * kWords;
+  std::int64_t step = begin;
+  for (; step + kChains <= end; step += kChains, words += kChains * kTileColumns, digits += kChains * kWords)
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i)
+      multiply_digits<kBits>(_mm512_loadu_si512(words + i * kTileColumns), digits + i * kWords, high[i], low[i]);
+  for (; step < end; ++step, words += kTileColumns, digits += kWords)
+    multiply_digits<kBits>(_mm512_loadu_si512(words), digits, high[0], low[0]);
+  const __m512i highs = _mm512_add_epi32(_mm512_add_epi32(high[0], high[1]), _mm512_add_epi32(high[2], high[3]));
+  const __m512i lows = _mm512_add_epi32(_mm512_add_epi32(low[0], low[1]), _mm512_add_epi32(low[2], low[3]));
+  sums[0] = {(NativeU)_mm512_add_epi32(_mm512_slli_epi32(highs, 8), lows)};
+}
+#else
+// Pairs of int16: elements i and i + 16 / bits of a step.
+template <int kBits>
+void pack_row(std::int32_t* operand, const std::int16_t* x, std::int64_t num_steps) {
+  constexpr int kPairs = 16 / kBits;
+  for (std::int64_t step = 0; step < num_steps; ++step, x += 2 * kPairs)
+    for (int i = 0; i < kPairs; ++i) {
+      const auto low = static_cast<std::uint16_t>(x[i]), high = static_cast<std::uint16_t>(x[i + kPairs]);
+      *operand++ = static_cast<std::int32_t>(low | static_cast<std::uint32_t>(high) << 16);
+    }
+}
+
+/// Sums over steps [begin, end) of codes times x, for 16 output features.
+template <int kBits>
+QUIRE_INLINE void multiply_steps(const PackedRow& row, std::int64_t begin, std::int64_t end, Bits (&sums)[kTileVecs]) {
   constexpr int kPairs = 16 / kBits;
   constexpr std::uint32_t kMask = kBits == 4 ? 0x000f000fu : 0x00ff00ffu;
+  Bits chains[kTileVecs][2];
+  for (int v = 0; v < kTileVecs; ++v) chains[v][0] = chains[v][1] = {NativeU{}};
+  const std::uint32_t* words = row.words + begin * kTileColumns;
+  const std::int32_t* pairs = row.operand + begin * kPairs;
+  for (std::int64_t step = begin; step < end; ++step, words += kTileColumns, pairs += kPairs) {
+    Bits word[kTileVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVecs; ++v) word[v] = detail::load32(words + v * kLanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < kPairs; ++i) {
+      const Bits x = set1_bits(static_cast<std::uint32_t>(pairs[i]));
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVecs; ++v) {
+        chains[v][i & 1] = add_pairs(chains[v][i & 1], word[v] & set1_bits(kMask), x);
+        word[v] = shift_right<kBits>(word[v]);
+      }
+    }
+  }
+  for (int v = 0; v < kTileVecs; ++v) sums[v] = chains[v][0] + chains[v][1];
+}
+#endif
+
+template <int kBits>
+void multiply_row(const PackedRow& row) {
   Vec out[kTileVecs];
   for (int v = 0; v < kTileVecs; ++v) out[v] = zero();
   const float *scales = row.scales, *zeros = row.zeros;
   std::int64_t block = 0;
   for (std::int64_t begin = 0; begin < row.num_steps; begin += row.block_steps, ++block) {
-    const std::int64_t end = begin + row.block_steps < row.num_steps ? begin + row.block_steps : row.num_steps;
-    Bits sums[kTileVecs][2];
-    for (int v = 0; v < kTileVecs; ++v) sums[v][0] = sums[v][1] = {NativeU{}};
-    const std::uint32_t* words = row.words + begin * kTileColumns;
-    const std::int32_t* pairs = row.pairs + begin * kPairs;
-    for (std::int64_t step = begin; step < end; ++step, words += kTileColumns, pairs += kPairs) {
-      Bits word[kTileVecs];
-#pragma GCC unroll 4
-      for (int v = 0; v < kTileVecs; ++v) word[v] = detail::load32(words + v * kLanes);
-#pragma GCC unroll 4
-      for (int i = 0; i < kPairs; ++i) {
-        const Bits x = set1_bits(static_cast<std::uint32_t>(pairs[i]));
-#pragma GCC unroll 4
-        for (int v = 0; v < kTileVecs; ++v) {
-          sums[v][i & 1] = add_pairs(sums[v][i & 1], word[v] & set1_bits(kMask), x);
-          word[v] = shift_right<kBits>(word[v]);
-        }
-      }
-    }
+    Bits sums[kTileVecs];
+    multiply_steps<kBits>(row, begin, begin + row.block_steps < row.num_steps ? begin + row.block_steps : row.num_steps, sums);
     const Vec block_scale = set1(row.block_scales[block]);
     const Vec block_sum = set1(static_cast<float>(row.block_sums[block]));
     for (int v = 0; v < kTileVecs; ++v) {
-      const Vec sum = signed_to_float(sums[v][0] + sums[v][1]) - load(zeros + v * kLanes) * block_sum;
+      const Vec sum = signed_to_float(sums[v]) - load(zeros + v * kLanes) * block_sum;
       out[v] = fma(sum, block_scale * load(scales + v * kLanes), out[v]);
     }
     scales += row.group_stride;
@@ -303,7 +386,7 @@ inline float fixed_point(std::int16_t* q, const float* x, std::int64_t n) {
   __builtin_memcpy(&limit, &largest, 4);
   if (largest >= 0x7f800000u) return limit;
   // Below 2^-100 a reciprocal overflows; what is left of such a block is 0.
-  const float scale = limit > 0x1p-100f ? limit / 32767.0f : 1.0f;
+  const float scale = limit > 0x1p-100f ? limit / static_cast<float>(kLargestFixedPoint) : 1.0f;
   const float inverse = 1.0f / scale;
   for (std::int64_t i = 0; i < n; ++i) {
     // Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits.
@@ -323,6 +406,7 @@ const QuantizedMatmulKernels quantized_matmul_kernels = {
     multiply_int16,
     {unpack<4>, unpack<8>},
     {multiply_row<4>, multiply_row<8>},
+    {pack_row<4>, pack_row<8>},
     dot_int8,
     dot_wide<std::int8_t>,
     dot_wide<Float8E4M3FN>,

@@ -26,9 +26,10 @@ _REST_S = 0.003
 
 @dataclass(frozen=True)
 class Target:
-    """What a case is held to: at most so many µs, or so many times as fast as a peer."""
+    """What a case is held to: at most so many µs, so much of its ceiling, or so many times as fast as a peer."""
 
     max_us: float | None = None
+    min_percent: float | None = None
     min_speedup: float | None = None
     peer: str = "torch"
 
@@ -36,6 +37,8 @@ class Target:
         """As the tables say it."""
         if self.max_us is not None:
             return f"<= {self.max_us:g} µs"
+        if self.min_percent is not None:
+            return f">= {self.min_percent:g} % of the ceiling"
         return f">= {self.min_speedup:g}x {self.peer}"
 
 
@@ -243,6 +246,8 @@ def measure(family: str, case: Case, context: Context, ceilings: Mapping[str, fl
     if case.target is not None:
         if case.target.max_us is not None:
             met = us <= case.target.max_us
+        elif case.target.min_percent is not None:
+            met = None if percent is None else percent >= case.target.min_percent
         elif case.target.min_speedup is not None and case.target.peer in speedups:
             met = speedups[case.target.peer] >= case.target.min_speedup
     return replace(

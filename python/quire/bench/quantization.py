@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import cycle
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,8 @@ _GROUP = 128
 _CUDA_SHAPES = ((4096, 4096), (4096, 14336), (8192, 8192), (8192, 28672))
 _CUDA_TOKENS = (1, 16, 64, 256, 1024, 4096)
 _CPU_SHAPES, _CPU_TOKENS = ((4096, 4096),), (1, 4, 128, 512)
+_CPU_LONG = (8192, 28672)  # for one token: with others like it in turn, beyond a last-level cache
+_BEYOND_CACHES = 1 << 29
 
 
 def cases(context: Context) -> Iterator[Case]:
@@ -46,6 +49,17 @@ def cases(context: Context) -> Iterator[Case]:
                     else Target(min_speedup=1.0),
                     op=f"quantized_matmul W{bits}A16",
                 )
+        if not context.is_cuda and not context.quick:
+            k, n = _CPU_LONG
+            yield Case(
+                name=f"quantized_matmul W{bits}A16 M1 K{k} N{n} {dtype}, weights in turn",
+                prepare=partial(_weight_only, context, bits, (1, k, n), dtype, in_turn=True),
+                num_bytes=k * n * bits / 8 + 2 * k * n / _GROUP + 2 * (k + n),
+                num_flops=2.0 * k * n,
+                bound="read",
+                target=Target(min_percent=70.0) if bits == 4 else None,
+                op=f"quantized_matmul W{bits}A16",
+            )
     for name, scaling in (("float8_e4m3fn", "channel"), ("float8_e4m3fn", "block"), ("int8", "channel")):
         for k, n in shapes:
             for m in tokens:
@@ -74,7 +88,10 @@ def cases(context: Context) -> Iterator[Case]:
                 )
 
 
-def _weight_only(context: Context, bits: int, shape: tuple[int, int, int], dtype: str) -> Work:
+def _weight_only(
+    context: Context, bits: int, shape: tuple[int, int, int], dtype: str, *, in_turn: bool = False
+) -> Work:
+    """One weight, or as many copies in turn as no cache holds; the peers have one."""
     m, k, n = shape
     arrays = context.arrays
     rng = np.random.default_rng(1)
@@ -94,7 +111,16 @@ def _weight_only(context: Context, bits: int, shape: tuple[int, int, int], dtype
         scales=scales,
         group_size=_GROUP,
     )
-    return Work(lambda: quire.quantized_matmul(x, weight, out=out), peers)
+    if not in_turn:
+        return Work(lambda: quire.quantized_matmul(x, weight, out=out), peers)
+    weights = cycle(
+        [weight]
+        + [
+            quire.PackedWeight.from_gptq(qweight, None, scales, bits=bits, group_size=_GROUP)
+            for _ in range(_BEYOND_CACHES // weight.nbytes)
+        ]
+    )
+    return Work(lambda: quire.quantized_matmul(x, next(weights), out=out), peers)
 
 
 def _scaled(context: Context, dtype: str, scaling: str, shape: tuple[int, int, int]) -> Work:

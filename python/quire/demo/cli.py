@@ -20,6 +20,7 @@ from quire.demo.cache import KV_DTYPES
 from quire.demo.display import Detokenizer, Display, Rate, status_text
 from quire.demo.engine import Engine
 from quire.demo.model import Model
+from quire.demo.quantization import CHECKPOINT_FORMATS
 from quire.demo.sampling import SamplingParams
 
 EMBEDDED_MODEL = Path(__file__).parent / "model"
@@ -114,6 +115,8 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
                         help="config.json, tokenizer.json and safetensors of a Llama, Mistral, Qwen2, Qwen3 "
                         "or Gemma2 model (default: the embedded one)")  # fmt: skip
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given more than once")
+    parser.add_argument("--checkpoint-format", choices=CHECKPOINT_FORMATS,
+                        help="how a GPTQ checkpoint stores its zeros (default: as it says)")  # fmt: skip
     _add_common_arguments(parser, demo=False)
 
 
@@ -203,7 +206,7 @@ def _prepare(
     for dtype in (args.dtype, args.kv_dtype):
         if dtype == "bf16":
             numpy_dtype(dtype)  # fails early where ml_dtypes is missing
-    model = Model.load(directory, backend, args.dtype)
+    model = Model.load(directory, backend, args.dtype, getattr(args, "checkpoint_format", None))
     tokenizer = _load_tokenizer(directory)
     prompts = [tokenizer.encode(text).ids for text in texts]
     engine = Engine(

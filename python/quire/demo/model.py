@@ -6,7 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from quire.demo.backend import Array, Backend, Weight, numpy_dtype
 from quire.demo.cache import PagedCache
 from quire.demo.checkpoint import Checkpoint
 from quire.demo.config import ModelConfig, read_config
-from quire.demo.quantization import read_quantized
+from quire.demo.quantization import read_quantized, with_format
 
 GATED = {
     "silu": quire.silu_and_mul,
@@ -147,9 +147,16 @@ class Model:
         self.rope = backend.array(table, np.float32)
 
     @classmethod
-    def load(cls, directory: Path, backend: Backend, dtype: str | None = None) -> Model:
-        """Reads a model directory. `dtype` defaults to fp32 on the CPU and to the checkpoint's on a GPU."""
+    def load(
+        cls, directory: Path, backend: Backend, dtype: str | None = None, checkpoint_format: str | None = None
+    ) -> Model:
+        """Reads a model directory. `dtype` defaults to fp32 on the CPU and to the checkpoint's on a GPU.
+
+        `checkpoint_format`, "gptq" or "gptq_v2", counts instead of what a GPTQ checkpoint says of itself.
+        """
         config = read_config(directory)
+        if checkpoint_format is not None:
+            config = replace(config, quantization=with_format(config.quantization, checkpoint_format))
         default = "fp32" if backend.device == "cpu" else config.dtype
         return cls(config, Checkpoint(directory), backend, dtype or default)
 

@@ -6,7 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import quire
 from quire.demo import DemoError
 from quire.quantization import BLOCK, PackedWeight
 
+CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 METHODS = ("awq", "gptq", "compressed-tensors", "fp8")
 COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 
@@ -47,7 +48,7 @@ def parse_quantization(raw: Any) -> QuantizationConfig | None:
         return QuantizationConfig(method, _bits(raw.get("bits"), (4,)), _group_size(raw.get("group_size")))
     if method == "gptq":
         checkpoint_format = raw.get("checkpoint_format") or "gptq"
-        if checkpoint_format not in ("gptq", "gptq_v2"):
+        if checkpoint_format not in CHECKPOINT_FORMATS:
             raise DemoError(
                 f"quantization_config: unknown checkpoint_format {checkpoint_format!r}; known are gptq, gptq_v2"
             )
@@ -59,6 +60,14 @@ def parse_quantization(raw: Any) -> QuantizationConfig | None:
             raise DemoError(f"quantization_config: weight_block_size: expected [128, 128], got {block!r}")
         return QuantizationConfig(method, 8)
     return _parse_compressed(raw)
+
+
+def with_format(config: QuantizationConfig | None, checkpoint_format: str) -> QuantizationConfig:
+    """The same with another checkpoint_format, for checkpoints that name the wrong one."""
+    if config is None or config.method != "gptq":
+        method = "none" if config is None else config.method
+        raise DemoError(f"checkpoint_format: expected a checkpoint of quant_method gptq, got {method}")
+    return replace(config, checkpoint_format=checkpoint_format)
 
 
 def _parse_compressed(raw: dict[str, Any]) -> QuantizationConfig:
