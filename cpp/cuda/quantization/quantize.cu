@@ -370,8 +370,8 @@ dim3 row_block(std::int64_t lanes, int max_threads) {
   return block;
 }
 
-// Rows of up to kVectors * kMaxThreads vectors: the threads of a CTA hold them all. Few of them, without a scale per token: as many CTAs as it takes
-// have a part each.
+// Rows of up to kVectors * kMaxThreads vectors: the threads of a CTA hold them all; or so many CTAs have a part each, where all run at once and no
+// scale is a whole row's.
 template <typename T, int kVectors, Result kResult>
 void launch_rows(const QuantizeParams& p, Stream stream) {
   const auto launch = [&](void (*kernel)(QuantizeParams), int vectors, int parts) {
@@ -380,15 +380,14 @@ void launch_rows(const QuantizeParams& p, Stream stream) {
     kernel<<<dim3(ctas, static_cast<unsigned>(parts)), block, 0, cuda_stream(stream)>>>(p);
     QUIRE_CHECK_LAUNCH("quantize_rows_kernel", stream);
   };
-  const auto launch_parts = [&]<Scaling kScaling>() {
-    if (kVectors == 1 || p.num_rows < 4 * current_device_properties().num_sms)
+  const auto launch_scaling = [&]<Scaling kScaling>() {
+    if (kScaling != Scaling::kToken && kVectors > 1 && p.num_rows * kVectors <= 2 * current_device_properties().num_sms)
       return launch(quantize_rows_kernel<T, 1, kScaling, kResult>, 1, kVectors);
-    launch(quantize_rows_kernel<T, 4, kScaling, kResult>, 4, 1);
+    launch(quantize_rows_kernel<T, kVectors, kScaling, kResult>, kVectors, 1);
   };
-  if (!p.computes || p.quant.granularity == ScaleGranularity::kTensor) return launch_parts.template operator()<Scaling::kGiven>();
-  if (p.quant.granularity == ScaleGranularity::kToken)
-    return launch(quantize_rows_kernel<T, kVectors, Scaling::kToken, kResult>, kVectors, 1);
-  launch_parts.template operator()<Scaling::kGroup>();
+  if (!p.computes || p.quant.granularity == ScaleGranularity::kTensor) return launch_scaling.template operator()<Scaling::kGiven>();
+  if (p.quant.granularity == ScaleGranularity::kToken) return launch_scaling.template operator()<Scaling::kToken>();
+  launch_scaling.template operator()<Scaling::kGroup>();
 }
 
 template <typename T, Result kResult>
