@@ -12,8 +12,8 @@
 #include "cuda/attention/config.h"
 #include "cuda/attention/launch.h"
 #include "cuda/attention/plan.cuh"
-#include "cuda/known_of_device.h"
 #include "cuda/launch.h"
+#include "cuda/once_per_device.h"
 #include "ops/attention.h"
 
 namespace quire::cuda {

@@ -90,16 +90,14 @@ __device__ __forceinline__ void store(const QuantizeParams& p, std::int64_t at, 
 
 enum class Scaling { kGiven, kToken, kGroup };
 
-// Grid: a CTA quantizes blockDim.y rows, one after the other every gridDim.x * blockDim.y; without a scale per token, one of gridDim.y parts of
-// them. A row or its part lies in the registers of its blockDim.x threads, kVectors vectors each: one read, one write. blockDim.x is a power of
-// two up to 32, or whole warps with blockDim.y = 1. With a scale per group, a group's vectors lie in as many neighbouring lanes, a power of two
-// up to 32 that divides blockDim.x.
+// Grid: a CTA quantizes blockDim.y rows, one after the other every gridDim.x * blockDim.y. A row lies in the registers of its blockDim.x
+// threads, kVectors vectors each: one read, one write. blockDim.x is a power of two up to 32, or whole warps with blockDim.y = 1. With a scale per
+// group, a group's vectors lie in as many neighbouring lanes, a power of two up to 32 that divides blockDim.x.
 template <typename T, int kVectors, Scaling kScaling, Result kResult>
 __global__ void __launch_bounds__(kMaxThreads, 2) quantize_rows_kernel(const __grid_constant__ QuantizeParams p) {
   constexpr bool kAsymmetric = kResult == Result::kAsymmetricInt8;
   __shared__ float scratch[2][kWarpSize];
-  const int width = static_cast<int>(blockDim.x);
-  const int lane = static_cast<int>(threadIdx.x) + (kScaling == Scaling::kToken ? 0 : static_cast<int>(blockIdx.y) * kVectors * width);
+  const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
   const int num_vectors = static_cast<int>(p.width) / kVec, group_vectors = static_cast<int>(p.quant.group_size) / kVec;
   int turn = 0;
   const auto row_max = [&](float value) {
@@ -370,24 +368,18 @@ dim3 row_block(std::int64_t lanes, int max_threads) {
   return block;
 }
 
-// Rows of up to kVectors * kMaxThreads vectors: the threads of a CTA hold them all; or so many CTAs have a part each, where all run at once and no
-// scale is a whole row's.
 template <typename T, int kVectors, Result kResult>
 void launch_rows(const QuantizeParams& p, Stream stream) {
-  const auto launch = [&](void (*kernel)(QuantizeParams), int vectors, int parts) {
-    const dim3 block = row_block(ceil_div(p.width / kVec, vectors * parts), kMaxThreads);
-    const auto ctas = static_cast<unsigned>(std::min<std::int64_t>(ceil_div(p.num_rows, block.y), 1 << 24));
-    kernel<<<dim3(ctas, static_cast<unsigned>(parts)), block, 0, cuda_stream(stream)>>>(p);
+  const dim3 block = row_block(ceil_div(p.width / kVec, kVectors), kMaxThreads);
+  const std::int64_t ctas = std::min<std::int64_t>(ceil_div(p.num_rows, block.y), 1 << 24);
+  const auto launch = [&](auto kernel) {
+    kernel<<<static_cast<unsigned>(ctas), block, 0, cuda_stream(stream)>>>(p);
     QUIRE_CHECK_LAUNCH("quantize_rows_kernel", stream);
   };
-  const auto launch_scaling = [&]<Scaling kScaling>() {
-    if (kScaling != Scaling::kToken && kVectors > 1 && p.num_rows * kVectors <= 2 * current_device_properties().num_sms)
-      return launch(quantize_rows_kernel<T, 1, kScaling, kResult>, 1, kVectors);
-    launch(quantize_rows_kernel<T, kVectors, kScaling, kResult>, kVectors, 1);
-  };
-  if (!p.computes || p.quant.granularity == ScaleGranularity::kTensor) return launch_scaling.template operator()<Scaling::kGiven>();
-  if (p.quant.granularity == ScaleGranularity::kToken) return launch_scaling.template operator()<Scaling::kToken>();
-  launch_scaling.template operator()<Scaling::kGroup>();
+  if (!p.computes || p.quant.granularity == ScaleGranularity::kTensor)
+    return launch(quantize_rows_kernel<T, kVectors, Scaling::kGiven, kResult>);
+  if (p.quant.granularity == ScaleGranularity::kToken) return launch(quantize_rows_kernel<T, kVectors, Scaling::kToken, kResult>);
+  launch(quantize_rows_kernel<T, kVectors, Scaling::kGroup, kResult>);
 }
 
 template <typename T, Result kResult>
