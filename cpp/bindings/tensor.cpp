@@ -217,29 +217,45 @@ nb::object numpy(const Tensor& self) {
   return wide ? nb::object(array.attr("squeeze")(-1)) : array;
 }
 
+// A row-major shape; the number of its elements is returned.
+std::int64_t set_shape(const char* op, nb::handle shape, TensorView& view) {
+  const nb::object sequence = nb::steal(PySequence_Tuple(shape.ptr()));
+  if (!sequence.is_valid()) {
+    PyErr_Clear();
+    throw TypeError(std::string("[") + op + "] shape: expected a sequence of integers, got " + nb::str(shape).c_str());
+  }
+  const nb::tuple extents = nb::borrow<nb::tuple>(sequence);
+  if (extents.size() > kMaxRank)
+    throw std::invalid_argument(std::string("[") + op + "] shape: expected a rank of at most 8, got " + std::to_string(extents.size()));
+  view.ndim = static_cast<int>(extents.size());
+  std::int64_t numel = 1;
+  for (int i = view.ndim - 1; i >= 0; --i) {
+    const auto at = static_cast<std::size_t>(i);
+    view.shape[at] = to_int(op, "shape", extents[at]);
+    if (view.shape[at] < 0)
+      throw std::invalid_argument(std::string("[") + op + "] shape: expected extents of 0 or more, got " + std::to_string(view.shape[at]));
+    view.strides[at] = numel;
+    numel = checked_mul(numel, view.shape[at], op, "shape");
+  }
+  return numel;
+}
+
+// A view of a contiguous tensor in another shape.
+Tensor reshape(const Tensor& self, nb::handle shape) {
+  Check("Tensor.reshape").contiguous(self.view, "strides");
+  Tensor result = self;
+  if (set_shape("Tensor.reshape", shape, result.view) != self.view.numel())
+    throw std::invalid_argument("[Tensor.reshape] shape: expected " + std::to_string(self.view.numel()) + " elements, got " +
+                                describe(result.view));
+  return result;
+}
+
 Tensor empty(nb::handle shape, nb::handle dtype, nb::handle device, bool pinned) {
   Tensor tensor;
   TensorView& view = tensor.view;
   view.dtype = to_dtype("empty", "dtype", dtype);
   view.device = to_device("empty", device);
-  const nb::object sequence = nb::steal(PySequence_Tuple(shape.ptr()));
-  if (!sequence.is_valid()) {
-    PyErr_Clear();
-    throw TypeError("[empty] shape: expected a sequence of integers, got " + std::string(nb::str(shape).c_str()));
-  }
-  const nb::tuple extents = nb::borrow<nb::tuple>(sequence);
-  if (extents.size() > kMaxRank)
-    throw std::invalid_argument("[empty] shape: expected a rank of at most 8, got " + std::to_string(extents.size()));
-  view.ndim = static_cast<int>(extents.size());
-  std::int64_t numel = 1;
-  for (int i = view.ndim - 1; i >= 0; --i) {
-    const auto at = static_cast<std::size_t>(i);
-    view.shape[at] = to_int("empty", "shape", extents[at]);
-    if (view.shape[at] < 0)
-      throw std::invalid_argument("[empty] shape: expected extents of 0 or more, got " + std::to_string(view.shape[at]));
-    view.strides[at] = numel;
-    numel = checked_mul(numel, view.shape[at], "empty", "shape");
-  }
+  const std::int64_t numel = set_shape("empty", shape, view);
   const std::int64_t num_bytes = checked_mul(numel, itemsize(view.dtype), "empty", "shape");
   if (pinned && view.device.type != DeviceType::kCPU)
     throw std::invalid_argument("[empty] pinned: expected device cpu, got " + describe(view.device));
@@ -278,6 +294,7 @@ void bind_tensor(nb::module_& m) {
       .def("__getitem__", &select, nb::arg("index"), "Integer indices: a view of lower rank.")
       .def("transpose", &transpose, nb::arg("dim0"), nb::arg("dim1"), "A view with two dimensions exchanged.")
       .def("narrow", &narrow, nb::arg("dim"), nb::arg("start"), nb::arg("length"), "A view of a part of a dimension.")
+      .def("reshape", &reshape, nb::arg("shape"), "A view of a contiguous tensor in another shape.")
       .def("bytes", &bytes, "A view of the same memory as uint8; the last dimension grows by the size of an element.")
       .def("numpy", &numpy, "A NumPy view of a tensor on the CPU (bfloat16 and float8 need ml_dtypes).")
       .def("__repr__", [](const Tensor& t) { return "quire.Tensor(" + describe(t.view) + " on " + describe(t.view.device) + ")"; })

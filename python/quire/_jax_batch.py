@@ -11,6 +11,9 @@ import jax.numpy as jnp
 
 from quire._jax_call import Array, Op, Rule, Value, call, fail_batched
 
+#: More than this outside of a range is not told apart.
+_FAR = 1 << 20
+
 
 def refuse_batched(op: Op, batched: list[bool], shared: Sequence[int]) -> None:
     """Refuses a batch of an operand that all of a call's rows share."""
@@ -112,11 +115,17 @@ def caches(
 
 
 def start_loc(size: int, is_batched: bool, loc: Array, num_tokens: int) -> Array:
-    """The ``query_start_loc`` of a batch's sequences, folded: behind each element's own, a sequence without keys takes the rest."""
+    """The ``query_start_loc`` of a batch's sequences, folded: behind each element's own, a sequence without keys takes the rest.
+
+    An entry outside of its own element's tokens would reach into another's. It is clamped here, as the op clamps, and told to the op by the
+    last entry: this lies as far behind the end as the worst of them was outside, and takes nothing with it.
+    """
     wide = loc if is_batched else jnp.broadcast_to(loc[None], (size, *loc.shape))
     offset = jnp.arange(size, dtype=wide.dtype)[:, None] * num_tokens
     starts = (jnp.clip(wide, 0, num_tokens) + offset).reshape(-1)
-    return jnp.append(starts, jnp.asarray(size * num_tokens, wide.dtype))
+    near = jnp.clip(wide, -_FAR, num_tokens + _FAR)
+    outside = jnp.maximum(jnp.maximum(near - num_tokens, -near), 0).max(initial=0)
+    return jnp.append(starts, (size * num_tokens + outside).astype(wide.dtype))
 
 
 def pad_sequences(size: int, is_batched: bool, x: Array, value: int) -> Array:

@@ -123,6 +123,14 @@ def _compiled(
     batched = jax.custom_batching.custom_vmap(forward)
 
     def rule(axis_size: int, in_batched: list[bool], *arrays: Array) -> tuple[Any, Any]:
+        if axis_size == 0:  # what one element would give says the shapes
+            described: Any = jax.ShapeDtypeStruct
+            elements = [
+                described(a.shape[int(is_batched) :], a.dtype)
+                for a, is_batched in zip(arrays, in_batched, strict=True)
+            ]
+            none = tuple(jnp.zeros((0, *r.shape), r.dtype) for r in jax.eval_shape(forward, *elements))
+            return none, (True,) * len(none)
         flags = [bool(flag) for flag in _spread(present, in_batched)]
         results = tuple(op.rule(op, axis_size, flags, _spread(present, arrays), attributes))
         return results, (True,) * len(results)

@@ -163,6 +163,8 @@ class KVBlocks:
         shape = getattr(payload, "shape", None)
         if shape is None or not str(payload.dtype).endswith("uint8"):
             raise ValueError(f"[KVBlocks] payload: expected a uint8 tensor, got {type(payload).__qualname__}")
+        if isinstance(payload, _core.Tensor):
+            payload.reshape(shape)  # raises unless it is contiguous
         num_bytes = int(np.prod(tuple(shape), dtype=object))
         if num_bytes != blocks.payload_bytes:
             raise ValueError(f"[KVBlocks] payload: expected {blocks.payload_bytes} bytes, got {num_bytes}")

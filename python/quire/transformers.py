@@ -9,6 +9,7 @@ sequences, chunks, prefixes that see both ways) is handed over as bits.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -75,6 +76,33 @@ def _pack(mask: torch.Tensor) -> torch.Tensor:
     return (rows.view(rows.shape[0], -1, 8) * weights).sum(-1, dtype=torch.uint8)
 
 
+def _make_indices(
+    batch: int, q_length: int, kv_length: int, device: torch.device, stream: object = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """block_tables, seq_lens and query_start_loc of sequences with one block each, all of one length."""
+    sequences = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    lens = torch.full((batch,), kv_length, dtype=torch.int32, device=device)
+    return sequences[:batch, None], lens, None if q_length == 1 else sequences * q_length
+
+
+_known_indices = functools.lru_cache(maxsize=16)(_make_indices)
+
+
+def _indices(
+    query: torch.Tensor, batch: int, q_length: int, kv_length: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The same for all layers of a step, so that only the first one makes them; they are known by the stream that orders them."""
+    device, stream = query.device, None
+    # In a trace, and where tensors are fake, what is made belongs to that.
+    if torch.compiler.is_compiling() or type(query) is not torch.Tensor:
+        return _make_indices(batch, q_length, kv_length, device)
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():  # and in a capture to the graph
+            return _make_indices(batch, q_length, kv_length, device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    return _known_indices(batch, q_length, kv_length, device, stream)
+
+
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -135,14 +163,14 @@ def attention_forward(
         mask = _pack(attention_mask[..., :kv_length])
         mask_start = torch.zeros(batch, dtype=torch.int32, device=device)
         causal, window = False, None
-    sequences = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    tables, lens, starts = _indices(query, batch, q_length, kv_length)
     out = quire.torch.paged_attention(
         query.transpose(1, 2).reshape(batch * q_length, num_heads, head_dim),
         key.transpose(1, 2),  # one block of kv_length slots for each sequence
         value.transpose(1, 2),
-        sequences[:batch, None],
-        torch.full((batch,), kv_length, dtype=torch.int32, device=device),
-        query_start_loc=None if q_length == 1 else sequences * q_length,
+        tables,
+        lens,
+        query_start_loc=starts,
         scale=scaling,
         causal=bool(causal),
         window=window if causal or window is None else (window, window),

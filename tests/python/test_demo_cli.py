@@ -19,7 +19,8 @@ import pytest
 pytest.importorskip("tokenizers")
 
 import quire.demo
-from quire.demo import cli
+from quire.demo import DemoError, cli
+from quire.demo.backend import select_backend
 from quire.demo.display import Detokenizer, Display
 
 EMBEDDED = Path(quire.demo.__file__).parent / "model"
@@ -302,3 +303,24 @@ def test_live_display_keeps_text_and_status_apart(monkeypatch: pytest.MonkeyPatc
     ]
     display.close()
     assert screen(out.getvalue(), 30)[-1] == ""
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("option", ["--graphs", "--no-graphs"])
+def test_the_gain_of_graphs_is_printed(device: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a GPU, with graphs; and the text is the same without."""
+    try:
+        select_backend(device)
+    except DemoError as error:
+        pytest.skip(str(error))
+    parser = argparse.ArgumentParser()
+    cli.add_generate_arguments(parser)
+    arguments = ["--prompt", "In the beginning", "--max-tokens", "20", "--dtype", "fp32", "--device"]
+    assert cli.run_generate(parser.parse_args([*arguments, device, option])) == 0
+    text, status = capsys.readouterr()
+    gain = re.search(
+        r"^decoding 1 x \d+ tokens: \d+ tokens/s as a CUDA graph, \d+ tokens/s without", status, re.M
+    )
+    assert (gain is not None) == (device == "cuda" and option == "--graphs")
+    assert cli.run_generate(parser.parse_args([*arguments, "cpu", "--no-graphs"])) == 0
+    assert capsys.readouterr().out == text

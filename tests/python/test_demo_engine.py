@@ -176,3 +176,86 @@ def test_sampling_mixes_greedy_and_random_rows() -> None:
     np.testing.assert_array_equal(together, alone)
     np.testing.assert_array_equal(together[[0, 2, 5]], logits[[0, 2, 5]].argmax(axis=-1))
     assert {params[1].uniform(i) for i in range(3)}.isdisjoint({params[3].uniform(i) for i in range(3)})
+
+
+class Recording(Backend):
+    """NumPy that replays a call by making it again, on whatever its arrays hold by then."""
+
+    has_graphs = True
+
+    def capture(self, call):
+        result = call()
+
+        def replay() -> None:
+            result[...] = call()
+
+        return replay, result
+
+
+@pytest.fixture(scope="module", params=["recording", "cuda"])
+def graph_model(request: pytest.FixtureRequest) -> Model:
+    """The embedded model where steps can be captured."""
+    try:
+        backend = Recording() if request.param == "recording" else select_backend("cuda")
+    except DemoError as error:
+        pytest.skip(str(error))
+    return Model.load(EMBEDDED, backend, "fp32")
+
+
+def test_graphs_change_no_token(graph_model: Model, text_ids: list[int]) -> None:
+    """Batches that shrink and grow, sequences of all lengths and preemption, over one graph for each batch size."""
+    rng = np.random.default_rng(6)
+    requests = []
+    for index in range(24):
+        length, start = int(rng.integers(1, 90)), int(rng.integers(0, len(text_ids) - 100))
+        params = SamplingParams(int(rng.integers(1, 50)), 0.9 if index % 4 == 3 else 0.0, 0.9, seed=index)
+        requests.append((text_ids[start : start + length], params))
+    options = {"num_blocks": 50, "block_size": 8, "max_batch_tokens": 50, "max_num_seqs": 6}
+    plain, engine = (Engine(graph_model, cuda_graphs=on, **options) for on in (False, True))
+    assert plain.graphs is None
+    assert engine.graphs is not None
+    assert run(engine, requests) == run(plain, requests)
+    assert engine.stats().num_preemptions > 0
+    assert set(engine.graphs._captured) == {1, 2, 4, 6}
+
+
+def test_the_rest_of_a_graph_batch_is_idle(graph_model: Model, text_ids: list[int]) -> None:
+    """Three sequences in a graph of four, after four that were longer: the fourth row's old tables are not followed."""
+    engine = Engine(graph_model, num_blocks=32, block_size=8, max_num_seqs=4)
+    assert engine.graphs is not None
+    rng, lens = np.random.default_rng(0), np.array([30, 41, 17, 60], np.int32)
+    prompts = [list(rng.integers(0, 2000, n)) for n in lens]
+    run(engine, [(prompt, SamplingParams(2)) for prompt in prompts])  # the cache holds something everywhere
+    tables = np.arange(32, dtype=np.int32).reshape(4, 8)
+
+    def step(count: int, slots: np.ndarray) -> np.ndarray:
+        logits = engine.graphs.run([5] * count, lens[:count] - 1, slots, tables[:count], lens[:count])
+        return graph_model.backend.host(logits).copy()
+
+    # Each sequence's last slot is written, so that a second run of the same finds the same cache.
+    slots = np.array([tables[i, (n - 1) // 8] * 8 + (n - 1) % 8 for i, n in enumerate(lens)], np.int64)
+    four = step(4, slots)
+    before = np.from_dlpack(engine.cache.pool.pool).copy() if graph_model.backend.device == "cpu" else None
+    three = step(3, slots[:3])
+    np.testing.assert_allclose(three, four[:3], rtol=1e-4, atol=1e-4)
+    if before is not None:
+        np.testing.assert_array_equal(np.from_dlpack(engine.cache.pool.pool), before)
+    assert max(engine.graphs._captured) == 4
+
+
+def test_graphs_measure_leaves_the_cache(graph_model: Model, text_ids: list[int]) -> None:
+    """What the command line prints at the end: two rates, and nothing that a later request could see."""
+    engine = Engine(graph_model, num_blocks=32, max_num_seqs=4)
+    assert engine.graphs is not None
+    request = (text_ids[:60], SamplingParams(12))
+    first = run(engine, [request])
+    assert all(rate > 0 for rate in engine.graphs.measure(3, 70, repeats=2))
+    assert run(engine, [request]) == first
+    assert engine.stats().num_hit_tokens > 0  # the second run read the first's blocks
+
+
+def test_what_cannot_be_captured_runs_without(model: Model, text_ids: list[int]) -> None:
+    engine = Engine(model, num_blocks=8)
+    assert (engine.graphs is None) == (model.backend.device == "cpu")
+    with pytest.raises(DemoError, match="no CUDA graphs"):
+        Backend().capture(lambda: np.zeros(1))

@@ -11,6 +11,8 @@ import importlib
 import importlib.util
 import io
 import re
+import sys
+import types
 from pathlib import Path
 
 import frameworks
@@ -92,9 +94,16 @@ def skip_what_is_absent(code):
         pytest.skip("cupy: no CUDA device, or a CPU-only build")
 
 
+@pytest.fixture
+def namespace(monkeypatch):
+    """Of a module that can be found by its name, as compilers of functions do; no file on the path has such a name."""
+    module = types.ModuleType("quire documentation")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return vars(module)
+
+
 @pytest.mark.parametrize("blocks", list(cases()))
-def test_blocks_run(blocks):
-    namespace: dict[str, object] = {"__name__": "docs"}
+def test_blocks_run(blocks, namespace):
     for code, expected in blocks:
         skip_what_is_absent(code)
         printed = io.StringIO()

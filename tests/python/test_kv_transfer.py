@@ -133,6 +133,47 @@ def test_through_bytes(dtype):
     np.testing.assert_array_equal(host(other)[:, :, [3, 4]], values[:, :, [6, 1]])
 
 
+def test_payload_of_another_rank(device):
+    """A quire.Tensor payload in whatever shape it travelled."""
+    cache, other = cache_of("bfloat16", device=device), cache_of("bfloat16", device=device)
+    values = fill(cache)
+    fill(other, 5)
+    blocks = cache.export_blocks([6, 1])
+    for places, shape in (
+        ([0, 2], (blocks.payload_bytes,)),
+        ([3, 4], (1, blocks.payload_bytes // 64, 1, 64)),
+    ):
+        again = quire.KVBlocks.from_parts(blocks.header, blocks.payload.reshape(shape))
+        assert again.payload.shape == shape
+        other.import_blocks(again, places)
+        np.testing.assert_array_equal(host(other)[:, :, places], values[:, :, [6, 1]])
+    with pytest.raises(ValueError, match=r"\[Tensor.reshape\] strides: expected a contiguous tensor"):
+        quire.KVBlocks.from_parts(blocks.header, blocks.payload.transpose(0, 1))
+    with pytest.raises(ValueError, match=rf"expected {blocks.payload_bytes} bytes, got 64"):
+        quire.KVBlocks.from_parts(blocks.header, quire.empty((64,), "uint8", device))
+
+
+def test_reshape():
+    tensor = quire.empty((4, 6), "int32", "cpu")
+    tensor.numpy()[...] = np.arange(24).reshape(4, 6)
+    view = tensor.reshape((2, 3, 4))
+    assert (view.shape, view.strides, view.data_ptr) == ((2, 3, 4), (12, 4, 1), tensor.data_ptr)
+    np.testing.assert_array_equal(view.numpy().ravel(), np.arange(24))
+    assert tensor[1].reshape([3, 2]).numpy().tolist() == [[6, 7], [8, 9], [10, 11]]
+    assert tensor.narrow(0, 1, 1).reshape((6,)).numpy().tolist() == [6, 7, 8, 9, 10, 11]
+    for bad, error, message in (
+        ((5, 5), ValueError, "expected 24 elements"),
+        ((-1, -24), ValueError, "expected extents of 0 or more"),
+        (7, TypeError, "expected a sequence of integers"),
+        ((1,) * 8 + (24,), ValueError, "expected a rank of at most 8"),
+        ((2.0, 12), TypeError, "shape"),
+    ):
+        with pytest.raises(error, match=message):
+            tensor.reshape(bad)
+    with pytest.raises(ValueError, match="expected a contiguous tensor"):
+        tensor.narrow(1, 0, 3).reshape((12,))
+
+
 def test_stable_keys():
     """With a key of one's own, two processes name the same contents alike."""
     tokens = list(range(3 * BLOCK_SIZE))

@@ -3,6 +3,7 @@
 SPDX-License-Identifier: Apache-2.0
 """
 
+import importlib
 import itertools
 import os
 import socket
@@ -132,3 +133,122 @@ def test_tensor_parallel_with_torch_distributed(backend):
     for worker in workers:
         out, error = worker.communicate(timeout=300)
         assert out.strip().endswith("equal"), error
+
+
+def test_benchmark_of_tensor_parallelism():
+    """Two processes decode the same tokens as one; on the CPU, where the collectives are gloo's."""
+    if not frameworks.has_module("torch"):
+        pytest.skip("torch is not installed")
+    tensor_parallel = importlib.import_module("quire.bench.tensor_parallel")
+    shape = tensor_parallel.Shape(2, 64, 96, 4, 2, 16, 128)
+    options = {"kind": "cpu", "batches": (3,), "context": 20, "dtype": "float32", "steps": 1, "rounds": 1}
+    one, two = (tensor_parallel.run(shape, world, **options)[3] for world in (1, 2))
+    np.testing.assert_allclose(two[1], one[1], rtol=1e-4, atol=1e-4)
+    assert one[2] == two[2]
+    assert len({tuple(tokens) for tokens in one[2]}) == 3  # the steps differ
+
+
+def two_gpus(name):
+    """A framework that is there with two GPUs, or a skip."""
+    if not frameworks.has_gpu() or quire.num_cuda_devices() < 2:
+        pytest.skip("needs two CUDA devices and a CUDA build")
+    made = frameworks.make(name, "cuda:0")
+    if isinstance(made, str):
+        pytest.skip(f"{name}: {made}")
+    return made
+
+
+def cupy_layers(cupy, k, v):
+    """Each device's heads of layer(), all launched before any is waited for."""
+    results = []
+    for device in range(2):
+        own = slice(device * HEADS // 2, (device + 1) * HEADS // 2)
+        kv = slice(device * KV_HEADS // 2, (device + 1) * KV_HEADS // 2)
+        arrays = [
+            positions,
+            q[:, own],
+            k[:, kv],
+            v[:, kv],
+            ROPE,
+            k_cache[:, :, kv],
+            v_cache[:, :, kv],
+            slots,
+            TABLES,
+            LENS,
+            LOC,
+        ]
+        with cupy.cuda.Device(device):
+            on = [cupy.asarray(np.ascontiguousarray(a)) for a in arrays]
+        results.append(on)
+    outs = []
+    for on in results:  # device 0 is current for both
+        quire.rope_and_write_kv(*on[:8])
+        outs.append(quire.paged_attention(on[1], *on[5:7], *on[8:10], query_start_loc=on[10]))
+        assert cupy.cuda.Device().id == 0
+    return outs
+
+
+def test_heads_on_two_gpus_with_nccl():
+    """One process, two GPUs: each has half of the heads, and NCCL sums what their output projections give."""
+    cupy = two_gpus("cupy").cupy
+    nccl = pytest.importorskip("cupy.cuda.nccl", reason="this CuPy has no NCCL")
+    if not getattr(nccl, "available", True):
+        pytest.skip("this CuPy has no NCCL")
+    k, v = normal(9, KV_HEADS, 32), normal(9, KV_HEADS, 32)
+    want, _ = layer(q, k, v, k_cache, v_cache)
+    outs = cupy_layers(cupy, k, v)
+    for device, out in enumerate(outs):
+        own = slice(device * HEADS // 2, (device + 1) * HEADS // 2)
+        assert out.device.id == device
+        np.testing.assert_allclose(cupy.asnumpy(out), want[:, own], rtol=1e-4, atol=1e-4)
+    projection = normal(HEADS * 32, 64)
+    partial = []
+    for device, out in enumerate(outs):
+        with cupy.cuda.Device(device):
+            rows = projection.reshape(2, -1, 64)[device]
+            partial.append(out.reshape(len(q), -1) @ cupy.asarray(rows))
+            cupy.cuda.Device().synchronize()
+    comms = nccl.NcclCommunicator.initAll([0, 1])
+    nccl.groupStart()
+    for device, (comm, x) in enumerate(zip(comms, partial, strict=True)):
+        with cupy.cuda.Device(device):
+            comm.allReduce(
+                x.data.ptr, x.data.ptr, x.size, nccl.NCCL_FLOAT32, nccl.NCCL_SUM, cupy.cuda.Stream.null.ptr
+            )
+    nccl.groupEnd()
+    for device, x in enumerate(partial):
+        with cupy.cuda.Device(device):
+            cupy.cuda.Device().synchronize()
+            np.testing.assert_allclose(
+                cupy.asnumpy(x), want.reshape(len(q), -1) @ projection, rtol=1e-3, atol=1e-3
+            )
+
+
+def test_heads_on_two_gpus_with_cupy():
+    """The same without NCCL: results are where their inputs are, and the current device stays."""
+    cupy = two_gpus("cupy").cupy
+    k, v = normal(9, KV_HEADS, 32), normal(9, KV_HEADS, 32)
+    want, _ = layer(q, k, v, k_cache, v_cache)
+    outs = cupy_layers(cupy, k, v)
+    for device, out in enumerate(outs):
+        assert out.device.id == device
+        own = slice(device * HEADS // 2, (device + 1) * HEADS // 2)
+        np.testing.assert_allclose(cupy.asnumpy(out), want[:, own], rtol=1e-4, atol=1e-4)
+    with cupy.cuda.Device(1):
+        weight = cupy.ones(32, cupy.float32)
+    with pytest.raises(ValueError, match=r"\[rms_norm\] weight: expected "):
+        quire.rms_norm(cupy.ones((2, 32), cupy.float32), weight)
+    assert cupy.cuda.Device().id == 0
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["jit", "direct"])
+def test_jax_on_the_second_gpu(direct):
+    """Arrays of the second GPU, which is not JAX's default device: the result is there, and right."""
+    jax = two_gpus("jax").jax
+    quire_jax = importlib.import_module("quire.jax")
+    second = jax.devices("cuda")[1]
+    x, weight = normal(3, 256), normal(256)
+    placed = [jax.device_put(a, second) for a in (x, weight)]
+    out = quire.rms_norm(*placed) if direct else jax.jit(lambda x, w: quire_jax.rms_norm(x, w))(*placed)
+    assert out.devices() == {second}
+    np.testing.assert_allclose(np.asarray(out), quire.rms_norm(x, weight), rtol=1e-5, atol=1e-6)

@@ -326,6 +326,44 @@ def test_tiles_left_over_after_whole_rounds(backend, rng):
         assert_product_close(out[rows], sample @ wide.T, np.abs(sample) @ np.abs(wide).T)
 
 
+@pytest.mark.parametrize("count", [2, 9, 24, 40, 64])
+def test_few_tokens_of_many_shapes(backend, rng, count):
+    """Rows of tiles alone, in clusters and one after the other; columns that end within a stage."""
+    for out_features, in_features in ((72, 128), (1000, 1088), (256, 8192), (20000, 192)):
+        weight = PackedWeight.quantize(backend.array(draw(rng, (out_features, in_features))), "w4a16", 64)
+        wide = as_float64(backend.numpy(weight.dequantize()))
+        check_product(backend, rng, weight, wide, (count,))
+
+
+def test_slices_of_tokens(backend, rng):
+    """Many tokens are worked on in slices, so that the workspace stays small; a slice's rows have the bits that they have alone."""
+    if backend.device == "cpu":
+        pytest.skip("CUDA's workspace")
+    weight = PackedWeight.quantize(backend.array(draw(rng, (200, 2048))), "w4a16", 128)
+    assert quire.quantized_matmul_workspace_size(1 << 20, weight, batch_invariant=True) <= 64 << 20
+    x = draw(rng, (9001, 2048), "float16")
+    out = backend.numpy(quire.quantized_matmul(backend.array(x), weight, batch_invariant=True))
+    rows = np.r_[0:9001:641, 9000]
+    part = backend.numpy(quire.quantized_matmul(backend.array(x[rows]), weight, batch_invariant=True))
+    assert_same_bits(out[rows], part)
+
+
+def test_slices_of_reordered_tokens(backend, rng):
+    if backend.device == "cpu":
+        pytest.skip("CUDA's workspace")
+    in_features, count = 4096, 9219  # a slice of 8192, and 1027
+    g_idx = g_idx_of("shuffled", rng, in_features, 128)
+    qweight, qzeros, scales = make_gptq(rng, g_idx, in_features // 128)
+    weight = PackedWeight.from_gptq(*map(backend.array, (qweight, qzeros, scales, g_idx)))
+    assert quire.quantized_matmul_workspace_size(1 << 20, weight) <= 128 << 20
+    wide = reference.dequantize_gptq(qweight, qzeros, scales, g_idx, 4, "gptq")
+    x = draw(rng, (count, in_features), "float16")
+    out = backend.numpy(quire.quantized_matmul(backend.array(x), weight))
+    rows = np.r_[0:count:97, 8190:8194, count - 1]
+    sample = as_float64(x[rows])
+    assert_product_close(out[rows], sample @ wide.T, np.abs(sample) @ np.abs(wide).T)
+
+
 def test_rows_in_reverse(backend, rng):
     weight = PackedWeight.quantize(backend.array(draw(rng, (48, 128))), "w4a16", 64)
     if backend.name == "torch":

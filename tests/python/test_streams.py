@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -37,12 +39,15 @@ Arrays = dict[str, Any]
 class Op:
     """An op with all that it reads and writes in one dictionary: after a call, the result is what the dictionary holds.
 
-    Names that begin with "host_" stay NumPy arrays and are the same in every draw.
+    Names that begin with "host_" stay what they are and are the same in every draw; prepare may make some of the others.
+    function: the public function that is called, where that is not the name.
     """
 
     name: str
     make: Callable[[np.random.Generator, str], dict[str, np.ndarray]]
     call: Callable[..., object]
+    prepare: Callable[[Arrays], None] = lambda tensors: None
+    function: str = ""
 
     def __repr__(self) -> str:
         return self.name
@@ -89,8 +94,102 @@ def quantized_ops() -> list[Op]:
         return quire.silu_and_mul(t["x"], out=out, out_dtype="int8", granularity="group", **kw)
 
     return [
-        Op("fused_add_rms_norm_quantized", make_quantized, norm),
-        Op("silu_and_mul_quantized", make_quantized, gated),
+        Op("fused_add_rms_norm_quantized", make_quantized, norm, function="fused_add_rms_norm"),
+        Op("silu_and_mul_quantized", make_quantized, gated, function="silu_and_mul"),
+    ]
+
+
+#: Features of the quantized products.
+IN_FEATURES, OUT_FEATURES = 512, 384
+
+
+def make_quantize(rng: np.random.Generator, dtype: str, to: str) -> dict[str, np.ndarray]:
+    return {
+        "x": draw(rng, (ROWS, HIDDEN), dtype),
+        "q": np.zeros((ROWS, HIDDEN), np_dtype(to)),
+        "token_scales": np.zeros((ROWS, 1), np.float32),
+        "group_scales": np.zeros((ROWS, HIDDEN // 128), np.float32),
+        "scale": np.zeros(1, np.float32),
+        "zero_point": np.zeros((ROWS, 1), np.int32),
+    }
+
+
+def make_dequantize(rng: np.random.Generator, dtype: str, to: str) -> dict[str, np.ndarray]:
+    return {
+        "q": rng.integers(-100, 100, (ROWS, HIDDEN)).astype(np.float32).astype(np_dtype(to)),
+        "scales": rng.uniform(0.01, 0.1, (ROWS, 1)).astype(np.float32),
+        "out": np.zeros((ROWS, HIDDEN), np_dtype(dtype)),
+    }
+
+
+def make_product(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
+    weight = np.random.default_rng(0).standard_normal((OUT_FEATURES, IN_FEATURES))
+    return {
+        "x": draw(rng, (TOKENS, IN_FEATURES), dtype),
+        "bias": draw(rng, (OUT_FEATURES,), dtype),
+        "weight": weight.astype(np.float32).astype(np_dtype(dtype)),
+        "out": np.zeros((TOKENS, OUT_FEATURES), np_dtype(dtype)),
+    }
+
+
+def make_scaled(rng: np.random.Generator, dtype: str, of: str) -> dict[str, np.ndarray]:
+    def values(*shape: int) -> np.ndarray:
+        return rng.integers(-100, 100, shape).astype(np.float32).astype(np_dtype(of))
+
+    return {
+        "a": values(TOKENS, IN_FEATURES),
+        "b": values(OUT_FEATURES, IN_FEATURES),
+        "scale_a": rng.uniform(0.01, 0.1, (TOKENS, 1)).astype(np.float32),
+        "scale_b": rng.uniform(0.01, 0.1, (OUT_FEATURES, 1)).astype(np.float32),
+        "out": np.zeros((TOKENS, OUT_FEATURES), np_dtype(dtype)),
+    }
+
+
+def quantization_ops() -> list[Op]:
+    def product(t: Arrays, **kw: Any) -> object:
+        return quire.quantized_matmul(t["x"], t["host_packed"], bias=t["bias"], out=t["out"], **kw)
+
+    def pack(kind: str) -> Callable[[Arrays], None]:
+        def prepare(tensors: Arrays) -> None:
+            tensors["host_packed"] = quire.PackedWeight.quantize(tensors["weight"], kind)
+
+        return prepare
+
+    def scaled(t: Arrays, **kw: Any) -> object:
+        return quire.scaled_matmul(t["a"], t["b"], t["scale_a"], t["scale_b"], out=t["out"], **kw)
+
+    def asymmetric(t: Arrays, **kw: Any) -> object:
+        out = t["q"], t["token_scales"], t["zero_point"]
+        return quire.quantize_int8(t["x"], symmetric=False, granularity="token", out=out, **kw)
+
+    def dequantize(function: Callable[..., object]) -> Callable[..., object]:
+        return lambda t, **kw: function(t["q"], t["scales"], granularity="token", out=t["out"], **kw)
+
+    int8, fp8 = (
+        {f.__name__: functools.partial(f, **{"of" if f is make_scaled else "to": to})
+         for f in (make_quantize, make_dequantize, make_scaled)}
+        for to in ("int8", "float8_e4m3fn")
+    )  # fmt: skip
+    return [
+        Op(
+            "quantize_int8",
+            int8["make_quantize"],
+            lambda t, **kw: quire.quantize_int8(t["x"], out=(t["q"], t["scale"]), **kw),
+        ),
+        Op("quantize_int8_asymmetric", int8["make_quantize"], asymmetric, function="quantize_int8"),
+        Op(
+            "quantize_fp8",
+            fp8["make_quantize"],
+            lambda t, **kw: quire.quantize_fp8(
+                t["x"], granularity="group", out=(t["q"], t["group_scales"]), **kw
+            ),
+        ),
+        Op("dequantize_int8", int8["make_dequantize"], dequantize(quire.dequantize_int8)),
+        Op("dequantize_fp8", fp8["make_dequantize"], dequantize(quire.dequantize_fp8)),
+        Op("quantized_matmul", make_product, product, pack("w4a16")),
+        Op("quantized_matmul_w8a8", make_product, product, pack("w8a8"), function="quantized_matmul"),
+        Op("scaled_matmul", int8["make_scaled"], scaled),
+        Op("scaled_matmul_fp8", fp8["make_scaled"], scaled, function="scaled_matmul"),
     ]
 
 
@@ -135,6 +234,21 @@ def call_rope_and_write(t: Arrays, **kw: Any) -> object:
     return quire.rope_and_write_kv(
         *tensors, q_weight=t["q_weight"], k_weight=t["k_weight"], k_out=t["k"], **kw
     )
+
+
+def make_kv_int8(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
+    arrays = make_kv(rng, dtype)
+    for name in ("k_cache", "v_cache"):
+        arrays[name] = rng.integers(-127, 128, arrays[name].shape, dtype=np.int8)
+        arrays[name[0] + "_scale"] = rng.uniform(0.01, 0.1, KV_HEADS).astype(np.float32)
+    return arrays
+
+
+def make_pool(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
+    return {
+        "pool": draw(rng, (3, 2, BLOCKS, BLOCK_SIZE, KV_HEADS, DIM), dtype),
+        "pairs": rng.permutation(BLOCKS)[:10].reshape(5, 2),
+    }
 
 
 def make_copy(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
@@ -266,6 +380,7 @@ OPS = {
         *quantized_ops(),
         *(activation(name, make_gated) for name in ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")),
         *(activation(name, make_plain) for name in ("gelu_new", "gelu_fast", "gelu_quick", "relu_squared")),
+        *quantization_ops(),
         Op(
             "rotary_embedding",
             make_rotary,
@@ -291,6 +406,41 @@ OPS = {
                 t["k_cache"], t["v_cache"], t["slots"], out=(t["k"], t["v"]), **kw
             ),
         ),
+        Op(
+            "write_kv_int8",
+            make_kv_int8,
+            lambda t, **kw: quire.write_kv(
+                t["k"],
+                t["v"],
+                t["k_cache"],
+                t["v_cache"],
+                t["slots"],
+                k_scale=t["k_scale"],
+                v_scale=t["v_scale"],
+                **kw,
+            ),
+            function="write_kv",
+        ),
+        Op(
+            "gather_kv_int8",
+            make_kv_int8,
+            lambda t, **kw: quire.gather_kv(
+                t["k_cache"],
+                t["v_cache"],
+                t["slots"],
+                k_scale=t["k_scale"],
+                v_scale=t["v_scale"],
+                out=(t["k"], t["v"]),
+                **kw,
+            ),
+            function="gather_kv",
+        ),
+        Op(
+            "copy_blocks_of_all_layers",  # as KVCache.copy_blocks does
+            make_pool,
+            lambda t, **kw: quire.copy_blocks(t["pool"].swapaxes(0, 2), t["pairs"], **kw),
+            function="copy_blocks",
+        ),
         Op("copy_blocks", make_copy, lambda t, **kw: quire.copy_blocks(t["cache"], t["pairs"], **kw)),
         Op(
             "swap_blocks",
@@ -301,16 +451,19 @@ OPS = {
             "paged_decode",
             functools.partial(make_paged, q_lens=[1, 1, 1, 1], kv_lens=[1, 150, 67, 300], decode=True),
             call_paged,
+            function="paged_attention",
         ),
         Op(
             "paged_mixed",
             functools.partial(make_paged, q_lens=[1, 40, 17], kv_lens=[200, 90, 17]),
             call_paged,
+            function="paged_attention",
         ),
         Op(
             "paged_long",
             functools.partial(make_paged, q_lens=[1, 1], kv_lens=[LONG, 700], decode=True, dim=128),
             call_paged,
+            function="paged_attention",
         ),
         Op(
             "attention",
@@ -368,6 +521,19 @@ class TorchWork:
     def upload(self, arrays: dict[str, np.ndarray]) -> Arrays:
         return {n: a if n.startswith("host_") else self.framework.array(a) for n, a in arrays.items()}
 
+    def made(self, op: Op, seed: int) -> Arrays:
+        """One draw of an op's tensors."""
+        tensors = self.upload(op.make(np.random.default_rng(seed), self.dtype))
+        op.prepare(tensors)
+        return tensors
+
+    def malformed(self, op: Op, tensors: Arrays) -> Arrays:
+        """The same with an argument that the op must refuse."""
+        if op.name == "swap_blocks":  # which takes any devices
+            return {**tensors, "host_pairs": np.array([[0, BLOCKS]])}
+        name = next(iter(tensors))
+        return {**tensors, name: self.framework.numpy(tensors[name])}
+
     def copy(self, arrays: Arrays) -> Arrays:
         return {n: a if n.startswith("host_") else a.clone() for n, a in arrays.items()}
 
@@ -413,6 +579,11 @@ class CuPyWork(TorchWork):
         self.framework = framework
         self.cupy = framework.cupy
 
+    def upload(self, arrays: dict[str, np.ndarray]) -> Arrays:
+        if any(isinstance(a, np.ndarray) and a.dtype.name.startswith("float8") for a in arrays.values()):
+            pytest.skip("CuPy has no float8")
+        return super().upload(arrays)
+
     def copy(self, arrays: Arrays) -> Arrays:
         return {n: a if n.startswith("host_") else a.copy() for n, a in arrays.items()}
 
@@ -440,14 +611,15 @@ class CuPyWork(TorchWork):
     def capture(self, call: Callable[[], object]) -> Callable[[], None]:
         self.synchronize()
         stream = self.stream()
-        with stream:
+        pool = self.cupy.cuda.MemoryPool()  # what is allocated in the capture stays the graph's
+        with stream, self.cupy.cuda.using_allocator(pool.malloc):
             stream.begin_capture()
             try:
                 call()
             finally:
                 graph = stream.end_capture()
 
-        def replay() -> None:
+        def replay(owner: object = pool) -> None:
             graph.launch(self.cupy.cuda.get_current_stream())
 
         return replay
@@ -491,7 +663,7 @@ def jax() -> Any:
 
 def draws(op: Op, work: TorchWork) -> tuple[Arrays, Arrays, Arrays]:
     """Tensors to call the op on, others to assign to them, and what the op then makes of them; all is done on return."""
-    old, new = (work.upload(op.make(np.random.default_rng(seed), work.dtype)) for seed in (1, 2))
+    old, new = (work.made(op, seed) for seed in (1, 2))
     want = work.copy(new)
     op.call(want)
     work.synchronize()
@@ -505,15 +677,47 @@ def assert_same(work: TorchWork, got: Arrays, want: Arrays) -> None:
             np.testing.assert_array_equal(work.bits(got[name]), work.bits(array), err_msg=name)
 
 
+# ---- the list itself -----------------------------------------------------------------------------------------------------
+
+
+def test_every_public_op_is_listed():
+    functions = {
+        name
+        for name in quire.__all__
+        if "stream" in (getattr(getattr(quire, name), "__kwdefaults__", None) or ())
+    }
+    assert {op.function or op.name for op in OPS.values()} == functions
+
+
+@every_op
+def test_ops_run_on_the_cpu(op):
+    """What is captured and raced below does something: each call changes what its dictionary holds."""
+    tensors = op.make(np.random.default_rng(1), "bfloat16")
+    op.prepare(tensors)
+    before = {name: array.copy() for name, array in tensors.items() if not name.startswith("host_")}
+    op.call(tensors)
+    assert any(array.tobytes() != tensors[name].tobytes() for name, array in before.items())
+
+
 # ---- CUDA graphs -------------------------------------------------------------------------------------------------------
 
 
 @every_op
 def test_capture_and_replay(work, op):
-    """A replay works on what the tensors hold then, index tensors included, and equals an eager call bit for bit."""
+    """A replay works on what the tensors hold then, index tensors included, and equals an eager call bit for bit.
+
+    A malformed call in the capture raises, and the capture goes on.
+    """
     tensors, new, want = draws(op, work)
-    before = work.copy(tensors)
-    replay = work.capture(lambda: op.call(tensors))
+    before, malformed = work.copy(tensors), work.malformed(op, tensors)
+
+    def call() -> None:
+        for _ in range(2):
+            with pytest.raises((ValueError, TypeError, IndexError), match=r"\[\w+\] "):
+                op.call(malformed)
+        op.call(tensors)
+
+    replay = work.capture(call)
     assert_same(work, tensors, before)  # a capture runs nothing
     for _ in range(3):
         work.assign(tensors, new)
@@ -572,46 +776,62 @@ def test_graph_outlives_a_larger_call(torch_work):
 
 
 def first_capture(name: str) -> None:
-    """In a fresh process: no call of the library comes before the capture."""
+    """In a fresh process: no call of the library comes before the capture, but those that pack a weight."""
     work, op = TorchWork(), OPS[name]
-    tensors, new = (work.upload(op.make(np.random.default_rng(seed), work.dtype)) for seed in (1, 2))
-    old = work.copy(tensors)
-    replay = work.capture(lambda: op.call(tensors))
+    tensors, new = (work.made(op, seed) for seed in (1, 2))
+    old, malformed = work.copy(tensors), work.malformed(op, tensors)
+
+    def call() -> None:
+        with pytest.raises((ValueError, TypeError, IndexError)):
+            op.call(malformed)
+        op.call(tensors)
+
+    replay = work.capture(call)
     for _ in range(500):  # a thousand replays, on other contents each time
         for contents in (old, new):
             work.assign(tensors, contents)
             replay()
     work.synchronize()
+    before = work.copy(new)
     op.call(new)
     assert_same(work, tensors, new)
+    assert any(
+        work.bits(new[n]).tobytes() != work.bits(a).tobytes() for n, a in before.items() if n[:5] != "host_"
+    )
     quire.check_errors()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "rms_norm",
-        "layer_norm",
-        "silu_and_mul",
-        "rotary_embedding",
-        "rope_and_write_kv",
-        "write_kv",
-        "copy_blocks",
-        "swap_blocks",
-        "paged_mixed",
-        "paged_long",
-        "attention",
-        "shared_prefix_attention",
-        "merge_attention",
-    ],
-)
-def test_capture_as_the_first_call(torch_work, name):
+def first_captures(names: list[str]) -> None:
+    """One process for each op, with what takes long to import already there: neither CUDA nor the library was used before the fork."""
+    assert not TorchWork().torch.cuda.is_initialized()
+    failed = []
+    for name in names:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                first_capture(name)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        if os.waitpid(child, 0)[1] != 0:
+            failed.append(name)
+    print("failed:", *failed)
+
+
+NAMES = list(OPS)
+
+
+@pytest.mark.parametrize("names", [NAMES[i::6] for i in range(6)], ids=lambda names: f"{names[0]}...")
+def test_capture_as_the_first_call(torch_work, names):
+    """Every op, captured by a process that never called one, and replayed a thousand times."""
     here = str(pathlib.Path(__file__).parent)
-    code = (
-        f"import sys; sys.path.insert(0, {here!r}); import test_streams; test_streams.first_capture({name!r})"
-    )
+    code = f"import sys; sys.path.insert(0, {here!r}); import test_streams; test_streams.first_captures({names!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stdout.strip()) == (0, "failed:"), done.stdout + done.stderr
 
 
 MALFORMED: dict[str, tuple[type[Exception], Callable[[Any, Arrays, Arrays], object]]] = {
@@ -1090,8 +1310,7 @@ def current(request: pytest.FixtureRequest, torch_work: TorchWork) -> Iterator[i
 
 
 def on(torch: Any, arrays: dict[str, np.ndarray], device: int) -> Arrays:
-    framework = frameworks.Torch(f"cuda:{device}")
-    return {n: a if n.startswith("host_") else framework.array(a) for n, a in arrays.items()}
+    return TorchWork(frameworks.Torch(f"cuda:{device}")).upload(arrays)
 
 
 @pytest.mark.parametrize("device", [0, 1], ids=["tensors0", "tensors1"])
@@ -1103,6 +1322,7 @@ def test_current_device_is_unchanged(torch_work, current, op, device):
     torch = torch_work.torch
     _, _, want = draws(op, torch_work) if current == 0 else (None, None, None)
     got = on(torch, op.make(np.random.default_rng(2), "bfloat16"), device)
+    op.prepare(got)
     with torch.cuda.device(device):
         torch.cuda.synchronize()
     op.call(got)

@@ -12,6 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+
 import quire  # noqa: E402
 import quire.transformers  # noqa: E402
 
@@ -186,3 +188,27 @@ def test_refusals():
         quire.transformers.attention_forward(module, q, q, q, None, position_bias=q)
     with pytest.raises(ValueError, match="attention_mask: expected bool"):
         quire.transformers.attention_forward(module, q, q, q, torch.zeros(1, 1, 3, 3))
+
+
+def test_layers_share_their_index_tensors(device):
+    """Made once for the layers of a step, again for another length or batch, and in a trace always anew."""
+    query = torch.zeros(1, device=device)
+
+    def indices(*sizes):
+        return quire.transformers._indices(query, *sizes)
+
+    first = indices(3, 1, 20)
+    assert all(a is b for a, b in zip(first, indices(3, 1, 20)))
+    assert first[0].tolist() == [[0], [1], [2]]
+    assert first[1].tolist() == [20, 20, 20]
+    assert first[2] is None
+    longer = indices(3, 4, 21)
+    assert longer[1].tolist() == [21, 21, 21]
+    assert longer[2].tolist() == [0, 4, 8, 12]
+    if query.is_cuda:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert indices(3, 1, 20)[0] is not first[0]
+    with FakeTensorMode() as mode:
+        fake = quire.transformers._indices(mode.from_tensor(query), 3, 1, 33)
+        assert isinstance(fake[1], FakeTensor)
+    assert indices(3, 1, 33)[1].tolist() == [33, 33, 33]

@@ -10,11 +10,12 @@ namespace {
 // `first` is the first of the operands alibi_slopes, sinks, q_scale, k_scale, v_scale, mask, mask_start.
 AttentionOptions options_of(const Call& call, std::size_t first) {
   AttentionOptions options;
-  options.scale = call.optional_number("scale");
+  options.batch_invariant = call.integer("batch_invariant") != 0;
   options.causal = call.integer("causal") != 0;
+  options.scale = call.optional_number("scale");
+  options.softcap = call.number("softcap");
   options.window_left = call.integer("window_left");
   options.window_right = call.integer("window_right");
-  options.softcap = call.number("softcap");
   options.alibi_slopes = call.optional_operand(first);
   options.sinks = call.optional_operand(first + 1);
   options.q_scale = call.optional_operand(first + 2);
@@ -22,7 +23,6 @@ AttentionOptions options_of(const Call& call, std::size_t first) {
   options.v_scale = call.optional_operand(first + 4);
   options.mask = call.optional_operand(first + 5);
   options.mask_start = call.optional_operand(first + 6);
-  options.batch_invariant = call.integer("batch_invariant") != 0;
   return options;
 }
 

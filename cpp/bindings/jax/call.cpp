@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "bindings/jax/call.h"
 
+#include <bit>
 #include <cstring>
 #include <stdexcept>
 
@@ -39,10 +40,9 @@ DType dtype_of(const char* op, xla::DataType type) {
 }
 
 // XLA's buffers are dense and row-major.
-TensorView view_of(const char* op, const xla::Buffer& buffer, Device device) {
+void read_buffer(TensorView& view, const char* op, const xla::Buffer& buffer, Device device) {
   if (buffer.rank > kMaxRank)
     throw std::invalid_argument(std::string("[") + op + "] array: expected a rank of at most 8, got " + std::to_string(buffer.rank));
-  TensorView view;
   view.data = buffer.data;
   view.dtype = dtype_of(op, buffer.dtype);
   view.device = device;
@@ -54,12 +54,11 @@ TensorView view_of(const char* op, const xla::Buffer& buffer, Device device) {
     view.strides[at] = stride;
     stride *= buffer.dims[i];
   }
-  return view;
 }
 
 void read_attributes(Call& call, const xla::Attributes& attributes) {
   for (std::int64_t i = 0; i < attributes.size; ++i) {
-    Attribute attribute{{attributes.names[i]->ptr, attributes.names[i]->len}};
+    Attribute& attribute = call.add({attributes.names[i]->ptr, attributes.names[i]->len});
     if (attributes.types[i] == xla::kAttrString) {
       const auto& span = *static_cast<const xla::ByteSpan*>(attributes.attrs[i]);
       attribute.kind = Attribute::Kind::kText;
@@ -77,7 +76,6 @@ void read_attributes(Call& call, const xla::Attributes& attributes) {
     } else {
       fail(call.op(), attribute.name, "a scalar or text");
     }
-    call.add(attribute);
   }
 }
 
@@ -94,12 +92,12 @@ xla::Error* make_error(const xla::Api* api, xla::ErrorCode code, const char* mes
 }  // namespace
 
 const TensorView& Call::operand(std::size_t i) const {
-  if (!operands_[i]) fail(op_, "operand " + std::to_string(i), "an array");
+  if (operands_[i] == nullptr) fail(op_, "operand " + std::to_string(i), "an array");
   return *operands_[i];
 }
 
 const TensorView& Call::result(std::size_t i) const {
-  if (!results_[i]) fail(op_, "result " + std::to_string(i), "an array");
+  if (results_[i] == nullptr) fail(op_, "result " + std::to_string(i), "an array");
   return *results_[i];
 }
 
@@ -116,9 +114,13 @@ const TensorView& Call::in_place(std::size_t i, std::size_t j) const {
   return out;
 }
 
+// XLA orders attributes by name: ops that read them in this order find each at the first look.
 const Attribute* Call::find(std::string_view name) const {
-  for (std::size_t i = 0; i < num_attributes_; ++i)
-    if (attributes_[i].name == name) return &attributes_[i];
+  for (std::size_t looks = 0; looks < attributes_.size(); ++looks) {
+    if (next_attribute_ == attributes_.size()) next_attribute_ = 0;
+    const Attribute& attribute = attributes_[next_attribute_++];
+    if (attribute.name == name) return &attribute;
+  }
   return nullptr;
 }
 
@@ -133,27 +135,37 @@ std::int64_t Call::integer(std::string_view name) const { return get(name, Attri
 std::string_view Call::text(std::string_view name) const { return get(name, Attribute::Kind::kText).text; }
 
 std::optional<double> Call::optional_number(std::string_view name) const {
-  if (find(name) == nullptr) return std::nullopt;
-  return number(name);
+  const Attribute* const found = find(name);
+  if (found == nullptr) return std::nullopt;
+  if (found->kind != Attribute::Kind::kNumber) fail(op_, name, "a number");
+  return found->number;
 }
 
-void Call::add(const Attribute& attribute) {
-  if (num_attributes_ == kMaxAttributes) fail(op_, "attributes", "fewer");
-  attributes_[num_attributes_++] = attribute;
+Attribute& Call::add(std::string_view name) {
+  if (attributes_.is_full()) fail(op_, "attributes", "fewer");
+  Attribute& attribute = attributes_.emplace_back();
+  attribute.name = name;
+  return attribute;
 }
 
-void Call::add_operand(const TensorView& view) {
-  const std::int64_t present = integer("operands");
-  while (next_operand_ < kMaxOperands && (present >> next_operand_ & 1) == 0) ++next_operand_;
-  if (next_operand_ == kMaxOperands) fail(op_, "operands", "fewer");
-  operands_[next_operand_++] = view;
+TensorView& Call::add_operand() {
+  if (!coming_operands_) coming_operands_ = static_cast<std::uint64_t>(integer("operands"));
+  const auto place = static_cast<std::size_t>(std::countr_zero(*coming_operands_));
+  if (place >= kMaxOperands) fail(op_, "operands", "fewer");
+  *coming_operands_ &= *coming_operands_ - 1;
+  TensorView& view = views_.emplace_back();
+  operands_[place] = &view;
+  return view;
 }
 
-void Call::add_result(const TensorView& view) {
-  const std::int64_t present = integer("results");
-  while (next_result_ < kMaxResults && (present >> next_result_ & 1) == 0) ++next_result_;
-  if (next_result_ == kMaxResults) fail(op_, "results", "fewer");
-  results_[next_result_++] = view;
+TensorView& Call::add_result() {
+  if (!coming_results_) coming_results_ = static_cast<std::uint64_t>(integer("results"));
+  const auto place = static_cast<std::size_t>(std::countr_zero(*coming_results_));
+  if (place >= kMaxResults) fail(op_, "results", "fewer");
+  *coming_results_ &= *coming_results_ - 1;
+  TensorView& view = views_.emplace_back();
+  results_[place] = &view;
+  return view;
 }
 
 ScaleGranularity granularity_of(const Call& call) {
@@ -184,8 +196,8 @@ xla::Error* handle(const char* name, Op op, DeviceType device_type, xla::CallFra
       if constexpr (kHasCuda) device.index = cuda::current_device();
     }
     read_attributes(call, frame->attrs);
-    for (std::int64_t i = 0; i < frame->args.size; ++i) call.add_operand(view_of(name, buffer_at(call, frame->args, i), device));
-    for (std::int64_t i = 0; i < frame->rets.size; ++i) call.add_result(view_of(name, buffer_at(call, frame->rets, i), device));
+    for (std::int64_t i = 0; i < frame->args.size; ++i) read_buffer(call.add_operand(), name, buffer_at(call, frame->args, i), device);
+    for (std::int64_t i = 0; i < frame->rets.size; ++i) read_buffer(call.add_result(), name, buffer_at(call, frame->rets, i), device);
     op(call);
     return nullptr;
   } catch (const UnsupportedError& error) {

@@ -8,10 +8,12 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
 
 #include "bindings/jax/xla_ffi.h"
 #include "quire/attention.h"
@@ -32,6 +34,22 @@ struct Attribute {
   std::string_view text{};
 };
 
+/// Up to N things in place, of which those that are not there cost nothing: a call is made and dropped for each dispatch.
+template <typename T, std::size_t N>
+class InPlace {
+  static_assert(std::is_trivially_copyable_v<T> && std::is_trivially_destructible_v<T>);
+
+ public:
+  std::size_t size() const { return size_; }
+  bool is_full() const { return size_ == N; }
+  const T& operator[](std::size_t i) const { return reinterpret_cast<const T*>(memory_)[i]; }
+  T& emplace_back() { return *std::construct_at(reinterpret_cast<T*>(memory_) + size_++); }
+
+ private:
+  alignas(T) std::byte memory_[N * sizeof(T)];
+  std::size_t size_ = 0;
+};
+
 class Call {
  public:
   static constexpr std::size_t kMaxOperands = 16, kMaxResults = 4, kMaxAttributes = 24;
@@ -44,23 +62,24 @@ class Call {
   Stream stream() const { return stream_; }
 
   const TensorView& operand(std::size_t i) const;
-  const TensorView* optional_operand(std::size_t i) const { return operands_[i] ? &*operands_[i] : nullptr; }
+  const TensorView* optional_operand(std::size_t i) const { return operands_[i]; }
   const TensorView& result(std::size_t i) const;
-  const TensorView* optional_result(std::size_t i) const { return results_[i] ? &*results_[i] : nullptr; }
+  const TensorView* optional_result(std::size_t i) const { return results_[i]; }
   /// Result i, what an op writes in place: the memory of operand j, or else a copy that is made here.
   const TensorView& in_place(std::size_t i, std::size_t j) const;
-  const TensorView* optional_in_place(std::size_t i, std::size_t j) const { return operands_[j] ? &in_place(i, j) : nullptr; }
+  const TensorView* optional_in_place(std::size_t i, std::size_t j) const { return operands_[j] != nullptr ? &in_place(i, j) : nullptr; }
 
   double number(std::string_view name) const;
   std::int64_t integer(std::string_view name) const;
   std::string_view text(std::string_view name) const;
   std::optional<double> optional_number(std::string_view name) const;
 
-  void add(const Attribute& attribute);
+  /// The next attribute, for the caller to fill in.
+  Attribute& add(std::string_view name);
   void set_stream(Stream stream) { stream_ = stream; }
-  /// The next operand or result that the bits of its attribute call present.
-  void add_operand(const TensorView& view);
-  void add_result(const TensorView& view);
+  /// The next operand or result that the bits of its attribute call present, for the caller to fill in. All attributes come before them.
+  TensorView& add_operand();
+  TensorView& add_result();
 
  private:
   const Attribute* find(std::string_view name) const;
@@ -68,10 +87,12 @@ class Call {
 
   const char* op_;
   Stream stream_ = Stream::legacy_default();
-  std::array<std::optional<TensorView>, kMaxOperands> operands_{};
-  std::array<std::optional<TensorView>, kMaxResults> results_{};
-  std::array<Attribute, kMaxAttributes> attributes_{};
-  std::size_t num_attributes_ = 0, next_operand_ = 0, next_result_ = 0;
+  std::array<const TensorView*, kMaxOperands> operands_{};
+  std::array<const TensorView*, kMaxResults> results_{};
+  InPlace<TensorView, kMaxOperands + kMaxResults> views_;
+  InPlace<Attribute, kMaxAttributes> attributes_;
+  std::optional<std::uint64_t> coming_operands_, coming_results_;  // bits of those that are still to come
+  mutable std::size_t next_attribute_ = 0;
 };
 
 /// Options that several families have.

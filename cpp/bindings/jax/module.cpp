@@ -54,7 +54,7 @@ void validate(const std::string& name, const nb::list& operands, const nb::list&
     jax::Call call(target.name);
     std::deque<std::string> texts;  // what attributes point to
     for (const auto& [key, value] : attributes) {
-      jax::Attribute attribute{texts.emplace_back(nb::cast<std::string>(key))};
+      jax::Attribute& attribute = call.add(texts.emplace_back(nb::cast<std::string>(key)));
       if (nb::isinstance<nb::str>(value)) {
         attribute.kind = jax::Attribute::Kind::kText;
         attribute.text = texts.emplace_back(nb::cast<std::string>(value));
@@ -64,16 +64,15 @@ void validate(const std::string& name, const nb::list& operands, const nb::list&
       } else {
         attribute.integer = nb::cast<std::int64_t>(value);
       }
-      call.add(attribute);
     }
     std::uintptr_t next = std::uintptr_t{1} << 40;
     std::vector<TensorView> views;
-    for (const nb::handle operand : operands) call.add_operand(views.emplace_back(view_without_memory(target.name, operand, next)));
+    for (const nb::handle operand : operands) call.add_operand() = views.emplace_back(view_without_memory(target.name, operand, next));
     for (std::size_t i = 0; i < nb::len(results); ++i) {
       TensorView view = view_without_memory(target.name, nb::object(results[i]), next);
       const nb::object source = aliases.attr("get")(i);
       if (!source.is_none()) view.data = views.at(nb::cast<std::size_t>(source)).data;
-      call.add_result(view);
+      call.add_result() = view;
     }
     validate_only([&] { target.op(call); });
     return;

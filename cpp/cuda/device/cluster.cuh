@@ -47,6 +47,11 @@ __device__ __forceinline__ float4 load_cluster_16(std::uint32_t mapped) {
   return value;
 }
 
+/// Writes them.
+__device__ __forceinline__ void store_cluster_16(std::uint32_t mapped, float a, float b, float c, float d) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(mapped), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+
 /// Writes 16 bytes to any CTA's shared memory, and counts them at a barrier of that CTA. Addresses are address_in_cta.
 __device__ __forceinline__ void cluster_store_16(std::uint32_t mapped, std::uint32_t mapped_barrier, float a, float b, float c, float d) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(mapped), "f"(a), "f"(b),

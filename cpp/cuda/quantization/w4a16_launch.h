@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "cuda/quantization/w4a16_few.cuh"
 #include "cuda/quantization/w4a16_mma.cuh"
 #include "cuda/quantization/w4a16_wgmma.cuh"
 #include "quire/stream.h"
@@ -25,12 +26,23 @@ struct MmaChoice {
 struct WgmmaChoice {
   int tokens = 128;  // of a tile: 128 or 256
   int num_row_tiles = 0, num_token_tiles = 0;
+  int band_tiles = 1;
   int whole_rounds = 0;
   int num_chunks = 1, chunk_steps = 0;
   int num_ctas = 0;
   int cluster_ctas = 1;
   std::int64_t num_shared_tiles = 0;
   std::int64_t partial_bytes = 0, arrival_bytes = 0;
+  double cycles = 0.0;
+};
+
+/// How quantized_matmul_few_kernel does.
+struct FewChoice {
+  int tokens = 8;  // of a tile: 8, 16, 32 or 64
+  int row_groups_log2 = 0;
+  int num_tiles = 0, num_ctas = 0, cluster_ctas = 1;
+  int chunk_steps = 0;
+  int num_stages = 0, stage_bytes = 0, sums_at = 0, shared_bytes = 0;
   double cycles = 0.0;
 };
 
@@ -44,16 +56,28 @@ WgmmaChoice make_cluster_choice(std::int64_t num_tokens, const Layout& layout, i
 WgmmaChoice choose_wgmma(std::int64_t num_tokens, const Layout& layout, int num_sms);
 void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, Stream stream);
 
+/// num_stages is 0 if shared memory has no room.
+FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int row_groups_log2, int cluster_ctas, int num_sms);
+FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int num_sms);
+/// Clusters of so many CTAs that the current device has room for at a time.
+int max_clusters(int cluster_ctas);
+void run_few(const QuantizedMatmulParams& params, const FewChoice& choice, Stream stream);
+
 /// Launches the kernel for 8 * tiles tokens a CTA.
 template <bool kBf16>
 void launch_mma(const MmaPlan& plan, int tiles, Stream stream);
 /// Launches the kernel for tiles of `tokens` tokens.
 template <bool kBf16>
 void launch_wgmma(const WgmmaPlan& plan, const WgmmaMaps& maps, int tokens, int num_ctas, Stream stream);
+/// Launches the kernel for up to `tokens` tokens.
+template <bool kBf16>
+void launch_few(const FewPlan& plan, const FewMaps& maps, int tokens, int num_ctas, int shared_bytes, Stream stream);
 
 extern template void launch_mma<false>(const MmaPlan&, int, Stream);
 extern template void launch_mma<true>(const MmaPlan&, int, Stream);
 extern template void launch_wgmma<false>(const WgmmaPlan&, const WgmmaMaps&, int, int, Stream);
 extern template void launch_wgmma<true>(const WgmmaPlan&, const WgmmaMaps&, int, int, Stream);
+extern template void launch_few<false>(const FewPlan&, const FewMaps&, int, int, int, Stream);
+extern template void launch_few<true>(const FewPlan&, const FewMaps&, int, int, int, Stream);
 
 }  // namespace quire::cuda::w4a16

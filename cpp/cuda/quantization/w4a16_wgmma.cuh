@@ -7,17 +7,20 @@
 #include <algorithm>
 
 #include "cuda/device/cluster.cuh"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/tma.cuh"
 #include "cuda/device/wgmma.cuh"
 #include "cuda/element.h"
 #include "cuda/quantization/w4a16.cuh"
 #include "cuda/quantization/w4a16_arrival.cuh"
+#include "cuda/quantization/w4a16_wgmma_parts.cuh"
 
 namespace quire::cuda::w4a16 {
 
-/// One launch. A tile is 64 rows for each warpgroup that multiplies x kTokens tokens; tile = row_tile * num_token_tiles + token_tile. CTA c has the tiles c, c + num_ctas, ... of the
-/// first whole_rounds rounds. The others are cut along K into num_chunks chunks each, of which it has
-/// [c * num_shared_chunks / n, (c + 1) * num_shared_chunks / n), where n is the smaller of num_ctas and num_shared_chunks.
+/// One launch. A tile is kWgmmaRows rows x kTokens tokens. Tiles are counted in bands of band_tiles tiles of tokens, row by
+/// row of a band: what the CTAs read of x at a time is that of a band. CTA c has the tiles c, c + num_ctas, ... of the first whole_rounds rounds. The
+/// others are cut along K into num_chunks chunks each, of which it has [c * num_shared_chunks / n, (c + 1) * num_shared_chunks / n), where n is the
+/// smaller of num_ctas and num_shared_chunks.
 struct WgmmaPlan {
   Layout layout;
   void* out = nullptr;  // [num_tokens, num_rows]
@@ -27,18 +30,28 @@ struct WgmmaPlan {
   std::uint64_t tag = 0;
   std::int64_t out_stride = 0, num_tokens = 0, num_rows = 0;
   int num_shared_chunks = 0;
-  int num_token_tiles = 0;
+  int num_row_tiles = 0, num_token_tiles = 0;
+  int band_tiles = 1;
   int whole_rounds = 0;
   int num_chunks = 1, chunk_steps = 0;
   int cluster_ctas = 1;  // above 1: so many CTAs, a cluster, have one tile, a chunk each, and none of the above holds
   int group_shift = 0;
   DType bias_dtype = DType::kFloat16;
   bool stores_vectors = false;  // rows of out are 16-byte aligned
+  bool waits = false;  // for a predecessor that writes x
+
+  struct Place {
+    int row_tile, token_tile;
+  };
+  QUIRE_HOST_DEVICE Place place_of(int tile) const {
+    const int band = tile / (num_row_tiles * band_tiles), within = tile - band * num_row_tiles * band_tiles;
+    const int left = num_token_tiles - band * band_tiles, width = left < band_tiles ? left : band_tiles;
+    return Place{within / width, band * band_tiles + within % width};
+  }
 };
 
-/// Warpgroups that multiply. Few tokens leave registers for more rows, which x is read for.
-QUIRE_HOST_DEVICE constexpr int wgmma_warpgroups(int tokens) { return tokens <= 64 ? 4 : 2; }
-QUIRE_HOST_DEVICE constexpr int wgmma_rows(int tokens) { return kBlockRows * wgmma_warpgroups(tokens); }
+constexpr int kWgmmaWarpgroups = 2;  // that multiply
+constexpr int kWgmmaRows = kBlockRows * kWgmmaWarpgroups;
 
 /// What the copy engine reads: x [tokens, columns], codes in rows of 2048 bytes [blocks, rows of all steps], entries [blocks, groups].
 struct WgmmaMaps {
@@ -48,17 +61,16 @@ constexpr int kCodeRowBytes = 2048;
 
 template <int kBits, bool kSmallGroups, int kTokens>
 struct WgmmaShape {
-  static constexpr int kWarpgroups = wgmma_warpgroups(kTokens);
+  static constexpr int kWarpgroups = kWgmmaWarpgroups;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  static constexpr int kProducerRegisters = kWarpgroups == 4 ? 24 : 40;
-  static constexpr int kConsumerRegisters = kWarpgroups == 4 ? 112 : 232;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
   static constexpr int kSums = kTokens / 2;  // of a thread
   static constexpr int kXBytes = kTokens * device::kPanelRowBytes;
   static constexpr int kCodeBytes = kBlockUnits * unit_bytes(kBits);  // of a warpgroup
   static constexpr int kMaxEntryBytes = kBlockUnits * 8 * 16 * (kSmallGroups ? 2 : 1);
   static constexpr int kEntriesAt = kXBytes + kWarpgroups * kCodeBytes;  // in a stage: x, codes of all warpgroups, entries of all
   static constexpr int kStageBytes = (kEntriesAt + kWarpgroups * kMaxEntryBytes + 1023) / 1024 * 1024;
-  static constexpr int kStoreRowBytes = 48;  // 32 of a warp's 16 rows, and 16 that keep eight of them in different banks
   static constexpr int kStoreTokens = 32;
   static constexpr int kStoreBytes = 4 * kWarpgroups * kStoreTokens * kStoreRowBytes;
   static constexpr int kFixedBytes = 1024 + kStoreBytes + 256;  // to align, to store, barriers
@@ -67,29 +79,6 @@ struct WgmmaShape {
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-/// d += a b^T: a [64, 16] in registers, b [N, 16] in shared memory.
-template <int kN, bool kBf16>
-struct WgmmaCodes;
-
-#define QUIRE_WGMMA_CODES(N, COUNT, BF16, TYPE, A0, A1, A2, A3, B, ACCUMULATE, HIGH)                                                  \
-  template <>                                                                                                                         \
-  struct WgmmaCodes<N, BF16> {                                                                                                        \
-    __device__ __forceinline__ static void product(float (&d)[COUNT], const std::uint32_t (&a)[4], std::uint32_t b, int accumulate) { \
-      asm volatile("{\n.reg .pred p;\n.reg .b64 db;\nsetp.ne.b32 p, " ACCUMULATE ", 0;\nmov.b64 db, {" B ", " HIGH                    \
-                   "};\n"                                                                                                             \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" QUIRE_WGMMA_D_##COUNT                         \
-                   "}, {" A0 ", " A1 ", " A2 ", " A3 "}, db, p, 1, 1, 0;\n}\n"                                                        \
-                   : QUIRE_WGMMA_O_##COUNT(d)                                                                                         \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate), "n"(device::kDescriptorHigh));              \
-    }                                                                                                                                 \
-  };
-QUIRE_WGMMA_CODES(64, 32, true, "bf16", "%32", "%33", "%34", "%35", "%36", "%37", "%38")
-QUIRE_WGMMA_CODES(64, 32, false, "f16", "%32", "%33", "%34", "%35", "%36", "%37", "%38")
-QUIRE_WGMMA_CODES(128, 64, true, "bf16", "%64", "%65", "%66", "%67", "%68", "%69", "%70")
-QUIRE_WGMMA_CODES(128, 64, false, "f16", "%64", "%65", "%66", "%67", "%68", "%69", "%70")
-QUIRE_WGMMA_CODES(256, 128, true, "bf16", "%128", "%129", "%130", "%131", "%132", "%133", "%134")
-QUIRE_WGMMA_CODES(256, 128, false, "f16", "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 /// What a CTA works on, one after the other: a tile and steps [begin, end) of it.
 struct Work {
@@ -135,12 +124,6 @@ struct Work {
   }
 };
 
-template <int kBits>
-__device__ __forceinline__ RowPair load_any_entry(const std::uint8_t* entry, const Layout& layout) {
-  if (layout.scale_dtype == DType::kFloat32) return load_entry<Entry::kFloat, kBits>(entry, layout);
-  return layout.has_zeros ? load_entry<Entry::kZeros, kBits>(entry, layout) : load_entry<Entry::kScales, kBits>(entry, layout);
-}
-
 template <bool kBf16, int kBits, int kStep>
 __device__ __forceinline__ void make_fragment(std::uint32_t (&a)[4], const std::uint32_t* words, std::uint32_t lower, std::uint32_t upper,
                                               const std::uint32_t (&scales)[2]) {
@@ -166,8 +149,7 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
                                                                    const __grid_constant__ WgmmaMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shape = WgmmaShape<kBits, kSmallGroups, kTokens>;
-  using T = std::conditional_t<kBf16, __nv_bfloat16, __half>;
-  constexpr int kStages = Shape::kStages, kWarpgroups = Shape::kWarpgroups, kRows = wgmma_rows(kTokens);
+  constexpr int kStages = Shape::kStages, kWarpgroups = Shape::kWarpgroups, kRows = kWgmmaRows;
   constexpr int kGroups = kSmallGroups ? 2 : 1;
   extern __shared__ std::uint8_t shared_raw[];
   std::uint8_t* shared = shared_raw + (1024 - device::shared_address(shared_raw) % 1024) % 1024;
@@ -201,8 +183,10 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
     device::give_registers<Shape::kProducerRegisters>();
     if (thread != 0) return;
     const int bytes = Shape::kXBytes + kWarpgroups * (Shape::kCodeBytes + kGroups * entry_bytes);
+    if (plan.waits) device::wait_for_predecessor();
     while (work.next()) {
-      const int block = work.tile / plan.num_token_tiles * kWarpgroups, token = work.tile % plan.num_token_tiles * kTokens;
+      const WgmmaPlan::Place place = plan.place_of(work.tile);
+      const int block = place.row_tile * kWarpgroups, token = place.token_tile * kTokens;
 #pragma unroll 1
       for (int k = work.begin; k < work.end; ++k) {
         const std::uint32_t slot = device::shared_address(stages) + static_cast<std::uint32_t>(stage * Shape::kStageBytes),
@@ -254,36 +238,7 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
     if (lane == 0) device::barrier_arrive(empty + 8 * which);
   };
 
-  // Stores 8 * kGroupsOfTokens tokens of a warp's 16 rows: sums 4 j + {0, 1} are of row lane / 4 and tokens 8 j + 2 (lane % 4) + {0, 1}, 4 j + {2, 3} of
-  // the row 8 below.
-  std::uint8_t* space = store_space + warp * (Shape::kStoreTokens * Shape::kStoreRowBytes);
-  const auto store_tokens_of = [&]<int kGroupsOfTokens>(const float (&sums)[4 * kGroupsOfTokens], std::int64_t token, std::int64_t row,
-                                                        const float (&bias)[2]) {
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < kGroupsOfTokens; ++j) {
-      const std::uint32_t pairs[2] = {device::pack_16<kBf16>(sums[4 * j] + bias[0], sums[4 * j + 1] + bias[0]),
-                                      device::pack_16<kBf16>(sums[4 * j + 2] + bias[1], sums[4 * j + 3] + bias[1])};
-      device::store_matrix_x2_transposed(
-          device::shared_address(space) + static_cast<std::uint32_t>((8 * j + lane % 8) * Shape::kStoreRowBytes + lane / 8 % 2 * 16),
-          pairs);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < (kGroupsOfTokens + 1) / 2; ++i) {
-      const int at = 16 * i + lane / 2;
-      const std::int64_t first = row + 8 * (lane % 2);
-      if (at >= 8 * kGroupsOfTokens || token + at >= plan.num_tokens || first >= plan.num_rows) continue;
-      const auto* from = reinterpret_cast<const uint4*>(space + at * Shape::kStoreRowBytes + 16 * (lane % 2));
-      T* to = static_cast<T*>(plan.out) + (token + at) * plan.out_stride + first;
-      if (plan.stores_vectors && first + 8 <= plan.num_rows) {
-        *reinterpret_cast<uint4*>(to) = *from;
-      } else {
-        for (int e = 0; e < 8; ++e)
-          if (first + e < plan.num_rows) to[e] = reinterpret_cast<const T*>(from)[e];
-      }
-    }
-  };
+  std::uint8_t* space = store_space + warp * (Shape::kStoreTokens * kStoreRowBytes);
 
   while (work.next()) {
     int previous = -1, accumulate = 0;
@@ -316,16 +271,11 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
     device::pin_registers(acc);
 
     const int group_thread = thread % 128;
-    const std::int64_t first_row = std::int64_t{work.tile / plan.num_token_tiles} * kRows + block * kBlockRows + unit * kUnitRows;
-    const std::int64_t first_token = std::int64_t{work.tile % plan.num_token_tiles} * kTokens;
-    float bias[2] = {0.0f, 0.0f};
-    if (plan.bias != nullptr) {
-      for (int i = 0; i < 2; ++i) {
-        float value[1][1];
-        load_parameter(value, plan.bias, plan.bias_dtype, first_row + lane / 4 + 8 * i, 0, plan.num_rows);
-        bias[i] = value[0][0];
-      }
-    }
+    const WgmmaPlan::Place place = plan.place_of(work.tile);
+    const std::int64_t first_row = std::int64_t{place.row_tile} * kRows + block * kBlockRows + unit * kUnitRows;
+    const std::int64_t first_token = std::int64_t{place.token_tile} * kTokens;
+    float bias[2];
+    load_row_bias(bias, plan.bias, plan.bias_dtype, first_row + lane / 4, plan.num_rows);
 
     // ---- Sums of eight tokens: a cluster's CTAs take turns ----
     if (plan.cluster_ctas > 1) {
@@ -346,7 +296,7 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
           total[2] += part.z;
           total[3] += part.w;
         }
-        store_tokens_of.template operator()<1>(total, first_token + 8 * i, first_row, bias);
+        store_tokens<kBf16, 1>(space, total, bias, plan, first_token + 8 * i, first_row);
       }
       device::cluster_sync();  // the others read this CTA's sums
       return;
@@ -393,8 +343,8 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       if (first_token + piece * Shape::kStoreTokens >= plan.num_tokens) break;
-      store_tokens_of.template operator()<Shape::kStoreTokens / 8>(reinterpret_cast<const float (&)[kPieceSums]>(acc[piece * kPieceSums]),
-                                                                   first_token + piece * Shape::kStoreTokens, first_row, bias);
+      store_tokens<kBf16, Shape::kStoreTokens / 8>(space, reinterpret_cast<const float (&)[kPieceSums]>(acc[piece * kPieceSums]), bias,
+                                                   plan, first_token + piece * Shape::kStoreTokens, first_row);
     }
   }
 #endif

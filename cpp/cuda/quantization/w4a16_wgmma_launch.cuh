@@ -20,12 +20,19 @@ void launch_wgmma(const WgmmaPlan& plan, const WgmmaMaps& maps, int tokens, int 
     config.blockDim = dim3(Shape::kThreads);
     config.dynamicSmemBytes = Shape::kSharedBytes;
     config.stream = cuda_stream(stream);
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(plan.cluster_ctas);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = plan.cluster_ctas > 1 ? 1 : 0;
+    cudaLaunchAttribute attributes[2] = {};
+    config.attrs = attributes;
+    if (plan.cluster_ctas > 1) {
+      cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = static_cast<unsigned>(plan.cluster_ctas);
+      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    }
+    if (plan.waits) {
+      cudaLaunchAttribute& dependent = attributes[config.numAttrs++];
+      dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      dependent.val.programmaticStreamSerializationAllowed = 1;
+    }
     QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, plan, maps));
     QUIRE_CHECK_LAUNCH("quantized_matmul_wgmma_kernel", stream);
   };
@@ -34,7 +41,6 @@ void launch_wgmma(const WgmmaPlan& plan, const WgmmaMaps& maps, int tokens, int 
       constexpr int kBits = decltype(four)::value ? 4 : 8;
       constexpr bool kSmallGroups = decltype(small_groups)::value;
       switch (tokens) {
-        case 64: return launch.template operator()<kBits, kSmallGroups, 64>();
         case 128: return launch.template operator()<kBits, kSmallGroups, 128>();
         default: return launch.template operator()<kBits, kSmallGroups, 256>();
       }

@@ -38,7 +38,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from quire._allocate import Array
+from quire._allocate import Array, framework_of
 from quire.bench import BenchError
 from quire.bench.arrays import available
 from quire.bench.harness import Context, Run
@@ -101,7 +101,9 @@ def peers_of(
         return runs
     try:
         tensors = {
-            name: context.arrays.as_torch(value) if hasattr(type(value), "__dlpack__") else value
+            name: context.arrays.as_torch(value)
+            if hasattr(type(value), "__dlpack__") and framework_of(value) != "torch"
+            else value
             for name, value in arguments.items()
         }
     except Exception as error:

@@ -5,6 +5,8 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,9 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 Weight = Any  # an Array, or quantized weights whose products stand side by side: tuple[PackedWeight, ...]
 
 DTYPES = ("fp32", "fp16", "bf16")
-_CUDA_R_16BF, _CUDA_R_32F, _CUBLAS_COMPUTE_32F, _CUBLAS_GEMM_DEFAULT = 14, 0, 68, -1
+_CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}
+_CUBLAS_OP_N, _CUBLAS_OP_T, _CUBLAS_COMPUTE_32F, _CUBLAS_GEMM_DEFAULT = 0, 1, 68, -1
+_CUBLAS_WORKSPACE_BYTES = 32 << 20
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -40,6 +44,7 @@ class Backend:
 
     device = "cpu"
     label = "NumPy"
+    has_graphs = False
 
     xp: Any = np
 
@@ -81,9 +86,56 @@ class Backend:
             out += bias
         return out.astype(x.dtype, copy=False)
 
+    def assign(self, array: Array, host: np.ndarray) -> None:
+        """Copies a host array into a contiguous device array of its shape and dtype."""
+        array[...] = host
+
+    def capture(self, call: Callable[[], Array]) -> tuple[Callable[[], None], Array]:
+        """What replays a call's work, as a CUDA graph, and where its result then lies."""
+        raise DemoError(f"{self.label} has no CUDA graphs")
+
     def free_bytes(self) -> int:
         """Memory that a KV cache may take."""
         return 1 << 30
+
+
+class _Cublas:
+    """cuBLAS's matrix product, called directly: CuPy's own calls refuse to be captured in a graph."""
+
+    def __init__(self, cupy: Any) -> None:
+        """Finds the library that CuPy has loaded. All calls must come in one stream's order."""
+        cupy.cuda.device.get_cublas_handle()
+        with open("/proc/self/maps", encoding="utf-8") as maps:
+            path = next((line.split()[-1] for line in maps if "/libcublas.so" in line), None)
+        if path is None:
+            raise DemoError("the cuBLAS that CuPy uses was not found")
+        self._cuda, self._library = cupy.cuda, ctypes.CDLL(path)
+        self._handle, self._stream = ctypes.c_void_p(), None
+        # cuBLAS would otherwise allocate in the middle of a capture.
+        self._workspace = cupy.empty(_CUBLAS_WORKSPACE_BYTES, cupy.uint8)
+        self._call("cublasCreate_v2", ctypes.byref(self._handle))
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._library, name)(*arguments)
+        if status != 0:
+            raise DemoError(f"{name} failed with status {status}")
+
+    def multiply(self, x: Array, weight: Array, out: Array) -> None:
+        """out = x @ weight.T, accumulated in float32; row-major arrays are their transposes to cuBLAS: out.T = weight @ x.T."""
+        stream = self._cuda.get_current_stream().ptr
+        if stream != self._stream:  # which resets the workspace
+            size = ctypes.c_size_t(_CUBLAS_WORKSPACE_BYTES)
+            self._call("cublasSetStream_v2", self._handle, ctypes.c_void_p(stream))
+            self._call("cublasSetWorkspace_v2", self._handle, ctypes.c_void_p(self._workspace.data.ptr), size)
+            self._stream = stream
+        rows, inner, columns = x.shape[0], x.shape[1], weight.shape[0]
+        kind = _CUDA_TYPES[x.dtype.name]
+        one, zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
+        self._call(
+            "cublasGemmEx", self._handle, _CUBLAS_OP_T, _CUBLAS_OP_N, columns, rows, inner,
+            ctypes.byref(one), ctypes.c_void_p(weight.data.ptr), kind, inner, ctypes.c_void_p(x.data.ptr), kind, inner,
+            ctypes.byref(zero), ctypes.c_void_p(out.data.ptr), kind, columns, _CUBLAS_COMPUTE_32F, _CUBLAS_GEMM_DEFAULT,
+        )  # fmt: skip
 
 
 class CupyBackend(Backend):
@@ -91,10 +143,15 @@ class CupyBackend(Backend):
 
     device = "cuda"
     label = "CuPy"
+    has_graphs = True
 
     def __init__(self, cupy: Any) -> None:
         """Takes the module, which only exists where CuPy is installed."""
         self.xp = cupy
+        # What graphs write on their way is theirs: no other array may get this memory.
+        self._graph_pool = cupy.cuda.MemoryPool()
+        self._graph_stream = cupy.cuda.Stream(non_blocking=True)
+        self._cublas: _Cublas | None = None
 
     def array(self, host: Any, dtype: Any = None) -> Array:
         """A copy on the GPU."""
@@ -120,28 +177,32 @@ class CupyBackend(Backend):
         """As on the CPU."""
         if isinstance(weight, tuple):
             return self.quantized(x, weight, bias)
-        out = self._matmul_bf16(x, weight) if x.dtype.name == "bfloat16" else self.xp.matmul(x, weight.T)
+        if self._cublas is None:
+            self._cublas = _Cublas(self.xp)
+        out = self.xp.empty((x.shape[0], weight.shape[0]), x.dtype)
+        if out.size > 0:
+            self._cublas.multiply(self.xp.ascontiguousarray(x), weight, out)
         if bias is not None:
             out = (out + bias).astype(x.dtype, copy=False)
         return out
 
-    def _matmul_bf16(self, x: Array, weight: Array) -> Array:
-        """`x @ weight.T` by cuBLAS, which sees row-major arrays as their transposes: out.T = weight @ x.T."""
-        from cupy.cuda import device
-        from cupy_backends.cuda.libs import cublas  # type: ignore[import-not-found, unused-ignore]
+    def assign(self, array: Array, host: np.ndarray) -> None:
+        """As on the CPU, on the current stream."""
+        array.set(host)
 
-        rows, inner, columns = x.shape[0], x.shape[1], weight.shape[0]
-        x = self.xp.ascontiguousarray(x)
-        out = self.xp.empty((rows, columns), dtype=x.dtype)
-        if out.size == 0:
-            return out
-        one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
-        cublas.gemmEx(
-            device.get_cublas_handle(), cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, columns, rows, inner,
-            one.ctypes.data, weight.data.ptr, _CUDA_R_16BF, inner, x.data.ptr, _CUDA_R_16BF, inner,
-            zero.ctypes.data, out.data.ptr, _CUDA_R_16BF, columns, _CUBLAS_COMPUTE_32F, _CUBLAS_GEMM_DEFAULT,
-        )  # fmt: skip
-        return out
+    def capture(self, call: Callable[[], Array]) -> tuple[Callable[[], None], Array]:
+        """Runs a call, and then captures it, on a stream of its own; replays run on the current stream, one at a time."""
+        cuda = self.xp.cuda
+        cuda.Device().synchronize()
+        with self._graph_stream as stream, cuda.using_allocator(self._graph_pool.malloc):
+            call()  # compiles CuPy's kernels and takes the memory
+            stream.begin_capture()
+            try:
+                result = call()
+            finally:
+                graph = stream.end_capture()
+        cuda.Device().synchronize()
+        return (lambda: graph.launch(cuda.get_current_stream())), result
 
     def free_bytes(self) -> int:
         """Half of the GPU memory that is free now."""

@@ -18,7 +18,9 @@ import numpy as np
 
 import quire
 from quire.demo import DemoError
+from quire.demo.backend import Array
 from quire.demo.cache import PagedCache
+from quire.demo.graphs import DecodeGraphs
 from quire.demo.model import Batch, Model
 from quire.demo.sampling import SamplingParams, sample
 
@@ -84,7 +86,7 @@ class Engine:
     num_blocks, block_size: the KV cache. max_batch_tokens: tokens computed per step at most, the budget that
     splits long prompts into chunks. max_num_seqs: sequences that run at once at most. kv_dtype: a key of
     cache.KV_DTYPES, by default the model's dtype; a quantized cache is calibrated on the prompts that wait at
-    the first step.
+    the first step. cuda_graphs: on a GPU, steps that decode one token of each sequence replay a CUDA graph.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Engine:
         max_num_seqs: int = 32,
         kv_dtype: str | None = None,
         prefix_cache: bool = True,
+        cuda_graphs: bool = True,
     ) -> None:
         """Allocates the cache and the batch's host arrays; raises DemoError where the cache does not fit."""
         self.model = model
@@ -114,6 +117,9 @@ class Engine:
             query_start_loc=np.empty(max_num_seqs + 1, np.int32),
             positions=np.empty(max_batch_tokens, np.int64),
         )
+        self.graphs: DecodeGraphs | None = None
+        if cuda_graphs and DecodeGraphs.fit(model):
+            self.graphs = DecodeGraphs(model, self.cache, max_num_seqs, max_blocks_per_seq)
         # With a window in every layer, blocks that all windows have left behind can be given back early.
         windows = model.config.windows
         self._window = max(w for w in windows if w is not None) if None not in windows else None
@@ -173,12 +179,15 @@ class Engine:
         scheduled = self._schedule()
         if not scheduled:
             return []
-        batch = self._build_batch(scheduled)
-        logits = self.model(batch, self.cache)
-
         # A request whose last known token was computed gets its next one; others were in the middle of their
         # prompt.
         due = [r for r, count in scheduled if r.num_computed + count == len(r.token_ids)]
+        is_decode = len(due) == len(scheduled) and all(count == 1 for _, count in scheduled)
+        max_blocks = self._fill_arrays(scheduled)
+        if is_decode and self.graphs is not None:
+            logits = self._replay(due, max_blocks)
+        else:
+            logits = self.model(self._build_batch(scheduled, max_blocks, is_decode), self.cache)
         tokens = sample(logits, [r.params for r in due], [len(r.output_ids) for r in due], self.model.backend)
         for request, count in scheduled:
             request.num_computed += count
@@ -260,33 +269,48 @@ class Engine:
             pairs = self.model.backend.array(np.asarray(copies).reshape(-1, 2), np.int64)
             self.cache.pool.copy_blocks(pairs)
 
-    def _build_batch(self, scheduled: list[tuple[Request, int]]) -> Batch:
-        """Lets the allocator fill the host arrays and takes the used part of them to the device."""
-        arrays, to_device = self._arrays, self.model.backend.array
-        counts = [count for _, count in scheduled]
+    def _fill_arrays(self, scheduled: list[tuple[Request, int]]) -> int:
+        """Lets the allocator fill the host arrays; returns the blocks of the longest sequence."""
+        arrays = self._arrays
         self.allocator.write_batch(
             [request.request_id for request, _ in scheduled],
-            counts,
+            [count for _, count in scheduled],
             block_tables=arrays.block_tables,
             slot_mapping=arrays.slot_mapping,
             seq_lens=arrays.seq_lens,
             query_start_loc=arrays.query_start_loc,
             positions=arrays.positions,
         )
-        num_seqs, num_tokens = len(scheduled), sum(counts)
+        return -(-int(arrays.seq_lens[: len(scheduled)].max()) // self.block_size)
+
+    def _replay(self, decoding: list[Request], max_blocks: int) -> Array:
+        """The logits of a step that decodes one token of each request, by a CUDA graph."""
+        arrays, num_seqs = self._arrays, len(decoding)
+        assert self.graphs is not None
+        return self.graphs.run(
+            [request.token_ids[-1] for request in decoding],
+            arrays.positions[:num_seqs],
+            arrays.slot_mapping[:num_seqs],
+            arrays.block_tables[:num_seqs, :max_blocks],
+            arrays.seq_lens[:num_seqs],
+        )
+
+    def _build_batch(self, scheduled: list[tuple[Request, int]], max_blocks: int, is_decode: bool) -> Batch:
+        """Takes the used part of the host arrays to the device."""
+        arrays, to_device = self._arrays, self.model.backend.array
+        num_seqs, num_tokens = len(scheduled), sum(count for _, count in scheduled)
         ends = arrays.query_start_loc[1 : num_seqs + 1]
         token_ids = [
             i for r, count in scheduled for i in r.token_ids[r.num_computed : r.num_computed + count]
         ]
         due = [r.num_computed + count == len(r.token_ids) for r, count in scheduled]
-        max_blocks = -(-int(arrays.seq_lens[:num_seqs].max()) // self.block_size)
         return Batch(
             token_ids=to_device(token_ids, np.int64),
             positions=to_device(arrays.positions[:num_tokens]),
             slot_mapping=to_device(arrays.slot_mapping[:num_tokens]),
             block_tables=to_device(arrays.block_tables[:num_seqs, :max_blocks]),
             seq_lens=to_device(arrays.seq_lens[:num_seqs]),
-            query_start_loc=to_device(arrays.query_start_loc[: num_seqs + 1]),
+            query_start_loc=None if is_decode else to_device(arrays.query_start_loc[: num_seqs + 1]),
             logit_rows=to_device(ends[due] - 1, np.int64),
         )
 

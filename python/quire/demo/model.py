@@ -35,7 +35,7 @@ class Batch:
     slot_mapping: Array  # int64 [num_tokens]
     block_tables: Array  # int32 [num_seqs, max_blocks_per_seq]
     seq_lens: Array  # int32 [num_seqs]
-    query_start_loc: Array  # int32 [num_seqs + 1]
+    query_start_loc: Array | None  # int32 [num_seqs + 1]; None: one token of each sequence
     logit_rows: Array  # int64 [num_logits]: the tokens whose next token is wanted
 
 

@@ -1,0 +1,300 @@
+// quantized_matmul on wgmma for up to 64 tokens: the weight is read once, at the memory's rate. sm_90a.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda.h>
+
+#include <algorithm>
+
+#include "cuda/device/async_copy.cuh"
+#include "cuda/device/cluster.cuh"
+#include "cuda/device/dependent_launch.cuh"
+#include "cuda/device/tma.cuh"
+#include "cuda/quantization/w4a16.cuh"
+#include "cuda/quantization/w4a16_wgmma_parts.cuh"
+
+namespace quire::cuda::w4a16 {
+
+/// One launch. A tile is 64 rows for each of the warpgroups side by side along N x all tokens; the other warpgroups share its columns. A cluster's CTAs
+/// have a tile, a chunk of the columns each; without clusters a CTA has the tiles c, c + num_ctas, ...
+struct FewPlan {
+  Layout layout;
+  void* out = nullptr;  // [num_tokens, num_rows]
+  const void* bias = nullptr;  // [num_rows] or null
+  std::int64_t out_stride = 0, num_rows = 0;
+  int num_tokens = 0;
+  int row_groups_log2 = 0;  // warpgroups along N
+  int num_tiles = 0;
+  int cluster_ctas = 1;
+  int chunk_steps = 0;  // of 64 columns, a multiple of those of a stage
+  int num_stages = 0, stage_bytes = 0;
+  int panel_bytes = 0;  // of x: 64 columns of all tokens
+  int num_stage_groups = 0;  // entries of a stage, for each row
+  int group_shift = 0;  // 32 columns c are of group c >> group_shift
+  int sums_at = 0;  // in shared memory, behind the stages; 0 if a CTA has one tile: they lie where its stages did
+  DType bias_dtype = DType::kFloat16;
+  bool stores_vectors = false;  // rows of out are 16-byte aligned
+  bool waits = false;  // for a predecessor that writes x
+};
+
+/// What the copy engine reads: x [panels of 64 columns, tokens, 64], codes and entries as WgmmaMaps has them.
+struct FewMaps {
+  CUtensorMap x, codes, entries;
+};
+
+constexpr int kMaxFewTokens = 64;
+constexpr int kFewWarpgroups = 4;  // that multiply
+constexpr int kFewThreads = 128 * kFewWarpgroups + 32;
+constexpr int kFewStepsOfWarpgroup = 2;  // in a stage
+constexpr int kFewStageUnits = kFewWarpgroups * kFewStepsOfWarpgroup;  // of 64 rows x 64 columns
+constexpr int kFewMaxStages = 12;
+constexpr int kFewStoreBytes = 4 * kFewWarpgroups * 8 * kStoreRowBytes;
+constexpr int kFewStagesAt = (kFewStoreBytes + 256 + 1023) / 1024 * 1024;  // behind what stores need, and barriers
+constexpr int kFewFixedBytes = 1024 + kFewStagesAt;  // 1024 to align
+
+/// Room for the parts of sums that a CTA adds up.
+QUIRE_HOST_DEVICE constexpr int few_sum_bytes(int num_tokens, int row_groups_log2, int cluster_ctas) {
+  const int num_parts = cluster_ctas * (kFewWarpgroups >> row_groups_log2), num_pieces = ((num_tokens + 7) / 8) << row_groups_log2;
+  return num_parts == 1 ? 0
+                        : static_cast<int>(ceil_div(num_pieces, kFewWarpgroups * cluster_ctas)) * kFewWarpgroups * num_parts * 64 * 8 * 4;
+}
+
+/// Grid: the CTAs of all clusters, or up to one for each SM. A warp brings x, codes and scales of a stage by three tensor copies. Each of four
+/// warpgroups turns its 64 rows' codes of 128 columns into fragments of A, the integers that they are, while the tensor cores work on those before;
+/// the products of a group are multiplied by its scale in float32.
+template <bool kBf16, int kBits, bool kSmallGroups, int kTokens>
+__global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(const __grid_constant__ FewPlan plan,
+                                                                              const __grid_constant__ FewMaps maps) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int kSums = kTokens / 2;  // of a thread
+  constexpr int kSlices = 4 * kFewStepsOfWarpgroup;  // of 16 columns, in a stage
+  constexpr int kGroupSlices = kSmallGroups ? 2 : kSlices;
+  constexpr int kPhaseSlices = kSmallGroups || kTokens == 64 ? 2 : 4;  // fragments that are made at a time
+  constexpr int kStepBytes = kBlockUnits * unit_bytes(kBits);
+  extern __shared__ std::uint8_t shared_raw[];
+  std::uint8_t* shared = shared_raw + (1024 - device::shared_address(shared_raw) % 1024) % 1024;
+  std::uint8_t* store_space = shared;
+  auto* barriers = reinterpret_cast<std::uint64_t*>(shared + kFewStoreBytes);  // full, empty
+  std::uint8_t* stages = shared + kFewStagesAt;
+  const std::uint32_t full = device::shared_address(barriers), empty = full + 8 * kFewMaxStages;
+
+  const Layout& layout = plan.layout;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
+  if (plan.cluster_ctas > 1) device::cluster_arrive();  // its end is awaited before one CTA writes to another
+  if (warp == 4 * kFewWarpgroups) {
+    if (lane == 0) {
+      for (int i = 0; i < plan.num_stages; ++i) {
+        device::barrier_init(full + 8 * i, 1);
+        device::barrier_init(empty + 8 * i, 4 * kFewWarpgroups);
+      }
+      device::barrier_init_fence();
+    }
+    __syncwarp();
+    device::named_barrier_arrive(2, kFewThreads);
+  } else {
+    device::named_barrier_sync(2, kFewThreads);
+  }
+
+  const int row_groups = 1 << plan.row_groups_log2, column_groups = kFewWarpgroups >> plan.row_groups_log2;
+  const int stage_steps = column_groups * kFewStepsOfWarpgroup;
+  const int rank = plan.cluster_ctas > 1 ? device::cluster_rank() : 0;
+  const int first_step = rank * plan.chunk_steps, last_step = min(first_step + plan.chunk_steps, layout.num_steps);
+  const int first_tile = static_cast<int>(blockIdx.x) / plan.cluster_ctas;
+  const int tiles_at_once = static_cast<int>(gridDim.x) / plan.cluster_ctas;
+  const int x_bytes = stage_steps * plan.panel_bytes, code_bytes = kFewStageUnits * kStepBytes;
+  const int entry_row_bytes = kBlockUnits * 8 * layout.entry_bytes;  // of 64 rows and a group
+
+  if (warp == 4 * kFewWarpgroups) {
+    // ---- Copies ----
+    if (lane != 0) return;
+    const int bytes = x_bytes + code_bytes + row_groups * plan.num_stage_groups * entry_row_bytes;
+    const auto copy_x = [&](int slot, int step) {
+      device::copy_box(device::shared_address(stages) + static_cast<std::uint32_t>(slot * plan.stage_bytes), &maps.x, full + 8 * slot, 0, 0,
+                       step, 0);
+    };
+    int slot = 0, ahead = plan.waits ? plan.num_stages : 0;  // stages whose x has to wait
+    std::uint32_t parity = 0;
+    const auto end_wait = [&] {
+      device::wait_for_predecessor();
+      const int behind = plan.num_stages - ahead;
+      ahead = 0;
+      for (int i = 0; i < behind; ++i) copy_x(i, first_step + i * stage_steps);
+    };
+    for (int tile = first_tile; tile < plan.num_tiles; tile += tiles_at_once) {
+#pragma unroll 1
+      for (int k = first_step; k < last_step; k += stage_steps) {
+        const std::uint32_t at = device::shared_address(stages) + static_cast<std::uint32_t>(slot * plan.stage_bytes),
+                            ready = full + 8 * slot;
+        device::barrier_wait(empty + 8 * slot, parity ^ 1);
+        device::barrier_arrive_expect(ready, bytes);
+        device::copy_box(at + x_bytes, &maps.codes, ready, 0, k * (kBits == 8 ? 2 : 1), tile * row_groups, 0);
+        device::copy_box(at + x_bytes + code_bytes, &maps.entries, ready, 0, (2 * k) >> plan.group_shift, tile * row_groups, 0);
+        if (ahead == 0) {
+          copy_x(slot, k);
+        } else if (--ahead == 0) {
+          end_wait();
+        }
+        if (++slot == plan.num_stages) slot = 0, parity ^= 1;
+      }
+      // No stage is used twice before x is there.
+      if (ahead > 0) end_wait();
+    }
+    return;
+  }
+
+  // ---- Products ----
+  const int warpgroup = warp / 4, unit = warp % 4, group_thread = thread % 128;
+  const int row_group = warpgroup & (row_groups - 1), column_group = warpgroup >> plan.row_groups_log2;
+  const int own_step = column_group * kFewStepsOfWarpgroup;  // the first in a stage
+  const int codes_at = x_bytes + (row_group * stage_steps + own_step) * kStepBytes + unit * unit_bytes(kBits) + 16 * lane;
+  const int entries_at =
+      x_bytes + code_bytes + row_group * plan.num_stage_groups * entry_row_bytes + (8 * unit + lane / 4) * layout.entry_bytes;
+  const std::uint32_t x_at =
+      device::matrix_descriptor(device::shared_address(stages) + static_cast<std::uint32_t>(own_step * plan.panel_bytes), 0);
+  const std::uint32_t panel_step = static_cast<std::uint32_t>(plan.panel_bytes) >> 4,
+                      stage_step = static_cast<std::uint32_t>(plan.stage_bytes) >> 4;
+  std::uint8_t* space = store_space + warp * (8 * kStoreRowBytes);
+  const int num_token_groups = (plan.num_tokens + 7) / 8;
+
+  float acc[kSums] = {}, product[kSums] = {};
+  std::uint32_t fragments[2][kPhaseSlices][4];
+  constexpr std::uint32_t kMiddle = kBits == 4 ? 8 : 128;
+  std::uint32_t lower = zero_term<kBits, kBf16, false>(kMiddle), upper = zero_term<kBits, kBf16, true>(kMiddle);
+  int slot = 0;
+  std::uint32_t parity = 0;
+  for (int tile = first_tile; tile < plan.num_tiles; tile += tiles_at_once) {
+    float scales[2] = {0.0f, 0.0f};
+    int previous = -1;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) acc[i] = product[i] = 0.0f;
+    const auto finish_group = [&] {
+      device::wgmma_wait<0>();
+      device::pin_registers(product);
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) acc[i] = fmaf(scales[i / 2 % 2], product[i], acc[i]);
+    };
+#pragma unroll 1
+    for (int k = first_step; k < last_step; k += stage_steps) {
+      const std::uint8_t* stage = stages + slot * plan.stage_bytes;
+      const std::uint32_t x = x_at + static_cast<std::uint32_t>(slot) * stage_step;
+      device::barrier_wait(full + 8 * slot, parity);
+      std::uint32_t words[kBits];
+      float next_scales[2];
+      const auto phase = [&](auto constant) {
+        constexpr int kPhase = decltype(constant)::value, kFirst = kPhase * kPhaseSlices;
+        auto& a = fragments[kPhase % 2];
+        if constexpr (kFirst % 4 == 0) {
+#pragma unroll
+          for (int i = 0; i < kBits / 4; ++i) {
+            const uint4 loaded = *reinterpret_cast<const uint4*>(stage + codes_at + kFirst / 4 * kStepBytes + 512 * i);
+            words[4 * i] = loaded.x;
+            words[4 * i + 1] = loaded.y;
+            words[4 * i + 2] = loaded.z;
+            words[4 * i + 3] = loaded.w;
+          }
+        }
+        if constexpr (kFirst % kGroupSlices == 0) {
+          const int entry = (2 * own_step + kFirst / 2) >> plan.group_shift;
+          const RowPair rows = load_any_entry<kBits>(stage + entries_at + entry * entry_row_bytes, layout);
+          if (layout.has_zeros) {
+            lower = zero_term<kBits, kBf16, false>(rows.zero[0]);
+            upper = zero_term<kBits, kBf16, true>(rows.zero[1]);
+          }
+          next_scales[0] = rows.scale[0], next_scales[1] = rows.scale[1];
+        }
+        device::wgmma_wait<1>();  // the tensor cores are done with these fragments
+        dequantize<kBits, kBf16, kFirst % 4>(a[0], words, lower, upper);
+        dequantize<kBits, kBf16, kFirst % 4 + 1>(a[1], words, lower, upper);
+        if constexpr (kPhaseSlices == 4) {
+          dequantize<kBits, kBf16, 2>(a[2], words, lower, upper);
+          dequantize<kBits, kBf16, 3>(a[3], words, lower, upper);
+        }
+        if constexpr (kFirst % kGroupSlices == 0) {
+          finish_group();
+          scales[0] = next_scales[0], scales[1] = next_scales[1];
+          if (kPhase == 0 && previous >= 0 && lane == 0) device::barrier_arrive(empty + 8 * previous);
+        }
+        device::wgmma_fence();
+#pragma unroll
+        for (int s = 0; s < kPhaseSlices; ++s) {
+          WgmmaCodes<kTokens, kBf16>::product(product, a[s], x + kFirst / 4 * panel_step + 2 * (kFirst % 4 + s),
+                                              kFirst % kGroupSlices == 0 && s == 0 ? 0 : 1);
+        }
+        device::wgmma_commit();
+      };
+      phase(std::integral_constant<int, 0>{});
+      phase(std::integral_constant<int, 1>{});
+      if constexpr (kPhaseSlices == 2) {
+        phase(std::integral_constant<int, 2>{});
+        phase(std::integral_constant<int, 3>{});
+      }
+      previous = slot;
+      if (++slot == plan.num_stages) slot = 0, parity ^= 1;
+    }
+    finish_group();
+    if (previous >= 0 && lane == 0) device::barrier_arrive(empty + 8 * previous);
+
+    // ---- Sums of eight tokens: warpgroups, and a cluster's CTAs, take turns ----
+    const std::int64_t tile_row = std::int64_t{tile} * row_groups * kBlockRows + unit * kUnitRows;
+    if (column_groups * plan.cluster_ctas == 1) {
+      float bias[2];
+      const std::int64_t row = tile_row + row_group * kBlockRows;
+      load_row_bias(bias, plan.bias, plan.bias_dtype, row + lane / 4, plan.num_rows);
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) {
+        if (j >= num_token_groups) break;
+        store_tokens<kBf16, 1>(space, reinterpret_cast<const float (&)[4]>(acc[4 * j]), bias, plan, 8 * j, row);
+      }
+      continue;
+    }
+    // Piece i, of 64 rows and eight tokens, goes to warpgroup i % 4 of the CTA of rank i / 4 % cluster_ctas, which has room for its parts: of all CTAs
+    // and, of each, of the warpgroups that share columns.
+    const int num_pieces = num_token_groups << plan.row_groups_log2, num_parts = plan.cluster_ctas * column_groups;
+    float4* sums = reinterpret_cast<float4*>(stages + plan.sums_at) + group_thread;
+    if (plan.cluster_ctas > 1) {
+      device::cluster_wait();
+      if (plan.sums_at == 0) device::cluster_sync();  // nobody reads stages any more
+    } else {
+      device::named_barrier_sync(1, 128 * kFewWarpgroups);  // the last tile's sums were read, and stages, where these are
+    }
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+      if (j >= num_token_groups) break;
+      const int piece = j << plan.row_groups_log2 | row_group, turn = piece / (kFewWarpgroups * plan.cluster_ctas);
+      float4* to = sums + ((turn * kFewWarpgroups + piece % kFewWarpgroups) * num_parts + rank * column_groups + column_group) * 128;
+      if (plan.cluster_ctas > 1) {
+        device::store_cluster_16(device::address_in_cta(device::shared_address(to), piece / kFewWarpgroups % plan.cluster_ctas), acc[4 * j],
+                                 acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+      } else {
+        *to = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+      }
+    }
+    if (plan.cluster_ctas > 1) {
+      device::cluster_sync();
+    } else {
+      device::named_barrier_sync(1, 128 * kFewWarpgroups);
+    }
+    const float4* from = sums + warpgroup * num_parts * 128;
+#pragma unroll 1
+    for (int piece = rank * kFewWarpgroups + warpgroup; piece < num_pieces; piece += plan.cluster_ctas * kFewWarpgroups) {
+      float bias[2], total[4] = {};
+      const std::int64_t row = tile_row + (piece & (row_groups - 1)) * kBlockRows;
+      load_row_bias(bias, plan.bias, plan.bias_dtype, row + lane / 4, plan.num_rows);
+#pragma unroll 4
+      for (int part = 0; part < num_parts; ++part) {
+        const float4 sum = from[part * 128];
+        total[0] += sum.x;
+        total[1] += sum.y;
+        total[2] += sum.z;
+        total[3] += sum.w;
+      }
+      store_tokens<kBf16, 1>(space, total, bias, plan, piece >> plan.row_groups_log2 << 3, row);
+      from += kFewWarpgroups * num_parts * 128;
+    }
+    if (plan.cluster_ctas > 1) return;
+  }
+#endif
+}
+
+}  // namespace quire::cuda::w4a16
