@@ -78,6 +78,7 @@ if(quire_cuda STREQUAL "pypi")
   # find_package(CUDAToolkit) wants libcudart.so, which the wheels name otherwise.
   find_package(Threads REQUIRED)
   target_link_libraries(quire_cudart INTERFACE ${quire_cuda_root}/lib/libcudart_static.a Threads::Threads ${CMAKE_DL_LIBS} rt)
+  target_include_directories(quire_cudart SYSTEM INTERFACE $<BUILD_INTERFACE:${quire_cuda_root}/include>)
 else()
   find_package(CUDAToolkit REQUIRED)
   target_link_libraries(quire_cudart INTERFACE CUDA::cudart_static)

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstddef>
 
+#include "core/dispatch.h"
+
 namespace quire {
 namespace {
 
@@ -63,6 +65,10 @@ bool overlaps_itself(const TensorView& t) {
 }
 
 }  // namespace
+
+void throw_unsupported_dtype(const char* op, DType dtype, const char* supported) {
+  throw UnsupportedError(message(op, "dtype", supported, name(dtype)));
+}
 
 std::string describe(Device device) {
   return device.type == DeviceType::kCPU ? std::string("cpu") : "cuda:" + std::to_string(device.index);

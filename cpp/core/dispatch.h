@@ -3,20 +3,16 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <type_traits>
 
 #include "quire/dtype.h"
-#include "quire/error.h"
 
 namespace quire {
 
 template <DType kDType>
 using DTypeConstant = std::integral_constant<DType, kDType>;
 
-[[noreturn]] inline void throw_unsupported_dtype(const char* op, DType dtype, const char* supported) {
-  throw UnsupportedError(std::string("[") + op + "] dtype: expected " + supported + ", got " + name(dtype));
-}
+[[noreturn]] void throw_unsupported_dtype(const char* op, DType dtype, const char* supported);
 
 /// Calls f(DTypeConstant<d>) for float32, float16 and bfloat16.
 template <typename F>

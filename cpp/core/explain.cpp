@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "core/explain_vectors.h"
 #include "cpu/isa/dispatch.h"
 
 namespace quire {

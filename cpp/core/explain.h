@@ -20,10 +20,6 @@ bool is_validation(const Explanation* explanation);
 /// Which backends of an op choose between kernels, and answer for themselves.
 enum class Explains { kNeither, kCuda, kBoth };
 
-/// The answer of a backend that reads and writes 16 bytes at once where it can. `obstacle` is null, or the argument that keeps it from that.
-/// True if it was asked: then nothing is to be run.
-bool explain_vectors(const char* obstacle);
-
 /// The answer of an op with one CUDA kernel.
 void explain_only_kernel(Explanation& explanation);
 

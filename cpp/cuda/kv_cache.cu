@@ -6,11 +6,12 @@
 #include <type_traits>
 
 #include "core/dispatch.h"
-#include "core/explain.h"
+#include "core/explain_vectors.h"
 #include "cuda/device/divisor.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
 #include "ops/kv_cache.h"
+#include "quire/error.h"
 
 namespace quire::cuda {
 namespace {
@@ -131,55 +132,57 @@ __global__ void __maxnreg__(kRegisters) kv_kernel(const __grid_constant__ KvKern
   }
 }
 
-template <bool kWrite, bool kRaw, typename T, typename CacheT, int kVec, int kUnroll, int kRegisters>
-void launch_kv_of(KvKernelParams p, int threads, const char* name, Stream stream) {
-  p.vectors_per_head = p.head_dim / kVec;
+// One kernel, as the launcher needs it: its code is not a template, as there are many kernels.
+struct KvKernel {
+  void (*kernel)(KvKernelParams);
+  int vec, unroll;  // elements of a vector; tokens of a thread
+};
+
+void launch_kv_of(const KvKernel& choice, KvKernelParams p, const char* name, Stream stream) {
+  p.vectors_per_head = p.head_dim / static_cast<std::uint32_t>(choice.vec);
   p.num_vectors = p.num_heads * p.vectors_per_head;
-  p.num_chunks = static_cast<std::uint32_t>(ceil_div(p.num_vectors, 2 * threads));
+  p.num_chunks = static_cast<std::uint32_t>(ceil_div(p.num_vectors, 2 * kThreads));
   const dim3 block(static_cast<unsigned>(ceil_div(p.num_vectors, p.num_chunks)));
-  const unsigned rows = std::max(1u, threads / block.x);
+  const unsigned rows = std::max(1u, kThreads / block.x);
   // As many tokens per thread as leave one round of threads to every SM.
   const std::int64_t round = kResidentThreads * current_device_properties().num_sms;
   p.tokens_per_thread =
-      static_cast<std::uint32_t>(std::clamp<std::int64_t>((2 * p.num_tokens * p.num_vectors + round / 2) / round, 1, kUnroll));
+      static_cast<std::uint32_t>(std::clamp<std::int64_t>((2 * p.num_tokens * p.num_vectors + round / 2) / round, 1, choice.unroll));
   p.block_shift = std::has_single_bit(p.block_size) ? std::countr_zero(p.block_size) : -1;
   const std::int64_t tile_tokens = rows * p.tokens_per_thread, tiles_per_launch = 0x7fffffff / (2 * p.num_chunks);
   for (; p.first_token < p.num_tokens; p.first_token += tiles_per_launch * tile_tokens) {
     const std::int64_t num_tiles = std::min(ceil_div(p.num_tokens - p.first_token, tile_tokens), tiles_per_launch);
-    kv_kernel<kWrite, kRaw, T, CacheT, kVec, kUnroll, kRegisters>
-        <<<static_cast<unsigned>(2 * p.num_chunks * num_tiles), dim3(block.x, rows), 0, cuda_stream(stream)>>>(p);
+    choice.kernel<<<static_cast<unsigned>(2 * p.num_chunks * num_tiles), dim3(block.x, rows), 0, cuda_stream(stream)>>>(p);
     QUIRE_CHECK_LAUNCH(name, stream);
   }
 }
 
-template <bool kWrite, bool kRaw, typename T, typename CacheT, int kVec>
-void launch_kv(const KvKernelParams& p, const char* name, Stream stream) {
-  // Copies have the registers for many tokens. Conversions gain more from threads, and rare pairs of types get less code.
-  constexpr bool kCopiesVectors = kRaw && kVec > 1;
-  launch_kv_of<kWrite, kRaw, T, CacheT, kVec, kCopiesVectors ? 8 : 1, kCopiesVectors ? 72 : 40>(p, kThreads, name, stream);
+// `item_bytes` and `cache_item_bytes` are the sizes of T and CacheT.
+void launch_kv_vectors(const KvKernel& vectors, const KvKernel& elements, std::int64_t item_bytes, std::int64_t cache_item_bytes,
+                       const KvKernelParams& p, const char* name, Stream stream) {
+  const auto side_is_aligned = [&](const KvSide& side) {
+    return is_aligned(side.tokens, 16) && keeps_alignment(p.num_tokens, side.token_stride, item_bytes, 16) &&
+           keeps_alignment(p.num_heads, side.head_stride, item_bytes, 16) && is_aligned(side.cache, 16) &&
+           keeps_alignment(0, side.cache_block_stride, cache_item_bytes, 16) &&
+           keeps_alignment(p.block_size, side.cache_slot_stride, cache_item_bytes, 16) &&
+           keeps_alignment(p.num_heads, side.cache_head_stride, cache_item_bytes, 16);
+  };
+  const char* const obstacle = p.head_dim % static_cast<std::uint32_t>(vectors.vec) != 0 ? "head_dim"
+                               : !side_is_aligned(p.sides[0])                            ? "k or k_cache"
+                               : !side_is_aligned(p.sides[1])                            ? "v or v_cache"
+                                                                                         : nullptr;
+  if (explain_vectors(obstacle)) return;
+  launch_kv_of(obstacle == nullptr ? vectors : elements, p, name, stream);
 }
 
 template <bool kWrite, bool kRaw, typename T, typename CacheT>
-void launch_kv_vectors(const KvKernelParams& p, const char* name, Stream stream) {
+void launch_kv(const KvKernelParams& p, const char* name, Stream stream) {
   // Both sides move in pieces of 16 bytes, or several times 16.
-  constexpr int kVec = 16 / static_cast<int>(std::min(sizeof(T), sizeof(CacheT)));
-  const auto side_is_aligned = [&](const KvSide& side) {
-    return is_aligned(side.tokens, 16) && keeps_alignment(p.num_tokens, side.token_stride, sizeof(T), 16) &&
-           keeps_alignment(p.num_heads, side.head_stride, sizeof(T), 16) && is_aligned(side.cache, 16) &&
-           keeps_alignment(0, side.cache_block_stride, sizeof(CacheT), 16) &&
-           keeps_alignment(p.block_size, side.cache_slot_stride, sizeof(CacheT), 16) &&
-           keeps_alignment(p.num_heads, side.cache_head_stride, sizeof(CacheT), 16);
-  };
-  const char* const obstacle = p.head_dim % kVec != 0         ? "head_dim"
-                               : !side_is_aligned(p.sides[0]) ? "k or k_cache"
-                               : !side_is_aligned(p.sides[1]) ? "v or v_cache"
-                                                              : nullptr;
-  if (explain_vectors(obstacle)) return;
-  if (obstacle == nullptr) {
-    launch_kv<kWrite, kRaw, T, CacheT, kVec>(p, name, stream);
-  } else {
-    launch_kv<kWrite, kRaw, T, CacheT, 1>(p, name, stream);
-  }
+  constexpr int kVec = 16 / static_cast<int>(sizeof(T) < sizeof(CacheT) ? sizeof(T) : sizeof(CacheT));
+  // Copies have the registers for many tokens. Conversions gain more from threads, and rare pairs of types get less code.
+  constexpr int kUnroll = kRaw ? 8 : 1, kRegisters = kRaw ? 72 : 40;
+  launch_kv_vectors({kv_kernel<kWrite, kRaw, T, CacheT, kVec, kUnroll, kRegisters>, kVec, kUnroll},
+                    {kv_kernel<kWrite, kRaw, T, CacheT, 1, 1, 40>, 1, 1}, sizeof(T), sizeof(CacheT), p, name, stream);
 }
 
 template <bool kWrite>
@@ -222,14 +225,14 @@ void move_kv(const KvParams& params, const char* name, Stream stream) {
     p.num_heads = 1;
   }
   if (params.dtype == params.cache_dtype) {
-    if (params.dtype == DType::kFloat32) return launch_kv_vectors<kWrite, true, std::uint32_t, std::uint32_t>(p, name, stream);
-    return launch_kv_vectors<kWrite, true, std::uint16_t, std::uint16_t>(p, name, stream);
+    if (params.dtype == DType::kFloat32) return launch_kv<kWrite, true, std::uint32_t, std::uint32_t>(p, name, stream);
+    return launch_kv<kWrite, true, std::uint16_t, std::uint16_t>(p, name, stream);
   }
   dispatch_float(params.dtype, name, [&](auto dtype) {
     using T = Element<decltype(dtype)::value>;
     dispatch_kv(params.cache_dtype, name, [&](auto cache_dtype) {
       using CacheT = Element<decltype(cache_dtype)::value>;
-      if constexpr (!std::is_same_v<T, CacheT>) launch_kv_vectors<kWrite, false, T, CacheT>(p, name, stream);
+      if constexpr (!std::is_same_v<T, CacheT>) launch_kv<kWrite, false, T, CacheT>(p, name, stream);
     });
   });
 }

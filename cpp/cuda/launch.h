@@ -4,7 +4,6 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -58,22 +57,6 @@ void* allocate_zeroed(std::size_t num_bytes);
 
 /// Raises a kernel's dynamic shared memory limit, once per kernel and device; `Kernel` is the kernel itself.
 void set_max_shared_bytes(const void* kernel, int shared_bytes);
-
-/// `ask()` for the current device, once.
-template <typename F>
-bool known_of_device(F&& ask) {
-  constexpr int kMaxDevices = 64;
-  static std::atomic<int> known[kMaxDevices];  // 0: not asked yet; 1: no; 2: yes
-  int device = 0;
-  QUIRE_CUDA_CHECK(cudaGetDevice(&device));
-  if (device >= kMaxDevices) return false;
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (answer == 0) {
-    answer = ask() ? 2 : 1;
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  return answer == 2;
-}
 
 inline cudaStream_t cuda_stream(Stream stream) { return static_cast<cudaStream_t>(stream.handle()); }
 

@@ -4,7 +4,7 @@
 #include <bit>
 
 #include "core/dispatch.h"
-#include "core/explain.h"
+#include "core/explain_vectors.h"
 #include "cuda/activation/functions.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
@@ -62,15 +62,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <Activation kActivation, typename T, int kVec>
-void launch_activation(const ActivationParams& p, Stream stream) {
-  const std::int64_t num_vectors = p.width / kVec;
+// No template, as there are many kernels.
+void launch_activation(void (*kernel)(ActivationParams, std::int64_t, std::int64_t), int vec, const ActivationParams& p, Stream stream) {
+  const std::int64_t num_vectors = p.width / vec;
   const std::int64_t wanted = std::min<std::int64_t>(ceil_div(num_vectors, kUnroll), kThreads);
   const dim3 block(std::bit_ceil(static_cast<unsigned>(wanted)), kThreads / std::bit_ceil(static_cast<unsigned>(wanted)));
   const std::int64_t num_chunks = ceil_div(num_vectors, std::int64_t{block.x} * kUnroll);
   const std::int64_t num_items = ceil_div(p.num_rows, block.y) * num_chunks;
   const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(num_items, 0x7fffffff));
-  activation_kernel<kActivation, T, kVec><<<num_ctas, block, 0, cuda_stream(stream)>>>(p, num_chunks, num_items);
+  kernel<<<num_ctas, block, 0, cuda_stream(stream)>>>(p, num_chunks, num_items);
   QUIRE_CHECK_LAUNCH("activation", stream);
 }
 
@@ -84,9 +84,9 @@ void launch_dtype(const ActivationParams& p, Stream stream) {
                                                                                     : nullptr;
     if (explain_vectors(obstacle)) return;
     if (obstacle == nullptr) {
-      launch_activation<kActivation, T, kElementsPer16Bytes<T>>(p, stream);
+      launch_activation(activation_kernel<kActivation, T, kElementsPer16Bytes<T>>, kElementsPer16Bytes<T>, p, stream);
     } else {
-      launch_activation<kActivation, T, 1>(p, stream);
+      launch_activation(activation_kernel<kActivation, T, 1>, 1, p, stream);
     }
   });
 }

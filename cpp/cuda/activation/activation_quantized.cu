@@ -4,7 +4,7 @@
 #include <bit>
 
 #include "core/dispatch.h"
-#include "core/explain.h"
+#include "core/explain_vectors.h"
 #include "cuda/activation/functions.cuh"
 #include "cuda/device/quantize.cuh"
 #include "cuda/device/reduce.cuh"

@@ -13,6 +13,7 @@
 #include "cuda/attention/launch.h"
 #include "cuda/attention/plan.cuh"
 #include "cuda/launch.h"
+#include "cuda/once_per_device.h"
 #include "ops/attention.h"
 
 namespace quire::cuda {

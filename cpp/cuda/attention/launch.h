@@ -1,4 +1,4 @@
-// How a configured attention call reaches its kernel; launch_mma has one translation unit per dtype and head_dim.
+// How a configured attention call reaches its kernel; launch_mma and launch_split_keys have one translation unit per dtype.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

@@ -18,22 +18,21 @@ inline constexpr int kElementsPerWord = 4 / static_cast<int>(sizeof(T));
 
 namespace detail {
 
-template <int kMantissa, int kBias, std::uint32_t kMaxBits>
+// Without branches: where hardware does not convert, this is in many places many times.
+template <int kMantissa, int kBias>
 __device__ __forceinline__ std::uint32_t float_to_fp8_bits(float x, float max_finite) {
-  const std::uint32_t u = __float_as_uint(x);
-  const std::uint32_t sign = (u >> 24) & 0x80u;
-  std::uint32_t magnitude = u & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return 0x7fu;
-  if (__uint_as_float(magnitude) >= max_finite) return sign | kMaxBits;
+  const std::uint32_t sign = (__float_as_uint(x) >> 24) & 0x80u;
+  const float magnitude = fminf(fabsf(x), max_finite);
+  const std::uint32_t u = __float_as_uint(magnitude);
   constexpr int kShift = 23 - kMantissa;
   constexpr std::uint32_t kMinNormal = static_cast<std::uint32_t>(127 - kBias + 1) << 23;
-  if (magnitude < kMinNormal) {
-    // The ulp of the anchor is the target's smallest subnormal, so that the addition does the rounding.
-    constexpr std::uint32_t kAnchor = static_cast<std::uint32_t>(127 - kBias + 1 + kShift) << 23;
-    return sign | (__float_as_uint(__uint_as_float(magnitude) + __uint_as_float(kAnchor)) - kAnchor);
-  }
-  magnitude += (1u << (kShift - 1)) - 1u + ((magnitude >> kShift) & 1u);
-  return sign | ((magnitude - (static_cast<std::uint32_t>(127 - kBias) << 23)) >> kShift);
+  // Below the normal numbers the ulp of the anchor is the target's smallest subnormal, so that the addition does the rounding.
+  constexpr std::uint32_t kAnchor = static_cast<std::uint32_t>(127 - kBias + 1 + kShift) << 23;
+  const std::uint32_t subnormal = __float_as_uint(magnitude + __uint_as_float(kAnchor)) - kAnchor;
+  const std::uint32_t even = (u >> kShift) & 1u;
+  const std::uint32_t normal = (u + ((1u << (kShift - 1)) - 1u - (static_cast<std::uint32_t>(127 - kBias) << 23)) + even) >> kShift;
+  const std::uint32_t bits = sign | (u < kMinNormal ? subnormal : normal);
+  return isnan(x) ? 0x7fu : bits;
 }
 
 __device__ __forceinline__ float2 half2_bits_to_float2(std::uint32_t bits) {
@@ -126,7 +125,7 @@ __device__ __forceinline__ std::uint32_t pack_fp8x2<__nv_fp8_e4m3>(float first, 
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(second), "f"(first));
   return bits;
 #else
-  return detail::float_to_fp8_bits<3, 7, 0x7eu>(first, 448.0f) | (detail::float_to_fp8_bits<3, 7, 0x7eu>(second, 448.0f) << 8);
+  return detail::float_to_fp8_bits<3, 7>(first, 448.0f) | (detail::float_to_fp8_bits<3, 7>(second, 448.0f) << 8);
 #endif
 }
 
@@ -137,7 +136,7 @@ __device__ __forceinline__ std::uint32_t pack_fp8x2<__nv_fp8_e5m2>(float first, 
   asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(second), "f"(first));
   return bits;
 #else
-  return detail::float_to_fp8_bits<2, 15, 0x7bu>(first, 57344.0f) | (detail::float_to_fp8_bits<2, 15, 0x7bu>(second, 57344.0f) << 8);
+  return detail::float_to_fp8_bits<2, 15>(first, 57344.0f) | (detail::float_to_fp8_bits<2, 15>(second, 57344.0f) << 8);
 #endif
 }
 

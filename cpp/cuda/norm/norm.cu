@@ -7,19 +7,10 @@ namespace quire::cuda {
 using norm::launch_norm;
 using norm::NormKind;
 
-void rms_norm(const NormParams& params, Stream stream) {
-  if (params.quant.scales != nullptr) return rms_norm_quantized(params, stream);
-  launch_norm<NormKind::kRms, false>(params, "rms_norm", stream);
-}
+void rms_norm(const NormParams& params, Stream stream) { launch_norm<NormKind::kRms>(params, "rms_norm", stream); }
 
-void fused_add_rms_norm(const NormParams& params, Stream stream) {
-  if (params.quant.scales != nullptr) return fused_add_rms_norm_quantized(params, stream);
-  launch_norm<NormKind::kAddRms, false>(params, "fused_add_rms_norm", stream);
-}
+void fused_add_rms_norm(const NormParams& params, Stream stream) { launch_norm<NormKind::kAddRms>(params, "fused_add_rms_norm", stream); }
 
-void layer_norm(const NormParams& params, Stream stream) {
-  if (params.quant.scales != nullptr) return layer_norm_quantized(params, stream);
-  launch_norm<NormKind::kLayer, false>(params, "layer_norm", stream);
-}
+void layer_norm(const NormParams& params, Stream stream) { launch_norm<NormKind::kLayer>(params, "layer_norm", stream); }
 
 }  // namespace quire::cuda

@@ -6,7 +6,7 @@
 #include <bit>
 
 #include "core/dispatch.h"
-#include "core/explain.h"
+#include "core/explain_vectors.h"
 #include "cuda/device/quantize.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
@@ -158,43 +158,43 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
       if (lane + i * width < limit) store_floats(out + i * width * kVec, v);
     }
   } else {
+    // One copy of the code that reads weights and of each that stores serves all granularities: there is much of it.
+    constexpr bool kHasGroups = kVec > 16;  // and nothing else: see launch_rows
     const bool is_int8 = p.quant.dtype == DType::kInt8;
     const std::int64_t out_at = row_offset(p.out_rows, row) + lane * kVec;
-    if (p.quant.granularity == ScaleGranularity::kGroup) {
-      const int group_lanes = static_cast<int>(p.quant.group_size) / kVec;
+    float v[kVectors][kVec];
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        float v[kVec];
-        normalised(v, i);
-        const bool inside = lane + i * width < limit;
-        const float scale = computed_scale(warp_max(inside ? largest_of(v) : 0.0f, group_lanes), is_int8);
-        if (!inside) continue;
-        if (lane % group_lanes == 0)
-          p.quant.scales[row_offset(p.quant.scale_rows, row) + (lane + i * width) / group_lanes * p.quant.group_stride] = scale;
-        store_quantized<true>(p.out, out_at + i * width * kVec, is_int8, v, Divisor(scale));
-      }
-    } else if (p.quant.granularity == ScaleGranularity::kToken) {
-      float v[kVectors][kVec], largest = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        normalised(v[i], i);
-        if (lane + i * width < limit) largest = fmaxf(largest, largest_of(v[i]));
-      }
-      largest = width <= kWarpSize ? warp_max(largest, width) : cta_max(largest, max_scratch);
-      const float scale = computed_scale(largest, is_int8);
-      if (lane == 0 && row < p.num_rows) p.quant.scales[row_offset(p.quant.scale_rows, row)] = scale;
-      const Divisor divisor(scale);
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i)
-        if (lane + i * width < limit) store_quantized<true>(p.out, out_at + i * width * kVec, is_int8, v[i], divisor);
-    } else {
+    for (int i = 0; i < kVectors; ++i) normalised(v[i], i);
+    if (!kHasGroups && p.quant.granularity == ScaleGranularity::kTensor) {
       const Divisor divisor(p.quant.scales[0]);
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        float v[kVec];
-        normalised(v, i);
-        if (lane + i * width < limit) store_quantized<false>(p.out, out_at + i * width * kVec, is_int8, v, divisor);
+      for (int i = 0; i < kVectors; ++i)
+        if (lane + i * width < limit) store_quantized<false>(p.out, out_at + i * width * kVec, is_int8, v[i], divisor);
+      return;
+    }
+    const bool per_group = kHasGroups || p.quant.granularity == ScaleGranularity::kGroup;
+    float scale = 1.0f;
+    if (!per_group) {
+      float largest = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i)
+        if (lane + i * width < limit) largest = fmaxf(largest, largest_of(v[i]));
+      largest = width <= kWarpSize ? warp_max(largest, width) : cta_max(largest, max_scratch);
+      scale = computed_scale(largest, is_int8);
+      if (lane == 0 && row < p.num_rows) p.quant.scales[row_offset(p.quant.scale_rows, row)] = scale;
+    }
+    Divisor divisor(scale);
+    const int group_lanes = static_cast<int>(p.quant.group_size) / kVec;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const bool inside = lane + i * width < limit;
+      if (per_group) {
+        scale = computed_scale(warp_max(inside ? largest_of(v[i]) : 0.0f, group_lanes), is_int8);
+        if (inside && lane % group_lanes == 0)
+          p.quant.scales[row_offset(p.quant.scale_rows, row) + (lane + i * width) / group_lanes * p.quant.group_stride] = scale;
+        divisor = Divisor(scale);
       }
+      if (inside) store_quantized<true>(p.out, out_at + i * width * kVec, is_int8, v[i], divisor);
     }
   }
 }
@@ -308,26 +308,37 @@ std::int64_t lanes_of_group(const QuantParams& p) {
   return p.group_size % kVec == 0 && lanes <= kWarpSize && std::has_single_bit(static_cast<std::uint64_t>(lanes)) ? lanes : 0;
 }
 
+// What launches a kernel is no template, as there are many.
+using NormKernel = void (*)(NormParams);
+
+inline void launch_long_rows(NormKernel kernel, std::int64_t num_threads, const NormParams& p, const char* name, Stream stream) {
+  const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(p.num_rows, 0x7fffffff));
+  kernel<<<num_ctas, static_cast<unsigned>(num_threads), 0, cuda_stream(stream)>>>(p);
+  QUIRE_CHECK_LAUNCH(name, stream);
+}
+
 template <NormKind kKind, bool kQuantizes, typename T, int kVec>
 void launch_long_rows(const NormParams& p, const char* name, Stream stream) {
-  const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(p.num_rows, 0x7fffffff));
   // Quantized rows of any length come here.
-  const std::int64_t num_threads =
-      kQuantizes ? std::min<std::int64_t>(ceil_div(p.hidden, kWarpSize) * kWarpSize, kMaxThreads) : kMaxThreads;
-  norm_long_row_kernel<kKind, kQuantizes, T, kVec><<<num_ctas, static_cast<unsigned>(num_threads), 0, cuda_stream(stream)>>>(p);
+  launch_long_rows(norm_long_row_kernel<kKind, kQuantizes, T, kVec>,
+                   kQuantizes ? std::min<std::int64_t>(ceil_div(p.hidden, kWarpSize) * kWarpSize, kMaxThreads) : kMaxThreads, p, name,
+                   stream);
+}
+
+/// Rows in the registers of their threads: `vectors` of `vec` elements for each.
+inline void launch_rows_of(NormKernel kernel, int vec, int vectors, const NormParams& p, const char* name, Stream stream) {
+  const std::int64_t threads = ceil_div(p.hidden / vec, vectors);
+  const std::int64_t width = threads <= kWarpSize ? static_cast<std::int64_t>(std::bit_ceil(static_cast<unsigned>(threads)))
+                                                  : ceil_div(threads, kWarpSize) * kWarpSize;
+  const std::int64_t rows_per_cta = width > kWarpSize ? 1 : kNarrowThreads / width;
+  const auto num_ctas = static_cast<unsigned>(ceil_div(p.num_rows, rows_per_cta));
+  kernel<<<num_ctas, dim3(static_cast<unsigned>(width), static_cast<unsigned>(rows_per_cta)), 0, cuda_stream(stream)>>>(p);
   QUIRE_CHECK_LAUNCH(name, stream);
 }
 
 template <NormKind kKind, bool kQuantizes, typename T, int kVec, int kVectors, bool kManyRows, int kRegisters>
 void launch_rows_of(const NormParams& p, const char* name, Stream stream) {
-  const std::int64_t threads = ceil_div(p.hidden / kVec, kVectors);
-  const std::int64_t width = threads <= kWarpSize ? static_cast<std::int64_t>(std::bit_ceil(static_cast<unsigned>(threads)))
-                                                  : ceil_div(threads, kWarpSize) * kWarpSize;
-  const std::int64_t rows_per_cta = width > kWarpSize ? 1 : kNarrowThreads / width;
-  const auto num_ctas = static_cast<unsigned>(ceil_div(p.num_rows, rows_per_cta));
-  norm_kernel<kKind, kQuantizes, T, kVec, kVectors, kManyRows, kRegisters>
-      <<<num_ctas, dim3(static_cast<unsigned>(width), static_cast<unsigned>(rows_per_cta)), 0, cuda_stream(stream)>>>(p);
-  QUIRE_CHECK_LAUNCH(name, stream);
+  launch_rows_of(norm_kernel<kKind, kQuantizes, T, kVec, kVectors, kManyRows, kRegisters>, kVec, kVectors, p, name, stream);
 }
 
 template <NormKind kKind, bool kQuantizes, typename T, int kVec>
@@ -406,11 +417,10 @@ void launch_norm(const NormParams& p, const char* name, Stream stream) {
   });
 }
 
+template <NormKind kKind>
+void launch_norm(const NormParams& p, const char* name, Stream stream) {
+  p.quant.scales != nullptr ? launch_norm<kKind, true>(p, name, stream) : launch_norm<kKind, false>(p, name, stream);
+}
+
 }  // namespace norm
-
-/// norm_quantized.cu: the ops with a quantized result.
-void rms_norm_quantized(const NormParams& params, Stream stream);
-void fused_add_rms_norm_quantized(const NormParams& params, Stream stream);
-void layer_norm_quantized(const NormParams& params, Stream stream);
-
 }  // namespace quire::cuda

@@ -4,10 +4,11 @@
 #include <string>
 
 #include "core/dispatch.h"
-#include "core/explain.h"
+#include "core/explain_vectors.h"
 #include "cuda/device/divisor.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/position_encoding/shared.cuh"
+#include "quire/error.h"
 
 namespace quire::cuda {
 namespace {

@@ -220,22 +220,27 @@ __global__ void __maxnreg__(kRegisters)
   }
 }
 
-template <bool kNorms, typename CacheT, typename T, int kVec, int kHeads, int kRegisters>
-void launch_rope_of(const RopeParams& p, const char* name, Stream stream) {
+// One kernel, as the launcher needs it: its code is not a template, as there are many kernels.
+struct RopeKernel {
+  void (*kernel)(RopeParams, RopeRows, ErrorWord*);
+  int vec, heads;
+  bool writes;
+};
+
+void launch_rope_of(const RopeKernel& choice, const RopeParams& p, const char* name, Stream stream) {
   const RotaryParams& r = p.rotary;
-  constexpr bool kWrites = !std::is_same_v<CacheT, NoCache>;
-  const std::int64_t lanes = std::bit_ceil(static_cast<std::uint64_t>(ceil_div(r.head_dim / kVec, 2)));
-  const std::int64_t query_rows = ceil_div(r.num_heads, kHeads), kv_rows = ceil_div(p.kv.num_kv_heads, kHeads);
-  const std::int64_t rows_per_token = query_rows + (kWrites ? 2 : 1) * kv_rows, rows_per_cta = kThreads / lanes;
+  const std::int64_t lanes = std::bit_ceil(static_cast<std::uint64_t>(ceil_div(r.head_dim / choice.vec, 2)));
+  const std::int64_t query_rows = ceil_div(r.num_heads, choice.heads), kv_rows = ceil_div(p.kv.num_kv_heads, choice.heads);
+  const std::int64_t rows_per_token = query_rows + (choice.writes ? 2 : 1) * kv_rows, rows_per_cta = kThreads / lanes;
   const auto block_size = static_cast<std::uint32_t>(std::max<std::int64_t>(p.kv.block_size, 1));
   RopeRows rows{static_cast<std::uint32_t>(query_rows), static_cast<std::uint32_t>(kv_rows), block_size,
                 std::has_single_bit(block_size) ? std::countr_zero(block_size) : -1, 0};
+  const dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(rows_per_cta));
   const std::int64_t tokens_per_launch = std::max<std::int64_t>(0x7fffffff / rows_per_token, 1);
   for (; rows.first_token < r.num_tokens; rows.first_token += tokens_per_launch) {
     const std::int64_t num_rows = std::min(r.num_tokens - rows.first_token, tokens_per_launch) * rows_per_token;
-    rope_kernel<kNorms, CacheT, T, kVec, kHeads, kRegisters>
-        <<<static_cast<unsigned>(ceil_div(num_rows, rows_per_cta)), dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(rows_per_cta)),
-           0, cuda_stream(stream)>>>(p, rows, error_word());
+    const auto num_ctas = static_cast<unsigned>(ceil_div(num_rows, rows_per_cta));
+    choice.kernel<<<num_ctas, block, 0, cuda_stream(stream)>>>(p, rows, error_word());
     QUIRE_CHECK_LAUNCH(name, stream);
   }
 }
@@ -245,11 +250,12 @@ void launch_rope(const RopeParams& p, const char* name, Stream stream) {
   // Registers are better spent on more heads, which share angles, than on longer vectors, unless those are to be quantized.
   constexpr bool kQuantizes = !std::is_same_v<CacheT, NoCache> && !std::is_same_v<CacheT, AnyFloat> && sizeof(CacheT) == 1;
   constexpr bool kLong = kQuantizes && !kNorms;
-  if (p.rotary.num_tokens < kManyTokensPerSm * current_device_properties().num_sms) {
-    launch_rope_of<kNorms, CacheT, T, 4, 1, 48>(p, name, stream);
-  } else {
-    launch_rope_of<kNorms, CacheT, T, kLong ? kElementsPer16Bytes<T> : 4, kLong ? 2 : 4, 64>(p, name, stream);
-  }
+  constexpr bool kWrites = !std::is_same_v<CacheT, NoCache>;
+  constexpr int kVec = kLong ? kElementsPer16Bytes<T> : 4, kHeads = kLong ? 2 : 4;
+  const bool few = p.rotary.num_tokens < kManyTokensPerSm * current_device_properties().num_sms;
+  launch_rope_of(few ? RopeKernel{rope_kernel<kNorms, CacheT, T, 4, 1, 48>, 4, 1, kWrites}
+                     : RopeKernel{rope_kernel<kNorms, CacheT, T, kVec, kHeads, 64>, kVec, kHeads, kWrites},
+                 p, name, stream);
 }
 
 }  // namespace

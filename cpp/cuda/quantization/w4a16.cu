@@ -6,6 +6,7 @@
 
 #include "core/explain.h"
 #include "cuda/launch.h"
+#include "cuda/once_per_device.h"
 #include "cuda/quantization/hopper_code.h"
 #include "cuda/quantization/w4a16_launch.h"
 #include "cuda/tensor_map.h"

@@ -1,5 +1,7 @@
 // CUDA runtime services: error checks, device guard, properties, the error word, memory, stream order.
 // SPDX-License-Identifier: Apache-2.0
+#include "cuda/runtime.h"
+
 #include <atomic>
 #include <cstdlib>
 #include <map>
@@ -8,7 +10,6 @@
 #include <utility>
 
 #include "cuda/launch.h"
-#include "cuda/runtime.h"
 #include "quire/error.h"
 #include "quire/runtime.h"
 

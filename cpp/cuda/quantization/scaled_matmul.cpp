@@ -1,5 +1,7 @@
 // Products of float8 and int8 matrices with scales, on CUDA: which kernel, which tile.
 // SPDX-License-Identifier: Apache-2.0
+#include "cuda/quantization/scaled_matmul.h"
+
 #include <algorithm>
 #include <limits>
 #include <span>
@@ -8,7 +10,6 @@
 #include "core/explain.h"
 #include "cuda/launch.h"
 #include "cuda/quantization/hopper_code.h"
-#include "cuda/quantization/scaled_matmul.h"
 
 namespace quire::cuda {
 namespace scaled {

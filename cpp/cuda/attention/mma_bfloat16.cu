@@ -1,0 +1,9 @@
+// Tensor-core attention of many query rows over bfloat16 keys and values.
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/attention/launch_mma.cuh"
+
+namespace quire::cuda::attn {
+template void launch_mma<DType::kBFloat16, 64>(const Plan&, const Config&, Stream);
+template void launch_mma<DType::kBFloat16, 128>(const Plan&, const Config&, Stream);
+template void launch_mma<DType::kBFloat16, 256>(const Plan&, const Config&, Stream);
+}  // namespace quire::cuda::attn

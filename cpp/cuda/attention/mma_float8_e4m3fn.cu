@@ -1,0 +1,9 @@
+// Tensor-core attention of many query rows over float8_e4m3fn keys and values.
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/attention/launch_mma.cuh"
+
+namespace quire::cuda::attn {
+template void launch_mma<DType::kFloat8E4M3FN, 64>(const Plan&, const Config&, Stream);
+template void launch_mma<DType::kFloat8E4M3FN, 128>(const Plan&, const Config&, Stream);
+template void launch_mma<DType::kFloat8E4M3FN, 256>(const Plan&, const Config&, Stream);
+}  // namespace quire::cuda::attn

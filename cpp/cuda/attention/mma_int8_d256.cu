@@ -1,7 +1,0 @@
-// Tensor-core attention over int8 keys and values, head_dim up to 256.
-// SPDX-License-Identifier: Apache-2.0
-#include "cuda/attention/launch_mma.cuh"
-
-namespace quire::cuda::attn {
-template void launch_mma<DType::kInt8, 256>(const Plan&, const Config&, Stream);
-}  // namespace quire::cuda::attn
