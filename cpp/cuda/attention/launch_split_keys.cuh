@@ -8,6 +8,7 @@
 #include "cuda/attention/launch.h"
 #include "cuda/attention/mma_cluster_keys.cuh"
 #include "cuda/attention/mma_split_keys.cuh"
+#include "cuda/once_per_device.h"
 
 namespace quire::cuda::attn {
 
