@@ -6,6 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import itertools
 
+import frameworks
 import numpy as np
 import pytest
 from frameworks import Torch, as_float64, np_dtype
@@ -267,6 +268,44 @@ def test_decode_batches(backend, rng, kv_lens, dim, kv_dtype):
     )
     batch.check(backend)
     batch.check(backend, window=(300, -1), sinks=rng.standard_normal(group * kv_heads).astype(np.float32))
+
+
+FILL_SHARED_MEMORY = r"""
+extern "C" __global__ void fill(int num_words, unsigned* out) {
+  extern __shared__ unsigned words[];
+  for (int i = threadIdx.x; i < num_words; i += blockDim.x) words[i] = ~0u;
+  __syncthreads();
+  out[blockIdx.x] = words[blockIdx.x % num_words];
+}
+"""
+
+
+@pytest.mark.skipif(not frameworks.has_gpu(), reason="leftovers in a GPU's shared memory")
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("kv_lens", [[4096], [1000] * 3, [3000, 40] * 40], ids=["one", "alike", "unlike"])
+def test_hidden_blocks_over_leftovers(kv_lens, kv_dtype):
+    """Blocks that the table hides take nothing from what another kernel left in shared memory, here NaN."""
+    cupy, torch = pytest.importorskip("cupy"), pytest.importorskip("torch")
+    attributes = cupy.cuda.Device().attributes
+    num_bytes, num_ctas = attributes["MaxSharedMemoryPerBlockOptin"], 2 * attributes["MultiProcessorCount"]
+    fill = cupy.RawKernel(FILL_SHARED_MEMORY, "fill")
+    fill.max_dynamic_shared_size_bytes = num_bytes
+    left = cupy.empty(num_ctas, np.uint32)
+    blocks = -(-max(kv_lens) // 16)
+    cache = torch.ones(blocks, 16, 8, 128, device="cuda").to(getattr(torch, kv_dtype))
+    q = torch.ones(len(kv_lens), 64, 128, device="cuda", dtype=torch.bfloat16)
+    tables = torch.arange(blocks, device="cuda", dtype=torch.int32).repeat(len(kv_lens), 1)
+    tables[:, 2::3] = -1
+    tables[:, :2] = -1
+    tables[:, 8:40] = -1
+    lens = torch.tensor(kv_lens, device="cuda", dtype=torch.int32)
+    out = torch.empty_like(q)
+    for _ in range(3):
+        fill((num_ctas,), (256,), (num_bytes // 4, left), shared_mem=num_bytes)
+        cupy.cuda.Device().synchronize()
+        quire.paged_attention(q, cache, cache, tables, lens, out=out)
+        seen = lens > 32
+        assert torch.all(out[seen] == 1) and torch.all(torch.isfinite(out))
 
 
 @pytest.mark.parametrize("q_len", [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200])

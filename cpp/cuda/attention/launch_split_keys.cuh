@@ -59,10 +59,14 @@ __global__ void __launch_bounds__(ClusterKeysShape<kKvDType, kHeadDim, kLoneWarp
 /// The most CTAs, up to `limit`, of which `num_clusters` clusters run at once; 0 if there is no such size.
 template <auto kKernel>
 int largest_cluster(int num_threads, int shared_bytes, int limit, std::int64_t num_clusters) {
-  // 1 + the clusters of a size that run at once, on the first device that was asked; others of its kind are alike.
-  static std::atomic<int> known[kMaxCluster + 1];
+  // 1 + the clusters of a size that run at once.
+  constexpr int kMaxDevices = 64;
+  static std::atomic<int> known[kMaxDevices][kMaxCluster + 1];
+  int device = 0;
+  QUIRE_CUDA_CHECK(cudaGetDevice(&device));
+  if (device >= kMaxDevices) return 0;
   for (int size = limit; size > 0; --size) {
-    int clusters = known[size].load(std::memory_order_relaxed) - 1;
+    int clusters = known[device][size].load(std::memory_order_relaxed) - 1;
     if (clusters < 0) {
       cudaLaunchConfig_t config{};
       config.gridDim = dim3(static_cast<unsigned>(size));
@@ -72,7 +76,7 @@ int largest_cluster(int num_threads, int shared_bytes, int limit, std::int64_t n
       config.attrs = &attribute;
       config.numAttrs = 1;
       QUIRE_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config));
-      known[size].store(clusters + 1, std::memory_order_relaxed);
+      known[device][size].store(clusters + 1, std::memory_order_relaxed);
     }
     if (clusters >= num_clusters) return size;
   }

@@ -68,18 +68,19 @@ __device__ __forceinline__ bool lengths_are_alike(const Plan& plan) {
   const auto num_seqs = static_cast<int>(plan.params.num_seqs);
   if (num_seqs == 1) return true;
   constexpr int kUnit = 64;  // of keys; few enough units for sums of 32 bits
-  int longest = 0, sum = 0;
+  int longest = 0;
+  unsigned sum = 0;
 #pragma unroll 2
   for (int seq = static_cast<int>(threadIdx.x) % 32; seq < num_seqs; seq += 32) {
     const int units = min(sequence_keys(plan, seq, false), plan.key_span) / kUnit;
     longest = max(longest, units);
-    sum += units;
+    sum += static_cast<unsigned>(units);
   }
   longest = __reduce_max_sync(kAllLanes, longest);
   sum = __reduce_add_sync(kAllLanes, sum);
   // The longest sequence may have a few keys, or some of them, more than the mean.
   constexpr int kFew = 512 / kUnit;
-  return static_cast<std::int64_t>(longest - kFew) * num_seqs <= sum + sum / 16;
+  return static_cast<std::int64_t>(longest - kFew) * num_seqs <= std::int64_t{sum} + sum / 16;
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -197,7 +198,10 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
     return last_valid;
   };
   const auto copy_v = [&](std::uint32_t slot) {
-    if (last_valid != 0) copy_step<Types, kKeys>(view_of(v_view<Types>(p, plan, pair), p.v_head_stride), v_chunks, last_valid, slot);
+    // Zeros for hidden keys, of a whole step too: their weight is 0, and what lies there may not be finite.
+    const int key = next_key - stride;
+    if (key >= first_key && key < range.end)
+      copy_step<Types, kKeys>(view_of(v_view<Types>(p, plan, pair), p.v_head_stride), v_chunks, last_valid, slot);
   };
 
   // As in attend_to_stretches.

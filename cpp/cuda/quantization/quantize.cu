@@ -11,6 +11,7 @@
 #include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
+#include "cuda/once_per_device.h"
 #include "ops/quantization.h"
 
 namespace quire::cuda {
@@ -579,7 +580,13 @@ void launch_early(void (*kernel)(Args...), unsigned ctas, dim3 block, Stream str
   config.blockDim = block;
   config.stream = cuda_stream(stream);
   config.attrs = &attribute;
-  config.numAttrs = current_device_properties().compute_capability >= 90 ? 1 : 0;
+  // Code made from sm_80 PTX does not wait for a predecessor, on whatever device.
+  const bool waits = known_of_device([kernel] {
+    cudaFuncAttributes attributes{};
+    QUIRE_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
+  });
+  config.numAttrs = waits ? 1 : 0;
   QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
 }
 

@@ -50,7 +50,7 @@ void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream
   plan.num_items = plan.num_row_groups * plan.num_column_tiles;
   plan.num_halved_tiles = 0;
   plan.vector_out = reinterpret_cast<std::uintptr_t>(p.out) % 16 == 0 && (p.m == 1 || p.out_stride % 8 == 0);
-  plan.copies_out = plan.vector_out && p.out_dtype != DType::kFloat32;
+  plan.copies_out = plan.vector_out && p.out_stride > 0 && p.out_dtype != DType::kFloat32;
   if (plan.copies_out) plan.out = make_half_matrix_map(p.out, p.m, p.n, p.out_stride, Shape::kChunkTokens);
 
   const int cluster_size = choice.shared_columns * choice.splits;

@@ -250,9 +250,8 @@ Columns order_columns(const QuantizedMatmulParams& params, Stream stream) {
   const auto num_source_columns = static_cast<int>(format.in_features), num_columns = static_cast<int>(format.num_rows);
   const std::int64_t row_bytes = format.in_features * 2;
   // Rows of four tokens side by side, or of one; else from device memory.
-  const int tokens_at_once = params.num_tokens >= 1024 && 4 * row_bytes <= kMaxGatherBytes ? 4
-                             : params.num_tokens > 16 && row_bytes <= kMaxGatherBytes      ? 1
-                                                                                           : 0;
+  const int room = std::min(kMaxGatherBytes, static_cast<int>(current_device_properties().max_shared_bytes_per_cta));
+  const int tokens_at_once = params.num_tokens >= 1024 && 4 * row_bytes <= room ? 4 : params.num_tokens > 16 && row_bytes <= room ? 1 : 0;
   for (std::int64_t first = 0; first < params.num_tokens; first += 65535) {
     const auto num_tokens = static_cast<unsigned>(std::min<std::int64_t>(params.num_tokens - first, 65535));
     auto* out = reinterpret_cast<uint4*>(workspace) + first * num_pieces;
@@ -261,7 +260,7 @@ Columns order_columns(const QuantizedMatmulParams& params, Stream stream) {
       const int pieces_of_cta = params.num_tokens >= 256 ? num_pieces : 2 * kGatherThreads;
       const bool aligned = is_aligned(x, 16) && keeps_alignment(num_tokens, params.x_stride, 2, 16);
       const auto kernel = tokens_at_once == 4 ? gather_many_kernel<4> : gather_many_kernel<1>;
-      set_max_shared_bytes(reinterpret_cast<const void*>(kernel), kMaxGatherBytes);
+      set_max_shared_bytes(reinterpret_cast<const void*>(kernel), room);
       kernel<<<dim3(static_cast<unsigned>(ceil_div(num_pieces, pieces_of_cta)),
                     static_cast<unsigned>(ceil_div(std::int64_t{num_tokens}, tokens_at_once))),
                kGatherThreads, static_cast<std::size_t>(tokens_at_once * row_bytes), cuda_stream(stream)>>>(
