@@ -305,7 +305,8 @@ def test_hidden_blocks_over_leftovers(kv_lens, kv_dtype):
         cupy.cuda.Device().synchronize()
         quire.paged_attention(q, cache, cache, tables, lens, out=out)
         seen = lens > 32
-        assert torch.all(out[seen] == 1) and torch.all(torch.isfinite(out))
+        assert torch.all(out[seen] == 1)
+        assert torch.all(torch.isfinite(out))
 
 
 @pytest.mark.parametrize("q_len", [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200])
