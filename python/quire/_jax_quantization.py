@@ -54,6 +54,11 @@ def _stack(size: int, is_batched: bool, x: Array) -> Array:
     return x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape))
 
 
+def _flatten(x: Array) -> Array:
+    """``[rows, hidden]``. No -1 in the shape: nothing says what it stands for where there are no rows or columns."""
+    return x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
+
+
 def _as_rows(
     size: int, batched: list[bool], operands: list[Array], granularity: Value
 ) -> tuple[list[Array], bool]:
@@ -62,11 +67,12 @@ def _as_rows(
     # Each element has a scale of its own: then its whole tensor is a row.
     whole = granularity == "tensor" and (operands[1] is None or batched[1] or batched[2])
     width = math.prod(x.shape[1:]) if whole else x.shape[-1]
-    folded: list[Array] = [x.reshape((math.prod(x.shape) // width if width else 0, width))]
+    num_rows = size if whole else math.prod(x.shape[:-1])
+    folded: list[Array] = [x.reshape((num_rows, width))]
     for is_batched, given in zip(batched[1:], operands[1:], strict=True):
         if given is not None and (whole or granularity != "tensor"):
             wide = _stack(size, is_batched, given)
-            given = wide.reshape((size, 1) if whole else (-1, wide.shape[-1]))
+            given = wide.reshape((size, 1)) if whole else _flatten(wide)
         folded.append(given)
     return folded, whole
 
@@ -80,8 +86,10 @@ def _quantize_rule(
     if whole:
         attributes = {**attributes, "granularity": "token"}
     out, *scales = call(op, folded, attributes)
-    columns = (size, 1) if whole else (*shape[:-1], -1)
-    return [out.reshape(shape), *(s.reshape(columns) for s in scales)]
+    return [
+        out.reshape(shape),
+        *(s.reshape((size, 1) if whole else (*shape[:-1], s.shape[-1])) for s in scales),
+    ]
 
 
 def _dequantize_rule(
@@ -92,9 +100,7 @@ def _dequantize_rule(
     if attributes["granularity"] == "block":
         if shape[1] % BLOCK != 0:  # a block's rows would be those of two
             refuse_batched(op, batched, (0, 1))
-        folded: list[Array] = [
-            wide.reshape((-1, wide.shape[-1])) for wide in map(_stack, [size] * 2, batched, operands[:2])
-        ]
+        folded: list[Array] = [_flatten(w) for w in map(_stack, [size] * 2, batched, operands[:2])]
         return [call(op, [*folded, None], attributes)[0].reshape(shape)]
     folded, whole = _as_rows(size, batched, operands, attributes["granularity"])
     if whole:
@@ -329,7 +335,7 @@ def _scaled_rule(
     refuse_batched(op, batched, (1, 3, 5, 6))
     a: Array = _stack(size, batched[0], operands[0])
     folded = list(operands)
-    folded[0] = a.reshape((-1, a.shape[-1])) if a.size else a.reshape((0, a.shape[-1]))
+    folded[0] = _flatten(a)
     for i in (2, 4):  # scale_a, zero_point: one for all rows, or of rows
         given: Array = operands[i]
         if given is None or (not batched[i] and given.size == 1 and given.ndim == 1):
@@ -338,8 +344,9 @@ def _scaled_rule(
         if wide.ndim != a.ndim:  # one for each batch element
             wide = wide.reshape((size, *(1,) * (a.ndim - 1)))
         wide = jnp.broadcast_to(wide, (*a.shape[:-1], wide.shape[-1]))
-        folded[i] = wide.reshape((-1, wide.shape[-1])) if wide.size else wide.reshape((0, wide.shape[-1]))
-    return [call(op, folded, attributes)[0].reshape((*a.shape[:-1], -1))]
+        folded[i] = _flatten(wide)
+    out = call(op, folded, attributes)[0]
+    return [out.reshape((*a.shape[:-1], out.shape[-1]))]
 
 
 _FIELDS = (

@@ -70,7 +70,9 @@ def compare(device, got, expected):
             np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
         else:
             a, b = frameworks.as_float64(a), frameworks.as_float64(b)
-            np.testing.assert_allclose(a, b, rtol=0.13, atol=2e-2 * max(1.0, np.abs(b[np.isfinite(b)]).max()))
+            np.testing.assert_allclose(
+                a, b, rtol=0.13, atol=2e-2 * max(1.0, np.abs(b[np.isfinite(b)]).max(initial=0))
+            )
 
 
 @pytest.mark.parametrize(("op", "arrays", "options"), CASES, ids=IDS)
@@ -164,6 +166,7 @@ def batch_of(op, arrays, options, batch_caches):
     return (stack, named), axes, [(arrays, operands), second], static
 
 
+QUANTIZATION_CASES = [case for case in CASES if "quantize" in case[0] or case[0] == "scaled_matmul"]
 #: Ops that only read caches take shared ones and a batch of them.
 VMAP_CASES = [(*case, False) for case in CASES] + [
     (*case, True) for case in CASES if case[0] in ("paged_attention", "gather_kv")
@@ -214,6 +217,49 @@ def test_vmap_of_an_empty_batch(device, op, arrays, options):
     assert [None if g is None else (g.shape, g.dtype) for g in flat(got)] == [
         None if w is None else ((0, *w.shape), w.dtype) for w in flat(want)
     ]
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize(("op", "arrays", "options"), QUANTIZATION_CASES)
+def test_vmap_of_no_rows_or_columns(device, op, arrays, options, axis):
+    """Elements without rows or without columns give what each gives alone."""
+    if (op, axis) == ("scaled_matmul", "columns"):
+        pytest.skip("a product has features")
+
+    def cut(a):
+        if a is None or a.ndim < 2:
+            return a
+        if axis == "rows":
+            return a[:0] if a.ndim == arrays[0].ndim else a
+        return a[..., :0] if a.shape[-1] > 1 else a  # one scale of a row remains
+
+    # The right operand of a product and its scales have rows of their own.
+    keep = axis == "rows" and op == "scaled_matmul"
+    arrays_ = [a if keep and i in (1, 3) else cut(a) for i, a in enumerate(arrays)]
+    options = {n: cut(a) if isinstance(a, np.ndarray) else a for n, a in options.items()}
+    (stack, named), axes, elements, static = batch_of(op, arrays_, options, False)
+    function = jax.vmap(lambda a, o: getattr(quire.jax, op)(*a, **o, **static), in_axes=axes)
+    got = flat(jax.jit(function)(*jax.tree.map(jnp.asarray, (stack, named))))
+    for i, (own, operands) in enumerate(elements):
+        mine = [None if r is None else r[i] for r in got]
+        compare(device, mine, expected_of(op, own, {**operands, **static}))
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 64), (3, 4, 0)])
+@pytest.mark.parametrize("granularity", ["token", "group", "tensor"])
+def test_vmap_scales_of_nothing(device, shape, granularity):
+    """They are ones, of the shapes that are documented."""
+    x = jnp.zeros(shape)
+    scales = {"tensor": (1,), "token": (shape[1], 1), "group": (shape[1], -(-shape[2] // 32))}[granularity]
+    options = {"granularity": granularity, "group_size": 32}
+    q, scale = jax.vmap(lambda x: quire.jax.quantize_fp8(x, **options))(x)
+    assert q.shape == shape
+    np.testing.assert_array_equal(scale, np.ones((3, *scales), np.float32))
+    q, scale, zero = jax.vmap(lambda x: quire.jax.quantize_int8(x, symmetric=False, **options))(x)
+    np.testing.assert_array_equal(scale, np.ones((3, *scales), np.float32))
+    np.testing.assert_array_equal(zero, np.zeros((3, *scales), np.int32))
+    back = jax.vmap(lambda q, s, z: quire.jax.dequantize_int8(q, s, z, **options))(q, scale, zero)
+    assert back.shape == shape
 
 
 @pytest.mark.parametrize(
