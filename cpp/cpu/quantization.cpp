@@ -544,6 +544,8 @@ void quantized_matmul(const QuantizedMatmulParams& p) {
     explanation->reasons.push_back(obstacle != nullptr
                                        ? std::string("not fixed_point: ") + obstacle
                                        : "up to 4 tokens of 16 bits meet the codes as they are; unpacked if x has infinities or NaN");
+    if (obstacle != nullptr && p.dtype == DType::kBFloat16 && amx_kernels() != nullptr)
+      explanation->reasons.emplace_back("AMX: the weight is rounded to bfloat16");
     return;
   }
   const PackedLayout layout(p.weight.format);

@@ -53,7 +53,8 @@ QUIRE_API void dequantize_blocks(const TensorView& out, const TensorView& w, con
 // ---- Packed weights: integer codes for products with 16-bit activations ----------------------------------------------------------
 //
 // w[n, k] = (code - zero) * scale, the product in float32. n is an output feature, k an input feature. Scale and zero belong to an output
-// feature and a group of input features; without zeros, zero is 2^(bits - 1).
+// feature and a group of input features; without zeros, zero is 2^(bits - 1). On the CPU with AMX, most products with bfloat16
+// activations round w to bfloat16: see quantized_matmul.
 
 /// How a checkpoint stores codes and zeros. G is the number of groups; words are int32, lowest bits first.
 enum class WeightEncoding : std::uint8_t {
@@ -123,6 +124,7 @@ struct MatmulOptions {
 /// out[..., n] = sum_k x[..., k] w[n, k] + bias[n], accumulated in float32. x is float16 or bfloat16 (on the CPU also float32)
 /// [..., K]; out is [..., N] of its dtype; both with unit inner stride, and one distance between all rows. bias is [N] of any float dtype,
 /// or null. workspace is uint8, 16-byte aligned, of quantized_matmul_workspace_size bytes or more; null where that is 0.
+/// On the CPU with AMX, more than four tokens of bfloat16, or any number with batch_invariant, meet w rounded to bfloat16.
 QUIRE_API void quantized_matmul(const TensorView& out, const TensorView& x, const PackedWeight& weight, const TensorView* bias,
                                 const TensorView* workspace, const MatmulOptions& options, Stream stream);
 QUIRE_API std::int64_t quantized_matmul_workspace_size(std::int64_t num_tokens, const WeightFormat& format, bool has_permutation,

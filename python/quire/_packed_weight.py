@@ -75,7 +75,8 @@ class PackedWeight:
     function or a part of one's closure, and is copied and pickled like its tensors.
 
     Integer codes with 16-bit activations ("w2a16", "w3a16", "w4a16", "w8a16") are repacked into the layout of the device's kernels: the
-    value of an element is ``(code - zero) * scale``, the product in float32. Codes of 2 and 3 bits take 4. "fp8" and "w8a8" keep the
+    value of an element is ``(code - zero) * scale``, the product in float32; on the CPU with AMX, most products with bfloat16
+    activations round it to bfloat16 (:func:`quantized_matmul` says which). Codes of 2 and 3 bits take 4. "fp8" and "w8a8" keep the
     ``[out_features, in_features]`` tensor as it is; a product quantizes the activations too.
 
     Attributes:

@@ -23,10 +23,10 @@ class Explanation:
         device: "cpu" or "cuda:0"; empty like ``variant``.
         variant: The kernel, empty where a zero size leaves nothing to run. Attention on CUDA: what its ``variant=`` takes. Products with
             quantized weights on CUDA: "few" (tokens), "wgmma" or "mma". Quantizing there: "rows" in registers, or "groups", behind
-            "range+" where a scale of the whole tensor is computed. Other ops on CUDA: "vector" or "element" for 16-byte or single
-            accesses, "only" where there is one kernel. On the CPU: the instruction set, for attention behind "decode" or "prefill", for
-            products behind the kernel. An op that is two calls tells of the second: quantized_matmul with an "fp8" or "w8a8" weight of
-            the product.
+            "range+" where a scale of the whole tensor is computed; dequantizing: "rows" or "elements". Other ops on CUDA: "vector" or
+            "element" for 16-byte or single accesses, "only" where there is one kernel. On the CPU: the instruction set,
+            for attention behind "decode" or "prefill", for products behind the kernel. An op that is two calls tells of the
+            second: quantized_matmul with an "fp8" or "w8a8" weight of the product.
         reasons: Why that one, and why not a faster one; a clause each.
     """
 
@@ -62,7 +62,7 @@ def explain(op: str | Callable[..., object], *args: object, **kwargs: object) ->
         >>> import numpy as np, quire
         >>> x = np.ones((4, 8), np.float32)
         >>> explanation = quire.explain("rms_norm", x, np.ones(8, np.float32))
-        >>> explanation.op, explanation.device, quire.cpu_isa().startswith(explanation.variant)
+        >>> explanation.op, explanation.device, quire.cpu_isa().removesuffix("_amx") == explanation.variant
         ('rms_norm', 'cpu', True)
     """
     function = (getattr(quire, op) if op in quire.__all__ else None) if isinstance(op, str) else op

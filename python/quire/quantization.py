@@ -43,9 +43,10 @@ def quantized_matmul(
     """``x @ w.T + bias`` with a quantized weight.
 
     Packed integer codes meet the activations as they are, and sums are float32. On the CPU, up to four tokens of float16 or bfloat16 are
-    multiplied in 16-bit fixed point, with a scale for each group of features (128 where a group is longer): an error of 2**-16 of the
-    group's largest magnitude. For "fp8" and "w8a8" weights x is quantized first: by ``w.input_scale``, or for each token, or for each
-    128 features where the weight has scales of blocks; then it is :func:`scaled_matmul`.
+    multiplied in 16-bit fixed point, with a scale for each group of features (128 where a group is longer): an error of about 2**-16 of
+    the group's largest magnitude. With AMX, more tokens of bfloat16, or any number with batch_invariant, meet the weight rounded to
+    bfloat16. For "fp8" and "w8a8" weights x is quantized first: by ``w.input_scale``, or for each token, or for each 128 features
+    where the weight has scales of blocks; then it is :func:`scaled_matmul`.
 
     Args:
         x: ``[..., in_features]`` float16 or bfloat16, on the CPU also float32; unit inner stride, and one distance between all rows.

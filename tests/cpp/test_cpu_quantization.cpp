@@ -5,6 +5,7 @@
 #include <cmath>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/dispatch.h"
@@ -76,7 +77,8 @@ TEST_P(Quantization, PackedWeights) {
         for (std::size_t i = 0; i < w.size(); ++i) ASSERT_EQ(undone[i], static_cast<float>(w[i])) << i;
 
         for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
-          for (const std::int64_t tokens : {1, 4, 5, 30}) {
+          for (const auto& [tokens, batch_invariant] :
+               {std::pair<std::int64_t, bool>{1, false}, {4, false}, {5, false}, {30, false}, {1, true}, {4, true}}) {
             std::vector<char> x(count(tokens * s.k * 4)), out(count(tokens * s.n * 4));
             std::vector<double> wide(count(tokens * s.k));
             dispatch_float(dtype, "test", [&](auto constant) {
@@ -95,10 +97,11 @@ TEST_P(Quantization, PackedWeights) {
             p.out_stride = s.n;
             p.x_stride = s.k;
             p.weight = packed;
+            p.batch_invariant = batch_invariant;
             quantized_matmul(p);
             const double ulp = dtype == DType::kFloat32 ? 0x1p-23 : dtype == DType::kFloat16 ? 0x1p-11 : 0x1p-8;
             // AMX multiplies with weights rounded to bfloat16.
-            const bool rounds = GetParam() == Isa::kAvx512Amx && dtype == DType::kBFloat16 && tokens > 4;
+            const bool rounds = GetParam() == Isa::kAvx512Amx && dtype == DType::kBFloat16 && (tokens > 4 || batch_invariant);
             const double relative = dtype == DType::kFloat32 ? 1e-6 : rounds ? 0x1p-9 : 0x1p-14;
             for (std::int64_t t = 0; t < tokens; ++t)
               for (std::int64_t n = 0; n < s.n; ++n) {

@@ -265,6 +265,14 @@ def test_cpu_products(rng):
         explanation = quire.explain("quantized_matmul", x, w, **options)
         assert (explanation.op, explanation.variant) == ("quantized_matmul", f"{variant}_{isa}")
         assert reason in str(explanation)
+    for x, options in (
+        (normal(rng, (5, 96), "bfloat16"), {}),
+        (normal(rng, (1, 96), "bfloat16"), {"batch_invariant": True}),
+    ):
+        explanation = quire.explain("quantized_matmul", x, w, **options)
+        assert explanation.variant == f"unpacked_{quire.cpu_isa()}"
+        rounds = "AMX: the weight is rounded to bfloat16" in explanation.reasons
+        assert rounds == (quire.cpu_isa() == "avx512_amx")
     codes, one = rng.integers(-9, 9, (20, 96)).astype(np.int8), np.ones(1, np.float32)
     fp8, blocks = codes.astype(np_dtype("float8_e4m3fn")), np.ones((20, 2), np.float32)
     long = rng.integers(-9, 9, (20, 200)).astype(np.int8)
