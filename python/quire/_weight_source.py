@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -40,12 +41,15 @@ def host(op: str, arg: str, x: Array, stream: object) -> np.ndarray[Any, Any]:
         array = sys.modules["cupy"].asnumpy(x)
         return array
     if framework == "quire":
+        shape = x.shape
+        if len(shape) < 2:  # what is copied has a rank of 2 or more
+            x = x.reshape((math.prod(shape), 1))
         target = np.empty(x.shape, numpy_dtype(x.dtype))
         if target.size:
             pairs = np.repeat(np.arange(len(target), dtype=np.int64)[:, None], 2, axis=1)
             _core.swap_blocks(target, x, pairs, stream)
             _core.synchronize(op, arg, x, stream)
-        return target
+        return target.reshape(shape)
     return np.asarray(x)
 
 

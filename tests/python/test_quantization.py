@@ -203,6 +203,38 @@ def test_fp8(backend, rng, granularity, shape):
     assert np.abs(out - want).max() < 0.05 * np.abs(want).max()
 
 
+def own_tensor(x):
+    """A quire.Tensor on the CPU."""
+    tensor = quire.empty(x.shape, x.dtype.name, "cpu")
+    np.from_dlpack(tensor)[...] = x
+    return tensor
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["", "quire"])
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_scales_without_dimensions(framework, rng, kind, own):
+    """A scale ``[]`` is one ``[1]``: from_fp8, from_int8, input_scale, input_zero_point. Those of rows may be ``[N]``."""
+    if own and framework.device != "cpu":
+        pytest.skip("made on the CPU")
+    w = draw(rng, (8, 64))
+    w = w.astype(E4M3) if kind == "fp8" else (w * 30).astype(np.int8)
+    array = own_tensor if own else framework.array
+    made = []
+    for shape in ((), (1,)):
+        scale, input_scale = (array(np.full(shape, s, np.float32)) for s in (0.5, 0.25))
+        more = {} if kind == "fp8" else {"input_zero_point": array(np.full(shape, 3, np.int32))}
+        make = PackedWeight.from_fp8 if kind == "fp8" else PackedWeight.from_int8
+        made.append(make(framework.array(w), scale, input_scale=input_scale, **more))
+    for name in ("scale", "input_scale", "input_zero_point"):
+        a, b = (getattr(m, name) for m in made)
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_same_bits(framework.numpy(a), framework.numpy(b))
+    assert framework.numpy(made[0].input_scale).tolist() == [0.25]
+    rows = np.arange(1, 9, dtype=np.float32)
+    assert_same_bits(framework.numpy(make(framework.array(w), array(rows)).scale), rows[:, None])
+
+
 # ---- Order, groups, sizes ---------------------------------------------------------------------------------------------------------
 
 
