@@ -517,6 +517,8 @@ torch.serialization.add_safe_globals([restore])
 
 
 def _quantize(op: str, x, dtype, symmetric, scale, zero_point, granularity, group_size, scale_ub, out) -> Any:
+    if x.ndim == 0:
+        raise ValueError(f"[{op}] x: expected rank 1 to 4, got []")
     wanted = scale_shape(op, tuple(x.shape), granularity, group_size)
     check_given(op, symmetric, scale, zero_point, scale_ub)
     computes, scales, zeros = scale is None, None, None

@@ -500,6 +500,8 @@ def test_quantization_refusals_in_a_trace(framework):
     for error, text, call in (
         (ValueError, r"\[quantize_int8\] zero_point: expected none", lambda x: quire.torch.quantize_int8(x, zero_point=x)),
         (ValueError, r"\[quantize_fp8\] out: expected \(out, scale\)", lambda x: quire.torch.quantize_fp8(x, out=x)),
+        (ValueError, r"\[quantize_fp8\] x: expected rank 1 to 4, got", lambda x: quire.torch.quantize_fp8(x[0, 0], granularity="group")),
+        (ValueError, r"\[quantize_int8\] x: expected rank 1 to 4, got", lambda x: quire.torch.quantize_int8(x[0, 0])),
         (ValueError, r"\[quantize_fp8\] granularity", lambda x: quire.torch.quantize_fp8(x, granularity="row")),
         (TypeError, r"\[dequantize_int8\] q: expected int8, got float16", lambda x: quire.torch.dequantize_int8(x, x)),
         (TypeError, r"\[quantized_matmul\] w: expected a PackedWeight", lambda x: quire.torch.quantized_matmul(x, x)),
