@@ -12,13 +12,13 @@ of the first number of devices.
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -178,16 +178,16 @@ def _captured(decoder: Decoder) -> Callable[[], object]:
 
 
 def _rank(
-    rank: int, world: int, port: int, kind: str, shape: Shape, batches: Sequence[int], context: int, dtype_name: str,
+    rank: int, world: int, store: str, kind: str, shape: Shape, batches: Sequence[int], context: int, dtype_name: str,
     steps: int, rounds: int, results: Any,
 ) -> None:  # fmt: skip
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo",
+            init_method=f"file://{store}",
             rank=rank,
             world_size=world,
             device_id=device if kind == "cuda" else None,
@@ -233,18 +233,17 @@ def run(
     Raises:
         RuntimeError: A process failed, or was not done in time.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context_of = torch.multiprocessing.get_context("spawn")
     results = context_of.Queue()
-    common = (world, port, kind, shape, tuple(batches), context, dtype, steps, rounds, results)
+    directory = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    store = str(Path(directory.name) / "store")  # where the processes meet; a port could be taken meanwhile
+    common = (world, store, kind, shape, tuple(batches), context, dtype, steps, rounds, results)
     workers = [context_of.Process(target=_rank, args=(rank, *common), daemon=True) for rank in range(world)]
-    for worker in workers:
-        worker.start()
     found: dict[int, tuple[float, np.ndarray[Any, Any], list[list[int]]]] = {}
     deadline = time.monotonic() + timeout
     try:
+        for worker in workers:
+            worker.start()
         while len(found) < len(batches):
             if not results.empty():
                 batch, *rest = results.get()
@@ -259,7 +258,10 @@ def run(
             worker.join(60)
     finally:
         for worker in workers:
-            worker.kill()
+            if worker.pid is not None:
+                worker.kill()
+                worker.join(60)
+        directory.cleanup()
     return found
 
 
