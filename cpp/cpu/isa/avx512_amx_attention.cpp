@@ -25,6 +25,8 @@ struct AmxEngine : Bf16Operands {
       config.row_bytes[tile] = 64;
       config.num_rows[tile] = 16;
     }
+    // GCC 12 declares 8 of the 64 bytes as read, and could drop the other stores.
+    asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   // Without this, every switch of the thread would save the tiles.

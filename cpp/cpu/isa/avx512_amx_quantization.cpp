@@ -24,6 +24,8 @@ class Tiles {
       config.row_bytes[tile] = 64;
       config.num_rows[tile] = 16;
     }
+    // GCC 12 declares 8 of the 64 bytes as read, and could drop the other stores.
+    asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   ~Tiles() { _tile_release(); }
