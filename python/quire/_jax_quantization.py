@@ -399,8 +399,8 @@ def quantized_matmul(
     Example:
         >>> import jax, jax.numpy as jnp, quire, quire.jax
         >>> w = quire.PackedWeight.quantize(jnp.eye(64), "w8a16", 32)
-        >>> jax.jit(quire.jax.quantized_matmul)(jnp.arange(64.0)[None], w)[0, :4].round(1)
-        Array([0., 1., 2., 3.], dtype=float32)
+        >>> jax.jit(quire.jax.quantized_matmul)(jnp.arange(64, dtype=jnp.float16)[None], w)[0, :4].round(1)
+        Array([0., 1., 2., 3.], dtype=float16)
     """
     if not isinstance(w, PackedWeight):
         raise TypeError(f"[quantized_matmul] w: expected a PackedWeight, got {type(w).__qualname__}")

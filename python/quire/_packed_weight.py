@@ -72,7 +72,8 @@ class PackedWeight:
     any stream once it is made. In a CUDA graph's capture they raise.
 
     ``quire.jax`` makes it a pytree for JAX, ``quire.torch`` for PyTorch: its tensors are the leaves. It may be an argument of a jitted
-    function or a part of one's closure, and is copied and pickled like its tensors.
+    function or a part of one's closure, and is copied and pickled like its tensors (JAX unpickles to its default device, which must
+    be of the kind that a packed weight was made for).
 
     Integer codes with 16-bit activations ("w2a16", "w3a16", "w4a16", "w8a16") are repacked into the layout of the device's kernels: the
     value of an element is ``(code - zero) * scale``, the product in float32; on the CPU with AMX, most products with bfloat16

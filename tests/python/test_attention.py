@@ -280,11 +280,14 @@ extern "C" __global__ void fill(int num_words, unsigned* out) {
 """
 
 
-@pytest.mark.skipif(not frameworks.has_gpu(), reason="leftovers in a GPU's shared memory")
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("kv_lens", [[4096], [1000] * 3, [3000, 40] * 40], ids=["one", "alike", "unlike"])
 def test_hidden_blocks_over_leftovers(kv_lens, kv_dtype):
     """Blocks that the table hides take nothing from what another kernel left in shared memory, here NaN."""
+    if (
+        not frameworks.has_gpu()
+    ):  # asked here: test_streams imports this file in processes that must not have touched CUDA
+        pytest.skip("no CUDA device, or a CPU-only build")
     cupy, torch = pytest.importorskip("cupy"), pytest.importorskip("torch")
     attributes = cupy.cuda.Device().attributes
     num_bytes, num_ctas = attributes["MaxSharedMemoryPerBlockOptin"], 2 * attributes["MultiProcessorCount"]
@@ -304,9 +307,8 @@ def test_hidden_blocks_over_leftovers(kv_lens, kv_dtype):
         fill((num_ctas,), (256,), (num_bytes // 4, left), shared_mem=num_bytes)
         cupy.cuda.Device().synchronize()
         quire.paged_attention(q, cache, cache, tables, lens, out=out)
-        seen = lens > 32
-        assert torch.all(out[seen] == 1)
-        assert torch.all(torch.isfinite(out))
+        # Up to 48 keys the table hides all.
+        assert torch.all(out == (lens > 48)[:, None, None])
 
 
 @pytest.mark.parametrize("q_len", [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200])
