@@ -106,7 +106,11 @@ def main() -> None:
     add("INT8 W8A8, scale per channel", "round to nearest", rounded(format="w8a8"))
     found = [directory for folder in args.checkpoints for directory in folder.iterdir() if (directory / "config.json").is_file()]
     described = [(*describe(directory), directory) for directory in found if directory.name != "plain"]
-    natural = lambda row: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row[0])]  # noqa: E731
+
+    def natural(row: tuple[str, str, Path]) -> list[int | str]:
+        """Numbers by their size."""
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row[0])]
+
     for name, maker, directory in sorted(sorted(described), key=natural):
         add(name, maker, Model.load(directory, Backend(), "fp32"))
     if args.plot:

@@ -3,6 +3,7 @@
 SPDX-License-Identifier: Apache-2.0
 """
 
+import functools
 import io
 import re
 import subprocess
@@ -355,7 +356,7 @@ def test_refusals_in_a_trace():
         ({"stream": 1}, "stream: expected none"),
         ({"validate": "full"}, "validate: expected"),
     ):
-        function = lambda x, w, kwargs=kwargs: quire.torch.rms_norm(x, w, **kwargs)  # noqa: E731
+        function = functools.partial(quire.torch.rms_norm, **kwargs)
         with pytest.raises(Exception, match=re.escape(text)):
             torch.compile(function, fullgraph=True, backend="aot_eager")(x, weight)
     with pytest.raises(ValueError, match=r"\[rms_norm\] weight: expected float32 \[64\], got float32 \[63\]"):

@@ -4,6 +4,7 @@
 #define QUIRE_ISA_NAMESPACE avx512_amx
 #define QUIRE_ISA_LEVEL 3
 
+#include "cpu/isa/amx_tiles.h"
 #include "cpu/isa/attention_bf16.h"
 
 namespace quire::cpu::avx512_amx {
@@ -14,22 +15,7 @@ struct AmxEngine : Bf16Operands {
   static constexpr int kRowStep = 16;
   static constexpr int kWordStep = 16;
 
-  static QUIRE_INLINE void begin() {
-    struct alignas(64) {
-      std::uint8_t palette, start_row, reserved[14];
-      std::uint16_t row_bytes[16];
-      std::uint8_t num_rows[16];
-    } config = {};
-    config.palette = 1;
-    for (int tile = 0; tile < 8; ++tile) {
-      config.row_bytes[tile] = 64;
-      config.num_rows[tile] = 16;
-    }
-    // GCC 12 declares 8 of the 64 bytes as read, and could drop the other stores.
-    asm volatile("" : : "r"(&config) : "memory");
-    _tile_loadconfig(&config);
-  }
-  // Without this, every switch of the thread would save the tiles.
+  static QUIRE_INLINE void begin() { load_tile_config(); }
   static QUIRE_INLINE void end() { _tile_release(); }
 
   template <bool kAdd>

@@ -4,30 +4,17 @@
 #define QUIRE_ISA_NAMESPACE avx512_amx
 #define QUIRE_ISA_LEVEL 3
 
+#include "cpu/isa/amx_tiles.h"
 #include "cpu/isa/quantization_amx.h"
 #include "cpu/isa/vec.h"
 
 namespace quire::cpu::avx512_amx {
 namespace {
 
-/// Tiles of 16 x 16 words for as long as it lives; without releasing them every switch of the thread would save them.
+/// The tiles for as long as it lives.
 class Tiles {
  public:
-  Tiles() {
-    struct alignas(64) {
-      std::uint8_t palette, start_row, reserved[14];
-      std::uint16_t row_bytes[16];
-      std::uint8_t num_rows[16];
-    } config = {};
-    config.palette = 1;
-    for (int tile = 0; tile < 8; ++tile) {
-      config.row_bytes[tile] = 64;
-      config.num_rows[tile] = 16;
-    }
-    // GCC 12 declares 8 of the 64 bytes as read, and could drop the other stores.
-    asm volatile("" : : "r"(&config) : "memory");
-    _tile_loadconfig(&config);
-  }
+  Tiles() { load_tile_config(); }
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;

@@ -52,7 +52,7 @@ SIZES: dict[str, dict[str, Any]] = {
 def _seconds(model: PreTrainedModel, prompt: torch.Tensor, tokens: int) -> float:
     """Of one generate() of exactly so many tokens."""
     start = time.perf_counter()
-    out = model.generate(  # type: ignore[operator, unused-ignore]
+    out = model.generate(  # type: ignore[operator, unused-ignore]  # torch types a module's attributes as tensors, too
         prompt,
         attention_mask=torch.ones_like(prompt),
         min_new_tokens=tokens,
