@@ -120,7 +120,12 @@ std::string to_bytes(nb::handle object, const char* arg) {
 std::vector<ExtraKey> to_extra_keys(nb::handle object) {
   std::vector<ExtraKey> keys;
   if (object.is_none()) return keys;
-  for (const nb::handle item : nb::iter(object)) {
+  const nb::object items = nb::steal(PySequence_List(object.ptr()));
+  if (!items.is_valid()) {
+    PyErr_Clear();
+    Check(kOp).fail_dtype("extra_keys", "(token_idx, str or bytes) tuples", nb::cast<std::string>(nb::repr(object)));
+  }
+  for (const nb::handle item : nb::borrow<nb::list>(items)) {
     if (!nb::isinstance<nb::tuple>(item) || nb::len(item) != 2) {
       Check(kOp).fail_dtype("extra_keys", "(token_idx, str or bytes) tuples", nb::cast<std::string>(nb::repr(item)));
     }
@@ -141,7 +146,10 @@ nb::object to_python(const BlockHash& hash) {
 BlockHash to_hash(nb::handle object) {
   const nb::object mask = nb::steal(PyLong_FromUnsignedLongLong(std::numeric_limits<std::uint64_t>::max()));
   const nb::object value = nb::steal(PyNumber_Index(object.ptr()));
-  if (!value.is_valid()) throw nb::python_error();
+  if (!value.is_valid()) {
+    PyErr_Clear();
+    Check(kOp).fail_dtype("hash_key", "an int in [0, 2**128)", nb::cast<std::string>(object.type().attr("__name__")));
+  }
   const nb::object lo = value & mask, hi = value >> nb::int_(64);
   BlockHash hash;
   hash.lo = PyLong_AsUnsignedLongLong(lo.ptr());

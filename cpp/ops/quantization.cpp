@@ -256,7 +256,8 @@ PackedParams check_packed(const Check& check, const PackedWeight& weight) {
   check.accessible(weight.data, "weight");
   const std::int64_t num_bytes = size_on(check, f, weight.data.device);
   if (weight.data.numel() != num_bytes) check.fail_value("weight", "uint8 [" + std::to_string(num_bytes) + "]", describe(weight.data));
-  if (reinterpret_cast<std::uintptr_t>(weight.data.data) % 16 != 0) check.fail_value("weight", "a 16-byte aligned address", "another one");
+  const auto address = reinterpret_cast<std::uintptr_t>(weight.data.data);
+  if (address % 16 != 0) check.fail_value("weight", "a 16-byte aligned address", std::to_string(address));
   PackedParams params;
   params.data = weight.data.data;
   params.format = f;
@@ -452,7 +453,7 @@ std::int64_t check_rows(const Check& check, const TensorView& t, const char* arg
   for (int i = t.ndim - 2; i >= 0; --i) {
     const std::int64_t extent = t.size(i);
     if (extent != 1 && num_rows > 1 && extent > 0 && t.stride(i) != span)
-      check.fail_value(arg, "leading dimensions that fold into one", "strides that do not");
+      check.fail_value(arg, "leading dimensions that fold into one", describe_strides(t));
     if (extent != 1) {
       if (num_rows == 1) stride = t.stride(i);
       span = t.stride(i) * extent;
@@ -484,7 +485,7 @@ void* check_workspace(const Check& check, const TensorView* workspace, std::int6
   check.writable(*workspace, "workspace");
   if (workspace->numel() < num_bytes) check.fail_value("workspace", expected, describe(*workspace));
   if (reinterpret_cast<std::uintptr_t>(workspace->data) % 16 != 0)
-    check.fail_value("workspace", "a 16-byte aligned address", "another one");
+    check.fail_value("workspace", "a 16-byte aligned address", std::to_string(reinterpret_cast<std::uintptr_t>(workspace->data)));
   for (const auto& [t, arg] : others)
     if (t != nullptr) check.disjoint(*workspace, "workspace", *t, arg, false);
   return workspace->data;

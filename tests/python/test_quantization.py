@@ -1137,6 +1137,14 @@ def test_streams_of_constructors_are_checked(backend, rng):
             make("fast")
 
 
+def test_out_that_is_no_tensor():
+    x = np.ones((2, 8), np.float32)
+    for op in (quire.quantize_fp8, quire.quantize_int8):
+        for bad in ("text", None, 3):
+            with pytest.raises(TypeError, match=r"\[quantize_.*\] out: expected a .* tensor, got "):
+                op(x, out=(bad, np.ones(1, np.float32)))
+
+
 def test_overlap_is_refused():
     pool = np.zeros((3, 64), np.float16)
     w = PackedWeight.quantize(np.eye(64, dtype=np.float32), "w4a16", 32)
