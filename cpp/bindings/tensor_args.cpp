@@ -330,6 +330,9 @@ class Importer {
         }
         if (!is_cuda(device.device_type)) throw_other_device(args_.op_, tensor.name, device.device_type);
         if (!kHasCuda) throw_cpu_only_build(args_.op_);
+        if (device.device_id < 0)
+          throw std::invalid_argument(
+              message(args_.op_, tensor.name, "a CUDA device's index of 0 or more", std::to_string(device.device_id)));
         note_device(device.device_id);
         if (info.kind == Kind::kCuPy) has_cupy_ = true;
         pending_[i] = true;

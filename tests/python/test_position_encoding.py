@@ -251,6 +251,15 @@ def test_norm_without_rotation(rng, torch, address):
     np.testing.assert_array_equal(cache[0].reshape(4, 1, 16)[:3], got_k)
 
 
+def test_slots_of_a_cache_without_blocks(rng, torch):
+    """torch's tensors without elements have no address; the slot is out of range all the same."""
+    q, k = draw(rng, (1, 2, 16), "float32"), draw(rng, (1, 1, 16), "float32")
+    cache = torch.empty(0, 4, 1, 16)
+    quire.rope_and_write_kv(np.array([1]), q, k, k, quire.rope_cache(16, 4), cache, cache.clone(), np.array([3]))
+    with pytest.raises(IndexError, match=r"slot_mapping: expected a value in range .* got 3"):
+        quire.check_errors("cpu")
+
+
 def test_norm_rope_refuses():
     positions, q, table = np.zeros(2, np.int32), np.zeros((2, 1, 8), np.float32), quire.rope_cache(8, 4)
     weight = np.ones(8, np.float32)
