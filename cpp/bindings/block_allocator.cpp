@@ -495,7 +495,8 @@ Returns:
            "Starts ``child`` with the parent's tokens and computed blocks, shared until one of them writes.")
       .def("free_sequence", &A::free_sequence, nb::arg("seq_id"),
            "Ends a sequence. Its blocks become free, or cached with the tail to be evicted first.")
-      .def("preempt", &A::preempt, nb::arg("seq_id"), "Gives up all blocks but keeps the tokens, to be recomputed.")
+      .def("preempt", &A::preempt, nb::arg("seq_id"),
+           "Gives up all blocks but keeps the tokens, to be recomputed. ``match_prefix`` takes back what is still cached by then.")
       .def("match_prefix", &A::match_prefix, nb::arg("seq_id"),
            "Asks the prefix cache again, for a sequence without blocks. Returns the number of tokens taken over.")
       .def("release_out_of_window", &A::release_out_of_window, nb::arg("seq_id"), nb::arg("window"),
