@@ -84,8 +84,10 @@ void check_scales(const Check& check, const TensorView& t, const char* arg, DTyp
   }
   TensorView expected = like;
   expected.dtype = dtype;
+  const std::int64_t width = like.size(-1);
+  // A group of more than the row has is the row; the sum in ceil_div must not overflow.
   expected.shape[static_cast<std::size_t>(like.ndim - 1)] =
-      granularity == ScaleGranularity::kToken ? 1 : ceil_div(like.size(-1), group_size);
+      granularity == ScaleGranularity::kToken ? 1 : ceil_div(width, std::min(group_size, std::max<std::int64_t>(width, 1)));
   if (t.ndim != like.ndim || !std::equal(t.shape.begin(), t.shape.begin() + t.ndim, expected.shape.begin()))
     check.fail_value(arg, describe(expected), describe(t));
   check.accessible(t, arg);
@@ -199,6 +201,8 @@ void dequantize_blocks(const TensorView& out, const TensorView& w, const TensorV
   check.writable(out, "out");
   check.disjoint(out, "out", w, "q", false);
   if (block_rows < 1 || block_columns < 1) check.fail_value("block", "extents of 1 or more", list({block_rows, block_columns}));
+  block_rows = std::min(block_rows, std::max<std::int64_t>(w.size(0), 1));
+  block_columns = std::min(block_columns, std::max<std::int64_t>(w.size(1), 1));
   check.dtype(scales, "scales", {DType::kFloat32});
   check.shape(scales, "scales", {ceil_div(w.size(0), block_rows), ceil_div(w.size(1), block_columns)});
   check.device(scales, "scales", w.device, "q");

@@ -255,7 +255,9 @@ def test_slots_of_a_cache_without_blocks(rng, torch):
     """torch's tensors without elements have no address; the slot is out of range all the same."""
     q, k = draw(rng, (1, 2, 16), "float32"), draw(rng, (1, 1, 16), "float32")
     cache = torch.empty(0, 4, 1, 16)
-    quire.rope_and_write_kv(np.array([1]), q, k, k, quire.rope_cache(16, 4), cache, cache.clone(), np.array([3]))
+    quire.rope_and_write_kv(
+        np.array([1]), q, k, k, quire.rope_cache(16, 4), cache, cache.clone(), np.array([3])
+    )
     with pytest.raises(IndexError, match=r"slot_mapping: expected a value in range .* got 3"):
         quire.check_errors("cpu")
 
