@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "quire/attention.h"
 
+#include <limits>
 #include <string>
 
 #include "bindings/bindings.h"
@@ -61,8 +62,13 @@ const TensorView* choose_workspace(const TensorView* given, std::int64_t num_byt
 template <typename Size>
 std::int64_t workspace_bytes(Size size, const TensorView& q, std::int64_t num_seqs) {
   if (q.device.type == DeviceType::kCPU || q.ndim != 3 || q.numel() == 0 || num_seqs < 1 || q.size(2) < 8 || q.size(2) > 256) return 0;
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max() / 2;  // what the op takes; more it refuses by its own name
+  if (num_seqs > kMost || q.size(0) > kMost / q.size(1)) return 0;
   return size(q.size(0), num_seqs, q.size(1), q.size(2), q.device);
 }
+
+// The extent of a vector, if it is one that an op takes: no workspace is made for what will be refused.
+std::int64_t length(const TensorView& t) { return t.ndim == 1 && (t.size(0) <= 1 || t.stride(0) == 1) ? t.size(0) : 0; }
 
 std::int64_t size_argument(const char* op, const char* arg, nb::handle value) { return to_int(op, arg, value); }
 
@@ -100,7 +106,7 @@ void bind_attention(nb::module_& m) {
         options.v_scale = args.optional(13);
         options.mask = args.optional(14);
         options.mask_start = args.optional(15);
-        const std::int64_t num_bytes = workspace_bytes(&paged_attention_workspace_size, args[2], args[6].ndim == 1 ? args[6].size(0) : 0);
+        const std::int64_t num_bytes = workspace_bytes(&paged_attention_workspace_size, args[2], length(args[6]));
         args.run([&](Stream s) {
           WorkspaceLease lease;
           const TensorView* const space = choose_workspace(args.optional(8), num_bytes, args[2], s, lease);
@@ -147,8 +153,7 @@ void bind_attention(nb::module_& m) {
         options.v_scale = args.optional(14);
         options.mask = args.optional(15);
         options.mask_start = args.optional(16);
-        const std::int64_t num_bytes =
-            workspace_bytes(&shared_prefix_attention_workspace_size, args[2], args[7].ndim == 1 ? args[7].size(0) : 0);
+        const std::int64_t num_bytes = workspace_bytes(&shared_prefix_attention_workspace_size, args[2], length(args[7]));
         args.run([&](Stream s) {
           WorkspaceLease lease;
           const TensorView* const space = choose_workspace(args.optional(9), num_bytes, args[2], s, lease);
@@ -194,10 +199,7 @@ void bind_attention(nb::module_& m) {
         options.mask = args.optional(13);
         options.mask_start = args.optional(14);
         const TensorView* const loc = args.optional(5);
-        const std::int64_t num_bytes = workspace_bytes(&attention_workspace_size, args[2],
-                                                       loc == nullptr   ? 1
-                                                       : loc->ndim == 1 ? loc->size(0) - 1
-                                                                        : 0);
+        const std::int64_t num_bytes = workspace_bytes(&attention_workspace_size, args[2], loc == nullptr ? 1 : length(*loc) - 1);
         args.run([&](Stream s) {
           WorkspaceLease lease;
           const TensorView* const space = choose_workspace(args.optional(7), num_bytes, args[2], s, lease);
