@@ -4,11 +4,13 @@ SPDX-License-Identifier: Apache-2.0
 """
 
 import dataclasses
+import functools
 import itertools
 
 import frameworks
 import numpy as np
 import pytest
+from attention_variants import VARIANTS, refusal
 from frameworks import Torch, as_float64, np_dtype
 from reference import attention as reference
 from reference import kv_cache
@@ -1146,22 +1148,23 @@ def test_masks_with_options(backend, rng, option, q_lens, dtype):
         batch.check(backend, mask=random_mask(rng, sum(q_lens), 3), mask_start=start, **options)
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
-@pytest.mark.parametrize(
-    "variant",
-    [
-        "mma_split_keys_8",
-        "mma_split_keys_16",
-        "mma_split_rows",
-        "mma_split_rows_128",
-        "mma_split_keys_8_small",
-        "wgmma",
-        "mma_split_rows_small",
-    ],
-)
-def test_masks_in_every_kernel(backend, rng, variant, dim):
+def run_variant(backend, variant, batch, positional, keywords):
+    """Output and LSE by one CUDA kernel; None where it must be refused, and is."""
     if backend.device == "cpu":
         pytest.skip("the variants are CUDA kernels")
+    capability = backend.torch.cuda.get_device_capability()
+    dim, dtype, kv_dtype = batch.q.shape[2], batch.q.dtype.name, batch.k_cache.dtype.name
+    call = functools.partial(quire.paged_attention, *positional, **keywords, variant=variant, return_lse=True)
+    if reason := refusal(variant, capability, dim, dtype, kv_dtype):
+        with pytest.raises(quire.UnsupportedError, match=reason):
+            call()
+        return None
+    return call()
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "simt"])
+def test_masks_in_every_kernel(backend, rng, variant, dim):
     q_lens = [3, 0, 70, 9]
     for kv_dtype in ("bfloat16", "float8_e4m3fn"):
         batch = Batch.make(
@@ -1179,10 +1182,10 @@ def test_masks_in_every_kernel(backend, rng, variant, dim):
         want, want_lse = batch.reference(mask=mask, mask_start=start)
         positional, keywords = batch.arguments(backend)
         keywords |= {"mask": backend.array(mask), "mask_start": backend.array(start)}
-        try:
-            out, lse = quire.paged_attention(*positional, **keywords, variant=variant, return_lse=True)
-        except quire.UnsupportedError as error:
-            pytest.skip(str(error))
+        results = run_variant(backend, variant, batch, positional, keywords)
+        if results is None:
+            continue
+        out, lse = results
         assert_close("attention", backend.numpy(out), want)
         assert_lse_close(backend.numpy(lse), want_lse, "bfloat16")
 
@@ -1192,8 +1195,6 @@ def test_masks_in_every_kernel(backend, rng, variant, dim):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 def test_groups_in_hoppers_kernel(backend, rng, dtype, group, dim):
     """Query and output rows that are boxes of the copy engine and rows that are not; and a tile that is done again, for a NaN in V."""
-    if backend.device == "cpu":
-        pytest.skip("the variant is a CUDA kernel")
     batch = Batch.make(
         rng,
         q_lens=[150, 0, 7, 33],
@@ -1207,10 +1208,10 @@ def test_groups_in_hoppers_kernel(backend, rng, dtype, group, dim):
     batch.v_cache[batch.block_tables[0, 9], 15, 0, 3] = np.nan  # the last query alone sees it
     want, want_lse = batch.reference()
     positional, keywords = batch.arguments(backend)
-    try:
-        out, lse = quire.paged_attention(*positional, **keywords, variant="wgmma", return_lse=True)
-    except quire.UnsupportedError as error:
-        pytest.skip(str(error))
+    results = run_variant(backend, "wgmma", batch, positional, keywords)
+    if results is None:
+        return
+    out, lse = results
     assert_close("attention", backend.numpy(out), want)
     assert_lse_close(backend.numpy(lse), want_lse, dtype)
 
@@ -1220,8 +1221,6 @@ def test_groups_in_hoppers_kernel(backend, rng, dtype, group, dim):
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 def test_rows_kernels(backend, rng, variant, dim, kv_dtype):
     """Blocks that a warp copies by groups of keys and blocks that it does not, with and without holes in the table."""
-    if backend.device == "cpu":
-        pytest.skip("the variants are CUDA kernels")
     q_lens, kv_lens = [70, 0, 130, 1], [200, 5, 130, 333]
     for block_size, holes in [
         (8, True),
@@ -1253,12 +1252,10 @@ def test_rows_kernels(backend, rng, variant, dim, kv_dtype):
             bits = np.packbits(~np.repeat(hole, block_size, axis=1)[:, :336], axis=1, bitorder="little")
             seen = {"mask": np.repeat(bits, q_lens, axis=0), "mask_start": np.zeros(4, np.int32)}
         for options in ({}, {"causal": False, "window": (37, 9)}, {"softcap": 5.0, "window": (100, -1)}):
-            try:
-                out, lse = quire.paged_attention(
-                    *positional, return_lse=True, variant=variant, **keywords, **options
-                )
-            except quire.UnsupportedError as error:
-                pytest.skip(str(error))
+            results = run_variant(backend, variant, batch, positional, keywords | options)
+            if results is None:
+                return
+            out, lse = results
             want, want_lse = batch.reference(**options, **seen)
             assert_close("attention", backend.numpy(out), want)
             assert_lse_close(backend.numpy(lse), want_lse, "bfloat16")
