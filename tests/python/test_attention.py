@@ -143,7 +143,7 @@ class Batch:
             options["window"] = (options["window"], -1)
         want, want_lse = self.reference(**options)
         assert_close("attention", backend.numpy(out), want)
-        assert_lse_close(backend.numpy(lse), want_lse, self.q.dtype.name)
+        assert_lse_close(backend.numpy(lse), want_lse, self.q.dtype.name, backend.device, self.q.shape[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -1187,7 +1187,7 @@ def test_masks_in_every_kernel(backend, rng, variant, dim):
             continue
         out, lse = results
         assert_close("attention", backend.numpy(out), want)
-        assert_lse_close(backend.numpy(lse), want_lse, "bfloat16")
+        assert_lse_close(backend.numpy(lse), want_lse, "bfloat16", backend.device)
 
 
 @pytest.mark.parametrize("dim", [64, 96, 120, 128, 256])
@@ -1213,7 +1213,7 @@ def test_groups_in_hoppers_kernel(backend, rng, dtype, group, dim):
         return
     out, lse = results
     assert_close("attention", backend.numpy(out), want)
-    assert_lse_close(backend.numpy(lse), want_lse, dtype)
+    assert_lse_close(backend.numpy(lse), want_lse, dtype, backend.device, dim)
 
 
 @pytest.mark.parametrize("dim", [40, 64, 96, 128, 200, 256])
@@ -1258,7 +1258,7 @@ def test_rows_kernels(backend, rng, variant, dim, kv_dtype):
             out, lse = results
             want, want_lse = batch.reference(**options, **seen)
             assert_close("attention", backend.numpy(out), want)
-            assert_lse_close(backend.numpy(lse), want_lse, "bfloat16")
+            assert_lse_close(backend.numpy(lse), want_lse, "bfloat16", backend.device)
 
 
 @pytest.mark.parametrize("q_len", [1, 6, 70])
@@ -1352,7 +1352,7 @@ def test_ragged_masks(framework, rng):
                 mask_start=None if start is None else start[s],
             )
         assert_close("attention", framework.numpy(out), want)
-        assert_lse_close(framework.numpy(lse), want_lse, "float32")
+        assert_lse_close(framework.numpy(lse), want_lse, "float32", framework.device)
 
 
 # ---- a shared prefix ---------------------------------------------------------------------------------------------------
@@ -1389,7 +1389,7 @@ def check_prefixed(backend, prefix, own, whole, *, decode=False, **options):
         options["mask_start"] = (lens + len(prefix) * own.k_cache.shape[1]).astype(np.int32)
     want, want_lse = whole.reference(**options)
     assert_close("shared_prefix_attention", backend.numpy(out), want)
-    assert_lse_close(backend.numpy(lse), want_lse, own.q.dtype.name)
+    assert_lse_close(backend.numpy(lse), want_lse, own.q.dtype.name, backend.device, own.q.shape[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -1508,7 +1508,7 @@ def test_shared_prefix_without_own_keys(backend, rng):
     v = as_float64(own.v_cache)[prefix[slots // 8], slots % 8]
     want, want_lse = reference.attend(as_float64(own.q[1:3]), k, v, q_start=0, causal=False, sinks=sinks)
     assert_close("attention", host[1:3], want)
-    assert_lse_close(backend.numpy(lse)[1:3], want_lse, "float16")
+    assert_lse_close(backend.numpy(lse)[1:3], want_lse, "float16", backend.device)
 
 
 def test_shared_prefix_guards(backend, rng):
@@ -1641,7 +1641,7 @@ def test_ragged(backend, rng, option, dtype):
             as_float64(q[a:b]), as_float64(k[c:d]), as_float64(v[c:d]), q_start=(d - c) - (b - a), **options
         )
     assert_close("attention", backend.numpy(out), want)
-    assert_lse_close(backend.numpy(lse), want_lse, dtype)
+    assert_lse_close(backend.numpy(lse), want_lse, dtype, backend.device)
 
 
 def test_ragged_single_sequence_and_defaults(framework, rng):
@@ -1700,7 +1700,7 @@ def test_merge(backend, rng, dim, dtype):
         as_float64(a), lse_a.astype(np.float64), as_float64(b), lse_b.astype(np.float64)
     )
     assert_close("merge", backend.numpy(out), want)
-    assert_lse_close(backend.numpy(lse), want_lse, "float32")
+    assert_lse_close(backend.numpy(lse), want_lse, "float32", backend.device)
     assert (backend.numpy(out)[2].astype(np.float32) == 0).all()
 
 
@@ -1723,7 +1723,7 @@ def test_merge_in_place(framework, rng):
     else:
         got, lse = quire.merge_attention(*arrays)
     assert_close("merge", framework.numpy(got), want)
-    assert_lse_close(framework.numpy(lse), want_lse, "float32")
+    assert_lse_close(framework.numpy(lse), want_lse, "float32", framework.device)
 
 
 def test_split_and_merge_equals_whole(backend, rng):
@@ -1741,7 +1741,7 @@ def test_split_and_merge_equals_whole(backend, rng):
     out, lse = quire.merge_attention(*parts[0], *parts[1])
     want, want_lse = reference.attend(as_float64(q), as_float64(k), as_float64(v), q_start=0, causal=False)
     assert_close("attention", backend.numpy(out), want)
-    assert_lse_close(backend.numpy(lse), want_lse, "float32")
+    assert_lse_close(backend.numpy(lse), want_lse, "float32", backend.device)
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------------
