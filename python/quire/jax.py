@@ -11,7 +11,6 @@ Shapes and dtypes are checked while tracing, by the library's own validation. Sc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 from quire import _core
 from quire import _jax_batch as _batch
@@ -27,6 +26,7 @@ from quire._jax_quantization import (
 )
 from quire._quantized import Granularity
 from quire.attention import Window, split_window
+from quire.position_encoding import Style
 
 __all__ = [
     "attention",
@@ -57,7 +57,6 @@ __all__ = [
     "write_kv",
 ]
 
-Style = Literal["neox", "gptj"]
 _Operands = list[Array]
 _Attributes = dict[str, Value]
 
