@@ -7,9 +7,9 @@ import re
 
 import numpy as np
 import pytest
+from attention_batch import Batch
 from attention_variants import VARIANTS, refusal
 from frameworks import as_float64, np_dtype
-from test_attention import Batch
 from test_streams import OPS
 from tolerances import assert_close
 

@@ -85,7 +85,9 @@ def assert_close(op: str, got: np.ndarray, want: np.ndarray) -> None:
     )
 
 
-def assert_lse_close(got: np.ndarray, want: np.ndarray, dtype: str, device: str = "cuda", head_dim: int = 256) -> None:
+def assert_lse_close(
+    got: np.ndarray, want: np.ndarray, dtype: str, device: str = "cuda", head_dim: int = 256
+) -> None:
     """A log-sum-exp against float64, by `lse_error`."""
     np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
     finite = np.isfinite(want)
