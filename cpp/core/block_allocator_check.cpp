@@ -4,15 +4,35 @@
 
 namespace quire {
 
-void BlockAllocator::Impl::check() const {
-  const auto require = [](bool condition, const char* what, std::int64_t id) {
-    if (!condition) throw std::logic_error(std::string("[block_allocator] check: ") + what + " (" + text(id) + ")");
-  };
+namespace {
 
-  // Sequences: their own consistency, and the references they account for.
-  std::vector<std::int64_t> seq_refs(to_index(n), 0);
-  std::vector<std::int64_t> extra_refs(extras.num_entries() + 1, 0);
-  std::vector<bool> host_held(host_used.size(), false);
+void require(bool condition, const char* what, std::int64_t id) {
+  if (!condition) throw std::logic_error(std::string("[block_allocator] check: ") + what + " (" + text(id) + ")");
+}
+
+}  // namespace
+
+/// What holds references, counted.
+struct BlockAllocator::Impl::Holders {
+  std::vector<std::int64_t> of_blocks;  // sequences
+  std::vector<std::int64_t> of_extras;  // sequences and cached blocks
+  std::vector<bool> of_host;            // whether a sequence does
+};
+
+void BlockAllocator::Impl::check() const {
+  Holders holders{std::vector<std::int64_t>(to_index(n), 0), std::vector<std::int64_t>(extras.num_entries() + 1, 0),
+                  std::vector<bool>(host_used.size(), false)};
+  check_sequences(holders);
+  check_host_tier(holders);
+  const std::int64_t num_first_twins = check_blocks(holders);
+  check_free_list();
+  check_table(num_first_twins);
+  for (std::uint32_t id = 1; id < holders.of_extras.size(); ++id)
+    require(extras[id].refs == holders.of_extras[id], "extra key references", id);
+}
+
+// Their own consistency, and the references they account for.
+void BlockAllocator::Impl::check_sequences(Holders& holders) const {
   std::size_t num_sequences = 0;
   sequences.for_each([&](const Sequence& seq) {
     ++num_sequences;
@@ -20,18 +40,18 @@ void BlockAllocator::Impl::check() const {
     require(seq.num_computed >= 0 && seq.num_computed <= seq.num_reserved, "computed tokens exceed reserved ones", seq.id);
     require(seq.num_reserved <= seq.num_blocks() * bs, "reserved tokens exceed blocks", seq.id);
     require(seq.num_released * bs <= seq.num_computed, "a released block was not computed", seq.id);
-    for (const ExtraAt& extra : seq.extras) ++extra_refs[extra.extra_id];
+    for (const ExtraAt& extra : seq.extras) ++holders.of_extras[extra.extra_id];
     for (std::int64_t i = 0; i < seq.num_blocks(); ++i) {
       const BlockId id = seq.blocks[to_index(i)];
       require((id == kNoBlock) == (i < seq.num_released), "released blocks are not the leading ones", seq.id);
       if (id == kNoBlock) continue;
       if (seq.is_swapped) {
         require(id >= 0 && id < static_cast<BlockId>(host_used.size()), "host block out of range", id);
-        require(!host_held[to_index(id)], "host block held twice", id);
-        host_held[to_index(id)] = true;
+        require(!holders.of_host[to_index(id)], "host block held twice", id);
+        holders.of_host[to_index(id)] = true;
       } else {
         require(id >= 0 && id < n, "block out of range", id);
-        ++seq_refs[to_index(id)];
+        ++holders.of_blocks[to_index(id)];
         if (i * bs >= seq.num_computed) {
           require(!at(id).is_cached(), "a block without computed tokens is cached", id);
         }
@@ -56,21 +76,24 @@ void BlockAllocator::Impl::check() const {
     }
   });
   require(num_sequences == sequences.size(), "number of sequences", static_cast<std::int64_t>(sequences.size()));
+}
 
-  // Host tier.
+void BlockAllocator::Impl::check_host_tier(Holders& holders) const {
   for (const BlockId id : host_free) {
-    require(!host_used[to_index(id)] && !host_held[to_index(id)], "free host block in use or twice in the list", id);
-    host_held[to_index(id)] = true;
+    require(!host_used[to_index(id)] && !holders.of_host[to_index(id)], "free host block in use or twice in the list", id);
+    holders.of_host[to_index(id)] = true;
   }
-  for (std::size_t i = 0; i < host_held.size(); ++i) {
-    require(host_held[i], "host block neither free nor held", static_cast<std::int64_t>(i));
+  for (std::size_t i = 0; i < holders.of_host.size(); ++i) {
+    require(holders.of_host[i], "host block neither free nor held", static_cast<std::int64_t>(i));
   }
+}
 
-  // Blocks: reference counts and states.
+// Reference counts and states. Returns how many blocks are the first of their twins.
+std::int64_t BlockAllocator::Impl::check_blocks(Holders& holders) const {
   std::int64_t live = 0, cached = 0, unused = 0, pinned = 0, num_heads = 0;
   for (BlockId id = 0; id < n; ++id) {
     const Block& b = at(id);
-    const std::int64_t num_holders = b.raw_refs + b.pin_refs + seq_refs[to_index(id)];
+    const std::int64_t num_holders = b.raw_refs + b.pin_refs + holders.of_blocks[to_index(id)];
     require(b.raw_refs >= 0 && b.pin_refs >= 0 && b.refs == num_holders, "reference count", id);
     require(claims[to_index(id)] == 0, "scratch not cleared", id);
     ++(b.refs > 0 ? live : b.is_cached() ? cached : unused);
@@ -82,7 +105,7 @@ void BlockAllocator::Impl::check() const {
       continue;
     }
     require(options.enable_prefix_cache && b.prefix_id <= last_prefix_id && b.parent_prefix_id < b.prefix_id, "prefix id", id);
-    ++extra_refs[b.extra_id];
+    ++holders.of_extras[b.extra_id];
     if (b.twin_prev == kNoBlock) {
       ++num_heads;
       require(find(b.hash, b.parent_prefix_id, b.extra_id, tokens_of(id).data()) == id, "contents not found, or found twice", id);
@@ -95,8 +118,11 @@ void BlockAllocator::Impl::check() const {
   }
   require(live + cached + unused == n, "states do not add up", live);
   require(unused == num_free && cached == num_cached && pinned == num_pinned, "counts", unused);
+  return num_heads;
+}
 
-  // Free list: exactly the unreferenced blocks, each once, free ones first.
+// Exactly the unreferenced blocks, each once, free ones first.
+void BlockAllocator::Impl::check_free_list() const {
   std::int64_t num_listed = 0;
   bool seen_cached = false;
   BlockId prev = static_cast<BlockId>(n);
@@ -106,9 +132,11 @@ void BlockAllocator::Impl::check() const {
     require(seen_cached == at(id).is_cached(), "a free block behind a cached one", id);
     prev = id;
   }
-  require(num_listed == unused + cached && blocks.back().prev == prev, "free list length", num_listed);
+  require(num_listed == num_free + num_cached && blocks.back().prev == prev, "free list length", num_listed);
+}
 
-  // Table: exactly the first twins.
+// Exactly the first twins.
+void BlockAllocator::Impl::check_table(std::int64_t num_first_twins) const {
   std::int64_t num_entries = 0;
   for (const TableSlot& slot : table) {
     if (slot.block_id == kNoBlock) continue;
@@ -116,9 +144,7 @@ void BlockAllocator::Impl::check() const {
     const Block& b = at(slot.block_id);
     require(b.is_cached() && b.twin_prev == kNoBlock && slot.tag == tag_of(b.hash), "table entry", slot.block_id);
   }
-  require(num_entries == num_heads, "table size", num_entries);
-
-  for (std::uint32_t id = 1; id < extra_refs.size(); ++id) require(extras[id].refs == extra_refs[id], "extra key references", id);
+  require(num_entries == num_first_twins, "table size", num_entries);
 }
 
 }  // namespace quire

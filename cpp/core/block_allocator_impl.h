@@ -781,7 +781,15 @@ struct BlockAllocator::Impl {
     return result;
   }
 
+  // ---- Proof (block_allocator_check.cpp). ----
+
+  struct Holders;
   void check() const;
+  void check_sequences(Holders& holders) const;
+  void check_host_tier(Holders& holders) const;
+  std::int64_t check_blocks(Holders& holders) const;
+  void check_free_list() const;
+  void check_table(std::int64_t num_first_twins) const;
 
   const BlockAllocatorOptions options;
   const BlockHash key;
