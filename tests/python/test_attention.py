@@ -170,9 +170,7 @@ extern "C" __global__ void fill(int num_words, unsigned* out) {
 @pytest.mark.parametrize("kv_lens", [[4096], [1000] * 3, [3000, 40] * 40], ids=["one", "alike", "unlike"])
 def test_hidden_blocks_over_leftovers(kv_lens, kv_dtype):
     """Blocks that the table hides take nothing from what another kernel left in shared memory, here NaN."""
-    if (
-        not frameworks.has_gpu()
-    ):  # asked here: test_streams imports this file in processes that must not have touched CUDA
+    if not frameworks.has_gpu():
         pytest.skip("no CUDA device, or a CPU-only build")
     cupy, torch = pytest.importorskip("cupy"), pytest.importorskip("torch")
     attributes = cupy.cuda.Device().attributes
