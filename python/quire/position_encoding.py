@@ -253,9 +253,13 @@ def rope_cache(
         )
     if max_position < 1:
         raise ValueError(f"[rope_cache] max_position: expected 1 or more, got {max_position}")
+    if max_position * dim >= 2**48:
+        raise ValueError(
+            f"[rope_cache] max_position: expected a table of fewer than 2**48 numbers, got {max_position} rows of {dim}"
+        )
     if not isinstance(theta, numbers.Real):
         raise TypeError(f"[rope_cache] theta: expected a number, got {type(theta).__qualname__}")
-    theta = float(theta)
+    theta = _float(theta)
     if not 0.0 < theta < math.inf:
         raise ValueError(f"[rope_cache] theta: expected a finite number above 0, got {theta}")
     if scaling is not None and not isinstance(scaling, Mapping):
@@ -287,6 +291,13 @@ def _integer(name: str, value: int) -> int:
         raise TypeError(f"[rope_cache] {name}: expected an integer, got {type(value).__qualname__}") from None
 
 
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
+
+
 def _powers(dim: int, base: float) -> np.ndarray[Any, Any]:
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     # The base is a float32 too; its power is rounded once.
@@ -295,12 +306,7 @@ def _powers(dim: int, base: float) -> np.ndarray[Any, Any]:
 
 def _parameter(scaling: dict[str, Any], kind: str, name: str) -> float:
     value = scaling.get(name)
-    if (
-        not isinstance(value, (int, float))
-        or isinstance(value, bool)
-        or not math.isfinite(value)
-        or value <= 0
-    ):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < _float(value) < math.inf:
         raise ValueError(
             f"[rope_cache] scaling: expected {name!r} above 0 for rope_type {kind!r}, got {value!r}"
         )

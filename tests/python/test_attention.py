@@ -1163,6 +1163,17 @@ def test_merge_ignores_the_output_of_an_empty_state(backend):
     np.testing.assert_array_equal(backend.numpy(out), 1.0)
 
 
+def test_merge_keeps_nan(backend):
+    """A NaN of either side is no empty state, whatever the other side is."""
+    ones, nan = np.ones((1, 1, 8), np.float32), np.full((1, 1), np.nan, np.float32)
+    for other in (0.0, -np.inf):
+        lse = np.full((1, 1), other, np.float32)
+        for lse_a, lse_b in ((lse, nan), (nan, lse)):
+            out, out_lse = quire.merge_attention(*(backend.array(x) for x in (ones, lse_a, ones, lse_b)))
+            assert np.isnan(backend.numpy(out)).all()
+            assert np.isnan(backend.numpy(out_lse)).all()
+
+
 def test_merge_in_place(framework, rng):
     a, b = draw(rng, (4, 2, 16), "float32"), draw(rng, (4, 2, 16), "float32")
     lse_a, lse_b = draw(rng, (4, 2), "float32"), draw(rng, (4, 2), "float32")
@@ -1175,6 +1186,18 @@ def test_merge_in_place(framework, rng):
         got, lse = quire.merge_attention(*arrays)
     assert_close("merge", framework.numpy(got), want)
     assert_lse_close(framework.numpy(lse), want_lse, "float32", framework.device)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_softcaps_that_do_not_bite(backend, rng, dtype, rows):
+    """tanh of next to nothing keeps its digits: a cap far above the scores is none."""
+    q, k, v = (draw(rng, shape, dtype) for shape in ((rows, 4, 64), (100, 2, 64), (100, 2, 64)))
+    arrays = [backend.array(x) for x in (q, k, v)]
+    plain = backend.numpy(quire.attention(*arrays, causal=False))
+    for softcap in (5e3, 1e5, 1e7, 1e30):
+        out = backend.numpy(quire.attention(*arrays, causal=False, softcap=softcap))
+        assert_close("attention", out, as_float64(plain))
 
 
 def test_split_and_merge_equals_whole(backend, rng):

@@ -33,6 +33,9 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   const std::int64_t q_bytes = params.float8_queries ? 1 : itemsize(params.dtype), out_bytes = itemsize(params.dtype);
   Plan plan{};
   plan.params = params;
+  // The tensor cores' kernels have tanh by 1 - 2 / (e^2x + 1), off by about softcap * 2^-22. Beyond this cap that is more than what the
+  // cap takes from a score below 70.
+  if (config.variant != Variant::kSimt && params.softcap > 8192.0f) plan.params.softcap = 0.0f;
   if (config.pairing != Pairing::kNone) {
     plan.params.num_kv_heads /= 2;
     plan.params.k_head_stride *= 2;
