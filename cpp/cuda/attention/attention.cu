@@ -72,6 +72,7 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   }
   plan.num_tiles = static_cast<int>(config.num_tiles);
   plan.tiles_per_seq = static_cast<int>(config.tiles_per_seq);
+  plan.tiles_of_each_seq = Divisor::make(std::max<std::int64_t>(config.tiles_per_seq, 1));
   plan.key_capacity = static_cast<int>(key_capacity(params));
   plan.kv_alignment = common_alignment({address(params.k), address(params.v), params.k_block_stride * kv_bytes,
                                         params.k_token_stride * kv_bytes, params.k_head_stride * kv_bytes, params.v_block_stride * kv_bytes,
