@@ -110,7 +110,7 @@ bool combine_waits() {
 /// Counters for the CTAs of a launch, zero between launches. Launches that may run at once have different workspaces, as everything that
 /// they write there is theirs alone: each workspace has counters of its own.
 unsigned* counters_of(const void* workspace) {
-  constexpr int kPerAllocation = 256, kEach = kMaxCtas + 32;  // and one for tickets (next_tile)
+  constexpr int kPerAllocation = 256, kEach = kMaxCtas + 32;  // and one for tickets (next_tile, WgmmaScheduler)
   struct Counters {
     std::unordered_map<const void*, unsigned*> of;
     unsigned* next = nullptr;
@@ -169,6 +169,7 @@ void launch(const AttentionParams& params, const Config& config, Stream stream) 
     });
   }
   if (config.variant == Variant::kWgmma) {
+    plan.counters = counters_of(params.workspace);
     const auto launch = [&]<DType kQ, bool kNarrowKv>() {
       if constexpr (!kNarrowKv) {
         if (config.head_dim_bucket == 96) return launch_wgmma<kQ, false, 96>(plan, config, stream);

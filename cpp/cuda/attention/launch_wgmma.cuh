@@ -69,10 +69,8 @@ void launch_wgmma_shape(const Plan& plan, const Config& config, Stream stream) {
     // The workspace has room for the notes of so many CTAs; that is fewer than SMs only where few rows meet many sequences.
     const std::int64_t num_sms = current_device_properties().num_sms, num_tiles = config.num_tiles * p.num_kv_heads;
     const std::int64_t note_bytes = Shape::kRows * kNoteWords<Shape::kHeadDim> * std::int64_t{sizeof(std::uint32_t)};
-    const std::int64_t room =
-        (workspace_bytes(p.num_tokens, p.num_heads, p.head_dim, static_cast<int>(num_sms)) - kWgmmaNotesOffset) / note_bytes;
+    const std::int64_t room = workspace_bytes(p.num_tokens, p.num_heads, p.head_dim, static_cast<int>(num_sms)) / note_bytes;
     const std::int64_t num_ctas = std::max<std::int64_t>(std::min({num_tiles, num_sms, room}), 1);
-    if (num_ctas < num_tiles) QUIRE_CUDA_CHECK(cudaMemsetAsync(p.workspace, 0, sizeof(std::uint32_t), cuda_stream(stream)));
     kernel<<<static_cast<unsigned>(num_ctas), Shape::kThreads, kSharedBytes, cuda_stream(stream)>>>(plan, inputs);
     QUIRE_CHECK_LAUNCH("attention_wgmma_kernel", stream);
   };

@@ -103,16 +103,12 @@ struct WgmmaControl {
   int any_again;
 };
 
-/// The workspace begins with the number of tiles that were taken beyond each CTA's first; the launcher sets it to zero.
-constexpr int kWgmmaNotesOffset = 256;
-
 /// Where a CTA notes what it takes out of V, one row after the other; in the workspace, which always has as much.
 template <typename Shape>
 __device__ __forceinline__ std::uint32_t* wgmma_notes(const Plan& plan) {
   constexpr int kWords = Shape::kRows * kNoteWords<Shape::kHeadDim>;
   static_assert(kWords <= kPartialRowsPerSm * Shape::kHeadDim / 4);
-  return reinterpret_cast<std::uint32_t*>(static_cast<char*>(plan.params.workspace) + kWgmmaNotesOffset) +
-         static_cast<std::size_t>(blockIdx.x) * kWords;
+  return static_cast<std::uint32_t*>(plan.params.workspace) + static_cast<std::size_t>(blockIdx.x) * kWords;
 }
 
 template <typename Shape>
