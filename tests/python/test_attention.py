@@ -964,6 +964,117 @@ def test_rows_kernels(backend, rng, variant, dim, kv_dtype):
             assert_lse_close(backend.numpy(lse), want_lse, "bfloat16", backend.device)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dim", "variant"), [(64, "mma_split_rows_128"), (128, "mma_split_rows_128"), (256, "mma_split_rows")]
+)
+@pytest.mark.parametrize("block_size", [0, 8, 16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_plain_prefill(backend, rng, dtype, dim, variant, block_size, causal):
+    """Calls with lengths alone, which have kernels of their own: queries without keys, keys that are not finite, a table with a hole."""
+    if backend.device == "cpu":
+        pytest.skip("the variants are CUDA kernels")
+    heads, kv_heads = 12, 4
+    q_lens, kv_lens = [70, 0, 45, 1, 60], [70, 9, 149, 8, 20]
+    if block_size > 0:
+        batch = Batch.make(
+            rng,
+            q_lens=q_lens,
+            kv_lens=kv_lens,
+            heads=heads,
+            kv_heads=kv_heads,
+            dim=dim,
+            block_size=block_size,
+            dtype=dtype,
+        )
+        tables = batch.block_tables
+        q_all = batch.q
+        keys = [
+            np.concatenate([batch.k_cache[t] for t in row[: -(-n // block_size)]])[:n]
+            for row, n in zip(tables, kv_lens)
+        ]
+        values = [
+            np.concatenate([batch.v_cache[t] for t in row[: -(-n // block_size)]])[:n]
+            for row, n in zip(tables, kv_lens)
+        ]
+    else:
+        q_all = draw(rng, (sum(q_lens), heads, dim), dtype)
+        keys = [draw(rng, (n, kv_heads, dim), dtype) for n in kv_lens]
+        values = [draw(rng, (n, kv_heads, dim), dtype) for n in kv_lens]
+    q_starts = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
+    kv_starts = np.concatenate([[0], np.cumsum(kv_lens)]).astype(np.int32)
+
+    def run(k_list, v_list, hole):
+        options = {"causal": causal, "return_lse": True, "variant": variant}
+        starts = backend.array(q_starts)
+        if block_size == 0:
+            k, v = backend.array(np.concatenate(k_list)), backend.array(np.concatenate(v_list))
+            result = quire.attention(
+                backend.array(q_all),
+                k,
+                v,
+                query_start_loc=starts,
+                kv_start_loc=backend.array(kv_starts),
+                **options,
+            )
+        else:
+            k_cache, v_cache = batch.k_cache.copy(), batch.v_cache.copy()
+            slots = [np.arange(n) for n in kv_lens]
+            for row, at, k, v in zip(tables, slots, k_list, v_list, strict=True):
+                k_cache[row[at // block_size], at % block_size] = k
+                v_cache[row[at // block_size], at % block_size] = v
+            table = tables.copy()
+            if hole:
+                table[2, 3] = -1
+            arrays = [backend.array(x) for x in (q_all, k_cache, v_cache, table, batch.seq_lens)]
+            result = quire.paged_attention(*arrays, query_start_loc=starts, **options)
+        return tuple(backend.numpy(x) for x in result)
+
+    def expect(hole):
+        out, lse = np.empty(q_all.shape), np.empty(q_all.shape[:2])
+        for s, (k, v) in enumerate(zip(keys, values, strict=True)):
+            a, b = q_starts[s], q_starts[s + 1]
+            if a == b:
+                continue
+            mask = None
+            if hole and s == 2:
+                bits = np.ones(kv_lens[s], bool)
+                bits[3 * block_size : 4 * block_size] = False
+                mask = np.tile(np.packbits(bits, bitorder="little"), (b - a, 1))
+            out[a:b], lse[a:b] = reference.attend(
+                as_float64(q_all[a:b]),
+                as_float64(k),
+                as_float64(v),
+                q_start=kv_lens[s] - q_lens[s],
+                causal=causal,
+                **({"mask": mask, "mask_start": 0} if mask is not None else {}),
+            )
+        return out, lse
+
+    for hole in (False, True) if block_size > 0 else (False,):
+        got, got_lse = run(keys, values, hole)
+        want, want_lse = expect(hole)
+        assert_close("attention", got, want)
+        assert_lse_close(got_lse, want_lse, dtype)
+
+    # The last two keys' values: of a causal batch the last two queries alone see them.
+    spoiled = [v.copy() for v in values]
+    for v in spoiled:
+        v[-2:, :, 3] = np.inf
+        v[-1, :, 5] = np.nan
+    got, _ = run(keys, spoiled, False)
+    want, _ = expect(False)
+    # Which key a query sees last, counted from the end.
+    from_last = np.concatenate([q - np.arange(q) if causal else np.ones(q) for q in q_lens])
+    np.testing.assert_array_equal(
+        np.isposinf(got[:, :, 3]), np.repeat(from_last[:, None] <= 2, heads, axis=1)
+    )
+    np.testing.assert_array_equal(np.isnan(got[:, :, 5]), np.repeat(from_last[:, None] <= 1, heads, axis=1))
+    for array in (got, want):
+        array[:, :, [3, 5]] = 0
+    assert_close("attention", got, want)
+
+
 @pytest.mark.parametrize("q_len", [1, 6, 70])
 def test_a_mask_can_be_the_causal_one(backend, rng, q_len):
     """The same bits as with causal, where the same kernel runs."""

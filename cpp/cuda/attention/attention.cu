@@ -75,6 +75,7 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   }
   plan.num_tiles = static_cast<int>(config.num_tiles);
   plan.tiles_per_seq = static_cast<int>(config.tiles_per_seq);
+  plan.tiles_of_each_seq = Divisor::make(std::max<std::int64_t>(config.tiles_per_seq, 1));
   plan.key_capacity = static_cast<int>(key_capacity(params));
   plan.kv_alignment = common_alignment({address(params.k), address(params.v), params.k_block_stride * kv_bytes,
                                         params.k_token_stride * kv_bytes, params.k_head_stride * kv_bytes, params.v_block_stride * kv_bytes,
@@ -102,7 +103,7 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
 /// Counters for the CTAs of a launch, zero between launches. Launches that may run at once have different workspaces, as everything that
 /// they write there is theirs alone: each workspace has counters of its own.
 unsigned* counters_of(const void* workspace) {
-  constexpr int kPerAllocation = 256, kEach = kMaxCtas + 32;  // and one for tickets (next_tile)
+  constexpr int kPerAllocation = 256, kEach = kMaxCtas + 32;  // and one for tickets (next_tile, WgmmaScheduler)
   struct Counters {
     std::unordered_map<const void*, unsigned*> of;
     unsigned* next = nullptr;
@@ -157,6 +158,7 @@ void launch(const AttentionParams& params, const Config& config, Stream stream) 
     });
   }
   if (config.variant == Variant::kWgmma) {
+    plan.counters = counters_of(params.workspace);
     const auto launch = [&]<DType kQ, bool kNarrowKv>() {
       if constexpr (!kNarrowKv) {
         if (config.head_dim_bucket == 96) return launch_wgmma<kQ, false, 96>(plan, config, stream);
