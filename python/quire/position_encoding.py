@@ -18,6 +18,8 @@ from quire._allocate import Array, dtype_name, from_numpy, numpy_dtype, shape_of
 
 __all__ = ["qk_norm_rope", "rope_and_write_kv", "rope_cache", "rotary_embedding"]
 
+Style = Literal["neox", "gptj"]
+
 
 def rotary_embedding(
     positions: Array,
@@ -25,7 +27,7 @@ def rotary_embedding(
     k: Array | None,
     cos_sin_cache: Array,
     *,
-    style: Literal["neox", "gptj"] = "neox",
+    style: Style = "neox",
     stream: object = None,
 ) -> tuple[Array, Array | None]:
     """Rotates q and k in place by their positions.
@@ -72,7 +74,7 @@ def qk_norm_rope(
     eps: float = 1e-6,
     *,
     weight_offset: float = 0.0,
-    style: Literal["neox", "gptj"] = "neox",
+    style: Style = "neox",
     stream: object = None,
 ) -> tuple[Array, Array | None]:
     """RMS norm of every head of q and k, then their rotation, in place and in one pass; Qwen3's and Gemma 3's.
@@ -122,7 +124,7 @@ def rope_and_write_kv(
     v_cache: Array,
     slot_mapping: Array,
     *,
-    style: Literal["neox", "gptj"] = "neox",
+    style: Style = "neox",
     k_scale: Array | None = None,
     v_scale: Array | None = None,
     k_out: Array | None = None,
