@@ -230,6 +230,7 @@ void fill_view(const char* op, const char* arg, const DLTensor& t, bool read_onl
     if (t.shape[i] < 0) throw std::invalid_argument(message(op, arg, "a shape of 0 or more", std::to_string(t.shape[i])));
     numel = checked_mul(numel, t.shape[i], op, arg);
   }
+  tame_strides(view, numel > 0);
   if (t.data == nullptr && numel > 0)
     throw std::invalid_argument(message(op, arg, "a tensor with data", "one without (a meta or fake tensor); materialize it first"));
   view.data = t.data == nullptr ? nullptr : static_cast<std::byte*>(t.data) + t.byte_offset;

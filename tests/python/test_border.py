@@ -80,6 +80,26 @@ def test_numpy_edge_cases():
         quire.copy_blocks(wide, np.zeros((1, 2), np.int32))
 
 
+@pytest.mark.parametrize("stride", [0, -4, 12, 2**62, -(2**62)])
+def test_strides_that_nothing_steps_along(stride):
+    """Those of extents of 1, and all of a tensor without elements, may be anything."""
+    as_strided = np.lib.stride_tricks.as_strided
+    row = np.arange(1.0, 9.0, dtype=np.float32)
+    x, weight = as_strided(row, (1, 1, 8), (stride, stride, 4)), np.ones(8, np.float32)
+    out = as_strided(np.zeros(8, np.float32), (1, 1, 8), (stride, stride, 4))
+    quire.rms_norm(x, weight, out=out)
+    np.testing.assert_array_equal(out[0], quire.rms_norm(row[None], weight))
+    cache = as_strided(np.zeros((4, 2, 8), np.float32), (4, 2, 1, 8), (64, 32, stride, 4))
+    none = as_strided(row[:0], (0, 2, 1, 8), (stride, stride, stride, 4))
+    slots, tables, lens = np.array([5]), np.array([[2]], np.int32), np.array([2], np.int32)
+    quire.write_kv(x, x, cache, cache.copy(), slots)
+    np.testing.assert_array_equal(cache[2, 1, 0], row)
+    heads = as_strided(row, (1, 1, 8), (stride, stride, 4))
+    want = quire.paged_attention(row.reshape(1, 1, 8), cache.copy(), cache.copy(), tables, lens)
+    np.testing.assert_array_equal(quire.paged_attention(heads, cache, cache, tables, lens), want)
+    assert not quire.paged_attention(heads, none, none, tables, lens * 0).any()
+
+
 def sparse_rows(torch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls them beta
