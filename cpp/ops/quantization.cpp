@@ -151,7 +151,7 @@ void quantize(const TensorView& out, const TensorView& scales, const TensorView*
       check.disjoint(*zero_points, "zero_points", x, "x", false);
     }
   }
-  if (!(scale_bound > 0.0)) check.fail_value("scale_ub", "more than 0", std::to_string(scale_bound));
+  if (!(static_cast<float>(scale_bound) > 0.0f)) check.fail_value("scale_ub", "more than 0 in float32", std::to_string(scale_bound));
   params.out = out.data;
   params.x = x.data;
   params.out_rows = row_layout(out);

@@ -974,6 +974,7 @@ def test_bad_products(rng):
         (ValueError, "zero_point", lambda: quire.quantize_int8(x, zero_point=np.zeros(1, np.int32))),
         (ValueError, "scales: expected", lambda: quire.quantize_fp8(x, scale=np.ones(2, np.float32))),
         (ValueError, "scale_ub", lambda: quire.quantize_fp8(x, scale_ub=0.0)),
+        (ValueError, "scale_ub", lambda: quire.quantize_fp8(x, scale_ub=1e-300)),
         (TypeError, "q: expected int8", lambda: quire.dequantize_int8(x, np.ones(1, np.float32))),
     ]  # fmt: skip
     a, one = np.zeros((3, 256), np.int8), np.ones(1, np.float32)
