@@ -160,7 +160,8 @@ def scaled_matmul(
 ) -> Array:
     """``((a - zero_point) * scale_a) @ (b * scale_b).T + bias`` of float8 or int8.
 
-    Dimensions: ``n`` output features, ``k`` input features. float8 is accumulated in float32, int8 in int32.
+    Dimensions: ``n`` output features, ``k`` input features. float8 is accumulated in float32, int8 in int32. (The
+    tensor cores of compute capability 8.9 and 9.0 keep about 14 bits when they add products of float8.)
 
     Args:
         a: ``[..., k]`` float8_e4m3fn or int8; unit inner stride, and one distance between all rows.
