@@ -407,8 +407,11 @@ inline Launches choose_launches(const AttentionParams& params, const DevicePrope
   std::vector<std::string> why_many;
   Config prefill =
       choose_config(params, device, has_wgmma, why != nullptr ? &why_many : nullptr, (params.num_tokens - params.num_seqs + 1) * group);
-  if (mean_rows > 32 && prefill.variant == Variant::kWgmma && params.num_seqs * params.num_kv_heads >= std::int64_t{4} * device.num_sms) {
-    // Then decodes, too, have tiles for all SMs, and their reading goes on beside the prefills' products.
+  // Where tiles are few, no sequence may be very long, as all of a tile's keys are one CTA's there.
+  constexpr std::int64_t kShort = 8192;
+  const std::int64_t tiles_of_sm = params.num_seqs * params.num_kv_heads / device.num_sms;
+  if (mean_rows > 32 && prefill.variant == Variant::kWgmma && tiles_of_sm >= (key_capacity(params) <= kShort ? 2 : 4)) {
+    // Then the reading of decodes goes on beside the prefills' products.
     if (why != nullptr) why->insert(why->end(), why_many.begin(), why_many.end());
     launches.configs[launches.count++] = prefill;
     return launches;
