@@ -82,8 +82,8 @@ struct StepCopy {
     target = KvRows::address(0, warp() * kWarpRows + row, chunk);
     warp_key = warp() * kWarpRows;
     first_row = kAsks != Asks::kAll || chunk * Types::kElements < p.head_dim ? warp() * kWarpRows + row : INT_MAX / 2;
-    // At head_dim 64 there are registers to keep these in; else they are computed again in each step.
-    if constexpr (KvRows::kChunks <= 8 && Types::kElementBytes == 2) {
+    // Kept in registers where there are some; else computed again in each step.
+    if constexpr (Types::kElementBytes == 2 && (KvRows::kChunks <= 8 || (kAsks != Asks::kAll && KvRows::kChunks > 16))) {
       asm volatile("" : "+l"(k_base), "+l"(v_base), "+r"(target), "+r"(warp_key), "+r"(first_row));
     }
   }
