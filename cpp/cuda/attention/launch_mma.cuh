@@ -29,7 +29,9 @@ void launch_mma(const Plan& plan, const Config& config, Stream stream) {
       if (is_plain(plan, kHeadDim)) {
         if (plan.params.block_tables == nullptr)
           return launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim, kVariant, Asks::kPlain>, kSharedBytes);
-        return launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim, kVariant, Asks::kPagedPlain>, kSharedBytes);
+        // Where the general kernel is as fast, it serves.
+        if constexpr (kHeadDim <= 128 || kVariant == Variant::kMmaSplitRowsSmall)
+          return launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim, kVariant, Asks::kPagedPlain>, kSharedBytes);
       }
     }
     launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim, kVariant, Asks::kAll>, kSharedBytes);

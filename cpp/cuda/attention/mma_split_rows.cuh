@@ -83,7 +83,7 @@ struct StepCopy {
     warp_key = warp() * kWarpRows;
     first_row = kAsks != Asks::kAll || chunk * Types::kElements < p.head_dim ? warp() * kWarpRows + row : INT_MAX / 2;
     // Kept in registers where there are some; else computed again in each step.
-    if constexpr (Types::kElementBytes == 2 && (KvRows::kChunks <= 8 || (kAsks != Asks::kAll && KvRows::kChunks > 16))) {
+    if constexpr (Types::kElementBytes == 2 && (KvRows::kChunks <= 8 || (kAsks == Asks::kPlain && KvRows::kChunks > 16))) {
       asm volatile("" : "+l"(k_base), "+l"(v_base), "+r"(target), "+r"(warp_key), "+r"(first_row));
     }
   }

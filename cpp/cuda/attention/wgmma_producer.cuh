@@ -28,7 +28,16 @@ __device__ __forceinline__ Box locate_box(const Plan& plan, int keys_per_box, co
 template <typename Shape, int kPanels, int kPanelElements>
 __device__ __forceinline__ void copy_boxes(const CUtensorMap& map, int keys_per_box, std::uint32_t full, std::uint32_t slot, int kv_head,
                                            const Box& box) {
-  // One lane starts them all: a loop over lanes would take several times as long.
+  if constexpr (kPanels == 1) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (lane == 0) device::barrier_arrive_expect(full, Shape::kKeyPanelBytes);
+    __syncwarp();
+    const int key = lane * keys_per_box;
+    if (key < Shape::kKeys)
+      device::copy_box(slot + static_cast<std::uint32_t>(key * device::kPanelRowBytes), &map, full, 0, kv_head, box.slot, box.entry);
+    return;
+  }
+  // One lane starts them all: the compiler makes of copies by lanes a loop over lanes, one for each panel.
   const bool elected = device::elect_lane();
   if (elected) device::barrier_arrive_expect(full, kPanels * Shape::kKeyPanelBytes);
   constexpr int kAtOnce = 2;
