@@ -257,7 +257,8 @@ TEST(CudaAttentionConfig, batch_invariant_calls_are_configured_alike) {
 
 TEST(CudaAttentionConfig, decodes_beside_prefills_have_a_launch_of_their_own) {
   const auto launches = [](const AttentionParams& params) { return choose_launches(params, kDevice, true); };
-  const AttentionParams mixed = dense(ragged_queries(paged(32, 2048, 32, 8, 128), 28 + 4 * 512));
+  const auto mixed_of = [](std::int64_t keys) { return dense(ragged_queries(paged(32, keys, 32, 8, 128), 28 + 4 * 512)); };
+  const AttentionParams mixed = mixed_of(8192);
   const Launches of_mixed = launches(mixed);
   ASSERT_EQ(of_mixed.count, 2);
   const Config* const configs = of_mixed.configs;
@@ -270,6 +271,11 @@ TEST(CudaAttentionConfig, decodes_beside_prefills_have_a_launch_of_their_own) {
   ASSERT_EQ(launches(many).count, 1);
   EXPECT_EQ(launches(many).configs[0].variant, Variant::kWgmma);
   EXPECT_EQ(choose_launches(many, kDevice, false).count, 2);
+  AttentionParams narrow = many;
+  narrow.kv_dtype = DType::kInt8;
+  EXPECT_EQ(launches(narrow).count, 2);
+  // Fewer of them where none can have very many keys.
+  EXPECT_EQ(launches(mixed_of(4096)).count, 1);
   // One chunk among many decodes, too.
   EXPECT_EQ(launches(dense(ragged_queries(paged(256, 2048, 32, 8, 128), 255 + 512))).count, 2);
   EXPECT_EQ(launches(dense(paged(256, 2048, 32, 8, 128))).count, 1);

@@ -434,7 +434,8 @@ void attention(const AttentionParams& params, Stream stream) {
     return;
   }
   const attn::Launches launches = attn::choose_launches(params, device, has_wgmma);
-  for (int i = 0; i < launches.count; ++i) attn::launch(params, launches.configs[i], stream);
+  // The prefills first, which take longer: the host prepares the second launch meanwhile.
+  for (int i = launches.count; i-- > 0;) attn::launch(params, launches.configs[i], stream);
 }
 
 void merge_attention(const MergeParams& params, Stream stream) {

@@ -407,8 +407,12 @@ inline Launches choose_launches(const AttentionParams& params, const DevicePrope
   std::vector<std::string> why_many;
   Config prefill =
       choose_config(params, device, has_wgmma, why != nullptr ? &why_many : nullptr, (params.num_tokens - params.num_seqs + 1) * group);
-  if (mean_rows > 32 && prefill.variant == Variant::kWgmma && params.num_seqs * params.num_kv_heads >= std::int64_t{4} * device.num_sms) {
-    // Then decodes, too, have tiles for all SMs, and their reading goes on beside the prefills' products.
+  // Where tiles are few, no sequence may be very long, as all of a tile's keys are one CTA's there. 8-bit keys are widened for whole tiles, and
+  // decodes then wait for that.
+  const std::int64_t capacity = key_capacity(params), tiles_needed = capacity <= 4096 ? 1 : capacity <= 8192 ? 2 : 4;  // for each SM
+  if (mean_rows > 32 && prefill.variant == Variant::kWgmma && itemsize(params.kv_dtype) == 2 &&
+      params.num_seqs * params.num_kv_heads >= tiles_needed * device.num_sms) {
+    // Then the reading of decodes goes on beside the prefills' products.
     if (why != nullptr) why->insert(why->end(), why_many.begin(), why_many.end());
     launches.configs[launches.count++] = prefill;
     return launches;
