@@ -56,9 +56,10 @@ void check_layout(const char* op, const Format& format, const TensorView& data) 
 }
 
 // The caller's workspace, or a lease of the shared one in `lease`.
-const TensorView* choose_workspace(const TensorView* given, std::int64_t num_bytes, Device device, Stream stream, WorkspaceLease& lease) {
+const TensorView* choose_workspace(const Args& args, const TensorView* given, std::int64_t num_bytes, Device device, Stream stream,
+                                   WorkspaceLease& lease) {
   if (given != nullptr || num_bytes == 0) return given;
-  lease = shared_workspace(num_bytes, device, stream);
+  lease = shared_workspace(num_bytes, device, stream, args.capturing());
   return &lease.view;
 }
 
@@ -200,7 +201,7 @@ void bind_quantization(nb::module_& m) {
                   : 0;
         args.run([&](Stream s) {
           WorkspaceLease lease;
-          const TensorView* const space = choose_workspace(args.optional(5), num_bytes, input.device, s, lease);
+          const TensorView* const space = choose_workspace(args, args.optional(5), num_bytes, input.device, s, lease);
           quantized_matmul(args[0], input, {format, args[2], args.optional(3)}, args.optional(4), space, options, s);
         });
       },
@@ -234,7 +235,7 @@ void bind_quantization(nb::module_& m) {
                   : 0;
         args.run([&](Stream s) {
           WorkspaceLease lease;
-          const TensorView* const space = choose_workspace(args.optional(8), num_bytes, input.device, s, lease);
+          const TensorView* const space = choose_workspace(args, args.optional(8), num_bytes, input.device, s, lease);
           quantize_and_multiply(args[0], input, weight, {scaling, args[3], args.optional(4), args.optional(5), args.optional(6)},
                                 args.optional(7), space, options, s);
         });
@@ -292,7 +293,7 @@ void bind_quantization(nb::module_& m) {
                                              : 0;
         args.run([&](Stream s) {
           WorkspaceLease lease;
-          const TensorView* const space = choose_workspace(args.optional(8), num_bytes, left.device, s, lease);
+          const TensorView* const space = choose_workspace(args, args.optional(8), num_bytes, left.device, s, lease);
           scaled_matmul(args[0], left, right, {args[3], scale, args.optional(5), args.optional(6)}, args.optional(7), space, options, s);
         });
       },

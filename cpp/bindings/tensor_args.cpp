@@ -544,8 +544,8 @@ class Importer {
       } else {
         args_.stream_ = Stream(reinterpret_cast<void*>(std::uintptr_t{1}));
       }
-      args_.capturing_ = cuda::is_capturing(args_.stream_);
-      if (args_.capturing_) return;
+      if (!is_explicit && !has_cupy_ && second_device_ < 0) return;
+      if (args_.capturing()) return;
       const int device = args_.device_index_;
       if (exchange_ != nullptr && is_explicit) order_after(exchange_stream(device), device, true);
       if (has_cupy_ && (is_explicit || exchange_ != nullptr)) order_after(cupy_stream(device), device, false);
@@ -569,11 +569,11 @@ class Importer {
   }
 
   void import_cuda_protocol(const TensorArg& tensor, std::size_t i) {
-    if (args_.capturing_ && kinds_[i] == Kind::kJax)
+    if (args_.capturing() && kinds_[i] == Kind::kJax)
       throw UnsupportedError(
           message(args_.op_, tensor.name, "no JAX array while a CUDA graph is captured", "one; capture through jax.jit instead"));
     // While capturing, ordering is the graph's; -1 tells the producer to do nothing.
-    const long long number = args_.capturing_ ? -1LL : static_cast<long long>(reinterpret_cast<std::intptr_t>(args_.stream_.handle()));
+    const long long number = args_.capturing() ? -1LL : static_cast<long long>(reinterpret_cast<std::intptr_t>(args_.stream_.handle()));
     const nb::object stream = nb::steal(PyLong_FromLongLong(number));
     std::array<PyObject*, 2> extra{names().max_version, stream.ptr()};
     PyObject* capsule = call_method(names().dlpack, tensor.object.ptr(), extra.data(), 2, names().kw_version_stream);
@@ -654,12 +654,20 @@ Args::~Args() {
   for (std::size_t i = 0; i < count_; ++i) Py_XDECREF(owners_[i]);
 }
 
+bool Args::capturing() const {
+  if (!capturing_) {
+    capturing_ = false;
+    if constexpr (kHasCuda) capturing_ = device_index_ >= 0 && cuda::is_capturing(stream_);
+  }
+  return *capturing_;
+}
+
 void Args::after_launch() {
 #ifdef QUIRE_HAS_CUDA
   last_launch = {stream_.handle(), device_index_};
   for (std::size_t i = 0; i < num_producer_streams_; ++i)
     cuda::order_streams(stream_, device_index_, Stream(producer_streams_[i]), producer_devices_[i]);
-  if (!producer_needs_hold_ || capturing_) return;
+  if (!producer_needs_hold_ || capturing()) return;
   Hold hold{cuda::Marker(stream_, device_index_), {}};
   for (std::size_t i = 0; i < count_; ++i)
     if (owners_[i] != nullptr) hold.owners.push_back(std::exchange(owners_[i], nullptr));
@@ -669,7 +677,7 @@ void Args::after_launch() {
 
 void Args::synchronize() const {
   if (device_index_ < 0) return;
-  if (capturing_)
+  if (capturing())
     throw UnsupportedError(message(op_, "stream", "one that is not being captured, since the host reads contents", "one that is"));
   if constexpr (kHasCuda) {
     const GilRelease release;

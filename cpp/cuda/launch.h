@@ -1,4 +1,4 @@
-// What every CUDA launcher shares: device guard, error checks, device properties, the error word. Host code only.
+// What every CUDA launcher shares: error checks, device properties, the error word. Host code only.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -22,20 +22,6 @@ void check_launch(const char* kernel, Stream stream, const char* file, int line)
 
 #define QUIRE_CHECK_LAUNCH(kernel, stream) ::quire::cuda::check_launch((kernel), (stream), __FILE__, __LINE__)
 
-/// Makes a device current and restores the previous one on every path. Ops have one around them (dispatch_device); launchers
-/// need none of their own.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device_index);
-  ~DeviceGuard();
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_;
-  bool changed_;
-};
-
 struct DeviceProperties {
   int num_sms;
   int compute_capability;        // 10 * major + minor
@@ -45,7 +31,7 @@ struct DeviceProperties {
 
 /// Read once per device, then cached.
 const DeviceProperties& device_properties(int device_index);
-/// The current device's.
+/// The current device's. Ops have a DeviceScope around them (dispatch_device), so that this asks nobody.
 const DeviceProperties& current_device_properties();
 
 /// The current device's error word, in device memory. Made on first use, also inside a stream capture.

@@ -376,6 +376,8 @@ _QUANTIZED_MATMUL = Op(
     rows([0]),
     scratch_bytes=_packed_scratch,
 )
+
+
 def _dequantize_weight_rule(
     op: Op, size: int, batched: list[bool], operands: list[Array], attributes: _Attributes
 ) -> list[Array]:
