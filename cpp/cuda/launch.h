@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/error_word.h"
 #include "quire/stream.h"
@@ -43,6 +44,17 @@ void* allocate_zeroed(std::size_t num_bytes);
 
 /// Raises a kernel's dynamic shared memory limit, once per kernel and device; `Kernel` is the kernel itself.
 void set_max_shared_bytes(const void* kernel, int shared_bytes);
+
+void launch_waiting(const char* name, const void* kernel, dim3 grid, dim3 block, Stream stream, void** arguments);
+
+/// Launches a kernel that calls device::wait_for_predecessor() before it reads or writes memory: the device prepares it while the kernel
+/// before it ends, which takes the host less time, too.
+template <typename... Parameters>
+void launch_waiting(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
+                    const std::type_identity_t<Parameters>&... arguments) {
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  launch_waiting(name, reinterpret_cast<const void*>(kernel), grid, block, stream, pointers);
+}
 
 inline cudaStream_t cuda_stream(Stream stream) { return static_cast<cudaStream_t>(stream.handle()); }
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "cuda/device_code.h"
 #include "cuda/launch.h"
 #include "quire/error.h"
 #include "quire/runtime.h"
@@ -83,10 +84,17 @@ void check(cudaError_t status, const char* call, const char* file, int line) {
   throw CudaError(text, static_cast<int>(status));
 }
 
-void check_launch(const char* kernel, Stream stream, const char* file, int line) {
-  const cudaError_t status = cudaPeekAtLastError();
+namespace {
+
+void finish_launch(cudaError_t status, const char* kernel, Stream stream, const char* file, int line) {
   if (status != cudaSuccess) check(status, kernel, file, line);
   if (sync_after_launch() && !is_capturing(stream)) check(cudaStreamSynchronize(cuda_stream(stream)), kernel, file, line);
+}
+
+}  // namespace
+
+void check_launch(const char* kernel, Stream stream, const char* file, int line) {
+  finish_launch(cudaPeekAtLastError(), kernel, stream, file, line);
 }
 
 DeviceScope::DeviceScope(int device_index) : previous_(-1), outer_(scoped_device) {
@@ -102,6 +110,19 @@ DeviceScope::DeviceScope(int device_index) : previous_(-1), outer_(scoped_device
 DeviceScope::~DeviceScope() {
   scoped_device = outer_;
   if (previous_ >= 0) static_cast<void>(cudaSetDevice(previous_));
+}
+
+void launch_waiting(const char* name, const void* kernel, dim3 grid, dim3 block, Stream stream, void** arguments) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = cuda_stream(stream);
+  config.attrs = &early;
+  config.numAttrs = has_dependent_launch_code() ? 1 : 0;
+  finish_launch(cudaLaunchKernelExC(&config, kernel, arguments), name, stream, __FILE__, __LINE__);
 }
 
 int current_device() {

@@ -288,6 +288,8 @@ def _function(eager: F) -> Callable[[Callable[..., Any]], F]:
     def decorate(traced: Callable[..., Any]) -> F:
         @functools.wraps(eager)
         def function(*args: Any, **kwargs: Any) -> Any:
+            if args and type(args[0]) in _PLAIN and not _is_compiling():  # what most calls are
+                return eager(*args, **kwargs)
             first = args[0] if args else next(iter(kwargs.values()), None)
             if _is_traced(first):
                 _check_traced(eager.__name__, kwargs)
@@ -684,6 +686,13 @@ def _attention_function(eager: F, is_cache: bool) -> Callable[[Callable[..., Any
 
         @functools.wraps(eager)
         def with_autocast(*args: Any, **kwargs: Any) -> Any:
+            if (
+                args
+                and type(args[0]) in _PLAIN
+                and args[0].dtype is not torch.float32
+                and not _is_compiling()
+            ):
+                return eager(*args, **kwargs)
             missing = names[len(args) :]
             if not all(name in kwargs for name in missing):
                 return function(*args, **kwargs)  # its TypeError says what is missing
