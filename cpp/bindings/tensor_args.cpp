@@ -413,22 +413,48 @@ class Importer {
     if (args_.views_[i].get().device.type == DeviceType::kCUDA) exchange_ = api;
   }
 
-  // Whether PyTorch records what is done with a tensor that requires gradients: not under no_grad and inference_mode.
-  static bool grad_mode() {
-    const nb::object torch = nb::steal(PyImport_GetModule(nb::str("torch").ptr()));
-    return !torch.is_valid() || nb::cast<bool>(torch.attr("is_grad_enabled")());
+  // PyTorch's question whether it records gradients; null members where it is not loaded, or cannot be called directly.
+  struct GradMode {
+    nb::object is_enabled;
+    PyCFunction direct = nullptr;
+
+    GradMode() {
+      const nb::object torch = nb::steal(PyImport_GetModule(nb::str("torch").ptr()));
+      if (!torch.is_valid()) return;
+      is_enabled = torch.attr("is_grad_enabled");
+      if (PyCFunction_Check(is_enabled.ptr()) && PyCFunction_GetFlags(is_enabled.ptr()) == METH_NOARGS)
+        direct = PyCFunction_GetFunction(is_enabled.ptr());
+    }
+  };
+
+  // Not under no_grad and inference_mode, where no tensor need be asked whether it requires gradients. The mode is a call's.
+  bool records_gradients(const AutogradFlags& flags) {
+    if (flags.requires_grad == nullptr) return true;  // no type of PyTorch's: its tensors are asked
+    if (!records_gradients_) {
+      static const GradMode* const mode = new GradMode;
+      nb::object answer = nb::bool_(true);
+      if (mode->direct != nullptr)
+        answer = nb::steal(mode->direct(PyCFunction_GetSelf(mode->is_enabled.ptr()), nullptr));
+      else if (mode->is_enabled.is_valid())
+        answer = mode->is_enabled();
+      if (!answer.is_valid()) throw nb::python_error();
+      records_gradients_ = answer.ptr() == Py_True;
+    }
+    return *records_gradients_;
   }
 
   // The exchange API looks at neither of these, and both change what the bytes mean.
   void check_autograd_flags(const TensorArg& tensor, const AutogradFlags& flags) {
     PyObject* const object = tensor.object.ptr();
-    PyObject* const grad = flags.requires_grad != nullptr ? flags.requires_grad(object, flags.requires_grad_closure)
-                                                          : PyObject_GetAttr(object, names().requires_grad);
-    if (grad == nullptr) drop_python_error();
-    Py_XDECREF(grad);
-    if (grad == Py_True && grad_mode())
-      throw std::invalid_argument(message(args_.op_, tensor.name, "a tensor outside autograd (quire is for inference)",
-                                          "one with requires_grad; call .detach() first, or use torch.no_grad()"));
+    if (records_gradients(flags)) {
+      PyObject* const grad = flags.requires_grad != nullptr ? flags.requires_grad(object, flags.requires_grad_closure)
+                                                            : PyObject_GetAttr(object, names().requires_grad);
+      if (grad == nullptr) drop_python_error();
+      Py_XDECREF(grad);
+      if (grad == Py_True)
+        throw std::invalid_argument(message(args_.op_, tensor.name, "a tensor outside autograd (quire is for inference)",
+                                            "one with requires_grad; call .detach() first, or use torch.no_grad()"));
+    }
     PyObject* const negated = flags.is_neg != nullptr
                                   ? flags.is_neg(object, nullptr)
                                   : PyObject_VectorcallMethod(names().is_neg, &object, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
@@ -681,6 +707,7 @@ class Importer {
   bool has_cupy_ = false;
   bool orders_cupy_ = false;  // of CuPy's arrays that came without __dlpack__, which would have ordered them before the op
   int second_device_ = -1;
+  std::optional<bool> records_gradients_;
 };
 
 // ---- lifetimes ---------------------------------------------------------------------------------------------------------

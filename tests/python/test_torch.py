@@ -220,7 +220,7 @@ def test_every_operator_is_checked(monkeypatch):
     for op, arrays, options in OPCHECK_CASES:
         with monkeypatch.context() as patch:
             seen |= {name for name, _ in recorded(patch, framework, op, arrays, options)[0]}
-    assert seen | {"swap_blocks"} | WITHOUT_CASES == defined()
+    assert seen | {"swap_blocks", "dequantize_weight"} | WITHOUT_CASES == defined()
 
 
 def test_opcheck_of_swap_blocks():
@@ -512,6 +512,9 @@ def test_opcheck_of_quantized_matmul(framework):
         if w.weight is None:
             args = (x.new_empty(3, 48), x, w._data, w._permutation, None, None, *w._fields, False)
             result = torch.library.opcheck(torch.ops.quire.quantized_matmul.default, args)
+            assert set(result.values()) == {"SUCCESS"}
+            args = (x.new_empty(w.shape), w._data, w._permutation, *w._fields)
+            result = torch.library.opcheck(torch.ops.quire.dequantize_weight.default, args)
             assert set(result.values()) == {"SUCCESS"}
 
 
