@@ -767,6 +767,44 @@ def test_capture_of_a_chain(work):
             assert_same(work, tensors, want)
 
 
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+def test_what_may_start_early_waits(torch_work, captured):
+    """On Hopper a matrix product lets the next kernel start while it still writes: whatever reads its result waits on the device."""
+    torch, rows, width = torch_work.torch, 2048, 2048
+    torch.manual_seed(0)
+    a, b = (torch.randn(n, width, device="cuda").to(torch.float8_e4m3fn) for n in (rows, width))
+    one, weight = torch.ones(1, device="cuda"), torch.ones(width, device="cuda")
+    product = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda")
+    heads, slots = product.view(rows, 16, 128), torch.arange(rows, device="cuda")
+    table = torch.from_numpy(quire.rope_cache(128, rows)).cuda()
+    normed = torch.empty_like(product)
+    caches = [torch.empty(rows // 16, 16, 16, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    gated = torch.empty(rows, width // 2, dtype=torch.bfloat16, device="cuda")
+    readers = {
+        "rms_norm": (lambda: quire.rms_norm(product, weight, out=normed), normed),
+        "silu_and_mul": (lambda: quire.silu_and_mul(product, out=gated), gated),
+        "write_kv": (lambda: quire.write_kv(heads, heads, *caches, slots), caches[0]),
+        "rotary_embedding": (lambda: quire.rotary_embedding(slots, heads, None, table), heads),
+    }
+    for name, (read, result) in readers.items():
+
+        def chain(synchronize: Callable[[], None], read: Callable[[], object] = read) -> None:
+            product.fill_(float("nan"))
+            quire.scaled_matmul(a, b, one, one, out=product)
+            synchronize()
+            read()
+
+        chain(torch.cuda.synchronize)
+        torch.cuda.synchronize()
+        want = result.clone()
+        run = torch_work.capture(lambda: chain(lambda: None)) if captured else lambda: chain(lambda: None)
+        for _ in range(20):
+            result.fill_(float("nan"))
+            run()
+            torch.cuda.synchronize()
+            assert torch.equal(result, want), name
+
+
 def test_graph_outlives_a_larger_call(torch_work):
     """The shared workspace that a graph uses stays when a later call on the same stream needs more."""
     torch, work, op = torch_work.torch, torch_work, OPS["paged_long"]
