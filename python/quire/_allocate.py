@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -22,12 +23,22 @@ def framework_of(x: Array) -> str:
     return type(x).__module__.partition(".")[0]
 
 
+@functools.lru_cache(maxsize=256)
+def _known_name(dtype: object) -> str:
+    return _core.dtype_name(dtype)
+
+
 def dtype_name(dtype: object) -> str:
     """The name of a dtype of any framework; what is no dtype of ours comes back as text, for an error message."""
+    if dtype is None:
+        return "None"
     try:
-        return "None" if dtype is None else _core.dtype_name(dtype)
-    except TypeError:
-        return str(dtype)
+        return _known_name(dtype)
+    except TypeError:  # also for what cannot be a key
+        try:
+            return _core.dtype_name(dtype)
+        except TypeError:
+            return str(dtype)
 
 
 def numpy_dtype(name: str) -> Any:
