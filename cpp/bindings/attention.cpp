@@ -43,6 +43,8 @@ AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle caus
     if (!options.variant)
       throw std::invalid_argument(std::string("[") + op + "] variant: expected None or one of " + names + ", got \"" + wanted + '"');
   }
+  static PyObject* const shape = PyUnicode_InternFromString("shape");  // the default, which Python passes as this very object
+  if (validate.ptr() == shape) return options;
   const std::string text = nb::str(validate).c_str();
   if (text != "shape" && text != "full")
     throw std::invalid_argument(std::string("[") + op + "] validate: expected \"shape\" or \"full\", got \"" + text + "\"");
@@ -51,10 +53,10 @@ AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle caus
 }
 
 // The caller's workspace, or a lease of the shared one in `lease`.
-const TensorView* choose_workspace(const TensorView* given, std::int64_t num_bytes, const TensorView& q, Stream stream,
+const TensorView* choose_workspace(const Args& args, const TensorView* given, std::int64_t num_bytes, const TensorView& q, Stream stream,
                                    WorkspaceLease& lease) {
   if (given != nullptr || num_bytes == 0) return given;
-  lease = shared_workspace(num_bytes, q.device, stream);
+  lease = shared_workspace(num_bytes, q.device, stream, args.capturing());
   return &lease.view;
 }
 
@@ -109,7 +111,7 @@ void bind_attention(nb::module_& m) {
         const std::int64_t num_bytes = workspace_bytes(&paged_attention_workspace_size, args[2], length(args[6]));
         args.run([&](Stream s) {
           WorkspaceLease lease;
-          const TensorView* const space = choose_workspace(args.optional(8), num_bytes, args[2], s, lease);
+          const TensorView* const space = choose_workspace(args, args.optional(8), num_bytes, args[2], s, lease);
           paged_attention(args[0], args.optional(1), args[2], args[3], args[4], args[5], args[6], args.optional(7), space, options, s);
         });
       },
@@ -156,7 +158,7 @@ void bind_attention(nb::module_& m) {
         const std::int64_t num_bytes = workspace_bytes(&shared_prefix_attention_workspace_size, args[2], length(args[7]));
         args.run([&](Stream s) {
           WorkspaceLease lease;
-          const TensorView* const space = choose_workspace(args.optional(9), num_bytes, args[2], s, lease);
+          const TensorView* const space = choose_workspace(args, args.optional(9), num_bytes, args[2], s, lease);
           shared_prefix_attention(args[0], args.optional(1), args[2], args[3], args[4], args[5], args[6], args[7], args.optional(8), space,
                                   options, s);
         });
@@ -202,7 +204,7 @@ void bind_attention(nb::module_& m) {
         const std::int64_t num_bytes = workspace_bytes(&attention_workspace_size, args[2], loc == nullptr ? 1 : length(*loc) - 1);
         args.run([&](Stream s) {
           WorkspaceLease lease;
-          const TensorView* const space = choose_workspace(args.optional(7), num_bytes, args[2], s, lease);
+          const TensorView* const space = choose_workspace(args, args.optional(7), num_bytes, args[2], s, lease);
           attention(args[0], args.optional(1), args[2], args[3], args[4], args.optional(5), args.optional(6), space, options, s);
         });
       },

@@ -7,6 +7,7 @@
 
 #include "core/dispatch.h"
 #include "core/explain_vectors.h"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/divisor.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
@@ -51,6 +52,7 @@ struct KvKernelParams {
 // else values are converted, and scaled for the 8-bit types. Every load comes before the first store.
 template <bool kWrite, bool kRaw, typename T, typename CacheT, int kVec, int kUnroll, int kRegisters>
 __global__ void __maxnreg__(kRegisters) kv_kernel(const __grid_constant__ KvKernelParams p) {
+  device::wait_for_predecessor();
   constexpr bool kIs8Bit = sizeof(CacheT) == 1;
   using Source = std::conditional_t<kWrite, T, CacheT>;
   const KvSide& side = p.sides[blockIdx.x % 2];
@@ -152,8 +154,7 @@ void launch_kv_of(const KvKernel& choice, KvKernelParams p, const char* name, St
   const std::int64_t tile_tokens = rows * p.tokens_per_thread, tiles_per_launch = 0x7fffffff / (2 * p.num_chunks);
   for (; p.first_token < p.num_tokens; p.first_token += tiles_per_launch * tile_tokens) {
     const std::int64_t num_tiles = std::min(ceil_div(p.num_tokens - p.first_token, tile_tokens), tiles_per_launch);
-    choice.kernel<<<static_cast<unsigned>(2 * p.num_chunks * num_tiles), dim3(block.x, rows), 0, cuda_stream(stream)>>>(p);
-    QUIRE_CHECK_LAUNCH(name, stream);
+    launch_waiting(name, choice.kernel, static_cast<unsigned>(2 * p.num_chunks * num_tiles), dim3(block.x, rows), stream, p);
   }
 }
 
@@ -241,6 +242,7 @@ void move_kv(const KvParams& params, const char* name, Stream stream) {
 template <int kBytes, typename Index>
 __global__ void __launch_bounds__(kThreads) copy_blocks_kernel(const __grid_constant__ CopyBlocksParams p, const std::int64_t first_pair,
                                                                const std::uint32_t num_chunks, ErrorWord* const error_word) {
+  device::wait_for_predecessor();
   const std::uint32_t vectors_per_segment = static_cast<std::uint32_t>(p.segment_bytes / kBytes);
   const std::uint32_t num_vectors = static_cast<std::uint32_t>(p.num_segments) * vectors_per_segment;
   const std::uint32_t pair_of_launch = blockIdx.x / num_chunks, chunk = blockIdx.x - pair_of_launch * num_chunks;
@@ -284,9 +286,8 @@ void launch_copy_blocks(const CopyBlocksParams& p, Stream stream) {
   dispatch_index(p.pair_dtype, "copy_blocks", [&](auto index) {
     for (std::int64_t first_pair = 0; first_pair < p.num_pairs; first_pair += pairs_per_launch) {
       const auto num_ctas = static_cast<unsigned>(std::min(p.num_pairs - first_pair, pairs_per_launch) * num_chunks);
-      copy_blocks_kernel<kBytes, decltype(index)>
-          <<<num_ctas, kThreads, 0, cuda_stream(stream)>>>(p, first_pair, static_cast<std::uint32_t>(num_chunks), error_word());
-      QUIRE_CHECK_LAUNCH("copy_blocks", stream);
+      launch_waiting("copy_blocks", copy_blocks_kernel<kBytes, decltype(index)>, num_ctas, kThreads, stream, p, first_pair,
+                     static_cast<std::uint32_t>(num_chunks), error_word());
     }
   });
 }

@@ -6,6 +6,7 @@
 #include "core/dispatch.h"
 #include "core/explain_vectors.h"
 #include "cuda/activation/functions.cuh"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/quantize.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
@@ -37,6 +38,7 @@ __device__ __forceinline__ void gated(float (&v)[kCount], const Packed<T, kCount
 template <Activation kActivation, typename T>
 __global__ void __launch_bounds__(kThreads) activation_group_kernel(const __grid_constant__ ActivationParams p, const int group_lanes,
                                                                     const std::int64_t num_chunks, const std::int64_t num_items) {
+  device::wait_for_predecessor();
   const bool per_group = p.quant.granularity == ScaleGranularity::kGroup, is_int8 = p.quant.dtype == DType::kInt8;
   const Divisor given(per_group ? 1.0f : p.quant.scales[0]);
   for (std::int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
@@ -69,6 +71,7 @@ __global__ void __launch_bounds__(kThreads) activation_group_kernel(const __grid
 // One scale per row. Grid: one CTA per row and step; a thread keeps up to kVectorsPerThread vectors of results.
 template <Activation kActivation, typename T>
 __global__ void __launch_bounds__(kMaxRowThreads) activation_token_kernel(const __grid_constant__ ActivationParams p) {
+  device::wait_for_predecessor();
   __shared__ float scratch[2][kWarpSize];
   const bool is_int8 = p.quant.dtype == DType::kInt8;
   const std::int64_t first = static_cast<std::int64_t>(threadIdx.x) * kVec, step = static_cast<std::int64_t>(blockDim.x) * kVec;
@@ -105,6 +108,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) activation_token_kernel(const 
 // Any layout, width and group. Grid: one CTA per row and step. A group, or the row, is read twice: for its maximum and for its result.
 template <Activation kActivation, typename T>
 __global__ void __launch_bounds__(kMaxRowThreads) activation_element_kernel(const __grid_constant__ ActivationParams p) {
+  device::wait_for_predecessor();
   __shared__ float scratch[kWarpSize];
   const bool is_int8 = p.quant.dtype == DType::kInt8;
   for (std::int64_t row = blockIdx.x; row < p.num_rows; row += gridDim.x) {
@@ -171,19 +175,19 @@ void launch_quantized(const ActivationParams& p, Stream stream) {
   if (explain_vectors(obstacle)) return;
   if (obstacle == nullptr && per_token) {
     const std::int64_t num_threads = whole_warps(ceil_div(num_vectors, kVectorsPerThread));
-    activation_token_kernel<kActivation, T><<<num_row_ctas, static_cast<unsigned>(num_threads), 0, cuda_stream(stream)>>>(p);
+    launch_waiting("activation", activation_token_kernel<kActivation, T>, num_row_ctas, static_cast<unsigned>(num_threads), stream, p);
   } else if (obstacle == nullptr) {
     const std::int64_t wanted = std::clamp<std::int64_t>(num_vectors, group_lanes, kThreads);
     const dim3 block(std::bit_ceil(static_cast<unsigned>(wanted)), kThreads / std::bit_ceil(static_cast<unsigned>(wanted)));
     const std::int64_t num_chunks = ceil_div(num_vectors, block.x);
     const std::int64_t num_items = ceil_div(p.num_rows, block.y) * num_chunks;
     const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(num_items, 0x7fffffff));
-    activation_group_kernel<kActivation, T>
-        <<<num_ctas, block, 0, cuda_stream(stream)>>>(p, static_cast<int>(group_lanes), num_chunks, num_items);
+    launch_waiting("activation", activation_group_kernel<kActivation, T>, num_ctas, block, stream, p, static_cast<int>(group_lanes),
+                   num_chunks, num_items);
   } else {
-    activation_element_kernel<kActivation, T><<<num_row_ctas, static_cast<unsigned>(whole_warps(p.width)), 0, cuda_stream(stream)>>>(p);
+    launch_waiting("activation", activation_element_kernel<kActivation, T>, num_row_ctas, static_cast<unsigned>(whole_warps(p.width)),
+                   stream, p);
   }
-  QUIRE_CHECK_LAUNCH("activation", stream);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 
 #include "core/dispatch.h"
 #include "core/explain_vectors.h"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/quantize.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
@@ -83,6 +84,7 @@ __device__ __forceinline__ std::int64_t row_offset(const RowLayout& rows, std::u
 // lie in as many neighbouring lanes, a power of two up to 32 that divides blockDim.x.
 template <NormKind kKind, bool kQuantizes, typename T, int kVec, int kVectors, bool kManyRows, int kRegisters>
 __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ NormParams p) {
+  device::wait_for_predecessor();
   constexpr bool kAdds = kKind == NormKind::kAddRms, kIsLayer = kKind == NormKind::kLayer;
   __shared__ float scratch[kIsLayer ? 2 : 1][kWarpSize], max_scratch[kQuantizes ? kWarpSize : 1];
   const int num_vectors = static_cast<int>(p.hidden) / kVec;
@@ -204,6 +206,7 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
 // layout has no vectors: each warp takes whole groups, whose elements others may have written.
 template <NormKind kKind, bool kQuantizes, typename T, int kVec>
 __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __grid_constant__ NormParams p) {
+  device::wait_for_predecessor();
   __shared__ float scratch[3][kWarpSize];
   const std::int64_t lane = static_cast<std::int64_t>(threadIdx.x) * kVec, step = static_cast<std::int64_t>(blockDim.x) * kVec;
   for (std::int64_t row = blockIdx.x; row < p.num_rows; row += gridDim.x) {
@@ -313,8 +316,7 @@ using NormKernel = void (*)(NormParams);
 
 inline void launch_long_rows(NormKernel kernel, std::int64_t num_threads, const NormParams& p, const char* name, Stream stream) {
   const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(p.num_rows, 0x7fffffff));
-  kernel<<<num_ctas, static_cast<unsigned>(num_threads), 0, cuda_stream(stream)>>>(p);
-  QUIRE_CHECK_LAUNCH(name, stream);
+  launch_waiting(name, kernel, num_ctas, static_cast<unsigned>(num_threads), stream, p);
 }
 
 template <NormKind kKind, bool kQuantizes, typename T, int kVec>
@@ -332,8 +334,7 @@ inline void launch_rows_of(NormKernel kernel, int vec, int vectors, const NormPa
                                                   : ceil_div(threads, kWarpSize) * kWarpSize;
   const std::int64_t rows_per_cta = width > kWarpSize ? 1 : kNarrowThreads / width;
   const auto num_ctas = static_cast<unsigned>(ceil_div(p.num_rows, rows_per_cta));
-  kernel<<<num_ctas, dim3(static_cast<unsigned>(width), static_cast<unsigned>(rows_per_cta)), 0, cuda_stream(stream)>>>(p);
-  QUIRE_CHECK_LAUNCH(name, stream);
+  launch_waiting(name, kernel, num_ctas, dim3(static_cast<unsigned>(width), static_cast<unsigned>(rows_per_cta)), stream, p);
 }
 
 template <NormKind kKind, bool kQuantizes, typename T, int kVec, int kVectors, bool kManyRows, int kRegisters>

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "core/dispatch.h"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/position_encoding/shared.cuh"
 
@@ -32,6 +33,7 @@ struct AnyFloat {};
 template <bool kNorms, typename CacheT, typename T, int kVec, int kHeads, int kRegisters>
 __global__ void __maxnreg__(kRegisters)
     rope_kernel(const __grid_constant__ RopeParams p, const __grid_constant__ RopeRows rows, ErrorWord* const error_word) {
+  device::wait_for_predecessor();
   constexpr bool kWrites = !std::is_same_v<CacheT, NoCache>;
   const RotaryParams& r = p.rotary;
   const KvParams& kv = p.kv;
@@ -240,8 +242,7 @@ void launch_rope_of(const RopeKernel& choice, const RopeParams& p, const char* n
   for (; rows.first_token < r.num_tokens; rows.first_token += tokens_per_launch) {
     const std::int64_t num_rows = std::min(r.num_tokens - rows.first_token, tokens_per_launch) * rows_per_token;
     const auto num_ctas = static_cast<unsigned>(ceil_div(num_rows, rows_per_cta));
-    choice.kernel<<<num_ctas, block, 0, cuda_stream(stream)>>>(p, rows, error_word());
-    QUIRE_CHECK_LAUNCH(name, stream);
+    launch_waiting(name, choice.kernel, num_ctas, block, stream, p, rows, error_word());
   }
 }
 
