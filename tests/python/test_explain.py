@@ -324,7 +324,9 @@ def quantized_calls(backend, rng):
         "not rows: group_size is not",
     )
     yield quantize, (x[:, 1:],), {"granularity": "token"}, ("groups",), "not rows: x or out"
-    yield quantize, (x,), {}, ("range+rows",), "x is read twice"
+    yield quantize, (x,), {}, ("tensor",), "CTAs keep what fits of x"
+    yield quantize, (x[:8],), {}, ("range+rows",), "x is read twice: not tensor: x is small"
+    yield quantize, (x[:, 1:],), {}, ("range+groups",), "not tensor: x or out is not dense"
     yield quire.dequantize_int8, (codes, one), {}, ("rows",), "multiples of 16 bytes"
     yield quire.dequantize_int8, (codes[:, 1:], one), {}, ("elements",), "not rows: q or out"
 

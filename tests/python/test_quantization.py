@@ -587,6 +587,8 @@ def test_scaled_matmul(backend, rng, m, n, k, scaling, dtype):
     [
         (1024, 14336, 512),
         (1000, 14320, 384),
+        (1000, 14320, 128),
+        (900, 20000, 1040),
         (64, 4096, 4096),
         (128, 2048, 2048),
         (20, 520, 2048),
@@ -613,8 +615,13 @@ def test_scaled_matmul_shares_of_tiles(backend, rng, m, n, k, scaling, dtype):
     bias = rng.integers(-8, 9, (n,)).astype(np.float32)
     operands = [backend.array(t) for t in (a.astype(np_dtype(dtype)), b.astype(np_dtype(dtype)), *scales)]
     want = wide_a @ wide_b.T + bias
-    for out_dtype in ("bfloat16", "float32"):
-        out = quire.scaled_matmul(*operands, bias=backend.array(bias), out_dtype=out_dtype)
+    offset = {}
+    if dtype == "int8":
+        zero = rng.integers(-3, 4, (m, 1)).astype(np.int32)
+        offset = {"zero_point": backend.array(zero)}
+        want -= zero * scales[0] * wide_b.sum(1)
+    for out_dtype in ("bfloat16", "float16", "float32"):
+        out = quire.scaled_matmul(*operands, bias=backend.array(bias), out_dtype=out_dtype, **offset)
         np.testing.assert_array_equal(
             as_float64(backend.numpy(out)), as_float64(want.astype(np_dtype(out_dtype)))
         )
@@ -788,6 +795,31 @@ def test_quantize(backend, rng, width, kind, granularity, dtype):
         undo = quire.dequantize_fp8 if kind == "fp8" else quire.dequantize_int8
         back = backend.numpy(undo(q, got_scale, *extra, out_dtype=out_dtype, **arguments))
         np.testing.assert_array_equal(as_float64(back), as_float64(want.astype(np_dtype(out_dtype))))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "asymmetric"])
+@pytest.mark.parametrize(("rows", "width"), [(65, 2048), (1234, 4000), (2560, 16384)])
+def test_quantize_large_tensor(backend, rng, rows, width, kind):
+    """One scale for more than a CTA, and for more than the CTAs hold at once; the ends of x count."""
+    if backend.device == "cpu" and rows > 65:
+        pytest.skip("shares of CTAs")
+    x = draw(rng, (rows, width), "float16")
+    x[0, 0], x[-1, -1] = -9.0, 11.0
+    tensor = backend.array(x)
+    if kind == "fp8":
+        got = quire.quantize_fp8(tensor)
+        again = quire.quantize_fp8(tensor, scale=got[1])
+    else:
+        got = quire.quantize_int8(tensor, symmetric=kind == "int8")
+        given = {"zero_point": got[2]} if kind == "asymmetric" else {}
+        again = quire.quantize_int8(tensor, scale=got[1], symmetric=kind == "int8", **given)
+    if kind == "asymmetric":
+        scale, zero = reference.asymmetric_scales(np.float32([-9.0]), np.float32([11.0]))
+        np.testing.assert_array_equal(backend.numpy(got[2]), zero)
+    else:
+        scale = np.float32([11.0]) / np.float32(448 if kind == "fp8" else 127)
+    np.testing.assert_array_equal(backend.numpy(got[1]), scale)
+    assert_same_bits(backend.numpy(got[0]), backend.numpy(again[0]))
 
 
 def test_quantize_frameworks(framework, rng):

@@ -1,11 +1,14 @@
 // Quantizing to float8 and int8 on CUDA, undoing it, codes of weights, and sums of int8 rows.
 // SPDX-License-Identifier: Apache-2.0
+#include <cooperative_groups.h>
+
 #include <algorithm>
 #include <bit>
 #include <type_traits>
 
 #include "core/dispatch.h"
 #include "core/explain.h"
+#include "cuda/device/async_copy.cuh"
 #include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/quantize.cuh"
 #include "cuda/device/reduce.cuh"
@@ -22,6 +25,7 @@ constexpr int kVec = 16;
 constexpr int kMaxThreads = 512;
 constexpr int kNarrowThreads = 128;
 constexpr int kResidentThreads = 1024;  // of an SM, in quantize_rows_kernel
+constexpr int kTensorThreads = 1024;
 
 // The results that there are. A kernel knows which it makes: code of the others would cost it registers.
 enum class Result { kFloat8, kInt8, kAsymmetricInt8 };
@@ -134,29 +138,40 @@ __device__ __forceinline__ std::uint32_t pack_saturated(int a, int b, int c, int
   return word;
 }
 
+// A scale, and what divides by it.
+struct Quantizer {
+  ScaleAndZero value;
+  Divisor divisor;
+  __device__ __forceinline__ explicit Quantizer(const ScaleAndZero& from) : value(from), divisor(from.scale) {}
+};
+
+// The largest magnitude; NaN where there is one.
+template <int kCount>
+__device__ __forceinline__ float largest_or_nan(const float (&v)[kCount]) {
+  float largest = 0.0f;
+#pragma unroll
+  for (const float x : v) asm("max.NaN.f32 %0, %0, %1;" : "+f"(largest) : "f"(fabsf(x)));
+  return largest;
+}
+
 // v over the scale, rounded, plus the zero point. kComputed: the scale is that of the elements' own range.
 template <bool kComputed, int kCount>
-__device__ __forceinline__ void store_asymmetric(void* out, float (&v)[kCount], const ScaleAndZero& value) {
-  const Divisor divisor(value.scale);
-  const auto is_number = [](const float (&of)[kCount]) {
-    float sum = 0.0f;
-#pragma unroll
-    for (const float x : of) sum += x;
-    return sum == sum;
-  };
+__device__ __forceinline__ void store_asymmetric(void* out, float (&v)[kCount], const Quantizer& by) {
   bool ordinary;
   if constexpr (kComputed) {
-    divisor.divide_bounded(v);
-    ordinary = is_number(v);
-  } else {
-    ordinary = is_number(v) && value.scale >= kSmallestScale && value.scale <= 0x1.fffffep127f;
-    if (ordinary) {
-      const float limit = value.scale * 512.0f;
+    by.divisor.divide_bounded(v);
+    float sum = 0.0f;
 #pragma unroll
-      for (float& x : v) x = fminf(fmaxf(x, -limit), limit);
-      divisor.divide_bounded(v);
+    for (const float x : v) sum += x;
+    ordinary = sum == sum;
+  } else {
+    // A quotient up to 2^20 is an integer once it is rounded below; so is its sum with a zero point.
+    const float scale = by.value.scale;
+    ordinary = largest_or_nan(v) <= fminf(scale * 0x1p20f, 0x1.fffffep127f) && scale >= kSmallestScale;
+    if (ordinary) {
+      by.divisor.divide_bounded(v);
     } else {
-      divisor.divide(v);
+      by.divisor.divide(v);
     }
   }
   if (!ordinary) {
@@ -167,7 +182,7 @@ __device__ __forceinline__ void store_asymmetric(void* out, float (&v)[kCount], 
   constexpr float kRounds = 0x1.8p23f;
   int integers[kCount];
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) integers[e] = __float_as_int(v[e] + kRounds) + (value.zero_point - __float_as_int(kRounds));
+  for (int e = 0; e < kCount; ++e) integers[e] = __float_as_int(v[e] + kRounds) + (by.value.zero_point - __float_as_int(kRounds));
   Packed<std::int8_t, kCount> result;
   if constexpr (kCount == 1) {
     result.byte = static_cast<std::uint8_t>(pack_saturated(integers[0], 0, 0, 0));
@@ -181,28 +196,28 @@ __device__ __forceinline__ void store_asymmetric(void* out, float (&v)[kCount], 
 
 // The result's elements from `out` on. kComputed: the scale is one of the elements' own.
 template <Result kResult, bool kComputed, int kCount>
-__device__ __forceinline__ void store(const QuantizeParams& p, void* out, float (&v)[kCount], const ScaleAndZero& value) {
+__device__ __forceinline__ void store(const QuantizeParams& p, void* out, float (&v)[kCount], const Quantizer& by) {
   using Q = std::conditional_t<kResult == Result::kFloat8, __nv_fp8_e4m3, std::int8_t>;
   if constexpr (kResult == Result::kAsymmetricInt8) {
-    store_asymmetric<kComputed>(out, v, value);
+    store_asymmetric<kComputed>(out, v, by);
   } else if constexpr (kComputed) {
-    if (p.scale_bound <= 0x1.fffffep127f) clamp_to(v, value.scale * 512.0f);
-    store_raw(out, Divisor(value.scale).template divide_bounded_and_pack<Q>(v));
+    if (p.scale_bound <= 0x1.fffffep127f) clamp_to(v, by.value.scale * 512.0f);
+    store_raw(out, by.divisor.template divide_bounded_and_pack<Q>(v));
   } else if constexpr (kResult == Result::kInt8) {
-    Divisor(value.scale).divide(v);
+    by.divisor.divide(v);
     store_raw(out, pack<Q, kCount>(v));
   } else {
-    store_raw(out, Divisor(value.scale).template divide_and_pack<Q>(v));
+    store_raw(out, by.divisor.template divide_and_pack<Q>(v));
   }
 }
 
-enum class Scaling { kGiven, kToken, kGroup };
+enum class Scaling { kGiven, kGivenGroup, kToken, kGroup };  // given: one scale for a row at least, or groups; or computed
 
 // Threads of a CTA: those that fit in with 64 registers each.
 template <int kVectors>
 inline constexpr int kRowThreads = kVectors == 1 ? kMaxThreads : 2 * kMaxThreads;
 
-// Two pieces take 32 registers of 16-bit elements; of float32 they would take too many.
+// Whether threads read ahead: two pieces of 16-bit elements take at most 32 registers; of float32 they would take too many.
 template <typename T>
 inline constexpr bool kReadsAhead = sizeof(T) == 2;
 
@@ -213,15 +228,16 @@ __device__ __forceinline__ std::int64_t offset_of(const RowLayout& rows, int row
   return strided_offset(rows, row);
 }
 
-// Grid: CTAs share the rows, blockDim.y at a time, in turns. Each thread has kVectors vectors of a piece of its row, blockDim.x apart, and, where it reads ahead, those of the next
-// piece are on their way while it works on them. With a scale per token a piece is a whole row, in the registers of its blockDim.x threads: one
-// read, one write. blockDim.x is a power of two up to 32, or whole warps, then blockDim.y = 1 with a scale per token. With a scale per group, a group's
-// vectors lie in as many neighbouring lanes, a power of two up to 32 that divides blockDim.x. group_shift: the logarithm of a group's vectors; -1: a row has one scale.
-// from_end: the last rows come first.
+// Symmetric results. Grid: CTAs share the rows, blockDim.y at a time, in turns. Each thread has kVectors vectors of a piece of its row, blockDim.x
+// apart, and, where it reads ahead, those of the next piece are on their way while it works on them. With a scale per token a piece is a whole
+// row, in the registers of its blockDim.x threads: one read, one write. blockDim.x is a power of two up to 32, or whole warps, then blockDim.y =
+// 1 with a scale per token. With a scale per group, a group's vectors lie in as many neighbouring lanes, a power of two up to 32 that divides
+// blockDim.x. group_shift: the logarithm of a group's vectors; -1: a row has one scale. from_end: the last rows come first.
 template <typename T, int kVectors, Scaling kScaling, Result kResult>
 __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVectors>)
     quantize_rows_kernel(const __grid_constant__ QuantizeParams p, const int group_shift, const bool from_end) {
-  constexpr bool kAsymmetric = kResult == Result::kAsymmetricInt8, kComputes = kScaling != Scaling::kGiven;
+  static_assert(kResult != Result::kAsymmetricInt8);
+  constexpr bool kComputes = kScaling == Scaling::kToken || kScaling == Scaling::kGroup;
   __shared__ float scratch[2][kWarpSize];
   const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
   const int num_vectors = static_cast<int>(p.width) / kVec, num_rows = static_cast<int>(p.num_rows);
@@ -235,7 +251,7 @@ __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVec
   // A piece of a row that this thread reads, then works on. Of rows past the last there is nothing.
   struct Piece {
     Packed<T, kVec> packed[kVectors];
-    ScaleAndZero given[kScaling == Scaling::kGiven ? kVectors : 1];
+    float given[kComputes ? 1 : kVectors];
     int first_row, first_vector;  // the CTA's
   };
   const auto row_of = [&](const Piece& piece) {
@@ -258,18 +274,12 @@ __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVec
     if constexpr (!kComputes) {
       const int row = row_of(piece), limit = limit_of(piece);
       const float* scales = nullptr;
-      const std::int32_t* zero_points = nullptr;
-      if (limit > 0) {
-        scales = p.quant.scales + offset_of(p.quant.scale_rows, row);
-        if constexpr (kAsymmetric) zero_points = p.zero_points + offset_of(p.zero_point_rows, row);
-      }
+      if (limit > 0) scales = p.quant.scales + offset_of(p.quant.scale_rows, row);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        piece.given[i] = {1.0f, 0};
+        piece.given[i] = 1.0f;
         const int vector = piece.first_vector + lane + i * width, group = group_shift < 0 ? 0 : vector >> group_shift;
-        if (vector >= limit) continue;
-        piece.given[i].scale = scales[group * p.quant.group_stride];
-        if constexpr (kAsymmetric) piece.given[i].zero_point = in_range(zero_points[group * p.zero_point_group_stride]);
+        if (vector < limit) piece.given[i] = scales[group * p.quant.group_stride];
       }
     }
   };
@@ -281,17 +291,15 @@ __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVec
   };
   const auto write_scale = [&](int row, int group, const ScaleAndZero& value) {
     p.quant.scales[offset_of(p.quant.scale_rows, row) + group * p.quant.group_stride] = value.scale;
-    if constexpr (kAsymmetric) p.zero_points[offset_of(p.zero_point_rows, row) + group * p.zero_point_group_stride] = value.zero_point;
   };
   const auto finish = [&](Piece& piece) {
     const int row = row_of(piece), limit = limit_of(piece);
-    ScaleAndZero value = piece.given[0];
+    ScaleAndZero value{piece.given[0], 0};
     if constexpr (kScaling == Scaling::kToken) {
       Range range;
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) extend<kAsymmetric, T, kVec>(range, piece.packed[i]);
+      for (int i = 0; i < kVectors; ++i) extend<false, T, kVec>(range, piece.packed[i]);
       range.above = row_max(range.above);
-      if constexpr (kAsymmetric) range.below = row_max(range.below);
       value = computed<kResult>(p, range);
       if (lane == 0 && limit > 0) write_scale(row, 0, value);
     }
@@ -300,20 +308,19 @@ __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVec
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int vector = piece.first_vector + lane + i * width;
-      if constexpr (!kComputes) value = piece.given[i];
+      if constexpr (!kComputes) value.scale = piece.given[i];
       if constexpr (kScaling == Scaling::kGroup) {
         Range range;
-        extend<kAsymmetric, T, kVec>(range, piece.packed[i]);
+        extend<false, T, kVec>(range, piece.packed[i]);
         const int group_vectors = 1 << group_shift;
         range.above = warp_max(range.above, group_vectors);
-        if constexpr (kAsymmetric) range.below = warp_max(range.below, group_vectors);
         value = computed<kResult>(p, range);
         if (vector < limit && (lane & (group_vectors - 1)) == 0) write_scale(row, vector >> group_shift, value);
       }
       if (vector >= limit) continue;
       float v[kVec];
       unpack<T, kVec>(v, piece.packed[i]);
-      store<kResult, kComputes>(p, out + vector * kVec, v, value);
+      store<kResult, kComputes>(p, out + vector * kVec, v, Quantizer(value));
     }
   };
 
@@ -336,6 +343,212 @@ __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVec
       finish(piece);
       more = advance(piece, piece);
       if (more) load(piece), load_scale(piece);
+    }
+  }
+}
+
+// What a piece of a row takes of shared memory in the kernel below: its elements, and its scales and zero points where they are given.
+template <int kVectors, Scaling kScaling>
+inline constexpr int kGivenScales = kScaling == Scaling::kGiven        ? 1
+                                    : kScaling == Scaling::kGivenGroup ? kVectors
+                                                                       : 0;
+template <typename T, int kVectors, Scaling kScaling>
+constexpr int piece_bytes(int threads) {
+  return threads *
+         (kVectors * kVec * static_cast<int>(sizeof(T)) + kGivenScales<kVectors, kScaling> * static_cast<int>(sizeof(ScaleAndZero)));
+}
+
+// Results with zero points. Grid and group_shift, which is not negative, as above. Where a thread reads ahead, the next pieces are on their way to
+// its own part of shared memory while it works on one: num_ahead, 1 or 2.
+template <typename T, int kVectors, Scaling kScaling>
+__global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVectors>)
+    zero_point_quantize_rows_kernel(const __grid_constant__ QuantizeParams p, const int group_shift, const int num_ahead,
+                                    const bool from_end) {
+  constexpr Result kResult = Result::kAsymmetricInt8;
+  constexpr bool kComputes = kScaling == Scaling::kToken || kScaling == Scaling::kGroup;
+  constexpr int kScales = kGivenScales<kVectors, kScaling>;
+  constexpr int kWords = kVec * static_cast<int>(sizeof(T)) / 16;
+  extern __shared__ __align__(16) uint4 ring[];
+  __shared__ float scratch[2][kWarpSize];
+  const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x), threads = width * static_cast<int>(blockDim.y);
+  const int thread = static_cast<int>(threadIdx.y) * width + lane;
+  const int num_vectors = static_cast<int>(p.width) / kVec, num_rows = static_cast<int>(p.num_rows);
+  const int height = static_cast<int>(blockDim.y), step = static_cast<int>(gridDim.x) * height;
+  int turn = 0;
+  const auto row_max = [&](float value) {
+    turn ^= 1;
+    return width <= kWarpSize ? warp_max(value, width) : cta_max(value, scratch[turn]);
+  };
+
+  // Where the CTA is. Of rows past the last there is nothing.
+  struct Place {
+    int first_row, first_vector;
+  };
+  const auto row_at = [&](const Place& at) {
+    const int row = at.first_row + static_cast<int>(threadIdx.y);
+    return from_end ? num_rows - 1 - row : row;
+  };
+  const auto limit_at = [&](const Place& at) { return at.first_row + static_cast<int>(threadIdx.y) < num_rows ? num_vectors : 0; };
+  const auto advance = [&](Place& at) {
+    at.first_vector += kVectors * width;
+    if (kScaling == Scaling::kToken || at.first_vector >= num_vectors) at.first_row += step, at.first_vector = 0;
+  };
+  // Calls f(i, vector) for the thread's vectors there.
+  const auto each_vector = [&](const Place& at, int limit, auto&& f) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int vector = at.first_vector + lane + i * width;
+      if (vector < limit) f(i, vector);
+    }
+  };
+
+  struct Piece {
+    Packed<T, kVec> packed[kVectors];
+    ScaleAndZero given[kScales == 0 ? 1 : kScales];
+  };
+  const auto read = [&](const Place& at, Piece& piece) {
+#pragma unroll
+    for (auto& packed : piece.packed) packed = {};
+    const int limit = limit_at(at);
+    if (limit == 0) return;
+    const T* const x = static_cast<const T*>(p.x) + offset_of(p.x_rows, row_at(at));
+    each_vector(at, limit, [&](int i, int vector) { piece.packed[i] = load_packed<T, kVec>(x + vector * kVec); });
+  };
+  // f(i, scale, zero point) for the given scales there.
+  const auto each_given = [&](const Place& at, auto&& f) {
+    const int limit = limit_at(at), row = row_at(at);
+    if (kScales == 0 || limit == 0) return;
+    const float* const scales = p.quant.scales + offset_of(p.quant.scale_rows, row);
+    const std::int32_t* const zero_points = p.zero_points + offset_of(p.zero_point_rows, row);
+    each_vector(at, limit, [&](int i, int vector) {
+      if (i >= kScales) return;
+      const int group = kScaling == Scaling::kGivenGroup ? vector >> group_shift : 0;
+      f(i, scales + group * p.quant.group_stride, zero_points + group * p.zero_point_group_stride);
+    });
+  };
+  const auto read_given = [&](const Place& at, Piece& piece) {
+    each_given(at, [&](int i, const float* scale, const std::int32_t* zero_point) { piece.given[i] = {*scale, in_range(*zero_point)}; });
+  };
+
+  // This thread's part of shared memory: words of the elements, and scales with zero points.
+  uint4* const words = ring + thread;
+  auto* const given_ahead = reinterpret_cast<ScaleAndZero*>(ring + num_ahead * kVectors * kWords * threads) + thread;
+  const auto word_at = [&](int stage, int i, int word) { return words + ((stage * kVectors + i) * kWords + word) * threads; };
+  const auto copy = [&](const Place& at, int stage) {
+    const int limit = limit_at(at);
+    if (limit == 0) return;
+    const T* const x = static_cast<const T*>(p.x) + offset_of(p.x_rows, row_at(at));
+    each_vector(at, limit, [&](int i, int vector) {
+#pragma unroll
+      for (int word = 0; word < kWords; ++word)
+        device::copy_async_cached_16(device::shared_address(word_at(stage, i, word)), x + vector * kVec + word * kElementsPer16Bytes<T>);
+    });
+  };
+  const auto copy_given = [&](const Place& at, int stage) {
+    each_given(at, [&](int i, const float* scale, const std::int32_t* zero_point) {
+      const std::uint32_t to = device::shared_address(given_ahead + (stage * kScales + i) * threads);
+      device::copy_async_4(to, scale, 4);
+      device::copy_async_4(to + 4, zero_point, 4);
+    });
+  };
+  const auto take = [&](const Place& at, int stage, Piece& piece) {
+    const int limit = limit_at(at);
+#pragma unroll
+    for (auto& packed : piece.packed) packed = {};
+    each_vector(at, limit, [&](int i, int) {
+#pragma unroll
+      for (int word = 0; word < kWords; ++word) {
+        const uint4 part = *word_at(stage, i, word);
+        piece.packed[i].words[4 * word] = part.x, piece.packed[i].words[4 * word + 1] = part.y;
+        piece.packed[i].words[4 * word + 2] = part.z, piece.packed[i].words[4 * word + 3] = part.w;
+      }
+      if (i >= kScales) return;
+      piece.given[i] = given_ahead[(stage * kScales + i) * threads];
+      piece.given[i].zero_point = in_range(piece.given[i].zero_point);
+    });
+  };
+
+  Quantizer by(ScaleAndZero{1.0f, 0});
+  const auto write_scale = [&](int row, int group) {
+    p.quant.scales[offset_of(p.quant.scale_rows, row) + group * p.quant.group_stride] = by.value.scale;
+    p.zero_points[offset_of(p.zero_point_rows, row) + group * p.zero_point_group_stride] = by.value.zero_point;
+  };
+  const auto finish = [&](const Place& at, const Piece& piece) {
+    const int row = row_at(at), limit = limit_at(at);
+    if constexpr (kScaling == Scaling::kToken) {
+      Range range;
+#pragma unroll
+      for (const auto& packed : piece.packed) extend<true, T, kVec>(range, packed);
+      range.above = row_max(range.above);
+      range.below = row_max(range.below);
+      by = Quantizer(computed<kResult>(p, range));
+      if (lane == 0 && limit > 0) write_scale(row, 0);
+    }
+    auto* out = static_cast<std::uint8_t*>(p.out);
+    if (limit > 0) out += offset_of(p.out_rows, row);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int vector = at.first_vector + lane + i * width;
+      if constexpr (kScaling == Scaling::kGroup) {
+        Range range;
+        extend<true, T, kVec>(range, piece.packed[i]);
+        const int group_vectors = 1 << group_shift;
+        range.above = warp_max(range.above, group_vectors);
+        range.below = warp_max(range.below, group_vectors);
+        by = Quantizer(computed<kResult>(p, range));
+        if (vector < limit && (lane & (group_vectors - 1)) == 0) write_scale(row, vector >> group_shift);
+      }
+      if (vector >= limit) continue;
+      if constexpr (kScales > 0) {
+        const ScaleAndZero& value = piece.given[kScales == 1 ? 0 : i];
+        // Often it is the scale before; to know that costs registers.
+        if (!kReadsAhead<T> || value.scale != by.value.scale) by = Quantizer(value);
+        by.value.zero_point = value.zero_point;
+      }
+      float v[kVec];
+      unpack<T, kVec>(v, piece.packed[i]);
+      store<kResult, kComputes>(p, out + vector * kVec, v, by);
+    }
+  };
+
+  // All threads of a CTA go through its pieces together: they take part in the maxima.
+  Place at{static_cast<int>(blockIdx.x) * height, 0}, next = at;
+  Piece piece;
+  if constexpr (kReadsAhead<T>) {
+    for (int stage = 0; stage < num_ahead; ++stage, advance(next)) copy(next, stage);
+  } else {
+    read(at, piece);
+  }
+  // The computed scale of a tensor.
+  if constexpr (!kComputes) device::wait_for_predecessor();
+  if constexpr (kReadsAhead<T>) {
+    next = at;
+    for (int stage = 0; stage < num_ahead; ++stage, advance(next)) {
+      copy_given(next, stage);
+      device::copy_async_commit();
+    }
+  } else {
+    read_given(at, piece);
+  }
+  for (int stage = 0; at.first_row < num_rows; advance(at)) {
+    if constexpr (kReadsAhead<T>) {
+      if (num_ahead == 2) {
+        device::copy_async_wait<1>();
+      } else {
+        device::copy_async_wait<0>();
+      }
+      take(at, stage, piece);
+      copy(next, stage);
+      copy_given(next, stage);
+      device::copy_async_commit();
+      advance(next);
+      stage = stage + 1 < num_ahead ? stage + 1 : 0;
+      finish(at, piece);
+    } else {
+      finish(at, piece);
+      advance(next);
+      read(next, piece);
+      read_given(next, piece);
     }
   }
 }
@@ -366,10 +579,11 @@ __global__ void quantize_groups_kernel(const __grid_constant__ QuantizeParams p)
     } else {
       value = read_scale<kResult>(p, row, group);
     }
+    const Quantizer by(value);
     const std::int64_t out_at = p.out_rows.offset(row);
     for (std::int64_t i = begin + lane; i < end; i += kWarpSize) {
       float v[1] = {to_float<T>(x[i])};
-      store<kResult, false>(p, static_cast<std::uint8_t*>(p.out) + out_at + i, v, value);
+      store<kResult, false>(p, static_cast<std::uint8_t*>(p.out) + out_at + i, v, by);
     }
   }
 }
@@ -421,6 +635,80 @@ __global__ void tensor_scale_kernel(const __grid_constant__ QuantizeParams p) {
   range.above = p.quant.scales[0];
   if constexpr (kResult == Result::kAsymmetricInt8) range.below = __int_as_float(p.zero_points[0]);
   write_scale<kResult>(p, 0, 0, computed<kResult>(p, range));
+}
+
+// Grid: CTAs that all run at once divide x, which is dense, as num_words words of 16 bytes. A CTA holds the first `most_held` words of its part in
+// shared memory while all find the tensor's range; the rest it reads again, the last words first: the L2 cache still has those. The CTAs' ranges
+// lie at the beginning of the result, which is written last.
+template <typename T, Result kResult>
+__global__ void __launch_bounds__(kTensorThreads, 1)
+    quantize_tensor_kernel(const __grid_constant__ QuantizeParams p, const std::int64_t num_words, const int most_held) {
+  constexpr bool kAsymmetric = kResult == Result::kAsymmetricInt8;
+  constexpr int kCount = kElementsPer16Bytes<T>, kInFlight = 4;
+  extern __shared__ __align__(16) uint4 held[];
+  __shared__ float scratch[4][kWarpSize];
+  const auto grid = cooperative_groups::this_grid();
+  const int thread = static_cast<int>(threadIdx.x), cta = static_cast<int>(blockIdx.x), num_ctas = static_cast<int>(gridDim.x);
+  const std::int64_t share = ceil_div(num_words, num_ctas), first_word = share * cta;
+  const int count = static_cast<int>(max(min(num_words - first_word, share), std::int64_t{0})), num_held = min(count, most_held);
+  const T* const x = static_cast<const T*>(p.x) + first_word * kCount;
+  auto* const out = static_cast<std::uint8_t*>(p.out) + first_word * kCount;
+
+  for (int i = thread; i < num_held; i += kTensorThreads) device::copy_async_16(device::shared_address(held + i), x + i * kCount, 16);
+  Range range;
+  for (int first = num_held + thread; first < count; first += kInFlight * kTensorThreads) {
+    Packed<T, kCount> packed[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      packed[i] = {};
+      const int word = first + i * kTensorThreads;
+      if (word < count) packed[i] = load_packed<T, kCount>(x + static_cast<std::int64_t>(word) * kCount);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) extend<kAsymmetric, T, kCount>(range, packed[i]);
+  }
+  // A thread reads what it has copied itself.
+  device::copy_async_wait_all();
+  const auto held_word = [&](int i) { return load_packed<T, kCount>(reinterpret_cast<const T*>(held + i)); };
+  for (int i = thread; i < num_held; i += kTensorThreads) extend<kAsymmetric, T, kCount>(range, held_word(i));
+  range.above = cta_max(range.above, scratch[0]);
+  if constexpr (kAsymmetric) range.below = cta_max(range.below, scratch[1]);
+  auto* const ranges = static_cast<float2*>(p.out);
+  if (thread == 0) ranges[cta] = make_float2(range.above, range.below);
+  grid.sync();
+  const float2 other = thread < num_ctas ? __ldcg(ranges + thread) : float2{0.0f, 0.0f};
+  range.above = cta_max(other.x, scratch[2]);
+  if constexpr (kAsymmetric) range.below = cta_max(other.y, scratch[3]);
+  const ScaleAndZero value = computed<kResult>(p, range);
+  if (cta == 0 && thread == 0) write_scale<kResult>(p, 0, 0, value);
+  const Quantizer by(value);
+  // Words whose results lie where the ranges are.
+  const int num_late = cta == 0 ? static_cast<int>(sizeof(float2)) * num_ctas / kCount : 0;
+  auto read_all = grid.barrier_arrive();
+
+  const auto finish = [&](int word, const Packed<T, kCount>& packed) {
+    float v[kCount];
+    unpack<T, kCount>(v, packed);
+    store<kResult, true>(p, out + static_cast<std::int64_t>(word) * kCount, v, by);
+  };
+  for (int first = count - 1 - thread; first >= num_held; first -= kInFlight * kTensorThreads) {
+    Packed<T, kCount> packed[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int word = first - i * kTensorThreads;
+      if (word >= num_held) packed[i] = load_packed<T, kCount>(x + static_cast<std::int64_t>(word) * kCount);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int word = first - i * kTensorThreads;
+      if (word >= num_held) finish(word, packed[i]);
+    }
+  }
+#pragma unroll 2
+  for (int i = thread; i < num_held; i += kTensorThreads)
+    if (i >= num_late) finish(i, held_word(i));
+  grid.barrier_wait(std::move(read_all));
+  for (int i = thread; i < num_late; i += kTensorThreads) finish(i, held_word(i));
 }
 
 // Grid: threads share the rows, in turns.
@@ -571,13 +859,14 @@ dim3 row_block(std::int64_t lanes, int max_threads) {
 
 // A launch that may begin while its predecessor in the stream ends; the kernel waits for it where it must.
 template <typename... Args>
-void launch_early(void (*kernel)(Args...), unsigned ctas, dim3 block, Stream stream, const Args&... args) {
+void launch_early(void (*kernel)(Args...), unsigned ctas, dim3 block, int shared_bytes, Stream stream, const Args&... args) {
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = {ctas, 1, 1};
   config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
   config.stream = cuda_stream(stream);
   config.attrs = &attribute;
   config.numAttrs = has_dependent_launch_code() ? 1 : 0;
@@ -589,24 +878,43 @@ template <typename T, int kVectors, Scaling kScaling, Result kResult>
 void launch_rows(const QuantizeParams& p, bool after_range, Stream stream) {
   const std::int64_t num_vectors = p.width / kVec;
   dim3 block = row_block(ceil_div(num_vectors, kVectors), kScaling == Scaling::kToken ? kRowThreads<kVectors> : kMaxThreads);
-  if (kScaling != Scaling::kToken) {
+  if constexpr (kScaling != Scaling::kToken) {
     // The more rows, the fewer threads for each: what is done once for a row counts less.
     const std::int64_t threads = kResidentThreads * current_device_properties().num_sms / p.num_rows;
     block.x = std::min(block.x, std::bit_ceil(static_cast<unsigned>(std::clamp<std::int64_t>(threads, kWarpSize, kMaxThreads))));
     if (kScaling == Scaling::kGroup) block.x = std::max(block.x, static_cast<unsigned>(p.quant.group_size / kVec));
     block.y = block.x < kNarrowThreads ? kNarrowThreads / block.x : 1;
   }
+  const int threads = static_cast<int>(block.x * block.y);
   // Where threads do not read ahead, new CTAs do so for them.
-  const unsigned ctas = num_ctas(p.num_rows, block.y, kReadsAhead<T> ? kResidentThreads / static_cast<int>(block.x * block.y) : 1 << 20);
-  const int group_shift = p.quant.group_size == p.width && kScaling != Scaling::kGroup
-                              ? -1
-                              : std::countr_zero(static_cast<std::uint64_t>(p.quant.group_size / kVec));
-  constexpr auto kernel = quantize_rows_kernel<T, kVectors, kScaling, kResult>;
-  if (after_range) {
-    // Of what the range was taken from, the end is in the L2 cache.
-    launch_early(kernel, ctas, block, stream, p, group_shift, true);
+  const unsigned ctas = num_ctas(p.num_rows, block.y, kReadsAhead<T> ? kResidentThreads / threads : 1 << 20);
+  const int group_shift = std::countr_zero(static_cast<std::uint64_t>(p.quant.group_size / kVec));
+  if constexpr (kResult == Result::kAsymmetricInt8) {
+    constexpr auto kernel = zero_point_quantize_rows_kernel<T, kVectors, kScaling>;
+    int num_ahead = 0, shared_bytes = 0;
+    if (kReadsAhead<T>) {
+      // Any device has place for one piece of a CTA of most threads.
+      const int most_shared = current_device_properties().max_shared_bytes_per_cta - 1024;
+      const int bytes = piece_bytes<T, kVectors, kScaling>(threads);
+      num_ahead = 2 * bytes <= most_shared ? 2 : 1;
+      shared_bytes = num_ahead * bytes;
+      set_max_shared_bytes(reinterpret_cast<const void*>(kernel),
+                           std::min(2 * piece_bytes<T, kVectors, kScaling>(kRowThreads<kVectors>), most_shared));
+    }
+    if (after_range) {
+      // Of what the range was taken from, the end is in the L2 cache.
+      launch_early(kernel, ctas, block, shared_bytes, stream, p, group_shift, num_ahead, true);
+    } else {
+      kernel<<<ctas, block, static_cast<std::size_t>(shared_bytes), cuda_stream(stream)>>>(p, group_shift, num_ahead, false);
+    }
   } else {
-    kernel<<<ctas, block, 0, cuda_stream(stream)>>>(p, group_shift, false);
+    constexpr auto kernel = quantize_rows_kernel<T, kVectors, kScaling, kResult>;
+    const int shift = kScaling == Scaling::kGivenGroup && p.quant.group_size == p.width ? -1 : group_shift;
+    if (after_range) {
+      launch_early(kernel, ctas, block, 0, stream, p, shift, true);
+    } else {
+      kernel<<<ctas, block, 0, cuda_stream(stream)>>>(p, shift, false);
+    }
   }
   QUIRE_CHECK_LAUNCH("quantize_rows_kernel", stream);
 }
@@ -632,7 +940,10 @@ void launch_quantize(const QuantizeParams& p, bool after_range, Stream stream) {
   if (prevents_rows<T>(p) == nullptr) {
     // 64 bytes for each thread, and more only where a row has more than a CTA has threads for it.
     constexpr int kVectors = sizeof(T) == 2 ? 2 : 1;
-    if (!p.computes) return launch_rows<T, kVectors, Scaling::kGiven, kResult>(p, after_range, stream);
+    if constexpr (kResult == Result::kAsymmetricInt8) {
+      if (!p.computes && p.quant.group_size == p.width) return launch_rows<T, kVectors, Scaling::kGiven, kResult>(p, after_range, stream);
+    }
+    if (!p.computes) return launch_rows<T, kVectors, Scaling::kGivenGroup, kResult>(p, after_range, stream);
     if (p.quant.granularity == ScaleGranularity::kGroup) return launch_rows<T, kVectors, Scaling::kGroup, kResult>(p, false, stream);
     if (p.width / kVec <= kVectors * kRowThreads<kVectors>) return launch_rows<T, kVectors, Scaling::kToken, kResult>(p, false, stream);
     return launch_rows<T, 2, Scaling::kToken, kResult>(p, false, stream);
@@ -656,18 +967,66 @@ void launch_tensor_scale(QuantizeParams p, Stream stream) {
   QUIRE_CHECK_LAUNCH("clear_tensor_range_kernel", stream);
   if (is_vectors<T, kCount>(p.x, p.x_rows, p.x, RowLayout{}, p.width)) {
     const std::int64_t items = p.num_rows * (p.width / kCount);
-    launch_early(tensor_range_kernel<T, kCount, kAsymmetric>, num_ctas(items, kMaxThreads, 4), kMaxThreads, stream, p);
+    launch_early(tensor_range_kernel<T, kCount, kAsymmetric>, num_ctas(items, kMaxThreads, 4), kMaxThreads, 0, stream, p);
   } else {
-    launch_early(tensor_range_kernel<T, 1, kAsymmetric>, num_ctas(p.num_rows * p.width, kMaxThreads, 4), kMaxThreads, stream, p);
+    launch_early(tensor_range_kernel<T, 1, kAsymmetric>, num_ctas(p.num_rows * p.width, kMaxThreads, 4), kMaxThreads, 0, stream, p);
   }
   QUIRE_CHECK_LAUNCH("tensor_range_kernel", stream);
-  launch_early(tensor_scale_kernel<kResult>, 1, 1, stream, p);
+  launch_early(tensor_scale_kernel<kResult>, 1, 1, 0, stream, p);
   QUIRE_CHECK_LAUNCH("tensor_scale_kernel", stream);
+}
+
+/// Why quantize_tensor_kernel cannot do it; null: it can.
+template <typename T>
+const char* prevents_tensor(const QuantizeParams& p) {
+  const auto dense = [&](const RowLayout& rows) {
+    return p.num_rows == 1 || (rows.inner_extents[0] == 1 && rows.inner_extents[1] == 1 && rows.strides[0] == p.width);
+  };
+  const std::int64_t size = p.num_rows * p.width;
+  if (!dense(p.x_rows) || !dense(p.out_rows)) return "x or out is not dense";
+  if (!is_aligned(p.x, 16) || !is_aligned(p.out, 16) || size % kElementsPer16Bytes<T> != 0)
+    return "x or out does not divide into aligned pieces of 16 bytes of x";
+  if (size < kTensorThreads * kElementsPer16Bytes<T>) return "x is small";
+  // As measured on an H200.
+  return size * static_cast<std::int64_t>(sizeof(T)) > 3 * std::int64_t{current_device_properties().l2_bytes}
+             ? "x is over three times the L2 cache's size"
+             : nullptr;
+}
+
+/// Whether it was launched: all CTAs must run at once.
+template <typename T, Result kResult>
+bool launch_tensor(const QuantizeParams& p, Stream stream) {
+  constexpr auto kernel = quantize_tensor_kernel<T, kResult>;
+  if (prevents_tensor<T>(p) != nullptr) return false;
+  const DeviceProperties& device = current_device_properties();
+  const int shared_bytes = device.max_shared_bytes_per_cta - 1024, most_held = shared_bytes / 16;
+  set_max_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
+  const std::int64_t num_words = p.num_rows * p.width / kElementsPer16Bytes<T>;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = {static_cast<unsigned>(std::min<std::int64_t>(device.num_sms, num_words / kTensorThreads)), 1, 1};
+  config.blockDim = {kTensorThreads, 1, 1};
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+  config.stream = cuda_stream(stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, p, num_words, most_held);
+  if (status == cudaErrorCooperativeLaunchTooLarge) {
+    // Of this device's SMs the stream has a part only.
+    static_cast<void>(cudaGetLastError());
+    return false;
+  }
+  QUIRE_CUDA_CHECK(status);
+  QUIRE_CHECK_LAUNCH("quantize_tensor_kernel", stream);
+  return true;
 }
 
 template <typename T, Result kResult>
 void quantize_to(const QuantizeParams& p, Stream stream) {
   if (p.quant.granularity != ScaleGranularity::kTensor || !p.computes) return launch_quantize<T, kResult>(p, false, stream);
+  if (launch_tensor<T, kResult>(p, stream)) return;
   launch_tensor_scale<T, kResult>(p, stream);
   QuantizeParams given = p;
   given.computes = false;
@@ -707,11 +1066,18 @@ void quantize(const QuantizeParams& p, Stream stream) {
     using T = Element<decltype(dtype)::value>;
     if (Explanation* const explanation = explaining()) {
       const bool reads_twice = p.computes && p.quant.granularity == ScaleGranularity::kTensor;
+      if (reads_twice && prevents_tensor<T>(p) == nullptr) {
+        explanation->variant = "tensor";
+        explanation->reasons.emplace_back("one scale for the whole tensor is computed: CTAs keep what fits of x while all find its range");
+        return;
+      }
       const char* const obstacle = prevents_rows<T>(p);
       explanation->variant = std::string(reads_twice ? "range+" : "") + (obstacle == nullptr ? "rows" : "groups");
       explanation->reasons.push_back(obstacle == nullptr ? "a row stays in registers between its scale and its results"
                                                          : std::string("not rows: ") + obstacle);
-      if (reads_twice) explanation->reasons.emplace_back("one scale for the whole tensor is computed: x is read twice");
+      if (reads_twice)
+        explanation->reasons.push_back(std::string("one scale for the whole tensor is computed, and x is read twice: not tensor: ") +
+                                       prevents_tensor<T>(p));
       return;
     }
     if (p.quant.dtype != DType::kInt8) return quantize_to<T, Result::kFloat8>(p, stream);

@@ -22,8 +22,9 @@ struct Tile {
   float step;   // 128 bytes of the inner dimension
   float store;  // the results
 };
-constexpr Tile kTiles[] = {{64, 16, false, 0.15f, 0.8f},  {64, 32, false, 0.20f, 0.9f},   {64, 64, false, 0.24f, 1.0f},
-                           {128, 64, false, 0.36f, 1.0f}, {128, 128, false, 0.47f, 1.5f}, {128, 256, false, 0.71f, 2.5f}};
+constexpr Tile kTiles[] = {{64, 16, false, 0.15f, 0.8f},  {64, 32, false, 0.20f, 0.9f},  {64, 64, false, 0.24f, 1.0f},
+                           {64, 128, false, 0.34f, 1.3f}, {128, 64, false, 0.36f, 1.0f}, {128, 128, false, 0.47f, 1.5f},
+                           {128, 256, false, 0.71f, 2.5f}};
 constexpr Tile kBlockTiles[] = {
     {64, 16, false, 0.15f, 0.8f}, {64, 64, false, 0.30f, 1.0f}, {128, 128, true, 0.52f, 1.5f}, {128, 256, true, 1.0f, 2.5f}};
 constexpr float kBytesPerMicrosecond = 2.1e6f;  // of device memory
@@ -64,14 +65,17 @@ WgmmaChoice choose_wgmma(const ScaledMatmulParams& p, int num_sms) {
     if (tile.columns < 64 && tile.columns < p.m) continue;  // reads the weight more than once
     const std::int64_t num_column_tiles = ceil_div(tile.token_rows ? p.n : p.m, tile.columns);
     const std::int64_t num_tiles = ceil_div(tile.token_rows ? p.m : p.n, tile.rows) * num_column_tiles;
+    const bool is_half_tile = tile.rows == 64 && tile.columns == 128;  // for a single wave
+    if (is_half_tile && num_tiles > num_sms) continue;
     for (const int splits : {1, 2, 4}) {
       // Clusters of four do not fill every part of the chip.
       const std::int64_t at_once = splits == 4 ? std::max(num_sms / 4 - 4, 1) : num_sms / splits;
       if (splits > 1 && (!may_split || (tile.columns == 256 && !blocks) || num_tiles > at_once || num_steps < 4 * splits)) break;
       // Where there are many large tiles, two CTAs share columns, and the last tiles may be halved.
-      const bool shares = tile.columns == 256 && num_tiles > num_sms;
+      const bool is_large = tile.columns == 256 && num_tiles > num_sms;
+      const bool shares = is_large || (is_half_tile && splits == 1 && p.n > tile.rows);
       const std::int64_t rest = num_tiles % at_once;
-      const bool halves = shares && !blocks && rest > 0 && 2 * rest <= at_once;
+      const bool halves = is_large && !blocks && rest > 0 && 2 * rest <= at_once;
       const float waves = static_cast<float>(num_tiles / at_once) + (rest == 0 ? 0.0f : halves ? 0.65f : 1.0f);
       const float ctas = static_cast<float>(std::min(num_tiles * splits, std::int64_t{num_sms})) / static_cast<float>(num_sms);
       const float once = tile.token_rows || (num_column_tiles > 1 && num_tiles > at_once) ? 1.0f

@@ -44,6 +44,8 @@ void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream
   plan.shared_columns = choice.shared_columns;
   plan.splits = choice.splits;
   plan.num_steps = static_cast<int>(ceil_div(ceil_div(p.k, kStepBytes), choice.splits));
+  // Two at least: past the end of the matrices they are zeros.
+  if (Shape::kHalves) plan.num_steps = std::max(plan.num_steps, 2);
   plan.num_row_groups = static_cast<int>(ceil_div(num_rows, Shape::kRows * choice.shared_columns));
   plan.num_column_tiles = static_cast<int>(ceil_div(num_columns, Shape::kColumns));
   plan.column_group = 8;
@@ -91,7 +93,8 @@ void launch_wgmma_plain(const ScaledMatmulParams& p, const WgmmaChoice& choice, 
     switch (choice.columns) {
       case 16: return launch_wgmma<Sum, WgmmaShape<1, 16, false, false>>(p, choice, stream);
       case 32: return launch_wgmma<Sum, WgmmaShape<1, 32, false, false>>(p, choice, stream);
-      default: return launch_wgmma<Sum, WgmmaShape<1, 64, false, false>>(p, choice, stream);
+      case 64: return launch_wgmma<Sum, WgmmaShape<1, 64, false, false>>(p, choice, stream);
+      default: return launch_wgmma<Sum, WgmmaShape<1, 128, false, false>>(p, choice, stream);
     }
   }
   switch (choice.columns) {

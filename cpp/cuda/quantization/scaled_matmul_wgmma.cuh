@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) scaled_matmul_wgmma_kernel
   if (threadIdx.x == 0) {
     device::prefetch_tensor_map(&plan.rows);
     device::prefetch_tensor_map(&plan.columns);
+    if (plan.copies_out) device::prefetch_tensor_map(&plan.out);
     for (int stage = 0; stage < Shape::kStages; ++stage) {
       device::barrier_init(shared.full(stage), Shape::kBlockScales ? 1 + 32 : 1);
       device::barrier_init(shared.empty(stage), Shape::kConsumers * 4 * plan.shared_columns);

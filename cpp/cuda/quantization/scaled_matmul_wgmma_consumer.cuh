@@ -31,12 +31,12 @@ struct WgmmaConsumer : WgmmaResults<Sum, Shape> {
     }
   }
 
-  /// Starts the products of the ring's stage with some of its columns.
+  /// Starts the products of a stage with some of its columns.
   template <int kCount>
-  __device__ __forceinline__ void multiply_stage(Sum (&d)[kCount], int first_column, bool accumulate) const {
-    const std::uint32_t rows = device::matrix_descriptor(shared.rows(ring.stage) + static_cast<std::uint32_t>(group * 64 * kStepBytes), 0);
+  __device__ __forceinline__ void multiply_stage(Sum (&d)[kCount], int stage, int first_column, bool accumulate) const {
+    const std::uint32_t rows = device::matrix_descriptor(shared.rows(stage) + static_cast<std::uint32_t>(group * 64 * kStepBytes), 0);
     const std::uint32_t columns =
-        device::matrix_descriptor(shared.columns(ring.stage) + static_cast<std::uint32_t>(first_column * kStepBytes), 0);
+        device::matrix_descriptor(shared.columns(stage) + static_cast<std::uint32_t>(first_column * kStepBytes), 0);
     device::wgmma_fence();
 #pragma unroll
     for (int part = 0; part < kStepBytes / 32; ++part)
@@ -44,24 +44,68 @@ struct WgmmaConsumer : WgmmaResults<Sum, Shape> {
     device::wgmma_commit();
   }
 
-  /// d = the tile's products with all of a stage's columns, or with the first ones.
+  /// Starts the products of the next step.
   template <int kCount>
-  __device__ __forceinline__ void multiply(Sum (&d)[kCount], const Work& work) {
-    int previous = 0;
+  __device__ __forceinline__ void start_next(Sum (&d)[kCount], bool accumulate) {
+    device::barrier_wait(shared.full(ring.stage), ring.parity);
+    multiply_stage(d, ring.stage, 0, accumulate);
+    ring.advance();
+  }
+  /// d += the products of the next `count` steps with all of a stage's columns, or with the first ones; those of the `started` steps before, one
+  /// at least, are on their way.
+  template <int kCount>
+  __device__ __forceinline__ void multiply_rest(Sum (&d)[kCount], int started, int count) {
+    if (count > 0) {
+      start_next(d, true);
+      device::wgmma_wait<1>();
+      for (int step = started; step > 0; --step) release(ring.before(step + 1));
+    }
 #pragma unroll 1
-    for (int step = 0; step < work.num_steps; ++step) {
-      device::barrier_wait(shared.full(ring.stage), ring.parity);
-      multiply_stage(d, 0, step > 0);
-      if (step > 0) {
-        device::wgmma_wait<1>();
-        release(previous);
-      }
-      previous = ring.stage;
-      ring.advance();
+    for (int step = 1; step < count; ++step) {
+      start_next(d, true);
+      device::wgmma_wait<1>();
+      release(ring.before(2));
     }
     device::wgmma_wait<0>();
     device::pin_registers(d);
-    release(previous);
+    for (int step = count > 0 ? 1 : started; step > 0; --step) release(ring.before(step));
+  }
+  template <int kCount>
+  __device__ __forceinline__ void multiply(Sum (&d)[kCount], const Work& work) {
+    start_next(d, false);
+    multiply_rest(d, 1, work.num_steps - 1);
+  }
+
+  /// Tiles one after another; a tile's results are stored while the next one's first products are under way.
+  __device__ __forceinline__ void run_overlapped() {
+    auto& half = reinterpret_cast<Sum(&)[Shape::kColumns / 4]>(sum);
+    typename Results::AllWords words;
+    Work work, next;
+    int iteration = 0;
+    bool more = locate_work(plan, rank, iteration, work);
+    if (more && work.half < 0) {
+      start_next(sum, false);
+      load_values(work);
+      multiply_rest(sum, 1, work.num_steps - 1);
+      for (;;) {
+        this->convert(words, work);
+        more = locate_work(plan, rank, ++iteration, next);
+        if (!more || next.half >= 0) break;
+        start_next(sum, false);
+        start_next(sum, true);
+        this->store_words(words, work);
+        work = next;
+        load_values(work);
+        multiply_rest(sum, 2, work.num_steps - 2);
+      }
+      this->store_words(words, work);
+      work = next;
+    }
+    for (; more; more = locate_work(plan, rank, ++iteration, work)) {
+      load_values(work);
+      multiply(half, work);
+      store(work, work.half * kColumnBlocks / 2, kColumnBlocks / 2);
+    }
   }
 
   using Part = float[Shape::kPartColumns / 2];
@@ -99,7 +143,7 @@ struct WgmmaConsumer : WgmmaResults<Sum, Shape> {
   /// Starts the products of the ring's stage; returns the stage.
   __device__ __forceinline__ int start_step(Part& products) {
     device::barrier_wait(shared.full(ring.stage), ring.parity);
-    multiply_stage(products, 0, false);
+    multiply_stage(products, ring.stage, 0, false);
     const int stage = ring.stage;
     ring.advance();
     return stage;
@@ -148,7 +192,7 @@ struct WgmmaConsumer : WgmmaResults<Sum, Shape> {
       for (int part = 0; part < Shape::kParts; ++part) {
         device::named_barrier_sync(kTurnBarrier + group, 256);
         device::pin_registers(products);
-        multiply_stage(products, part * Shape::kPartColumns, false);
+        multiply_stage(products, ring.stage, part * Shape::kPartColumns, false);
         device::named_barrier_arrive(kTurnBarrier + 1 - group, 256);
         const PartScales scales = load_scales(ring.stage, part);
         device::wgmma_wait<0>();
@@ -168,6 +212,19 @@ struct WgmmaConsumer : WgmmaResults<Sum, Shape> {
   }
 
   __device__ __forceinline__ void run() {
+    if constexpr (Shape::kHalves) {
+      if (plan.params.out_dtype != DType::kFloat32) {
+        run_overlapped();
+      } else {
+        run_tiles();
+      }
+    } else {
+      run_tiles();
+    }
+    if (thread() == 0) device::store_wait_read<0>();
+  }
+
+  __device__ __forceinline__ void run_tiles() {
     Work work;
     const SplitColumns<Shape> mine(plan, rank);
     begin_turns();
@@ -198,7 +255,6 @@ struct WgmmaConsumer : WgmmaResults<Sum, Shape> {
       store(work, first, count);
     }
     end_turns();
-    if (thread() == 0) device::store_wait_read<0>();
   }
 };
 

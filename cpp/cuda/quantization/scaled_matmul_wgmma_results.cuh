@@ -178,11 +178,12 @@ struct WgmmaResults {
     }
   }
 
-  /// Stores `count` column blocks from `first` on as 16-bit floats, by way of shared memory: 64 features of some tokens, in rows of 128 bytes with
-  /// swizzled 16-byte pieces.
+  /// 16-bit results of a chunk, two to a word: those of rows lane / 4 and + 8.
+  using ChunkWords = std::uint32_t[kChunkBlocks][2];
+
+  /// The results of sums of column blocks from `first` on.
   template <bool kBf16>
-  __device__ __forceinline__ void store_chunk(const Sum* from, const Work& work, int first, int count) {
-    std::uint32_t words[kChunkBlocks][2];
+  __device__ __forceinline__ void convert_chunk(ChunkWords& words, const Sum (&from)[4 * kChunkBlocks], int first) const {
     float values[kChunkBlocks][2];
 #pragma unroll
     for (int j = 0; j < kChunkBlocks; ++j) load_column_values(values[j], min(first + j, kColumnBlocks - 1));
@@ -193,6 +194,11 @@ struct WgmmaResults {
         words[j][r] =
             device::pack_16<kBf16>(finish(from[4 * j + 2 * r], r, values[j][0]), finish(from[4 * j + 2 * r + 1], r, values[j][1]));
     }
+  }
+
+  /// Stores `count` column blocks from `first` on by way of shared memory: 64 features of some tokens, in rows of 128 bytes with
+  /// swizzled 16-byte pieces.
+  __device__ __forceinline__ void store_chunk(const ChunkWords& words, const Work& work, int first, int count) {
     const std::uint32_t buffer = staging() + static_cast<std::uint32_t>(chunks_staged % 2 * Shape::kChunkBytes);
     ++chunks_staged;
     if (thread() == 0) device::store_wait_read<1>();
@@ -224,27 +230,61 @@ struct WgmmaResults {
     }
   }
 
+  /// The sums of a chunk, without zero points. A copy: only products may write sums, or they would wait for each other.
+  __device__ __forceinline__ void take_sums(Sum (&from)[4 * kChunkBlocks], const Work& work, int chunk, int first) const {
+#pragma unroll
+    for (int i = 0; i < 4 * kChunkBlocks; ++i) from[i] = sum[4 * chunk * kChunkBlocks + i];
+    if (has_zero_points()) {
+#pragma unroll
+      for (int j = 0; j < kChunkBlocks; ++j) subtract_zero_points(from + 4 * j, work, first + j);
+    }
+  }
+
+  static constexpr int kChunks = Shape::kColumns / Shape::kChunkColumns;
+  using AllWords = ChunkWords[kChunks];
+
+  /// The tile's 16-bit results.
+  __device__ __forceinline__ void convert(AllWords& words, const Work& work) {
+    share_values();
+    sync_group();
+    const bool bf16 = plan.params.out_dtype == DType::kBFloat16;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int at = chunk * kChunkBlocks;
+      Sum from[4 * kChunkBlocks];
+      take_sums(from, work, chunk, at);
+      if (bf16) {
+        convert_chunk<true>(words[chunk], from, at);
+      } else {
+        convert_chunk<false>(words[chunk], from, at);
+      }
+    }
+    // Values of columns may change only now.
+    sync_group();
+  }
+  __device__ __forceinline__ void store_words(const AllWords& words, const Work& work) {
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) store_chunk(words[chunk], work, chunk * kChunkBlocks, kChunkBlocks);
+  }
+
   /// Stores results of sums, which are of `count` column blocks from `first` on.
   __device__ __forceinline__ void store(const Work& work, int first, int count) {
     share_values();
     sync_group();
     const DType dtype = plan.params.out_dtype;
 #pragma unroll
-    for (int chunk = 0; chunk < Shape::kColumns / Shape::kChunkColumns; ++chunk) {
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
       const int left = count - chunk * kChunkBlocks, at = first + chunk * kChunkBlocks;
       if (left <= 0) break;
-      // A copy: only products may write sums, or they would wait for each other.
       Sum from[4 * kChunkBlocks];
-#pragma unroll
-      for (int i = 0; i < 4 * kChunkBlocks; ++i) from[i] = sum[4 * chunk * kChunkBlocks + i];
-      if (has_zero_points()) {
-#pragma unroll
-        for (int j = 0; j < kChunkBlocks; ++j) subtract_zero_points(from + 4 * j, work, at + j);
-      }
+      take_sums(from, work, chunk, at);
+      ChunkWords words;
       if (dtype == DType::kBFloat16) {
-        store_chunk<true>(from, work, at, left);
+        convert_chunk<true>(words, from, at);
+        store_chunk(words, work, at, left);
       } else if (dtype == DType::kFloat16) {
-        store_chunk<false>(from, work, at, left);
+        convert_chunk<false>(words, from, at);
+        store_chunk(words, work, at, left);
       } else {
 #pragma unroll
         for (int j = 0; j < kChunkBlocks; ++j) {

@@ -71,6 +71,8 @@ struct StageRing {
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
+  /// The stage of so many steps ago, at most kStages.
+  __device__ __forceinline__ int before(int steps) const { return stage - steps + (stage < steps ? kStages : 0); }
 };
 
 /// Addresses of everything in shared memory.
