@@ -478,7 +478,7 @@ void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, S
                                    : launch_wgmma<false>(plan, maps, choice.tokens, choice.num_ctas, stream);
 }
 
-FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int row_groups_log2, int cluster_ctas, int num_sms) {
+FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int row_groups_log2, int cluster_ctas, int cut_stages, int num_sms) {
   FewChoice choice;
   choice.tokens = num_tokens <= 8 ? 8 : num_tokens <= 16 ? 16 : num_tokens <= 32 ? 32 : 64;
   choice.row_groups_log2 = row_groups_log2;
@@ -491,9 +491,28 @@ FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int row
   const int x_bytes = stage_steps * static_cast<int>(round_up(num_tokens, 8)) * kUnitColumns * 2;
   choice.stage_bytes =
       static_cast<int>(round_up(x_bytes + kFewStageUnits * kBlockUnits * unit_bytes(layout.bits) + num_entries * layout.entry_bytes, 1024));
+
+  // Tiles of the last round may be cut, where that leaves SMs without work.
+  const int tile_stages = choice.chunk_steps / stage_steps;
+  const int rounds = static_cast<int>(ceil_div(choice.num_tiles, choice.num_ctas));
+  double num_stages = static_cast<double>(tile_stages) * (cluster_ctas > 1 ? 1 : rounds), handed_over = 0.0;
+  choice.first_cut = choice.num_tiles;
+  if (cut_stages > 0) {
+    const int owners = static_cast<int>(ceil_div(choice.num_tiles, rounds));
+    if (cluster_ctas > 1 || owners >= num_sms || cut_stages >= tile_stages) return FewChoice{};
+    choice.num_helpers = num_sms - owners;
+    choice.num_ctas = num_sms;
+    choice.first_cut = (rounds - 1) * owners;
+    choice.cut_step = (tile_stages - cut_stages) * stage_steps;
+    const int num_cut = choice.num_tiles - choice.first_cut;
+    handed_over = static_cast<double>(ceil_div(num_cut, choice.num_helpers));
+    num_stages = std::max(num_stages - cut_stages, handed_over * cut_stages);
+    choice.partial_bytes = std::int64_t{num_cut} * row_groups * kBlockRows * round_up(num_tokens, 8) * 4;
+    choice.arrival_bytes = std::int64_t{num_cut} * 8;
+  }
+
   const int sum_bytes = few_sum_bytes(static_cast<int>(num_tokens), row_groups_log2, cluster_ctas), room = 227 * 1024 - kFewFixedBytes;
-  const int num_stages = choice.chunk_steps / stage_steps * static_cast<int>(ceil_div(choice.num_tiles * cluster_ctas, choice.num_ctas));
-  const int most = std::clamp(num_stages, 2, kFewMaxStages);
+  const int most = std::clamp(static_cast<int>(num_stages), 2, kFewMaxStages);
   choice.num_stages = std::min(most, (room - sum_bytes) / choice.stage_bytes);
   choice.sums_at = choice.num_stages * choice.stage_bytes;
   // Sums may lie where the stages of a CTA with one tile did. CTAs of a cluster wait for each other for that.
@@ -509,13 +528,13 @@ FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int row
   // Cycles of an SM, by what is the narrowest: making fragments and their products, what an SM reads, what all read of the L2 cache, and of memory.
   const int waves = static_cast<int>(ceil_div(choice.num_tiles, max_clusters(cluster_ctas)));
   const double code_bytes = kFewStageUnits * kBlockUnits * unit_bytes(layout.bits), read_bytes = x_bytes + 1.06 * code_bytes;
-  const double stages = static_cast<double>(choice.chunk_steps / stage_steps) * waves;
-  const double all_stages = static_cast<double>(choice.chunk_steps / stage_steps) * choice.num_tiles * cluster_ctas;
+  const double stages = num_stages * (cluster_ctas > 1 ? waves : 1);
+  const double all_stages = static_cast<double>(tile_stages) * choice.num_tiles * cluster_ctas;
   const double product = choice.tokens == 8 ? 880.0 : choice.tokens == 16 ? 960.0 : choice.tokens == 32 ? 1100.0 : 1600.0;
   choice.cycles = std::max({stages * product, stages * read_bytes * (choice.num_stages + 1) / (37.0 * choice.num_stages),
                             all_stages * read_bytes / (34.0 * num_sms), all_stages * code_bytes / (16.0 * num_sms)}) +
                   3500.0 + (sum_bytes > 0 ? 300.0 : 0.0) + (cluster_ctas > 1 ? 900.0 + 2500.0 * (waves - 1) : 0.0) +
-                  (cluster_ctas > 1 && choice.sums_at == 0 ? 700.0 : 0.0);
+                  (cluster_ctas > 1 && choice.sums_at == 0 ? 700.0 : 0.0) + (cut_stages > 0 ? 600.0 + 300.0 * handed_over : 0.0);
   return choice;
 }
 
@@ -523,11 +542,24 @@ FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int num_sms)
   FewChoice best;
   for (int row_groups_log2 = 0; row_groups_log2 <= 2; ++row_groups_log2) {
     for (int cluster_ctas = 1; cluster_ctas <= 6; ++cluster_ctas) {
-      const FewChoice choice = make_few_choice(num_tokens, layout, row_groups_log2, cluster_ctas, num_sms);
-      // Every CTA has work.
-      const std::int64_t before_last = std::int64_t{choice.chunk_steps} * (cluster_ctas - 1);
-      if (choice.num_ctas == 0 || (cluster_ctas > 1 && before_last >= layout.num_steps)) continue;
-      if (best.num_ctas == 0 || choice.cycles < best.cycles) best = choice;
+      // Helpers have as much to do as the others, or a little less.
+      int most_cut = 0;
+      if (cluster_ctas == 1) {
+        const std::int64_t num_tiles = ceil_div(layout.num_blocks, 1 << row_groups_log2), rounds = ceil_div(num_tiles, num_sms);
+        const std::int64_t owners = ceil_div(num_tiles, rounds), tile_stages = ceil_div(layout.num_steps, kFewStageUnits >> row_groups_log2);
+        if (owners < num_sms) {
+          const std::int64_t tiles_of_helper = ceil_div(num_tiles - (rounds - 1) * owners, num_sms - owners);
+          most_cut = static_cast<int>(std::min(rounds * tile_stages / (tiles_of_helper + 1), tile_stages - 1));
+        }
+      }
+      for (const int cut_stages : {0, most_cut - 1, most_cut}) {
+        if (cut_stages < 0) continue;
+        const FewChoice choice = make_few_choice(num_tokens, layout, row_groups_log2, cluster_ctas, cut_stages, num_sms);
+        // Every CTA has work.
+        const std::int64_t before_last = std::int64_t{choice.chunk_steps} * (cluster_ctas - 1);
+        if (choice.num_ctas == 0 || (cluster_ctas > 1 && before_last >= layout.num_steps)) continue;
+        if (best.num_ctas == 0 || choice.cycles < best.cycles) best = choice;
+      }
     }
   }
   return best;
@@ -548,6 +580,12 @@ void run_few(const QuantizedMatmulParams& params, const FewChoice& choice, Strea
   plan.num_tiles = choice.num_tiles;
   plan.cluster_ctas = choice.cluster_ctas;
   plan.chunk_steps = choice.chunk_steps;
+  plan.num_helpers = choice.num_helpers;
+  plan.first_cut = choice.first_cut;
+  plan.cut_step = choice.cut_step;
+  plan.partials = reinterpret_cast<float4*>(columns.workspace);
+  plan.arrivals = reinterpret_cast<std::uint64_t*>(columns.workspace + choice.partial_bytes);
+  plan.tag = arrival_tag();
   plan.num_stages = choice.num_stages;
   plan.stage_bytes = choice.stage_bytes;
   const int token_rows = static_cast<int>(round_up(params.num_tokens, 8));
@@ -652,6 +690,10 @@ std::int64_t slice_workspace_size(std::int64_t num_tokens, const WeightFormat& f
   const Layout layout(nullptr, format);
   const MmaChoice mma = choose_mma(num_tokens, layout, device.num_sms, device.max_shared_bytes_per_cta, batch_invariant);
   std::int64_t num_bytes = mma.partial_bytes + mma.arrival_bytes;
+  if (prevents_few(num_tokens, format, batch_invariant) == nullptr) {
+    const FewChoice few = choose_few(num_tokens, layout, device.num_sms);
+    num_bytes = std::max(num_bytes, few.partial_bytes + few.arrival_bytes);
+  }
   if (prevents_wgmma(num_tokens, layout, dtype, batch_invariant) == nullptr) {
     const WgmmaChoice wgmma = choose_wgmma(num_tokens, layout, device.num_sms);
     num_bytes = std::max(num_bytes, wgmma.partial_bytes + wgmma.arrival_bytes);

@@ -11,12 +11,14 @@
 #include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/tma.cuh"
 #include "cuda/quantization/w4a16.cuh"
+#include "cuda/quantization/w4a16_arrival.cuh"
 #include "cuda/quantization/w4a16_wgmma_parts.cuh"
 
 namespace quire::cuda::w4a16 {
 
 /// One launch. A tile is 64 rows for each of the warpgroups side by side along N x all tokens; the other warpgroups share its columns. A cluster's CTAs
-/// have a tile, a chunk of the columns each; without clusters a CTA has the tiles c, c + num_ctas, ...
+/// have a tile, a chunk of the columns each. Without clusters the first num_helpers CTAs help the others, of which the c-th has the tiles c,
+/// c + their number, ...: of tiles from first_cut on, the last round, a helper has the columns from cut_step on, and hands their sums over in memory.
 struct FewPlan {
   Layout layout;
   void* out = nullptr;  // [num_tokens, num_rows]
@@ -27,6 +29,10 @@ struct FewPlan {
   int num_tiles = 0;
   int cluster_ctas = 1;
   int chunk_steps = 0;  // of 64 columns, a multiple of those of a stage
+  int num_helpers = 0, first_cut = 0, cut_step = 0;  // first_cut is num_tiles, if none help
+  float4* partials = nullptr;  // [tiles from first_cut on][pieces of 64 rows x 8 tokens][threads of a warpgroup]
+  std::uint64_t* arrivals = nullptr;  // [tiles from first_cut on]: tag + 1 says that the partials are there
+  std::uint64_t tag = 0;
   int num_stages = 0, stage_bytes = 0;
   int panel_bytes = 0;  // of x: 64 columns of all tokens
   int num_stage_groups = 0;  // entries of a stage, for each row
@@ -76,7 +82,7 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
   std::uint8_t* store_space = shared;
   auto* barriers = reinterpret_cast<std::uint64_t*>(shared + kFewStoreBytes);  // full, empty
   std::uint8_t* stages = shared + kFewStagesAt;
-  const std::uint32_t full = device::shared_address(barriers), empty = full + 8 * kFewMaxStages;
+  const std::uint32_t full = device::shared_address(barriers), empty = full + 8 * kFewMaxStages, helped = empty + 8 * kFewMaxStages;
 
   const Layout& layout = plan.layout;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
@@ -88,6 +94,7 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
         device::barrier_init(full + 8 * i, 1);
         device::barrier_init(empty + 8 * i, 4 * kFewWarpgroups);
       }
+      device::barrier_init(helped, 1);
       device::barrier_init_fence();
     }
     __syncwarp();
@@ -99,9 +106,19 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
   const int row_groups = 1 << plan.row_groups_log2, column_groups = kFewWarpgroups >> plan.row_groups_log2;
   const int stage_steps = column_groups * kFewStepsOfWarpgroup;
   const int rank = plan.cluster_ctas > 1 ? device::cluster_rank() : 0;
-  const int first_step = rank * plan.chunk_steps, last_step = min(first_step + plan.chunk_steps, layout.num_steps);
-  const int first_tile = static_cast<int>(blockIdx.x) / plan.cluster_ctas;
-  const int tiles_at_once = static_cast<int>(gridDim.x) / plan.cluster_ctas;
+  const int cta = static_cast<int>(blockIdx.x), num_cut = plan.num_tiles - plan.first_cut;
+  const bool helps = cta < plan.num_helpers;
+  int first_step = rank * plan.chunk_steps, first_tile = (cta - plan.num_helpers) / plan.cluster_ctas, end_tile = plan.num_tiles;
+  int tiles_at_once = (static_cast<int>(gridDim.x) - plan.num_helpers) / plan.cluster_ctas;
+  if (helps) {
+    first_step = plan.cut_step;
+    first_tile = plan.first_cut + cta * num_cut / plan.num_helpers;
+    end_tile = plan.first_cut + (cta + 1) * num_cut / plan.num_helpers;
+    tiles_at_once = 1;
+  }
+  const auto last_step_of = [&](int tile) {
+    return tile >= plan.first_cut && !helps ? plan.cut_step : min(first_step + plan.chunk_steps, layout.num_steps);
+  };
   const int x_bytes = stage_steps * plan.panel_bytes, code_bytes = kFewStageUnits * kStepBytes;
   const int entry_row_bytes = kBlockUnits * 8 * layout.entry_bytes;  // of 64 rows and a group
 
@@ -121,7 +138,9 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
       ahead = 0;
       for (int i = 0; i < behind; ++i) copy_x(i, first_step + i * stage_steps);
     };
-    for (int tile = first_tile; tile < plan.num_tiles; tile += tiles_at_once) {
+    int tile = first_tile;
+    for (; tile < end_tile; tile += tiles_at_once) {
+      const int last_step = last_step_of(tile);
 #pragma unroll 1
       for (int k = first_step; k < last_step; k += stage_steps) {
         const std::uint32_t at = device::shared_address(stages) + static_cast<std::uint32_t>(slot * plan.stage_bytes),
@@ -139,6 +158,13 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
       }
       // No stage is used twice before x is there.
       if (ahead > 0) end_wait();
+    }
+    tile -= tiles_at_once;
+    if (!helps && tile >= plan.first_cut) {
+      auto* arrival = plan.arrivals + (tile - plan.first_cut);
+      while (load_acquire(arrival) != plan.tag + 1) __nanosleep(20);
+      *arrival = plan.tag;  // for the next launch
+      device::barrier_arrive(helped);
     }
     return;
   }
@@ -163,7 +189,8 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
   std::uint32_t lower = zero_term<kBits, kBf16, false>(kMiddle), upper = zero_term<kBits, kBf16, true>(kMiddle);
   int slot = 0;
   std::uint32_t parity = 0;
-  for (int tile = first_tile; tile < plan.num_tiles; tile += tiles_at_once) {
+  for (int tile = first_tile; tile < end_tile; tile += tiles_at_once) {
+    const int last_step = last_step_of(tile);
     float scales[2] = {0.0f, 0.0f};
     int previous = -1;
 #pragma unroll
@@ -236,8 +263,37 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
     if (previous >= 0 && lane == 0) device::barrier_arrive(empty + 8 * previous);
 
     // ---- Sums of eight tokens: warpgroups, and a cluster's CTAs, take turns ----
+    // Piece i is of 64 rows and eight tokens.
     const std::int64_t tile_row = std::int64_t{tile} * row_groups * kBlockRows + unit * kUnitRows;
+    const int num_pieces = num_token_groups << plan.row_groups_log2;
+    const bool is_cut = tile >= plan.first_cut;
+    float4* partials = plan.partials + (std::int64_t{tile - plan.first_cut} * num_pieces * 128 + group_thread);
+    const auto hand_over = [&] {
+      device::named_barrier_sync(1, 128 * kFewWarpgroups);
+      if (thread == 0) store_release(plan.arrivals + (tile - plan.first_cut), plan.tag + 1);
+    };
+    if (is_cut && !helps) device::barrier_wait(helped, 0);
     if (column_groups * plan.cluster_ctas == 1) {
+      if (helps) {
+#pragma unroll
+        for (int j = 0; j < kTokens / 8; ++j) {
+          if (j >= num_token_groups) break;
+          __stcg(partials + (j << plan.row_groups_log2 | row_group) * 128, make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
+        }
+        hand_over();
+        continue;
+      }
+      if (is_cut) {
+#pragma unroll
+        for (int j = 0; j < kTokens / 8; ++j) {
+          if (j >= num_token_groups) break;
+          const float4 part = __ldcg(partials + (j << plan.row_groups_log2 | row_group) * 128);
+          acc[4 * j] += part.x;
+          acc[4 * j + 1] += part.y;
+          acc[4 * j + 2] += part.z;
+          acc[4 * j + 3] += part.w;
+        }
+      }
       float bias[2];
       const std::int64_t row = tile_row + row_group * kBlockRows;
       load_row_bias(bias, plan.bias, plan.bias_dtype, row + lane / 4, plan.num_rows);
@@ -248,9 +304,9 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
       }
       continue;
     }
-    // Piece i, of 64 rows and eight tokens, goes to warpgroup i % 4 of the CTA of rank i / 4 % cluster_ctas, which has room for its parts: of all CTAs
-    // and, of each, of the warpgroups that share columns.
-    const int num_pieces = num_token_groups << plan.row_groups_log2, num_parts = plan.cluster_ctas * column_groups;
+    // Piece i goes to warpgroup i % 4 of the CTA of rank i / 4 % cluster_ctas, which has room for its parts: of all CTAs and, of each, of the warpgroups
+    // that share columns.
+    const int num_parts = plan.cluster_ctas * column_groups;
     float4* sums = reinterpret_cast<float4*>(stages + plan.sums_at) + group_thread;
     if (plan.cluster_ctas > 1) {
       device::cluster_wait();
@@ -270,6 +326,8 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
         *to = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
       }
     }
+    float4 help = make_float4(0.0f, 0.0f, 0.0f, 0.0f);  // a helper's part of the piece that is next
+    if (is_cut && !helps && warpgroup < num_pieces) help = __ldcg(partials + warpgroup * 128);
     if (plan.cluster_ctas > 1) {
       device::cluster_sync();
     } else {
@@ -289,10 +347,21 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
         total[2] += sum.z;
         total[3] += sum.w;
       }
+      if (helps) {
+        __stcg(partials + piece * 128, make_float4(total[0], total[1], total[2], total[3]));
+        from += kFewWarpgroups * num_parts * 128;
+        continue;
+      }
+      total[0] += help.x;
+      total[1] += help.y;
+      total[2] += help.z;
+      total[3] += help.w;
+      if (is_cut && piece + kFewWarpgroups < num_pieces) help = __ldcg(partials + (piece + kFewWarpgroups) * 128);
       store_tokens<kBf16, 1>(space, total, bias, plan, piece >> plan.row_groups_log2 << 3, row);
       from += kFewWarpgroups * num_parts * 128;
     }
     if (plan.cluster_ctas > 1) return;
+    if (helps) hand_over();
   }
 #endif
 }

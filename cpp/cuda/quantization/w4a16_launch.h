@@ -42,6 +42,8 @@ struct FewChoice {
   int row_groups_log2 = 0;
   int num_tiles = 0, num_ctas = 0, cluster_ctas = 1;
   int chunk_steps = 0;
+  int num_helpers = 0, first_cut = 0, cut_step = 0;
+  std::int64_t partial_bytes = 0, arrival_bytes = 0;
   int num_stages = 0, stage_bytes = 0, sums_at = 0, shared_bytes = 0;
   double cycles = 0.0;
 };
@@ -57,7 +59,8 @@ WgmmaChoice choose_wgmma(std::int64_t num_tokens, const Layout& layout, int num_
 void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, Stream stream);
 
 /// num_stages is 0 if shared memory has no room.
-FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int row_groups_log2, int cluster_ctas, int num_sms);
+/// cut_stages: how much of a tile is a helper's; 0: no tile is cut.
+FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int row_groups_log2, int cluster_ctas, int cut_stages, int num_sms);
 FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int num_sms);
 /// Clusters of so many CTAs that the current device has room for at a time.
 int max_clusters(int cluster_ctas);
