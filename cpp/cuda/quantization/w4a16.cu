@@ -478,9 +478,10 @@ void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, S
                                    : launch_wgmma<false>(plan, maps, choice.tokens, choice.num_ctas, stream);
 }
 
-FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int row_groups_log2, int cluster_ctas, int cut_stages, int num_sms) {
+FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int source_columns, int row_groups_log2, int cluster_ctas, int cut_stages,
+                          int num_sms) {
   FewChoice choice;
-  choice.tokens = num_tokens <= 8 ? 8 : num_tokens <= 16 ? 16 : num_tokens <= 32 ? 32 : 64;
+  choice.tokens = num_tokens == 1 ? 1 : num_tokens <= 8 ? 8 : num_tokens <= 16 ? 16 : num_tokens <= 32 ? 32 : 64;
   choice.row_groups_log2 = row_groups_log2;
   choice.cluster_ctas = cluster_ctas;
   const int row_groups = 1 << row_groups_log2, stage_steps = kFewStageUnits >> row_groups_log2;
@@ -488,7 +489,7 @@ FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int row
   choice.num_ctas = cluster_ctas > 1 ? choice.num_tiles * cluster_ctas : std::min(choice.num_tiles, num_sms);
   choice.chunk_steps = static_cast<int>(ceil_div(layout.num_steps, cluster_ctas * stage_steps)) * stage_steps;
   const int num_entries = row_groups * kBlockUnits * 8 * few_stage_groups(layout, stage_steps);
-  const int x_bytes = stage_steps * static_cast<int>(round_up(num_tokens, 8)) * kUnitColumns * 2;
+  const int x_bytes = num_tokens == 1 ? 0 : stage_steps * static_cast<int>(round_up(num_tokens, 8)) * kUnitColumns * 2;
   choice.stage_bytes =
       static_cast<int>(round_up(x_bytes + kFewStageUnits * kBlockUnits * unit_bytes(layout.bits) + num_entries * layout.entry_bytes, 1024));
 
@@ -511,7 +512,9 @@ FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int row
     choice.arrival_bytes = std::int64_t{num_cut} * 8;
   }
 
-  const int sum_bytes = few_sum_bytes(static_cast<int>(num_tokens), row_groups_log2, cluster_ctas), room = 227 * 1024 - kFewFixedBytes;
+  const int one_x_bytes = num_tokens == 1 ? few_x_bytes(choice.chunk_steps) : 0;
+  const int one_bytes = one_x_bytes + static_cast<int>(round_up(source_columns, 8)) * 2;
+  const int sum_bytes = few_sum_bytes(static_cast<int>(num_tokens), row_groups_log2, cluster_ctas), room = 227 * 1024 - kFewFixedBytes - one_bytes;
   const int most = std::clamp(static_cast<int>(num_stages), 2, kFewMaxStages);
   choice.num_stages = std::min(most, (room - sum_bytes) / choice.stage_bytes);
   choice.sums_at = choice.num_stages * choice.stage_bytes;
@@ -523,14 +526,16 @@ FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int row
   }
   if (choice.num_stages < 2 || sum_bytes > room) return FewChoice{};
   const int stages_bytes = choice.num_stages * choice.stage_bytes;
-  choice.shared_bytes = kFewFixedBytes + std::max(stages_bytes, choice.sums_at + sum_bytes);
+  choice.x_at = static_cast<int>(round_up(std::max(stages_bytes, choice.sums_at + sum_bytes), 128));
+  choice.source_at = choice.x_at + one_x_bytes;
+  choice.shared_bytes = kFewFixedBytes + choice.x_at + one_bytes;
 
   // Cycles of an SM, by what is the narrowest: making fragments and their products, what an SM reads, what all read of the L2 cache, and of memory.
   const int waves = static_cast<int>(ceil_div(choice.num_tiles, max_clusters(cluster_ctas)));
   const double code_bytes = kFewStageUnits * kBlockUnits * unit_bytes(layout.bits), read_bytes = x_bytes + 1.06 * code_bytes;
   const double stages = num_stages * (cluster_ctas > 1 ? waves : 1);
   const double all_stages = static_cast<double>(tile_stages) * choice.num_tiles * cluster_ctas;
-  const double product = choice.tokens == 8 ? 880.0 : choice.tokens == 16 ? 960.0 : choice.tokens == 32 ? 1100.0 : 1600.0;
+  const double product = choice.tokens <= 8 ? 880.0 : choice.tokens == 16 ? 960.0 : choice.tokens == 32 ? 1100.0 : 1600.0;
   choice.cycles = std::max({stages * product, stages * read_bytes * (choice.num_stages + 1) / (37.0 * choice.num_stages),
                             all_stages * read_bytes / (34.0 * num_sms), all_stages * code_bytes / (16.0 * num_sms)}) +
                   3500.0 + (sum_bytes > 0 ? 300.0 : 0.0) + (cluster_ctas > 1 ? 900.0 + 2500.0 * (waves - 1) : 0.0) +
@@ -538,7 +543,7 @@ FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int row
   return choice;
 }
 
-FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int num_sms) {
+FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int source_columns, int num_sms) {
   FewChoice best;
   for (int row_groups_log2 = 0; row_groups_log2 <= 2; ++row_groups_log2) {
     for (int cluster_ctas = 1; cluster_ctas <= 6; ++cluster_ctas) {
@@ -554,7 +559,7 @@ FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int num_sms)
       }
       for (const int cut_stages : {0, most_cut - 1, most_cut}) {
         if (cut_stages < 0) continue;
-        const FewChoice choice = make_few_choice(num_tokens, layout, row_groups_log2, cluster_ctas, cut_stages, num_sms);
+        const FewChoice choice = make_few_choice(num_tokens, layout, source_columns, row_groups_log2, cluster_ctas, cut_stages, num_sms);
         // Every CTA has work.
         const std::int64_t before_last = std::int64_t{choice.chunk_steps} * (cluster_ctas - 1);
         if (choice.num_ctas == 0 || (cluster_ctas > 1 && before_last >= layout.num_steps)) continue;
@@ -565,10 +570,26 @@ FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int num_sms)
   return best;
 }
 
+namespace {
+
+/// The columns of x, if the kernel for few tokens puts them in order itself.
+int few_source_columns(std::int64_t num_tokens, const WeightFormat& format, bool has_permutation) {
+  return num_tokens == 1 && has_permutation ? static_cast<int>(format.in_features) : 0;
+}
+
+}  // namespace
+
 void run_few(const QuantizedMatmulParams& params, const FewChoice& choice, Stream stream) {
   const WeightFormat& format = params.weight.format;
-  const Columns columns = order_columns(params, stream);
+  const bool one = params.num_tokens == 1;
+  const Columns columns = one ? Columns{params.x, 0, 2, static_cast<std::uint8_t*>(params.workspace)} : order_columns(params, stream);
   FewPlan plan;
+  plan.x = params.x;
+  plan.permutation = params.weight.permutation;
+  plan.num_columns = static_cast<int>(format.num_rows);
+  plan.num_source_columns = static_cast<int>(format.in_features);
+  plan.x_at = choice.x_at;
+  plan.source_at = choice.source_at;
   plan.layout = Layout(params.weight.data, format);
   plan.out = params.out;
   plan.bias = params.bias;
@@ -596,10 +617,10 @@ void run_few(const QuantizedMatmulParams& params, const FewChoice& choice, Strea
   plan.group_shift = few_group_shift(layout);
   plan.sums_at = choice.sums_at;
   plan.stores_vectors = is_aligned(params.out, 16) && keeps_alignment(params.num_tokens, params.out_stride, 2, 16);
-  plan.waits = params.weight.permutation != nullptr;
-  FewMaps maps;
+  plan.waits = params.weight.permutation != nullptr && !one;
+  FewMaps maps{};
   const std::int64_t rows_of_step = kBlockUnits * unit_bytes(layout.bits) / kCodeRowBytes;
-  maps.x = make_panel_map(columns.x, params.num_tokens, format.num_rows, columns.stride, token_rows, stage_steps);
+  if (!one) maps.x = make_panel_map(columns.x, params.num_tokens, format.num_rows, columns.stride, token_rows, stage_steps);
   maps.codes = make_word_map(layout.codes, kCodeRowBytes, layout.num_steps * rows_of_step, layout.num_blocks,
                              static_cast<int>(stage_steps * rows_of_step), row_groups);
   maps.entries = make_word_map(layout.scales, kBlockUnits * 8 * layout.entry_bytes, layout.num_groups, layout.num_blocks,
@@ -626,8 +647,8 @@ const char* prevents_wgmma(std::int64_t num_tokens, const Layout& layout, DType 
 const char* prevents_few(std::int64_t num_tokens, const WeightFormat& format, bool batch_invariant) {
   if (!has_hopper_code()) return "the device is no Hopper, or this build has no code for sm_90a";
   if (batch_invariant) return "batch_invariant: one kernel for any number of tokens";
-  if (num_tokens == 1) return "one token is mma's";
   if (num_tokens > kMaxFewTokens) return "more tokens than it has room for";
+  if (num_tokens == 1) return std::max(format.num_rows, format.in_features) > kMaxFewOneColumns ? "shared memory has no room for x" : nullptr;
   if (format.num_rows % kUnitColumns != 0) return "input features are no multiple of 64";
   return nullptr;
 }
@@ -637,7 +658,7 @@ void explain(const QuantizedMatmulParams& p, const Layout& layout, const char* f
              Explanation& explanation) {
   const auto add = [&](const std::string& reason) { explanation.reasons.push_back(reason); };
   if (few == nullptr) {
-    const FewChoice choice = choose_few(p.num_tokens, layout, device.num_sms);
+    const FewChoice choice = choose_few(p.num_tokens, layout, few_source_columns(p.num_tokens, p.weight.format, p.weight.permutation != nullptr), device.num_sms);
     explanation.variant = "few";
     add("tiles of " + std::to_string(choice.tokens) + " tokens and " + std::to_string(kBlockRows << choice.row_groups_log2) +
         " output features");
@@ -691,7 +712,7 @@ std::int64_t slice_workspace_size(std::int64_t num_tokens, const WeightFormat& f
   const MmaChoice mma = choose_mma(num_tokens, layout, device.num_sms, device.max_shared_bytes_per_cta, batch_invariant);
   std::int64_t num_bytes = mma.partial_bytes + mma.arrival_bytes;
   if (prevents_few(num_tokens, format, batch_invariant) == nullptr) {
-    const FewChoice few = choose_few(num_tokens, layout, device.num_sms);
+    const FewChoice few = choose_few(num_tokens, layout, few_source_columns(num_tokens, format, has_permutation), device.num_sms);
     num_bytes = std::max(num_bytes, few.partial_bytes + few.arrival_bytes);
   }
   if (prevents_wgmma(num_tokens, layout, dtype, batch_invariant) == nullptr) {
@@ -711,12 +732,13 @@ void multiply_slice(const QuantizedMatmulParams& params, Stream stream) {
   const char* wgmma = prevents_wgmma(params.num_tokens, layout, params.dtype, params.batch_invariant);
   if (!aligned) {
     const char* const obstacle = "rows of x do not begin at multiples of 16 bytes";
-    if (few == nullptr) few = obstacle;
+    if (few == nullptr && params.num_tokens > 1) few = obstacle;
     if (wgmma == nullptr) wgmma = obstacle;
   }
   if (Explanation* const explanation = explaining()) return explain(params, layout, few, wgmma, device, *explanation);
   if (few == nullptr) {
-    run_few(params, choose_few(params.num_tokens, layout, device.num_sms), stream);
+    const int source_columns = few_source_columns(params.num_tokens, params.weight.format, params.weight.permutation != nullptr);
+    run_few(params, choose_few(params.num_tokens, layout, source_columns, device.num_sms), stream);
   } else if (wgmma == nullptr) {
     run_wgmma(params, choose_wgmma(params.num_tokens, layout, device.num_sms), stream);
   } else {

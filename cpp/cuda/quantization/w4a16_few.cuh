@@ -34,7 +34,11 @@ struct FewPlan {
   std::uint64_t* arrivals = nullptr;  // [tiles from first_cut on]: tag + 1 says that the partials are there
   std::uint64_t tag = 0;
   int num_stages = 0, stage_bytes = 0;
-  int panel_bytes = 0;  // of x: 64 columns of all tokens
+  int panel_bytes = 0;  // of x in a stage: 64 columns of all tokens
+  const void* x = nullptr;  // of one token
+  const std::int32_t* permutation = nullptr;  // [num_columns] of its columns, or null
+  int num_columns = 0, num_source_columns = 0;
+  int x_at = 0, source_at = 0;  // one token: in shared memory, behind the stages: its columns of all tiles of a CTA, and x as it comes, if that is permuted
   int num_stage_groups = 0;  // entries of a stage, for each row
   int group_shift = 0;  // 32 columns c are of group c >> group_shift
   int sums_at = 0;  // in shared memory, behind the stages; 0 if a CTA has one tile: they lie where its stages did
@@ -58,6 +62,10 @@ constexpr int kFewStoreBytes = 4 * kFewWarpgroups * 8 * kStoreRowBytes;
 constexpr int kFewStagesAt = (kFewStoreBytes + 256 + 1023) / 1024 * 1024;  // behind what stores need, and barriers
 constexpr int kFewFixedBytes = 1024 + kFewStagesAt;  // 1024 to align
 
+/// One token: column c, of permuted x permutation[c], 0 where there is none.
+QUIRE_HOST_DEVICE constexpr int few_x_bytes(int num_steps) { return num_steps * kUnitColumns * 2 + 128; }
+constexpr int kMaxFewOneColumns = 28672;
+
 /// Room for the parts of sums that a CTA adds up.
 QUIRE_HOST_DEVICE constexpr int few_sum_bytes(int num_tokens, int row_groups_log2, int cluster_ctas) {
   const int num_parts = cluster_ctas * (kFewWarpgroups >> row_groups_log2), num_pieces = ((num_tokens + 7) / 8) << row_groups_log2;
@@ -65,13 +73,31 @@ QUIRE_HOST_DEVICE constexpr int few_sum_bytes(int num_tokens, int row_groups_log
                         : static_cast<int>(ceil_div(num_pieces, kFewWarpgroups * cluster_ctas)) * kFewWarpgroups * num_parts * 64 * 8 * 4;
 }
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+/// Columns at to at + 7 of a row, 0 past its end.
+__device__ __forceinline__ uint4 load_columns(const std::uint16_t* row, int at, int num_columns, bool is_aligned) {
+  if (is_aligned && at + 8 <= num_columns) return *reinterpret_cast<const uint4*>(row + at);
+  std::uint32_t values[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) values[i] = at + i < num_columns ? row[at + i] : 0u;
+  return make_uint4(values[0] | values[1] << 16, values[2] | values[3] << 16, values[4] | values[5] << 16, values[6] | values[7] << 16);
+}
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
 /// Grid: the CTAs of all clusters, or up to one for each SM. A warp brings x, codes and scales of a stage by three tensor copies. Each of four
 /// warpgroups turns its 64 rows' codes of 128 columns into fragments of A, the integers that they are, while the tensor cores work on those before;
 /// the products of a group are multiplied by its scale in float32.
-template <bool kBf16, int kBits, bool kSmallGroups, int kTokens>
+///
+/// One token (kAllTokens 1) has its x in shared memory from the start, as it is: the tensor cores take 8 columns at any multiple of 16 bytes for a row, and
+/// what they take for the other seven tokens nobody looks at.
+template <bool kBf16, int kBits, bool kSmallGroups, int kAllTokens>
 __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(const __grid_constant__ FewPlan plan,
                                                                               const __grid_constant__ FewMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr bool kOne = kAllTokens == 1;
+  constexpr int kTokens = kOne ? 8 : kAllTokens;
   constexpr int kSums = kTokens / 2;  // of a thread
   constexpr int kSlices = 4 * kFewStepsOfWarpgroup;  // of 16 columns, in a stage
   constexpr int kGroupSlices = kSmallGroups ? 2 : kSlices;
@@ -119,7 +145,7 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
   const auto last_step_of = [&](int tile) {
     return tile >= plan.first_cut && !helps ? plan.cut_step : min(first_step + plan.chunk_steps, layout.num_steps);
   };
-  const int x_bytes = stage_steps * plan.panel_bytes, code_bytes = kFewStageUnits * kStepBytes;
+  const int x_bytes = kOne ? 0 : stage_steps * plan.panel_bytes, code_bytes = kFewStageUnits * kStepBytes;
   const int entry_row_bytes = kBlockUnits * 8 * layout.entry_bytes;  // of 64 rows and a group
 
   if (warp == 4 * kFewWarpgroups) {
@@ -149,15 +175,17 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
         device::barrier_arrive_expect(ready, bytes);
         device::copy_box(at + x_bytes, &maps.codes, ready, 0, k * (kBits == 8 ? 2 : 1), tile * row_groups, 0);
         device::copy_box(at + x_bytes + code_bytes, &maps.entries, ready, 0, (2 * k) >> plan.group_shift, tile * row_groups, 0);
-        if (ahead == 0) {
-          copy_x(slot, k);
-        } else if (--ahead == 0) {
-          end_wait();
+        if constexpr (!kOne) {
+          if (ahead == 0) {
+            copy_x(slot, k);
+          } else if (--ahead == 0) {
+            end_wait();
+          }
         }
         if (++slot == plan.num_stages) slot = 0, parity ^= 1;
       }
       // No stage is used twice before x is there.
-      if (ahead > 0) end_wait();
+      if (!kOne && ahead > 0) end_wait();
     }
     tile -= tiles_at_once;
     if (!helps && tile >= plan.first_cut) {
@@ -169,6 +197,51 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
     return;
   }
 
+  if constexpr (kOne) {
+    // ---- x ----
+    std::uint8_t* x_shared = stages + plan.x_at;
+    const auto* x = static_cast<const std::uint16_t*>(plan.x);
+    const int first = first_step * kUnitColumns, last = min(first_step + plan.chunk_steps, layout.num_steps) * kUnitColumns;
+    if (plan.permutation == nullptr) {
+      const bool is_aligned = (reinterpret_cast<std::uintptr_t>(plan.x) & 15) == 0;
+      for (int at = first + 8 * thread; at < last; at += 8 * 128 * kFewWarpgroups)
+        *reinterpret_cast<uint4*>(x_shared + 2 * (at - first)) = load_columns(x, at, plan.num_columns, is_aligned);
+    } else {
+      auto* source = reinterpret_cast<std::uint16_t*>(stages + plan.source_at);
+      const bool is_aligned = (reinterpret_cast<std::uintptr_t>(plan.x) & 15) == 0;
+      const bool has_vectors = (reinterpret_cast<std::uintptr_t>(plan.permutation) & 15) == 0;
+      int columns[8];
+      const auto load_permutation = [&](int at) {
+        if (has_vectors && at + 8 <= plan.num_columns) {
+          const int4 a = __ldg(reinterpret_cast<const int4*>(plan.permutation + at)), b = __ldg(reinterpret_cast<const int4*>(plan.permutation + at) + 1);
+          columns[0] = a.x, columns[1] = a.y, columns[2] = a.z, columns[3] = a.w;
+          columns[4] = b.x, columns[5] = b.y, columns[6] = b.z, columns[7] = b.w;
+        } else {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) columns[i] = at + i < plan.num_columns ? __ldg(plan.permutation + at + i) : -1;
+        }
+      };
+      if (first + 8 * thread < last) load_permutation(first + 8 * thread);
+      for (int at = 8 * thread; at < plan.num_source_columns; at += 8 * 128 * kFewWarpgroups)
+        *reinterpret_cast<uint4*>(source + at) = load_columns(x, at, plan.num_source_columns, is_aligned);
+      device::named_barrier_sync(1, 128 * kFewWarpgroups);
+      for (int at = first + 8 * thread; at < last; at += 8 * 128 * kFewWarpgroups) {
+        std::uint32_t values[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const bool is_column = columns[i] >= 0 && columns[i] < plan.num_source_columns;
+          values[i] = is_column ? source[columns[i]] : 0u;
+        }
+        *reinterpret_cast<uint4*>(x_shared + 2 * (at - first)) =
+            make_uint4(values[0] | values[1] << 16, values[2] | values[3] << 16, values[4] | values[5] << 16, values[6] | values[7] << 16);
+        const int next = at + 8 * 128 * kFewWarpgroups;
+        if (next < last) load_permutation(next);
+      }
+    }
+    device::fence_async_proxy();
+    device::named_barrier_sync(1, 128 * kFewWarpgroups);
+  }
+
   // ---- Products ----
   const int warpgroup = warp / 4, unit = warp % 4, group_thread = thread % 128;
   const int row_group = warpgroup & (row_groups - 1), column_group = warpgroup >> plan.row_groups_log2;
@@ -176,9 +249,10 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
   const int codes_at = x_bytes + (row_group * stage_steps + own_step) * kStepBytes + unit * unit_bytes(kBits) + 16 * lane;
   const int entries_at =
       x_bytes + code_bytes + row_group * plan.num_stage_groups * entry_row_bytes + (8 * unit + lane / 4) * layout.entry_bytes;
-  const std::uint32_t x_at =
-      device::matrix_descriptor(device::shared_address(stages) + static_cast<std::uint32_t>(own_step * plan.panel_bytes), 0);
-  const std::uint32_t panel_step = static_cast<std::uint32_t>(plan.panel_bytes) >> 4,
+  const int panel_bytes = kOne ? kUnitColumns * 2 : plan.panel_bytes;
+  const std::uint32_t x_at = device::matrix_descriptor(
+      device::shared_address(stages) + static_cast<std::uint32_t>((kOne ? plan.x_at : 0) + own_step * panel_bytes), kOne ? 16 : 0);
+  const std::uint32_t panel_step = static_cast<std::uint32_t>(panel_bytes) >> 4,
                       stage_step = static_cast<std::uint32_t>(plan.stage_bytes) >> 4;
   std::uint8_t* space = store_space + warp * (8 * kStoreRowBytes);
   const int num_token_groups = (plan.num_tokens + 7) / 8;
@@ -204,7 +278,7 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
 #pragma unroll 1
     for (int k = first_step; k < last_step; k += stage_steps) {
       const std::uint8_t* stage = stages + slot * plan.stage_bytes;
-      const std::uint32_t x = x_at + static_cast<std::uint32_t>(slot) * stage_step;
+      const std::uint32_t x = x_at + (kOne ? static_cast<std::uint32_t>(k - first_step) * panel_step : static_cast<std::uint32_t>(slot) * stage_step);
       device::barrier_wait(full + 8 * slot, parity);
       std::uint32_t words[kBits];
       float next_scales[2];
@@ -245,7 +319,7 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
         device::wgmma_fence();
 #pragma unroll
         for (int s = 0; s < kPhaseSlices; ++s) {
-          WgmmaCodes<kTokens, kBf16>::product(product, a[s], x + kFirst / 4 * panel_step + 2 * (kFirst % 4 + s),
+          WgmmaCodes<kTokens, kBf16, kOne ? kPlainRows : device::kDescriptorHigh>::product(product, a[s], x + kFirst / 4 * panel_step + 2 * (kFirst % 4 + s),
                                               kFirst % kGroupSlices == 0 && s == 0 ? 0 : 1);
         }
         device::wgmma_commit();

@@ -39,6 +39,7 @@ void launch_few(const FewPlan& plan, const FewMaps& maps, int tokens, int num_ct
       constexpr int kBits = decltype(four)::value ? 4 : 8;
       constexpr bool kSmallGroups = decltype(small_groups)::value;
       switch (tokens) {
+        case 1: return launch.template operator()<kBits, kSmallGroups, 1>();
         case 8: return launch.template operator()<kBits, kSmallGroups, 8>();
         case 16: return launch.template operator()<kBits, kSmallGroups, 16>();
         case 32: return launch.template operator()<kBits, kSmallGroups, 32>();

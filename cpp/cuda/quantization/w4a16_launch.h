@@ -38,13 +38,13 @@ struct WgmmaChoice {
 
 /// How quantized_matmul_few_kernel does.
 struct FewChoice {
-  int tokens = 8;  // of a tile: 8, 16, 32 or 64
+  int tokens = 8;  // of a tile: 1, 8, 16, 32 or 64
   int row_groups_log2 = 0;
   int num_tiles = 0, num_ctas = 0, cluster_ctas = 1;
   int chunk_steps = 0;
   int num_helpers = 0, first_cut = 0, cut_step = 0;
   std::int64_t partial_bytes = 0, arrival_bytes = 0;
-  int num_stages = 0, stage_bytes = 0, sums_at = 0, shared_bytes = 0;
+  int num_stages = 0, stage_bytes = 0, sums_at = 0, x_at = 0, source_at = 0, shared_bytes = 0;
   double cycles = 0.0;
 };
 
@@ -59,9 +59,10 @@ WgmmaChoice choose_wgmma(std::int64_t num_tokens, const Layout& layout, int num_
 void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, Stream stream);
 
 /// num_stages is 0 if shared memory has no room.
-/// cut_stages: how much of a tile is a helper's; 0: no tile is cut.
-FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int row_groups_log2, int cluster_ctas, int cut_stages, int num_sms);
-FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int num_sms);
+/// cut_stages: how much of a tile is a helper's; 0: no tile is cut. source_columns: of x, if that is one token's and permuted.
+FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int source_columns, int row_groups_log2, int cluster_ctas, int cut_stages,
+                          int num_sms);
+FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int source_columns, int num_sms);
 /// Clusters of so many CTAs that the current device has room for at a time.
 int max_clusters(int cluster_ctas);
 void run_few(const QuantizedMatmulParams& params, const FewChoice& choice, Stream stream);
