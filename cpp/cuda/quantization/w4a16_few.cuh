@@ -38,7 +38,9 @@ struct FewPlan {
   const void* x = nullptr;  // of one token
   const std::int32_t* permutation = nullptr;  // [num_columns] of its columns, or null
   int num_columns = 0, num_source_columns = 0;
-  int x_at = 0, source_at = 0;  // one token: in shared memory, behind the stages: its columns of all tiles of a CTA, and x as it comes, if that is permuted
+  int x_at = 0,
+      source_at =
+          0;  // one token: in shared memory, behind the stages: its columns of all tiles of a CTA, and x as it comes, if that is permuted
   int num_stage_groups = 0;  // entries of a stage, for each row
   int group_shift = 0;  // 32 columns c are of group c >> group_shift
   int sums_at = 0;  // in shared memory, behind the stages; 0 if a CTA has one tile: they lie where its stages did
@@ -213,7 +215,8 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
       int columns[8];
       const auto load_permutation = [&](int at) {
         if (has_vectors && at + 8 <= plan.num_columns) {
-          const int4 a = __ldg(reinterpret_cast<const int4*>(plan.permutation + at)), b = __ldg(reinterpret_cast<const int4*>(plan.permutation + at) + 1);
+          const int4 a = __ldg(reinterpret_cast<const int4*>(plan.permutation + at)),
+                     b = __ldg(reinterpret_cast<const int4*>(plan.permutation + at) + 1);
           columns[0] = a.x, columns[1] = a.y, columns[2] = a.z, columns[3] = a.w;
           columns[4] = b.x, columns[5] = b.y, columns[6] = b.z, columns[7] = b.w;
         } else {
@@ -278,7 +281,8 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
 #pragma unroll 1
     for (int k = first_step; k < last_step; k += stage_steps) {
       const std::uint8_t* stage = stages + slot * plan.stage_bytes;
-      const std::uint32_t x = x_at + (kOne ? static_cast<std::uint32_t>(k - first_step) * panel_step : static_cast<std::uint32_t>(slot) * stage_step);
+      const std::uint32_t x =
+          x_at + (kOne ? static_cast<std::uint32_t>(k - first_step) * panel_step : static_cast<std::uint32_t>(slot) * stage_step);
       device::barrier_wait(full + 8 * slot, parity);
       std::uint32_t words[kBits];
       float next_scales[2];
@@ -319,8 +323,8 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
         device::wgmma_fence();
 #pragma unroll
         for (int s = 0; s < kPhaseSlices; ++s) {
-          WgmmaCodes<kTokens, kBf16, kOne ? kPlainRows : device::kDescriptorHigh>::product(product, a[s], x + kFirst / 4 * panel_step + 2 * (kFirst % 4 + s),
-                                              kFirst % kGroupSlices == 0 && s == 0 ? 0 : 1);
+          device::WgmmaRegistersRows<kTokens, kBf16, kOne ? device::kPlainDescriptorHigh : device::kDescriptorHigh>::product(
+              product, a[s], x + kFirst / 4 * panel_step + 2 * (kFirst % 4 + s), kFirst % kGroupSlices == 0 && s == 0 ? 0 : 1);
         }
         device::wgmma_commit();
       };
@@ -352,7 +356,8 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
 #pragma unroll
         for (int j = 0; j < kTokens / 8; ++j) {
           if (j >= num_token_groups) break;
-          __stcg(partials + (j << plan.row_groups_log2 | row_group) * 128, make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
+          __stcg(partials + (j << plan.row_groups_log2 | row_group) * 128,
+                 make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
         }
         hand_over();
         continue;

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "cuda/launch.h"
 #include "cuda/quantization/w4a16_few.cuh"
 #include "cuda/quantization/w4a16_mma.cuh"
 #include "cuda/quantization/w4a16_wgmma.cuh"
@@ -60,12 +61,39 @@ void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, S
 
 /// num_stages is 0 if shared memory has no room.
 /// cut_stages: how much of a tile is a helper's; 0: no tile is cut. source_columns: of x, if that is one token's and permuted.
-FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int source_columns, int row_groups_log2, int cluster_ctas, int cut_stages,
-                          int num_sms);
+FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int source_columns, int row_groups_log2, int cluster_ctas,
+                          int cut_stages, int num_sms);
 FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int source_columns, int num_sms);
 /// Clusters of so many CTAs that the current device has room for at a time.
 int max_clusters(int cluster_ctas);
 void run_few(const QuantizedMatmulParams& params, const FewChoice& choice, Stream stream);
+
+/// Launches a kernel with so many CTAs to a cluster; one that `waits` for its predecessor may start before that has ended.
+template <typename Kernel, typename... Args>
+void launch_kernel(const char* name, Kernel kernel, std::int64_t num_ctas, int num_threads, int shared_bytes, int cluster_ctas, bool waits,
+                   Stream stream, const Args&... args) {
+  set_max_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(num_ctas));
+  config.blockDim = dim3(static_cast<unsigned>(num_threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+  config.stream = cuda_stream(stream);
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (cluster_ctas > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(cluster_ctas);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
+  if (waits) {
+    cudaLaunchAttribute& dependent = attributes[config.numAttrs++];
+    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    dependent.val.programmaticStreamSerializationAllowed = 1;
+  }
+  QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+  QUIRE_CHECK_LAUNCH(name, stream);
+}
 
 /// Launches the kernel for 8 * tiles tokens a CTA.
 template <bool kBf16>

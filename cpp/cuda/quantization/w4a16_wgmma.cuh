@@ -250,7 +250,7 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
       device::wgmma_fence();
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        WgmmaCodes<kTokens, kBf16>::product(acc, a[s], x + 2 * s, s == 0 ? accumulate : 1);
+        device::WgmmaRegistersRows<kTokens, kBf16>::product(acc, a[s], x + 2 * s, s == 0 ? accumulate : 1);
       }
       device::wgmma_commit();
       accumulate = 1;
