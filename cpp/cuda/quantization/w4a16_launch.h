@@ -10,6 +10,30 @@
 
 namespace quire::cuda::w4a16 {
 
+/// At most so much of a workspace is for parts of sums, or for x in another order, where one slice of the tokens fits: more are worked on slice by slice.
+constexpr std::int64_t kMaxPartialBytes = std::int64_t{32} << 20, kMaxGatheredBytes = std::int64_t{64} << 20;
+/// Tokens that all SMs work on at a time: of their x and of the weight the L2 cache has a part that is read many times.
+constexpr int kBandTokens = 1024;
+
+inline std::int64_t round_up(std::int64_t value, std::int64_t unit) { return ceil_div(value, unit) * unit; }
+
+/// What tells this process's counts in a workspace from whatever else may be there; the lower 16 bits are for the count.
+std::uint64_t arrival_tag();
+
+/// x as a kernel reads it, and what is left of the workspace.
+struct Columns {
+  const void* x;
+  std::int64_t stride;
+  int alignment;  // of every row, in bytes
+  std::uint8_t* workspace;
+};
+
+inline std::int64_t gathered_bytes(std::int64_t num_tokens, const WeightFormat& format) {
+  return num_tokens * round_up(format.num_rows, 8) * 2;
+}
+/// Puts the columns of x in the order of the weight's, if that has one of its own.
+Columns order_columns(const QuantizedMatmulParams& params, Stream stream);
+
 /// How quantized_matmul_mma_kernel divides its work.
 struct MmaChoice {
   int tiles = 1;  // of 8 tokens, in a CTA: 1, 2, 4 or 8
@@ -64,6 +88,8 @@ void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, S
 FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int source_columns, int row_groups_log2, int cluster_ctas,
                           int cut_stages, int num_sms);
 FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int source_columns, int num_sms);
+/// The columns of x, if the kernel for few tokens puts them in order itself; else 0.
+int few_source_columns(std::int64_t num_tokens, const WeightFormat& format, bool has_permutation);
 /// Clusters of so many CTAs that the current device has room for at a time.
 int max_clusters(int cluster_ctas);
 void run_few(const QuantizedMatmulParams& params, const FewChoice& choice, Stream stream);
