@@ -51,17 +51,21 @@ void explain(const QuantizedMatmulParams& p, const Layout& layout, const char* f
              Explanation& explanation) {
   const auto add = [&](const std::string& reason) { explanation.reasons.push_back(reason); };
   if (few == nullptr) {
-    const FewChoice choice = choose_few(p.num_tokens, layout,
-                                        few_source_columns(p.num_tokens, p.weight.format, p.weight.permutation != nullptr), device.num_sms);
+    const int source_columns = few_source_columns(p.num_tokens, p.weight.format, p.weight.permutation != nullptr);
+    const FewChoice choice = choose_few(p.num_tokens, layout, source_columns, device.num_sms);
     explanation.variant = "few";
-    add("tiles of " + std::to_string(choice.tokens) + " tokens and " + std::to_string(kBlockRows << choice.row_groups_log2) +
-        " output features");
+    add("tiles of " + (choice.tokens == 1 ? std::string("one token") : std::to_string(choice.tokens) + " tokens") + " and " +
+        std::to_string(kBlockRows << choice.row_groups_log2) + " output features");
+    if (choice.num_helpers > 0) add(std::to_string(choice.num_helpers) + " CTAs help the others with the last round of tiles");
     if (choice.cluster_ctas > 1) add("each tile's input features in " + std::to_string(choice.cluster_ctas) + " parts of a cluster");
   } else if (wgmma == nullptr) {
     const WgmmaChoice choice = choose_wgmma(p.num_tokens, layout, device.num_sms);
     explanation.variant = "wgmma";
     add("tiles of " + std::to_string(choice.tokens) + " tokens and " + std::to_string(kWgmmaRows) + " output features");
     if (choice.cluster_ctas > 1) add("each tile's input features in " + std::to_string(choice.cluster_ctas) + " parts of a cluster");
+    if (choice.rest_tiles > 0)
+      add("input features of the last " + std::to_string(choice.rest_tiles) + " tiles in " + std::to_string(choice.rest_cluster_ctas) +
+          " parts of a cluster, by a second launch");
     if (choice.num_shared_tiles > 0 && choice.num_chunks > 1)
       add("input features of " + std::to_string(choice.num_shared_tiles) + " tiles in " + std::to_string(choice.num_chunks) + " parts");
   } else {
@@ -71,7 +75,10 @@ void explain(const QuantizedMatmulParams& p, const Layout& layout, const char* f
     add(std::string("not wgmma: ") + wgmma);
     add("tiles of " + std::to_string(8 * choice.tiles) + " tokens, input features in " + std::to_string(choice.num_chunks) + " parts");
   }
-  if (p.weight.permutation != nullptr) add("x is first put in the weight's order of input features (act-order)");
+  if (p.weight.permutation != nullptr) {
+    const bool by_itself = few == nullptr && p.num_tokens == 1;
+    add(std::string(by_itself ? "x is put" : "x is first put") + " in the weight's order of input features (act-order)");
+  }
 }
 
 /// Tokens that are worked on at a time.
