@@ -418,7 +418,7 @@ def test_rows_in_reverse(backend, rng):
 
 
 @pytest.mark.parametrize(
-    "count, out_features", [(1, 200), (12, 200), (40, 200), (100, 200), (300, 200), (1, 8600), (33, 8600)]
+    ("count", "out_features"), [(1, 200), (12, 200), (40, 200), (100, 200), (300, 200), (1, 8600), (33, 8600)]
 )
 def test_workspace_contents(backend, rng, count, out_features):
     """Whatever the workspace holds, the result has the same bits, each time."""

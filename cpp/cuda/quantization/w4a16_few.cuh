@@ -154,6 +154,7 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
     // ---- Copies ----
     if (lane != 0) return;
     const int bytes = x_bytes + code_bytes + row_groups * plan.num_stage_groups * entry_row_bytes;
+    const std::uint64_t policy = device::read_once_policy();
     const auto copy_x = [&](int slot, int step) {
       device::copy_box(device::shared_address(stages) + static_cast<std::uint32_t>(slot * plan.stage_bytes), &maps.x, full + 8 * slot, 0, 0,
                        step, 0);
@@ -175,8 +176,9 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
                             ready = full + 8 * slot;
         device::barrier_wait(empty + 8 * slot, parity ^ 1);
         device::barrier_arrive_expect(ready, bytes);
-        device::copy_box(at + x_bytes, &maps.codes, ready, 0, k * (kBits == 8 ? 2 : 1), tile * row_groups, 0);
-        device::copy_box(at + x_bytes + code_bytes, &maps.entries, ready, 0, (2 * k) >> plan.group_shift, tile * row_groups, 0);
+        device::copy_box_once(at + x_bytes, &maps.codes, ready, 0, k * (kBits == 8 ? 2 : 1), tile * row_groups, 0, policy);
+        device::copy_box_once(at + x_bytes + code_bytes, &maps.entries, ready, 0, (2 * k) >> plan.group_shift, tile * row_groups, 0,
+                              policy);
         if constexpr (!kOne) {
           if (ahead == 0) {
             copy_x(slot, k);
