@@ -66,6 +66,7 @@ constexpr int kFewFixedBytes = 1024 + kFewStagesAt;  // 1024 to align
 
 /// One token: column c, of permuted x permutation[c], 0 where there is none.
 QUIRE_HOST_DEVICE constexpr int few_x_bytes(int num_steps) { return num_steps * kUnitColumns * 2 + 128; }
+constexpr int kStagesBeforeX = 4;  // copies of codes that begin before one token's x is there
 constexpr int kMaxFewOneColumns = 28672;
 
 /// Room for the parts of sums that a CTA adds up.
@@ -110,7 +111,9 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
   std::uint8_t* store_space = shared;
   auto* barriers = reinterpret_cast<std::uint64_t*>(shared + kFewStoreBytes);  // full, empty
   std::uint8_t* stages = shared + kFewStagesAt;
-  const std::uint32_t full = device::shared_address(barriers), empty = full + 8 * kFewMaxStages, helped = empty + 8 * kFewMaxStages;
+  int* handed_over = reinterpret_cast<int*>(barriers + 2 * kFewMaxStages + 2);  // warps that are done with a helper's tiles
+  const std::uint32_t full = device::shared_address(barriers), empty = full + 8 * kFewMaxStages, helped = empty + 8 * kFewMaxStages,
+                      x_there = helped + 8;
 
   const Layout& layout = plan.layout;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
@@ -123,6 +126,8 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
         device::barrier_init(empty + 8 * i, 4 * kFewWarpgroups);
       }
       device::barrier_init(helped, 1);
+      device::barrier_init(x_there, 4 * kFewWarpgroups);
+      *handed_over = 0;
       device::barrier_init_fence();
     }
     __syncwarp();
@@ -167,7 +172,14 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
       ahead = 0;
       for (int i = 0; i < behind; ++i) copy_x(i, first_step + i * stage_steps);
     };
-    int tile = first_tile;
+    // This warp tells that parts of sums are there: a store that waits for those of a whole CTA would hold up a warp that multiplies.
+    int tile = first_tile, given = first_tile;
+    const auto give = [&] {
+      if (*reinterpret_cast<volatile int*>(handed_over) < (given - first_tile + 1) * 4 * kFewWarpgroups) return;
+      __threadfence_block();
+      store_release(plan.arrivals + (given - plan.first_cut), plan.tag + 1);
+      ++given;
+    };
     for (; tile < end_tile; tile += tiles_at_once) {
       const int last_step = last_step_of(tile);
 #pragma unroll 1
@@ -175,6 +187,7 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
         const std::uint32_t at = device::shared_address(stages) + static_cast<std::uint32_t>(slot * plan.stage_bytes),
                             ready = full + 8 * slot;
         device::barrier_wait(empty + 8 * slot, parity ^ 1);
+        if (kOne && slot == kStagesBeforeX && parity == 0) device::barrier_wait(x_there, 0);  // x does not queue behind all these copies
         device::barrier_arrive_expect(ready, bytes);
         device::copy_box_once(at + x_bytes, &maps.codes, ready, 0, k * (kBits == 8 ? 2 : 1), tile * row_groups, 0, policy);
         device::copy_box_once(at + x_bytes + code_bytes, &maps.entries, ready, 0, (2 * k) >> plan.group_shift, tile * row_groups, 0,
@@ -187,10 +200,12 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
           }
         }
         if (++slot == plan.num_stages) slot = 0, parity ^= 1;
+        if (helps && given < tile) give();
       }
       // No stage is used twice before x is there.
       if (!kOne && ahead > 0) end_wait();
     }
+    while (helps && given < tile) give();
     tile -= tiles_at_once;
     if (!helps && tile >= plan.first_cut) {
       auto* arrival = plan.arrivals + (tile - plan.first_cut);
@@ -205,7 +220,8 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
     // ---- x ----
     std::uint8_t* x_shared = stages + plan.x_at;
     const auto* x = static_cast<const std::uint16_t*>(plan.x);
-    const int first = first_step * kUnitColumns, last = min(first_step + plan.chunk_steps, layout.num_steps) * kUnitColumns;
+    const int first = first_step * kUnitColumns,
+              last = min(first_step + plan.chunk_steps, (layout.num_steps + stage_steps - 1) / stage_steps * stage_steps) * kUnitColumns;
     if (plan.permutation == nullptr) {
       const bool is_aligned = (reinterpret_cast<std::uintptr_t>(plan.x) & 15) == 0;
       for (int at = first + 8 * thread; at < last; at += 8 * 128 * kFewWarpgroups)
@@ -244,6 +260,7 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
       }
     }
     device::fence_async_proxy();
+    if (lane == 0) device::barrier_arrive(x_there);
     device::named_barrier_sync(1, 128 * kFewWarpgroups);
   }
 
@@ -349,8 +366,11 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
     const bool is_cut = tile >= plan.first_cut;
     float4* partials = plan.partials + (std::int64_t{tile - plan.first_cut} * num_pieces * 128 + group_thread);
     const auto hand_over = [&] {
-      device::named_barrier_sync(1, 128 * kFewWarpgroups);
-      if (thread == 0) store_release(plan.arrivals + (tile - plan.first_cut), plan.tag + 1);
+      __syncwarp();
+      if (lane == 0) {
+        __threadfence_block();
+        atomicAdd(handed_over, 1);
+      }
     };
     if (is_cut && !helps) device::barrier_wait(helped, 0);
     if (column_groups * plan.cluster_ctas == 1) {
