@@ -111,14 +111,15 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
   std::uint8_t* store_space = shared;
   auto* barriers = reinterpret_cast<std::uint64_t*>(shared + kFewStoreBytes);  // full, empty
   std::uint8_t* stages = shared + kFewStagesAt;
-  int* handed_over = reinterpret_cast<int*>(barriers + 2 * kFewMaxStages + 2);  // warps that are done with a helper's tiles
+  int* handed_over = reinterpret_cast<int*>(barriers + 2 * kFewMaxStages + 3);  // warps that are done with a helper's tiles
   const std::uint32_t full = device::shared_address(barriers), empty = full + 8 * kFewMaxStages, helped = empty + 8 * kFewMaxStages,
-                      x_there = helped + 8;
+                      x_there = helped + 8, sums_there = x_there + 8;
 
   const Layout& layout = plan.layout;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
-  if (plan.cluster_ctas > 1) device::cluster_arrive();  // its end is awaited before one CTA writes to another
+  // The end of this is awaited before one CTA writes to another, whose barriers are there by then.
+  if (plan.cluster_ctas > 1 && warp < 4 * kFewWarpgroups) device::cluster_arrive();
   if (warp == 4 * kFewWarpgroups) {
     if (lane == 0) {
       for (int i = 0; i < plan.num_stages; ++i) {
@@ -127,10 +128,12 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
       }
       device::barrier_init(helped, 1);
       device::barrier_init(x_there, 4 * kFewWarpgroups);
+      device::barrier_init(sums_there, 1);
       *handed_over = 0;
       device::barrier_init_fence();
     }
     __syncwarp();
+    if (plan.cluster_ctas > 1) device::cluster_arrive();
     device::named_barrier_arrive(2, kFewThreads);
   } else {
     device::named_barrier_sync(2, kFewThreads);
@@ -410,6 +413,11 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
     const int num_parts = plan.cluster_ctas * column_groups;
     float4* sums = reinterpret_cast<float4*>(stages + plan.sums_at) + group_thread;
     if (plan.cluster_ctas > 1) {
+      if (thread == 0) {
+        const int of_all = num_pieces / (kFewWarpgroups * plan.cluster_ctas), left = num_pieces % (kFewWarpgroups * plan.cluster_ctas);
+        const int count = of_all * kFewWarpgroups + min(max(left - rank * kFewWarpgroups, 0), kFewWarpgroups);
+        device::barrier_arrive_expect(sums_there, count * num_parts * 64 * 8 * 4);
+      }
       device::cluster_wait();
       if (plan.sums_at == 0) device::cluster_sync();  // nobody reads stages any more
     } else {
@@ -421,8 +429,9 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
       const int piece = j << plan.row_groups_log2 | row_group, turn = piece / (kFewWarpgroups * plan.cluster_ctas);
       float4* to = sums + ((turn * kFewWarpgroups + piece % kFewWarpgroups) * num_parts + rank * column_groups + column_group) * 128;
       if (plan.cluster_ctas > 1) {
-        device::store_cluster_16(device::address_in_cta(device::shared_address(to), piece / kFewWarpgroups % plan.cluster_ctas),
-                                 make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
+        const int owner = piece / kFewWarpgroups % plan.cluster_ctas;
+        device::cluster_store_16(device::address_in_cta(device::shared_address(to), owner), device::address_in_cta(sums_there, owner),
+                                 acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
       } else {
         *to = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
       }
@@ -430,7 +439,7 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
     float4 help = make_float4(0.0f, 0.0f, 0.0f, 0.0f);  // a helper's part of the piece that is next
     if (is_cut && !helps && warpgroup < num_pieces) help = __ldcg(partials + warpgroup * 128);
     if (plan.cluster_ctas > 1) {
-      device::cluster_sync();
+      device::barrier_wait(sums_there, 0);
     } else {
       device::named_barrier_sync(1, 128 * kFewWarpgroups);
     }
