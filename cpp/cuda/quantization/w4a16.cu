@@ -63,9 +63,6 @@ void explain(const QuantizedMatmulParams& p, const Layout& layout, const char* f
     explanation.variant = "wgmma";
     add("tiles of " + std::to_string(choice.tokens) + " tokens and " + std::to_string(kWgmmaRows) + " output features");
     if (choice.cluster_ctas > 1) add("each tile's input features in " + std::to_string(choice.cluster_ctas) + " parts of a cluster");
-    if (choice.rest_tiles > 0)
-      add("input features of the last " + std::to_string(choice.rest_tiles) + " tiles in " + std::to_string(choice.rest_cluster_ctas) +
-          " parts of a cluster, by a second launch");
     if (choice.num_shared_tiles > 0 && choice.num_chunks > 1)
       add("input features of " + std::to_string(choice.num_shared_tiles) + " tiles in " + std::to_string(choice.num_chunks) + " parts");
   } else {

@@ -9,6 +9,9 @@ namespace quire::cuda::w4a16 {
 
 namespace {
 
+/// What a helper loses with each tile whose sums it hands over, in stages.
+constexpr double kStagesToHandOver = 1.5;
+
 /// x [num_tokens, num_columns], whose columns are whole panels of 64, read in boxes of box_panels panels of box_tokens tokens, with the 128-byte
 /// swizzle.
 CUtensorMap make_panel_map(const void* x, std::int64_t num_tokens, std::int64_t num_columns, std::int64_t stride, int box_tokens,
@@ -64,7 +67,7 @@ FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int sou
     choice.cut_step = (tile_stages - cut_stages) * stage_steps;
     const int num_cut = choice.num_tiles - choice.first_cut;
     handed_over = static_cast<double>(ceil_div(num_cut, choice.num_helpers));
-    num_stages = std::max(num_stages - cut_stages, handed_over * cut_stages);
+    num_stages = std::max(num_stages - cut_stages, handed_over * (cut_stages + kStagesToHandOver));
     choice.partial_bytes = std::int64_t{num_cut} * row_groups * kBlockRows * round_up(num_tokens, 8) * 4;
     choice.arrival_bytes = std::int64_t{num_cut} * 8;
   }
@@ -94,10 +97,10 @@ FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int sou
   const double stages = num_stages * (cluster_ctas > 1 ? waves : 1);
   const double all_stages = static_cast<double>(tile_stages) * choice.num_tiles * cluster_ctas;
   const double product = choice.tokens <= 8 ? 880.0 : choice.tokens == 16 ? 960.0 : choice.tokens == 32 ? 1100.0 : 1600.0;
-  choice.cycles = std::max({stages * product, stages * read_bytes * (choice.num_stages + 1) / (37.0 * choice.num_stages),
-                            all_stages * read_bytes / (34.0 * num_sms), all_stages * code_bytes / (16.0 * num_sms)}) +
-                  3500.0 + (sum_bytes > 0 ? 300.0 : 0.0) + (cluster_ctas > 1 ? 900.0 + 2500.0 * (waves - 1) : 0.0) +
-                  (cluster_ctas > 1 && choice.sums_at == 0 ? 700.0 : 0.0) + (cut_stages > 0 ? 600.0 + 300.0 * handed_over : 0.0);
+  choice.cycles = std::max({stages * product, stages * read_bytes / 37.0, all_stages * read_bytes / (34.0 * num_sms),
+                            all_stages * code_bytes / (16.0 * num_sms)}) +
+                  3500.0 + (sum_bytes > 0 ? 300.0 : 0.0) + (cluster_ctas > 1 ? 300.0 + 2500.0 * (waves - 1) : 0.0) +
+                  (cluster_ctas > 1 && choice.sums_at == 0 ? 700.0 : 0.0) + (cut_stages > 0 ? 600.0 : 0.0);
   return choice;
 }
 
@@ -105,7 +108,7 @@ FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int source_c
   FewChoice best;
   for (int row_groups_log2 = 0; row_groups_log2 <= 2; ++row_groups_log2) {
     for (int cluster_ctas = 1; cluster_ctas <= 6; ++cluster_ctas) {
-      // Helpers have as much to do as the others, or a little less.
+      // Helpers are done as early as the others, or a little earlier.
       int most_cut = 0;
       if (cluster_ctas == 1) {
         const std::int64_t num_tiles = ceil_div(layout.num_blocks, 1 << row_groups_log2), rounds = ceil_div(num_tiles, num_sms);
@@ -113,7 +116,9 @@ FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int source_c
                            tile_stages = ceil_div(layout.num_steps, kFewStageUnits >> row_groups_log2);
         if (owners < num_sms) {
           const std::int64_t tiles_of_helper = ceil_div(num_tiles - (rounds - 1) * owners, num_sms - owners);
-          most_cut = static_cast<int>(std::min(rounds * tile_stages / (tiles_of_helper + 1), tile_stages - 1));
+          const double even = (static_cast<double>(rounds * tile_stages) - kStagesToHandOver * static_cast<double>(tiles_of_helper)) /
+                              static_cast<double>(tiles_of_helper + 1);
+          most_cut = std::clamp(static_cast<int>(even + 1.0), 0, static_cast<int>(tile_stages) - 1);
         }
       }
       for (const int cut_stages : {0, most_cut - 1, most_cut}) {

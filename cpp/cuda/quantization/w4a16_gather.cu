@@ -134,7 +134,10 @@ Columns order_columns(const QuantizedMatmulParams& params, Stream stream) {
   // Rows of four or two tokens side by side, or of one; else from device memory.
   const DeviceProperties& device = current_device_properties();
   const int room = std::min(kMaxGatherBytes, static_cast<int>(device.max_shared_bytes_per_cta));
-  int tokens_at_once = params.num_tokens >= 4 * device.num_sms ? 4 : params.num_tokens >= device.num_sms ? 2 : 1;
+  int tokens_at_once = params.num_tokens >= 4 * device.num_sms ? 4
+                       : params.num_tokens >= device.num_sms   ? 2
+                       : params.num_tokens > 16                ? 1
+                                                               : 0;
   while (tokens_at_once > 0 && tokens_at_once * row_bytes > room) tokens_at_once /= 2;
   const bool permutation_is_aligned = is_aligned(params.weight.permutation, 16);
   for (std::int64_t first = 0; first < params.num_tokens; first += 65532) {

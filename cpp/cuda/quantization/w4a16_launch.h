@@ -56,7 +56,6 @@ struct WgmmaChoice {
   int num_chunks = 1, chunk_steps = 0;
   int num_ctas = 0;
   int cluster_ctas = 1;
-  int rest_tiles = 0, rest_cluster_ctas = 0;  // tiles behind whole rounds that a second launch has, of clusters
   std::int64_t num_shared_tiles = 0;
   std::int64_t partial_bytes = 0, arrival_bytes = 0;
   double cycles = 0.0;
@@ -81,8 +80,6 @@ void run_mma(const QuantizedMatmulParams& params, const MmaChoice& choice, Strea
 WgmmaChoice make_wgmma_choice(std::int64_t num_tokens, const Layout& layout, int tokens, int whole_rounds, int num_chunks, int num_sms);
 /// Every tile to a cluster.
 WgmmaChoice make_cluster_choice(std::int64_t num_tokens, const Layout& layout, int tokens, int cluster_ctas, int num_sms);
-/// Whole rounds, and what is left to clusters.
-WgmmaChoice make_rest_choice(std::int64_t num_tokens, const Layout& layout, int tokens, int cluster_ctas, int num_sms);
 WgmmaChoice choose_wgmma(std::int64_t num_tokens, const Layout& layout, int num_sms);
 void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, Stream stream);
 

@@ -34,15 +34,11 @@ struct WgmmaPlan {
   int band_tiles = 1;
   int whole_rounds = 0;
   int num_chunks = 1, chunk_steps = 0;
-  int cluster_ctas =
-      1;  // above 1: so many CTAs, a cluster, have one tile, a chunk each, and none of the above holds; their first is first_tile
-  int first_tile = 0;
+  int cluster_ctas = 1;  // above 1: so many CTAs, a cluster, have one tile, a chunk each, and none of the above holds
   int group_shift = 0;
   DType bias_dtype = DType::kFloat16;
   bool stores_vectors = false;  // rows of out are 16-byte aligned
   bool waits = false;  // for a predecessor that writes x
-  bool leads = false;  // a launch of clusters for what is left of the tiles comes next, and starts when SMs have nothing to do
-  bool follows = false;  // this is that launch
 
   struct Place {
     int row_tile, token_tile;
@@ -104,7 +100,7 @@ struct Work {
   __device__ bool next() {
     if (plan.cluster_ctas > 1) {
       if (++round > 0) return false;
-      tile = plan.first_tile + static_cast<int>(blockIdx.x) / plan.cluster_ctas;
+      tile = static_cast<int>(blockIdx.x) / plan.cluster_ctas;
       begin = static_cast<int>(blockIdx.x) % plan.cluster_ctas * plan.chunk_steps;
       end = min(begin + plan.chunk_steps, plan.layout.num_steps);
       return true;
@@ -190,7 +186,6 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
     const int bytes = Shape::kXBytes + kWarpgroups * (Shape::kCodeBytes + kGroups * entry_bytes);
     const std::uint64_t policy = device::read_once_policy();
     if (plan.waits) device::wait_for_predecessor();
-    if (plan.leads) device::launch_dependents();
     while (work.next()) {
       const WgmmaPlan::Place place = plan.place_of(work.tile);
       const int block = place.row_tile * kWarpgroups, token = place.token_tile * kTokens;
@@ -212,7 +207,6 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
     }
-    if (plan.follows) device::wait_for_predecessor();  // its results are part of this launch's, for whatever comes next
     return;
   }
 

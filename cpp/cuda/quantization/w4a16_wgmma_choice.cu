@@ -12,11 +12,6 @@ namespace {
 /// Cycles that 64 columns of a tile take.
 double step_cycles(int tokens, int num_ctas, int num_sms) { return (tokens == 256 ? 1140.0 : 730.0) * (0.8 + 0.2 * num_ctas / num_sms); }
 
-/// Cycles that a tile takes of which each CTA of a cluster has so many steps.
-double cluster_cycles(int tokens, int steps, int num_ctas, int cluster_ctas, int num_sms) {
-  return steps * step_cycles(tokens, num_ctas, num_sms) + 4000.0 + (tokens == 256 ? 0.35 : 0.1 * (cluster_ctas - 1)) * kWgmmaRows * tokens;
-}
-
 }  // namespace
 
 WgmmaChoice make_wgmma_choice(std::int64_t num_tokens, const Layout& layout, int tokens, int whole_rounds, int num_chunks, int num_sms) {
@@ -61,20 +56,8 @@ WgmmaChoice make_cluster_choice(std::int64_t num_tokens, const Layout& layout, i
   choice.cluster_ctas = cluster_ctas;
   choice.chunk_steps = static_cast<int>(ceil_div(layout.num_steps, cluster_ctas));
   choice.num_ctas = choice.num_row_tiles * choice.num_token_tiles * cluster_ctas;
-  choice.cycles = cluster_cycles(tokens, choice.chunk_steps, choice.num_ctas, cluster_ctas, num_sms);
-  return choice;
-}
-
-WgmmaChoice make_rest_choice(std::int64_t num_tokens, const Layout& layout, int tokens, int cluster_ctas, int num_sms) {
-  const std::int64_t num_tiles = ceil_div(layout.num_blocks, kWgmmaWarpgroups) * ceil_div(num_tokens, tokens);
-  const int rounds = static_cast<int>(num_tiles / num_sms);
-  WgmmaChoice choice = make_wgmma_choice(num_tokens, layout, tokens, rounds, 1, num_sms);
-  choice.rest_tiles = static_cast<int>(choice.num_shared_tiles);
-  choice.num_shared_tiles = 0;
-  choice.rest_cluster_ctas = cluster_ctas;
-  choice.chunk_steps = static_cast<int>(ceil_div(layout.num_steps, cluster_ctas));
-  choice.cycles = rounds * (layout.num_steps * step_cycles(tokens, num_sms, num_sms) + 4000.0) +
-                  cluster_cycles(tokens, choice.chunk_steps, choice.rest_tiles * cluster_ctas, cluster_ctas, num_sms);
+  choice.cycles = choice.chunk_steps * step_cycles(tokens, choice.num_ctas, num_sms) + 4000.0 +
+                  (tokens == 256 ? 0.35 : 0.1 * (cluster_ctas - 1)) * kWgmmaRows * tokens;
   return choice;
 }
 
@@ -97,9 +80,6 @@ WgmmaChoice choose_wgmma(std::int64_t num_tokens, const Layout& layout, int num_
       consider(make_wgmma_choice(num_tokens, layout, tokens, rounds, 1, num_sms));
       continue;
     }
-    for (int cluster_ctas = 2; rounds > 0 && cluster_ctas <= 4; ++cluster_ctas)
-      if (num_tiles % num_sms <= max_clusters(cluster_ctas) && layout.num_steps >= 2 * cluster_ctas * cluster_ctas)
-        consider(make_rest_choice(num_tokens, layout, tokens, cluster_ctas, num_sms));
     for (int whole_rounds = rounds == 1 ? 0 : rounds; whole_rounds <= rounds; ++whole_rounds)
       for (const int num_chunks : {1, 2, 3, 4, 6, 8})
         if (num_chunks <= layout.num_steps) consider(make_wgmma_choice(num_tokens, layout, tokens, whole_rounds, num_chunks, num_sms));
@@ -141,18 +121,8 @@ void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, S
                              static_cast<int>(rows_of_step), kWgmmaWarpgroups);
   maps.entries =
       make_word_map(layout.scales, row_bytes, layout.num_groups, layout.num_blocks, layout.group_size == 32 ? 2 : 1, kWgmmaWarpgroups);
-  const auto launch = [&](int num_ctas) {
-    params.dtype == DType::kBFloat16 ? launch_wgmma<true>(plan, maps, choice.tokens, num_ctas, stream)
-                                     : launch_wgmma<false>(plan, maps, choice.tokens, num_ctas, stream);
-  };
-  plan.leads = choice.rest_tiles > 0;
-  launch(choice.num_ctas);
-  if (choice.rest_tiles == 0) return;
-  plan.leads = plan.waits = false;
-  plan.follows = true;
-  plan.first_tile = choice.whole_rounds * choice.num_ctas;
-  plan.cluster_ctas = choice.rest_cluster_ctas;
-  launch(choice.rest_tiles * choice.rest_cluster_ctas);
+  params.dtype == DType::kBFloat16 ? launch_wgmma<true>(plan, maps, choice.tokens, choice.num_ctas, stream)
+                                   : launch_wgmma<false>(plan, maps, choice.tokens, choice.num_ctas, stream);
 }
 
 }  // namespace quire::cuda::w4a16
