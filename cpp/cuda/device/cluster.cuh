@@ -37,6 +37,16 @@ __device__ __forceinline__ void cluster_barrier_arrive(std::uint32_t mapped_barr
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(mapped_barrier) : "memory");
 }
 
+/// 16 bytes of any CTA's shared memory, by their address_in_cta.
+__device__ __forceinline__ float4 load_cluster_16(std::uint32_t mapped) {
+  float4 value;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(mapped)
+               : "memory");
+  return value;
+}
+
 /// Writes to any CTA's shared memory, by address_in_cta. cluster_sync makes it visible.
 __device__ __forceinline__ void store_cluster_16(std::uint32_t mapped, float4 value) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(mapped), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)

@@ -156,8 +156,8 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
   std::uint8_t* stages = shared;
   std::uint8_t* store_space = shared + kStages * Shape::kStageBytes;
   auto* barriers = reinterpret_cast<std::uint64_t*>(store_space + Shape::kStoreBytes);  // full, empty
-  int* is_last = reinterpret_cast<int*>(barriers + 2 * kStages + 1);
-  const std::uint32_t full = device::shared_address(barriers), empty = full + 8 * kStages, sums_there = empty + 8 * kStages;
+  int* is_last = reinterpret_cast<int*>(barriers + 2 * kStages);
+  const std::uint32_t full = device::shared_address(barriers), empty = full + 8 * kStages;
 
   const Layout& layout = plan.layout;
   const int thread = static_cast<int>(threadIdx.x);
@@ -167,7 +167,6 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
       device::barrier_init(full + 8 * i, 1);
       device::barrier_init(empty + 8 * i, 4 * kWarpgroups);
     }
-    device::barrier_init(sums_there, 1);
     device::barrier_init_fence();
     device::prefetch_tensor_map(&maps.x);
     device::prefetch_tensor_map(&maps.codes);
@@ -285,39 +284,28 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
     float bias[2];
     load_row_bias(bias, plan.bias, plan.bias_dtype, first_row + lane / 4, plan.num_rows);
 
-    // ---- Sums of eight tokens: a cluster's CTAs take turns, and send each other their parts ----
+    // ---- Sums of eight tokens: a cluster's CTAs take turns ----
     if (plan.cluster_ctas > 1) {
-      const int rank = device::cluster_rank(), num_parts = plan.cluster_ctas;
-      const int num_groups = static_cast<int>(min((plan.num_tokens - first_token + 7) / 8, std::int64_t{kTokens / 8}));
-      device::cluster_sync();  // nobody reads stages any more
-      if (thread == 128) {
-        const int count = (num_groups + num_parts - 1 - rank) / num_parts;
-        device::barrier_arrive_expect(sums_there, count * kWarpgroups * num_parts * 64 * 8 * 4);
-      }
-      const float4* sums = reinterpret_cast<const float4*>(stages) + block * num_parts * 128 + group_thread;
-      const auto part_of = [&](int group, int part) { return sums + (group / num_parts * kWarpgroups * num_parts + part) * 128; };
-      int owner = 0;
+      device::named_barrier_sync(1, 128 * kWarpgroups);  // nobody reads stages any more
+      float4* sums = reinterpret_cast<float4*>(stages) + block * (Shape::kSums / 4 * 128) + group_thread;
 #pragma unroll
-      for (int i = 0; i < kTokens / 8; ++i) {
-        if (i >= num_groups) break;
-        device::cluster_store_16(device::address_in_cta(device::shared_address(part_of(i, rank)), owner),
-                                 device::address_in_cta(sums_there, owner), acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
-        if (++owner == num_parts) owner = 0;
-      }
-      device::barrier_wait(sums_there, 0);
+      for (int i = 0; i < Shape::kSums / 4; ++i) sums[128 * i] = make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
+      device::cluster_sync();
+      const int num_groups = static_cast<int>(min((plan.num_tokens - first_token + 7) / 8, std::int64_t{kTokens / 8}));
 #pragma unroll 1
-      for (int i = rank; i < num_groups; i += num_parts) {
+      for (int i = device::cluster_rank(); i < num_groups; i += plan.cluster_ctas) {
         float total[4] = {};
 #pragma unroll 4
-        for (int part = 0; part < num_parts; ++part) {
-          const float4 sum = *part_of(i, part);
-          total[0] += sum.x;
-          total[1] += sum.y;
-          total[2] += sum.z;
-          total[3] += sum.w;
+        for (int rank = 0; rank < plan.cluster_ctas; ++rank) {
+          const float4 part = device::load_cluster_16(device::address_in_cta(device::shared_address(sums + 128 * i), rank));
+          total[0] += part.x;
+          total[1] += part.y;
+          total[2] += part.z;
+          total[3] += part.w;
         }
         store_tokens<kBf16, 1>(space, total, bias, plan, first_token + 8 * i, first_row);
       }
+      device::cluster_sync();  // the others read this CTA's sums
       return;
     }
 
