@@ -106,6 +106,8 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
   constexpr int kGroupSlices = kSmallGroups ? 2 : kSlices;
   constexpr int kPhaseSlices = kSmallGroups || kTokens == 64 ? 2 : 4;  // fragments that are made at a time
   constexpr int kStepBytes = kBlockUnits * unit_bytes(kBits);
+  constexpr bool kCounts =
+      kTokens <= 16;  // stores to another CTA count themselves at its barrier: faster where they are few, slower where they are many
   extern __shared__ std::uint8_t shared_raw[];
   std::uint8_t* shared = shared_raw + (1024 - device::shared_address(shared_raw) % 1024) % 1024;
   std::uint8_t* store_space = shared;
@@ -413,7 +415,7 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
     const int num_parts = plan.cluster_ctas * column_groups;
     float4* sums = reinterpret_cast<float4*>(stages + plan.sums_at) + group_thread;
     if (plan.cluster_ctas > 1) {
-      if (thread == 0) {
+      if (kCounts && thread == 0) {
         const int of_all = num_pieces / (kFewWarpgroups * plan.cluster_ctas), left = num_pieces % (kFewWarpgroups * plan.cluster_ctas);
         const int count = of_all * kFewWarpgroups + min(max(left - rank * kFewWarpgroups, 0), kFewWarpgroups);
         device::barrier_arrive_expect(sums_there, count * num_parts * 64 * 8 * 4);
@@ -430,8 +432,13 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
       float4* to = sums + ((turn * kFewWarpgroups + piece % kFewWarpgroups) * num_parts + rank * column_groups + column_group) * 128;
       if (plan.cluster_ctas > 1) {
         const int owner = piece / kFewWarpgroups % plan.cluster_ctas;
-        device::cluster_store_16(device::address_in_cta(device::shared_address(to), owner), device::address_in_cta(sums_there, owner),
-                                 acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+        const std::uint32_t there = device::address_in_cta(device::shared_address(to), owner);
+        if constexpr (kCounts) {
+          device::cluster_store_16(there, device::address_in_cta(sums_there, owner), acc[4 * j], acc[4 * j + 1], acc[4 * j + 2],
+                                   acc[4 * j + 3]);
+        } else {
+          device::store_cluster_16(there, make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
+        }
       } else {
         *to = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
       }
@@ -439,7 +446,11 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
     float4 help = make_float4(0.0f, 0.0f, 0.0f, 0.0f);  // a helper's part of the piece that is next
     if (is_cut && !helps && warpgroup < num_pieces) help = __ldcg(partials + warpgroup * 128);
     if (plan.cluster_ctas > 1) {
-      device::barrier_wait(sums_there, 0);
+      if constexpr (kCounts) {
+        device::barrier_wait(sums_there, 0);
+      } else {
+        device::cluster_sync();
+      }
     } else {
       device::named_barrier_sync(1, 128 * kFewWarpgroups);
     }
