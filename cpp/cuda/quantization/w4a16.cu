@@ -5,8 +5,8 @@
 #include <string>
 
 #include "core/explain.h"
+#include "cuda/device_code.h"
 #include "cuda/launch.h"
-#include "cuda/quantization/hopper_code.h"
 #include "cuda/quantization/w4a16_launch.h"
 
 namespace quire::cuda {

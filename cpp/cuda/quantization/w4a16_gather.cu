@@ -3,13 +3,9 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cuda/once_per_device.h"
-#include "cuda/quantization/hopper_code.h"
 #include "cuda/quantization/w4a16_launch.h"
 
-namespace quire::cuda {
-
-namespace w4a16 {
+namespace quire::cuda::w4a16 {
 namespace {
 
 constexpr int kGatherThreads = 256;
@@ -166,15 +162,4 @@ Columns order_columns(const QuantizedMatmulParams& params, Stream stream) {
   return Columns{workspace, std::int64_t{num_pieces} * 8, 16, workspace + gathered_bytes(params.num_tokens, format)};
 }
 
-}  // namespace w4a16
-
-bool has_hopper_code() {
-  // Code made from sm_80 PTX has no wgmma and does not wait for a predecessor, on whatever device.
-  return known_of_device([] {
-    cudaFuncAttributes attributes{};
-    QUIRE_CUDA_CHECK(cudaFuncGetAttributes(&attributes, w4a16::gather_columns_kernel));
-    return attributes.ptxVersion >= 90 && attributes.binaryVersion == 90;
-  });
-}
-
-}  // namespace quire::cuda
+}  // namespace quire::cuda::w4a16

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
-#include "cuda/quantization/hopper_code.h"
+#include "cuda/device_code.h"
 #include "cuda/quantization/w4a16_launch.h"
 #include "quire/error.h"
 
@@ -140,7 +140,7 @@ void run_mma(const QuantizedMatmulParams& params, const MmaChoice& choice, Strea
   plan.row_warps_log2 = choice.row_warps_log2;
   plan.num_stages = choice.num_stages;
   plan.group_shift = plan.layout.group_shift();
-  plan.waits = params.weight.permutation != nullptr && has_hopper_code();
+  plan.waits = params.weight.permutation != nullptr && has_dependent_launch_code();
   const std::int64_t slice_tokens = choice.num_token_blocks * 8 * choice.tiles;
   for (std::int64_t first = 0; first < params.num_tokens; first += slice_tokens) {
     plan.num_tokens = std::min(params.num_tokens - first, slice_tokens);
