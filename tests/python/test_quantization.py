@@ -361,13 +361,23 @@ def test_tiles_left_over_after_whole_rounds(backend, rng):
         assert_product_close(out[rows], sample @ wide.T, np.abs(sample) @ np.abs(wide).T)
 
 
-@pytest.mark.parametrize("count", [2, 9, 24, 40, 64])
+@pytest.mark.parametrize("count", [1, 2, 9, 24, 40, 64])
 def test_few_tokens_of_many_shapes(backend, rng, count):
-    """Rows of tiles alone, in clusters and one after the other; columns that end within a stage."""
-    for out_features, in_features in ((72, 128), (1000, 1088), (256, 8192), (20000, 192)):
+    """Rows of tiles alone, in clusters and one after the other; columns that end within a stage; tiles that SMs without one help with."""
+    for out_features, in_features in ((72, 128), (1000, 1088), (256, 8192), (20000, 192), (8600, 1600)):
         weight = PackedWeight.quantize(backend.array(draw(rng, (out_features, in_features))), "w4a16", 64)
         wide = as_float64(backend.numpy(weight.dequantize()))
         check_product(backend, rng, weight, wide, (count,))
+
+
+def test_one_token_of_any_order(backend, rng):
+    """One token's columns are put in order by the product itself; too many for shared memory are not."""
+    for in_features, out_features in ((512, 72), (4096, 200), (30080, 40)):
+        g_idx = g_idx_of("shuffled", rng, in_features, 64)
+        qweight, qzeros, scales = make_gptq(rng, g_idx, in_features // 64, out_features)
+        weight = PackedWeight.from_gptq(*map(backend.array, (qweight, qzeros, scales, g_idx)))
+        wide = reference.dequantize_gptq(qweight, qzeros, scales, g_idx, 4, "gptq")
+        check_product(backend, rng, weight, wide, (1,))
 
 
 def test_slices_of_tokens(backend, rng):
@@ -408,10 +418,12 @@ def test_rows_in_reverse(backend, rng):
     assert_same_bits(got, backend.numpy(quire.quantized_matmul(backend.array(x[::-1].copy()), weight)))
 
 
-@pytest.mark.parametrize("count", [1, 12, 40, 100, 300])
-def test_workspace_contents(backend, rng, count):
+@pytest.mark.parametrize(
+    ("count", "out_features"), [(1, 200), (12, 200), (40, 200), (100, 200), (300, 200), (1, 8600), (33, 8600)]
+)
+def test_workspace_contents(backend, rng, count, out_features):
     """Whatever the workspace holds, the result has the same bits, each time."""
-    weight = PackedWeight.quantize(backend.array(draw(rng, (200, 2048))), "w4a16", 128)
+    weight = PackedWeight.quantize(backend.array(draw(rng, (out_features, 2048))), "w4a16", 128)
     x = backend.array(draw(rng, (count, 2048), "bfloat16"))
     want = backend.numpy(quire.quantized_matmul(x, weight))
     num_bytes = max(quire.quantized_matmul_workspace_size(count, weight, dtype="bfloat16"), 1)

@@ -87,6 +87,14 @@ __device__ __forceinline__ void copy_box_once(std::uint32_t dst, const void* ten
       "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1), "l"(policy)
       : "memory");
 }
+__device__ __forceinline__ void copy_box_once(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1, int c2,
+                                              int c3, std::uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], "
+      "%7;\n" ::"r"(dst),
+      "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
+      : "memory");
+}
 /// The same to every CTA of the cluster whose rank's bit is set in `ctas`: to the same place, counted at its own barrier in the same place.
 __device__ __forceinline__ void copy_box_to_ctas(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1,
                                                  std::uint32_t ctas) {
