@@ -388,14 +388,14 @@ void launch_rows(const NormParams& p, const char* name, Stream stream) {
           return launch_rows_of<kKind, true, T, 2 * kVec, 1, true, 64>(p, name, stream);
       }
       if (vectors == 1) return launch_rows_of<kKind, true, T, kVec, 1, true, 48>(p, name, stream);
-      launch_rows_of<kKind, true, T, kVec, 2, true, 64>(p, name, stream);
+      launch_rows_of<kKind, true, T, kVec, 2, true, kKind == NormKind::kRms ? 56 : 64>(p, name, stream);
     } else {
       if (!many_rows && vectors == 1) return launch_rows_of<kKind, false, T, kVec, 1, false, 64>(p, name, stream);
       if (!many_rows && vectors == 2) return launch_rows_of<kKind, false, T, kVec, 2, false, 64>(p, name, stream);
       // CTAs of many threads wait longer for their sums, of which a layer norm has two.
       if (num_vectors > (kIsLayer ? 256 : 512)) return launch_rows_of<kKind, false, T, kVec, 4, true, 64>(p, name, stream);
       if (vectors == 1) return launch_rows_of<kKind, false, T, kVec, 1, true, 40>(p, name, stream);
-      launch_rows_of<kKind, false, T, kVec, 2, true, 40>(p, name, stream);
+      launch_rows_of<kKind, false, T, kVec, 2, true, kKind == NormKind::kAddRms ? 48 : 40>(p, name, stream);
     }
   }
 }
