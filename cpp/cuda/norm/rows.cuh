@@ -50,19 +50,28 @@ __device__ __forceinline__ void normalise(float (&v)[kVec], const float (&weight
   }
 }
 
-// Weight (its offset added) and bias of kVectors vectors, `stride` elements apart.
-template <NormKind kKind, int kVectors, int kVec>
-__device__ __forceinline__ void load_weights(float (&weight)[kVectors][kVec], float (&bias)[kVectors][kVec], const NormParams& p,
-                                             std::int64_t first, std::int64_t stride) {
-  load_parameter(weight, p.weight, p.weight_dtype, first, stride, p.hidden);
+// Weight (its offset added) and bias of one vector.
+template <NormKind kKind, int kVec>
+__device__ __forceinline__ void load_weights(float (&weight)[kVec], float (&bias)[kVec], const NormParams& p, std::int64_t at) {
+  load_parameter(reinterpret_cast<float (&)[1][kVec]>(weight), p.weight, p.weight_dtype, at, 0, p.hidden);
   if constexpr (kKind == NormKind::kLayer) {
-    if (p.bias != nullptr) load_parameter(bias, p.bias, p.bias_dtype, first, stride, p.hidden);
-  } else {
+    if (p.bias != nullptr) load_parameter(reinterpret_cast<float (&)[1][kVec]>(bias), p.bias, p.bias_dtype, at, 0, p.hidden);
+  } else if (p.weight_offset != 0.0f) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
+    for (int e = 0; e < kVec; ++e) weight[e] += p.weight_offset;
+  }
+}
+
+// The same of vectors whose bits are there.
+template <NormKind kKind, int kVec>
+__device__ __forceinline__ void unpack_weights(float (&weight)[kVec], float (&bias)[kVec], const NormParams& p,
+                                               const ParameterBits<kVec>& weight_bits, const ParameterBits<kVec>& bias_bits) {
+  weight_bits.unpack_to(weight, p.weight_dtype);
+  if constexpr (kKind == NormKind::kLayer) {
+    bias_bits.unpack_to(bias, p.bias_dtype);
+  } else if (p.weight_offset != 0.0f) {
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) weight[i][e] += p.weight_offset;
-    }
+    for (int e = 0; e < kVec; ++e) weight[e] += p.weight_offset;
   }
 }
 
@@ -107,8 +116,14 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
     if constexpr (kAdds) addend[i] = load_packed<T, kVec>(residual + i * width * kVec);
   }
   constexpr int kHeld = kManyRows ? 1 : kVectors;
-  float weight[kHeld][kVec], bias[kHeld][kVec] = {};
-  if constexpr (!kManyRows) load_weights<kKind>(weight, bias, p, lane * kVec, width * kVec);
+  ParameterBits<kVec> weight_bits[kHeld], bias_bits[kIsLayer ? kHeld : 1];
+  if constexpr (!kManyRows) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      weight_bits[i].load(p.weight, p.weight_dtype, (lane + i * width) * kVec, p.hidden);
+      if constexpr (kIsLayer) bias_bits[i].load(p.bias, p.bias_dtype, (lane + i * width) * kVec, p.bias == nullptr ? 0 : p.hidden);
+    }
+  }
 
   if constexpr (kAdds) {
 #pragma unroll
@@ -146,9 +161,14 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
   const float inverse = __frsqrt_rn(variance + p.eps);
 
   const auto normalised = [&](float (&v)[kVec], int i) {
-    if constexpr (kManyRows) load_weights<kKind>(weight, bias, p, (lane + i * width) * kVec, 0);
+    float weight[kVec], bias[kVec] = {};
+    if constexpr (kManyRows) {
+      load_weights<kKind>(weight, bias, p, (lane + i * width) * kVec);
+    } else {
+      unpack_weights<kKind>(weight, bias, p, weight_bits[i], bias_bits[kIsLayer ? i : 0]);
+    }
     unpack<T, kVec>(v, current[i]);
-    normalise<kKind>(v, weight[kManyRows ? 0 : i], bias[kManyRows ? 0 : i], mean, inverse);
+    normalise<kKind>(v, weight, bias, mean, inverse);
   };
   if constexpr (!kQuantizes) {
     // Output.
@@ -247,10 +267,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __g
     const float inverse = __frsqrt_rn(variance + p.eps);
 
     const auto normalised = [&](float (&v)[kVec], std::int64_t at) {
-      float weight[1][kVec], bias[1][kVec] = {};
+      float weight[kVec], bias[kVec] = {};
       load_floats(v, x + at);
-      load_weights<kKind>(weight, bias, p, at, 0);
-      normalise<kKind>(v, weight[0], bias[0], mean, inverse);
+      load_weights<kKind>(weight, bias, p, at);
+      normalise<kKind>(v, weight, bias, mean, inverse);
     };
     if constexpr (!kQuantizes) {
       // Output.
@@ -369,18 +389,14 @@ void launch_rows(const NormParams& p, const char* name, Stream stream) {
           return launch_rows_of<kKind, true, T, 2 * kVec, 1, true, 64>(p, name, stream);
       }
       if (vectors == 1) return launch_rows_of<kKind, true, T, kVec, 1, true, 48>(p, name, stream);
-      if constexpr (kIsLayer) {
-        // As many registers as it wants, where a CTA has threads for which there are as many.
-        if (num_vectors <= kMaxThreads) return launch_rows_of<kKind, true, T, kVec, 2, true, 80>(p, name, stream);
-      }
-      launch_rows_of<kKind, true, T, kVec, 2, true, 64>(p, name, stream);
+      launch_rows_of<kKind, true, T, kVec, 2, true, kKind == NormKind::kRms ? 56 : 64>(p, name, stream);
     } else {
       if (!many_rows && vectors == 1) return launch_rows_of<kKind, false, T, kVec, 1, false, 64>(p, name, stream);
       if (!many_rows && vectors == 2) return launch_rows_of<kKind, false, T, kVec, 2, false, 64>(p, name, stream);
-      // CTAs of more than 512 threads leave parts of an SM empty, and the second sum of a layer norm is cheaper over fewer threads.
-      if (num_vectors > (kIsLayer ? 512 : 1024)) return launch_rows_of<kKind, false, T, kVec, 4, true, 64>(p, name, stream);
+      // CTAs of many threads wait longer for their sums, of which a layer norm has two.
+      if (num_vectors > (kIsLayer ? 256 : 512)) return launch_rows_of<kKind, false, T, kVec, 4, true, 64>(p, name, stream);
       if (vectors == 1) return launch_rows_of<kKind, false, T, kVec, 1, true, 40>(p, name, stream);
-      launch_rows_of<kKind, false, T, kVec, 2, true, 40>(p, name, stream);
+      launch_rows_of<kKind, false, T, kVec, 2, true, kKind == NormKind::kAddRms ? 48 : 40>(p, name, stream);
     }
   }
 }

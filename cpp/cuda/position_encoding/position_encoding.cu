@@ -283,6 +283,7 @@ void rotary_embedding(const RotaryParams& params, Stream stream) {
                                                                                                                                  : nullptr;
     if (explain_vectors(obstacle)) return;
     const bool neox = params.style == RopeStyle::kNeox;
+    if (obstacle == nullptr && rotate_few_tokens(params, stream)) return;
     if (obstacle == nullptr) {
       neox ? launch_rotary<T, RopeStyle::kNeox, kVec>(params, stream) : launch_rotary<T, RopeStyle::kGptj, kVec>(params, stream);
     } else {
