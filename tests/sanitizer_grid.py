@@ -72,6 +72,22 @@ def paged(
     )
 
 
+def ragged(
+    q_lens: list[int],
+    kv_lens: list[int],
+    heads: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    **options: Any,
+) -> None:
+    q = normal(sum(q_lens), heads[0], head_dim, dtype=dtype)
+    k, v = (normal(sum(kv_lens), heads[1], head_dim, dtype=dtype) for _ in "kv")
+    v[0, 0, 0] = float("nan")
+    quire.attention(
+        q, k, v, query_start_loc=starts(q_lens), kv_start_loc=starts(kv_lens), return_lse=True, **options
+    )
+
+
 def attention_portable(kv: torch.dtype) -> None:
     dtype = torch.float16 if kv == torch.float16 else torch.bfloat16
     if kv.itemsize == 1:
@@ -98,6 +114,17 @@ def attention_portable(kv: torch.dtype) -> None:
         paged(
             [70, 1, 30], [170, 64, 30], (4, 2), head_dim, dtype, kv, mask=mask, mask_start=zeros, hostile=True
         )
+    for head_dim, variant in (
+        (64, "mma_split_rows_128"),
+        (128, "mma_split_rows_128"),
+        (256, "mma_split_rows"),
+    ):
+        # Lengths alone; 256 keys, so that a tile's are not divided.
+        paged([70, 0, 1], [128, 9, 64], (4, 2), head_dim, dtype, kv, variant=variant)
+        paged([70, 0, 1], [128, 9, 64], (4, 2), head_dim, dtype, kv, variant=variant, hostile=True)
+        if kv == dtype:
+            ragged([70, 0, 30], [170, 9, 20], (4, 2), head_dim, dtype, variant=variant)
+            ragged([70, 0, 30], [170, 9, 20], (4, 2), head_dim, dtype, variant=variant, causal=False)
     paged(None, [100, 900], (8, 2), 128, dtype, kv, hostile=True)
     paged([3, 40], [70, 40], (4, 2), 128, dtype, kv, hostile=True)
 
@@ -117,6 +144,7 @@ def attention_hopper(dtype: torch.dtype, kv: torch.dtype) -> None:
             sinks=sinks,
         )
         paged([1300, 300], [1300, 555], (4, 2), head_dim, dtype, kv, hostile=True, window=(100, 20))
+        paged([1300, 300], [1300, 555], (4, 2), head_dim, dtype, kv)  # causal alone, and short
         mask = put(torch.randint(0, 256, (1600, 40), dtype=torch.uint8))
         paged(
             [1300, 300],

@@ -120,7 +120,12 @@ std::string to_bytes(nb::handle object, const char* arg) {
 std::vector<ExtraKey> to_extra_keys(nb::handle object) {
   std::vector<ExtraKey> keys;
   if (object.is_none()) return keys;
-  for (const nb::handle item : nb::iter(object)) {
+  const nb::object items = nb::steal(PySequence_List(object.ptr()));
+  if (!items.is_valid()) {
+    PyErr_Clear();
+    Check(kOp).fail_dtype("extra_keys", "(token_idx, str or bytes) tuples", nb::cast<std::string>(nb::repr(object)));
+  }
+  for (const nb::handle item : nb::borrow<nb::list>(items)) {
     if (!nb::isinstance<nb::tuple>(item) || nb::len(item) != 2) {
       Check(kOp).fail_dtype("extra_keys", "(token_idx, str or bytes) tuples", nb::cast<std::string>(nb::repr(item)));
     }
@@ -141,7 +146,10 @@ nb::object to_python(const BlockHash& hash) {
 BlockHash to_hash(nb::handle object) {
   const nb::object mask = nb::steal(PyLong_FromUnsignedLongLong(std::numeric_limits<std::uint64_t>::max()));
   const nb::object value = nb::steal(PyNumber_Index(object.ptr()));
-  if (!value.is_valid()) throw nb::python_error();
+  if (!value.is_valid()) {
+    PyErr_Clear();
+    Check(kOp).fail_dtype("hash_key", "an int in [0, 2**128)", nb::cast<std::string>(object.type().attr("__name__")));
+  }
   const nb::object lo = value & mask, hi = value >> nb::int_(64);
   BlockHash hash;
   hash.lo = PyLong_AsUnsignedLongLong(lo.ptr());
@@ -487,7 +495,8 @@ Returns:
            "Starts ``child`` with the parent's tokens and computed blocks, shared until one of them writes.")
       .def("free_sequence", &A::free_sequence, nb::arg("seq_id"),
            "Ends a sequence. Its blocks become free, or cached with the tail to be evicted first.")
-      .def("preempt", &A::preempt, nb::arg("seq_id"), "Gives up all blocks but keeps the tokens, to be recomputed.")
+      .def("preempt", &A::preempt, nb::arg("seq_id"),
+           "Gives up all blocks but keeps the tokens, to be recomputed. ``match_prefix`` takes back what is still cached by then.")
       .def("match_prefix", &A::match_prefix, nb::arg("seq_id"),
            "Asks the prefix cache again, for a sequence without blocks. Returns the number of tokens taken over.")
       .def("release_out_of_window", &A::release_out_of_window, nb::arg("seq_id"), nb::arg("window"),

@@ -210,6 +210,7 @@ void fill_view(const char* op, const char* arg, const DLTensor& t, bool read_onl
     throw TypeError(message(op, arg, "float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int8, uint8, int32, int64 or bool",
                             dlpack_dtype_text(t.dtype)));
   if (t.ndim < 0 || t.ndim > kMaxRank) throw std::invalid_argument(message(op, arg, "a rank of at most 8", std::to_string(t.ndim)));
+  if (t.ndim > 0 && t.shape == nullptr) throw std::invalid_argument(message(op, arg, "a shape", "null"));
   if (is_cuda(t.device.device_type)) {
     if (!kHasCuda) throw_cpu_only_build(op);
     view.device = Device{DeviceType::kCUDA, t.device.device_id};
@@ -329,6 +330,9 @@ class Importer {
         }
         if (!is_cuda(device.device_type)) throw_other_device(args_.op_, tensor.name, device.device_type);
         if (!kHasCuda) throw_cpu_only_build(args_.op_);
+        if (device.device_id < 0)
+          throw std::invalid_argument(
+              message(args_.op_, tensor.name, "a CUDA device's index of 0 or more", std::to_string(device.device_id)));
         note_device(device.device_id);
         if (info.kind == Kind::kCuPy) has_cupy_ = true;
         pending_[i] = true;

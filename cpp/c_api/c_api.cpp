@@ -99,7 +99,16 @@ Device device_of(const char* op, const char* arg, int device_type, int device_id
   }
 }
 
-// The tensors of one call as views. At most sixteen.
+DType required_dtype(const char* op, const char* arg, QuireDataType type, const char* expected) {
+  const std::optional<DType> dtype = dtype_of(type);
+  if (!dtype)
+    quire::Check(op).fail_dtype(arg, expected,
+                                "DLPack type code " + std::to_string(type.code) + ", " + std::to_string(type.bits) + " bits, " +
+                                    std::to_string(type.lanes) + " lanes");
+  return *dtype;
+}
+
+// The tensors of one call as views.
 class Views {
  public:
   explicit Views(const char* op) : op_(op) {}
@@ -107,14 +116,10 @@ class Views {
   const TensorView* optional(const QuireTensor* tensor, const char* arg) {
     if (tensor == nullptr) return nullptr;
     TensorView& view = views_[count_++];
-    const std::optional<DType> dtype = dtype_of(tensor->dtype);
-    if (!dtype)
-      quire::Check(op_).fail_dtype(arg, "float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int8, uint8, int32, int64 or bool",
-                                   "DLPack type code " + std::to_string(tensor->dtype.code) + ", " + std::to_string(tensor->dtype.bits) +
-                                       " bits, " + std::to_string(tensor->dtype.lanes) + " lanes");
+    view.dtype = required_dtype(op_, arg, tensor->dtype,
+                                "float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int8, uint8, int32, int64 or bool");
     if (tensor->ndim < 0 || tensor->ndim > quire::kMaxRank) fail_value(op_, arg, "a rank of 0 to 8", std::to_string(tensor->ndim));
     if (tensor->ndim > 0 && tensor->shape == nullptr) fail_value(op_, arg, "a shape", "null");
-    view.dtype = *dtype;
     view.device = device_of(op_, arg, tensor->device.device_type, tensor->device.device_id);
     view.ndim = tensor->ndim;
     std::int64_t numel = 1;
@@ -136,7 +141,7 @@ class Views {
 
  private:
   const char* op_;
-  TensorView views_[20];
+  TensorView views_[20];  // shared_prefix_attention has the most, 17
   std::size_t count_ = 0;
 };
 
@@ -192,15 +197,6 @@ AttentionOptions options_of(const char* op, const QuireAttentionOptions* given, 
   return options;
 }
 
-DType required_dtype(const char* op, const char* arg, QuireDataType type) {
-  const std::optional<DType> dtype = dtype_of(type);
-  if (!dtype)
-    quire::Check(op).fail_dtype(arg, "a dtype of the library",
-                                "DLPack type code " + std::to_string(type.code) + ", " + std::to_string(type.bits) + " bits, " +
-                                    std::to_string(type.lanes) + " lanes");
-  return *dtype;
-}
-
 WeightEncoding encoding_of(const char* op, int encoding) {
   switch (encoding) {
     case QUIRE_WEIGHT_AWQ: return WeightEncoding::kAwq;
@@ -222,7 +218,7 @@ WeightFormat format_of(const char* op, const QuireWeightFormat* given) {
   format.bits = given->bits;
   format.group_size = given->group_size;
   format.num_rows = given->num_rows;
-  format.scale_dtype = required_dtype(op, "scale_dtype", given->scale_dtype);
+  format.scale_dtype = required_dtype(op, "scale_dtype", given->scale_dtype, "a dtype of the library");
   format.has_zeros = given->has_zeros != 0;
   return format;
 }
@@ -589,9 +585,9 @@ int quire_quantized_matmul_workspace_size(int64_t num_tokens, const QuireWeightF
   const char* const op = "quantized_matmul_workspace_size";
   return guarded([&] {
     require_result(op, num_bytes);
-    *num_bytes =
-        quire::quantized_matmul_workspace_size(num_tokens, format_of(op, format), has_permutation != 0, required_dtype(op, "dtype", dtype),
-                                               {batch_invariant != 0}, device_of(op, "device", device_type, device_id));
+    *num_bytes = quire::quantized_matmul_workspace_size(num_tokens, format_of(op, format), has_permutation != 0,
+                                                        required_dtype(op, "dtype", dtype, "a dtype of the library"),
+                                                        {batch_invariant != 0}, device_of(op, "device", device_type, device_id));
   });
 }
 
@@ -613,8 +609,9 @@ int quire_scaled_matmul_workspace_size(int64_t m, int64_t n, int64_t k, QuireDat
   const char* const op = "scaled_matmul_workspace_size";
   return guarded([&] {
     require_result(op, num_bytes);
-    *num_bytes = quire::scaled_matmul_workspace_size(m, n, k, required_dtype(op, "dtype", dtype), has_blocks != 0, computes_sums != 0,
-                                                     {batch_invariant != 0}, device_of(op, "device", device_type, device_id));
+    *num_bytes =
+        quire::scaled_matmul_workspace_size(m, n, k, required_dtype(op, "dtype", dtype, "a dtype of the library"), has_blocks != 0,
+                                            computes_sums != 0, {batch_invariant != 0}, device_of(op, "device", device_type, device_id));
   });
 }
 

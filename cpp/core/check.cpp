@@ -20,12 +20,6 @@ std::string shape_text(const std::int64_t* shape, std::size_t ndim) {
   return text + "]";
 }
 
-std::string strides_text(const TensorView& t) {
-  std::string strides = "[";
-  for (int i = 0; i < t.ndim; ++i) strides += (i > 0 ? ", " : "") + std::to_string(t.stride(i));
-  return "strides " + strides + "] for shape " + shape_text(t.shape.data(), static_cast<std::size_t>(t.ndim));
-}
-
 std::string message(const char* op, const char* arg, const std::string& expected, const std::string& got) {
   return std::string("[") + op + "] " + arg + ": expected " + expected + ", got " + got;
 }
@@ -72,6 +66,12 @@ void throw_unsupported_dtype(const char* op, DType dtype, const char* supported)
 
 std::string describe(Device device) {
   return device.type == DeviceType::kCPU ? std::string("cpu") : "cuda:" + std::to_string(device.index);
+}
+
+std::string describe_strides(const TensorView& t) {
+  std::string strides = "[";
+  for (int i = 0; i < t.ndim; ++i) strides += (i > 0 ? ", " : "") + std::to_string(t.stride(i));
+  return "strides " + strides + "] for shape " + shape_text(t.shape.data(), static_cast<std::size_t>(t.ndim));
 }
 
 std::string describe(const TensorView& t) {
@@ -145,14 +145,14 @@ void Check::device(const TensorView& t, const char* arg, Device device, const ch
 
 void Check::inner_contiguous(const TensorView& t, const char* arg) const {
   if (t.ndim > 0 && t.size(-1) > 1 && t.stride(-1) != 1 && t.numel() > 0)
-    fail_value(arg, "stride 1 in the last dimension", strides_text(t));
+    fail_value(arg, "stride 1 in the last dimension", describe_strides(t));
 }
 
 void Check::contiguous(const TensorView& t, const char* arg) const {
   if (t.numel() == 0) return;
   std::int64_t stride = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
-    if (t.size(i) > 1 && t.stride(i) != stride) fail_value(arg, "a contiguous tensor", strides_text(t));
+    if (t.size(i) > 1 && t.stride(i) != stride) fail_value(arg, "a contiguous tensor", describe_strides(t));
     stride *= t.size(i);
   }
 }
@@ -169,7 +169,7 @@ void Check::writable(const TensorView& t, const char* arg) const {
   if (t.read_only) fail_value(arg, "a writable tensor", "a read-only one");
   accessible(t, arg);
   if (t.numel() > 0 && overlaps_itself(t))
-    fail_value(arg, "an output whose elements do not share memory (positive strides, no broadcast)", strides_text(t));
+    fail_value(arg, "an output whose elements do not share memory (positive strides, no broadcast)", describe_strides(t));
 }
 
 void Check::disjoint(const TensorView& a, const char* a_arg, const TensorView& b, const char* b_arg, bool same_is_fine) const {

@@ -16,6 +16,8 @@ namespace quire {
 /// "float32 [4, 12]", "int64 [3] on cuda:0": a tensor as messages show it.
 std::string describe(const TensorView& t);
 std::string describe(Device device);
+/// "strides [24, 2] for shape [4, 12]".
+std::string describe_strides(const TensorView& t);
 
 /// An extent that a shape check leaves open.
 inline constexpr std::int64_t kAny = -1;

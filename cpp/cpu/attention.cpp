@@ -420,11 +420,12 @@ void merge_attention(const MergeParams& params) {
       for (std::int64_t row = begin; row < end; ++row) {
         const std::int64_t token = row / p.num_heads, head = row % p.num_heads;
         const float lse_a = p.lse_a[row], lse_b = p.lse_b[row];
-        const float max = std::max(lse_a, lse_b);
-        float lse = max, weight_a = 0.0f, weight_b = 0.0f;
-        if (max != -kInfinity) {
-          weight_a = std::exp(lse_a - max);
-          weight_b = std::exp(lse_b - max);
+        const bool has_a = lse_a != -kInfinity, has_b = lse_b != -kInfinity;  // NaN has keys
+        float lse = -kInfinity, weight_a = 0.0f, weight_b = 0.0f;
+        if (has_a || has_b) {
+          const float max = std::fmax(lse_a, lse_b);
+          weight_a = has_a ? std::exp(lse_a - max) : 0.0f;
+          weight_b = has_b ? std::exp(lse_b - max) : 0.0f;
           const float sum = weight_a + weight_b;
           lse = max + std::log(sum);
           weight_a /= sum;
@@ -435,8 +436,8 @@ void merge_attention(const MergeParams& params) {
         T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
         // A side without keys is selected away: whatever its output holds must not matter.
         for (std::int64_t i = 0; i < p.head_dim; ++i) {
-          const float from_a = lse_a == -kInfinity ? 0.0f : weight_a * to_float(a[i]);
-          const float from_b = lse_b == -kInfinity ? 0.0f : weight_b * to_float(b[i]);
+          const float from_a = has_a ? weight_a * to_float(a[i]) : 0.0f;
+          const float from_b = has_b ? weight_b * to_float(b[i]) : 0.0f;
           out[i] = from_float<T>(from_a + from_b);
         }
         if (p.out_lse) p.out_lse[row] = lse;

@@ -69,10 +69,11 @@ class HeadPass {
     return (p.norm.q_weight == nullptr ? 0 : wide_floats(p)) + ceil_div(p.kv.num_kv_heads * p.rotary.head_dim, kLine) * kLine + kLine;
   }
 
-  /// from -> to, which may be one: normalised and rotated with the table's row, or copied where that is null.
-  void turn(Heads to, Heads from, std::int64_t num_heads, const NormWeight& weight, const void* table_row) {
+  /// from -> to, which may be one: normalised and rotated with the table's row, or copied where the position is not `known`. A table
+  /// without columns may have no address.
+  void turn(Heads to, Heads from, std::int64_t num_heads, const NormWeight& weight, bool known, const void* table_row) {
     if (num_heads == 0) return;
-    if (table_row == nullptr) {
+    if (!known) {
       if (to.data != from.data) convert(to, r_.dtype, from, r_.dtype, num_heads, nullptr, 0);
       return;
     }
@@ -147,7 +148,7 @@ void rope(const RopeParams& p) {
           if (!known && position != -1) record_cpu_error(p.op, ArgId::kPositions, token, position);
           const void* table_row = known ? static_cast<const char*>(r.cos_sin_cache) + position * table_row_bytes : nullptr;
           const Heads q = heads_at(r.q, token, r.q_token_stride, r.q_head_stride);
-          pass.turn(q, q, r.num_heads, q_weight, table_row);
+          pass.turn(q, q, r.num_heads, q_weight, known, table_row);
           if (kv.k == nullptr) continue;
 
           std::int64_t slot = writes ? slots[token * kv.slot_stride] : -1;
@@ -159,7 +160,7 @@ void rope(const RopeParams& p) {
           const Heads k = heads_at(kv.k, token, kv.k_token_stride, kv.k_head_stride);
           const Heads rotated = r.k == nullptr ? pass.keys() : heads_at(r.k, token, r.k_token_stride, r.k_head_stride);
           if (r.k == nullptr && slot < 0) continue;
-          pass.turn(rotated, k, kv.num_kv_heads, k_weight, table_row);
+          pass.turn(rotated, k, kv.num_kv_heads, k_weight, known, table_row);
           if (slot < 0) continue;
           const std::int64_t block = slot / kv.block_size, offset = slot % kv.block_size;
           const auto at_slot = [&](void* cache, std::int64_t block_stride, std::int64_t slot_stride, std::int64_t head_stride) {

@@ -15,6 +15,9 @@ namespace quire::cpu {
 /// Fewer elements than this are not worth waking a thread for, where little is computed with each.
 inline constexpr std::int64_t kGrainElements = 32768;
 
+/// A size of containers and of memory.
+inline std::size_t count(std::int64_t n) { return static_cast<std::size_t>(n); }
+
 /// A dtype's place in a table of kernels.
 inline std::size_t index(DType dtype) { return static_cast<std::size_t>(dtype); }
 

@@ -180,7 +180,7 @@ void check_workspace(const Check& check, const TensorView* workspace, std::int64
   check.writable(*workspace, "workspace");
   if (workspace->numel() < num_bytes) check.fail_value("workspace", expected, describe(*workspace));
   if (reinterpret_cast<std::uintptr_t>(workspace->data) % 16 != 0)
-    check.fail_value("workspace", "a 16-byte aligned address", "another one");
+    check.fail_value("workspace", "a 16-byte aligned address", std::to_string(reinterpret_cast<std::uintptr_t>(workspace->data)));
   check.disjoint(*workspace, "workspace", q, "q", false);
   check.disjoint(*workspace, "workspace", out, "out", false);
   params.workspace = workspace->data;

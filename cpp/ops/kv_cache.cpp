@@ -42,7 +42,7 @@ BlockShape block_shape(const Check& check, const TensorView& t, const char* arg)
   shape.segment_stride_bytes = span * item_bytes;
   for (; at < count; ++at) {
     if (t.stride(order[at]) != span)
-      check.fail_value(arg, "blocks that are contiguous, or contiguous rows at one distance", "other strides");
+      check.fail_value(arg, "blocks that are contiguous, or contiguous rows at one distance", describe_strides(t));
     shape.num_segments *= t.size(order[at]);
     span *= t.size(order[at]);
   }
@@ -230,7 +230,7 @@ void swap_blocks(const TensorView& dst, const TensorView& src, const TensorView&
   if (num_pairs == 0 || dst.numel() == 0 || src.numel() == 0) return;
 
   if (!same_block_order(dst, src))
-    check.fail_value("src", "strides in the order of dst's", "another order of dimensions; permute one of them");
+    check.fail_value("src", "strides in the order of dst's", describe_strides(src) + "; permute one of them");
   const BlockShape to = block_shape(check, dst, "dst"), from = block_shape(check, src, "src");
   const std::int64_t item_bytes = itemsize(dst.dtype);
   const std::int64_t dst_stride = dst.stride(0) * item_bytes, src_stride = src.stride(0) * item_bytes;
@@ -238,7 +238,7 @@ void swap_blocks(const TensorView& dst, const TensorView& src, const TensorView&
   const bool dense = to.num_segments == 1 && from.num_segments == 1;
   const std::int64_t segment_bytes = to.segment_bytes < from.segment_bytes ? to.segment_bytes : from.segment_bytes;
   if (to.segment_bytes % segment_bytes != 0 || from.segment_bytes % segment_bytes != 0)
-    check.fail_value("src", "a block layout that is made of the same rows as dst's", "strides that do not match");
+    check.fail_value("src", "a block layout that is made of the same rows as dst's", describe_strides(src));
   const Device cuda_device = dst.device.type == DeviceType::kCUDA ? dst.device : src.device;
 
   // One run of adjacent pairs is one strided transfer of `height` rows of `width` bytes.
@@ -268,7 +268,7 @@ void swap_blocks(const TensorView& dst, const TensorView& src, const TensorView&
     const std::int64_t to_pitch = to.num_segments > 1 ? to.segment_stride_bytes : segment_bytes;
     const std::int64_t from_pitch = from.num_segments > 1 ? from.segment_stride_bytes : segment_bytes;
     if (to.num_segments > 1 && from.num_segments > 1 && to.segment_bytes != from.segment_bytes)
-      check.fail_value("src", "a block layout like dst's", "rows of another length");
+      check.fail_value("src", "a block layout like dst's", describe_strides(src));
     for (std::int64_t i = 0; i < num_blocks; ++i)
       copy(to_data + i * dst_stride, to_pitch, from_data + i * src_stride, from_pitch, segment_bytes, block_bytes / segment_bytes);
   };

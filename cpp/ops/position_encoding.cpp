@@ -147,6 +147,8 @@ void rope_and_write_kv(const TensorView& positions, const TensorView& q, const T
   check.shape(k, "k", {params.rotary.num_tokens, kAny, params.rotary.head_dim});
   check.device(k, "k", q.device, "q");
   params.kv = check_kv(check, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
+  // A cache without blocks may have no address, and backends take a null pointer for no cache. No slot of it is written.
+  if (params.kv.k_cache == nullptr) params.kv.k_cache = k.data;
   check_kv_writes(check, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
   if ((q_weight == nullptr) != (k_weight == nullptr))
     check.fail_value(q_weight == nullptr ? "q_weight" : "k_weight", "both weights or neither", "none");

@@ -84,8 +84,10 @@ void check_scales(const Check& check, const TensorView& t, const char* arg, DTyp
   }
   TensorView expected = like;
   expected.dtype = dtype;
+  const std::int64_t width = like.size(-1);
+  // A group of more than the row has is the row; the sum in ceil_div must not overflow.
   expected.shape[static_cast<std::size_t>(like.ndim - 1)] =
-      granularity == ScaleGranularity::kToken ? 1 : ceil_div(like.size(-1), group_size);
+      granularity == ScaleGranularity::kToken ? 1 : ceil_div(width, std::min(group_size, std::max<std::int64_t>(width, 1)));
   if (t.ndim != like.ndim || !std::equal(t.shape.begin(), t.shape.begin() + t.ndim, expected.shape.begin()))
     check.fail_value(arg, describe(expected), describe(t));
   check.accessible(t, arg);
@@ -199,6 +201,8 @@ void dequantize_blocks(const TensorView& out, const TensorView& w, const TensorV
   check.writable(out, "out");
   check.disjoint(out, "out", w, "q", false);
   if (block_rows < 1 || block_columns < 1) check.fail_value("block", "extents of 1 or more", list({block_rows, block_columns}));
+  block_rows = std::min(block_rows, std::max<std::int64_t>(w.size(0), 1));
+  block_columns = std::min(block_columns, std::max<std::int64_t>(w.size(1), 1));
   check.dtype(scales, "scales", {DType::kFloat32});
   check.shape(scales, "scales", {ceil_div(w.size(0), block_rows), ceil_div(w.size(1), block_columns)});
   check.device(scales, "scales", w.device, "q");
@@ -256,7 +260,8 @@ PackedParams check_packed(const Check& check, const PackedWeight& weight) {
   check.accessible(weight.data, "weight");
   const std::int64_t num_bytes = size_on(check, f, weight.data.device);
   if (weight.data.numel() != num_bytes) check.fail_value("weight", "uint8 [" + std::to_string(num_bytes) + "]", describe(weight.data));
-  if (reinterpret_cast<std::uintptr_t>(weight.data.data) % 16 != 0) check.fail_value("weight", "a 16-byte aligned address", "another one");
+  const auto address = reinterpret_cast<std::uintptr_t>(weight.data.data);
+  if (address % 16 != 0) check.fail_value("weight", "a 16-byte aligned address", std::to_string(address));
   PackedParams params;
   params.data = weight.data.data;
   params.format = f;
@@ -452,7 +457,7 @@ std::int64_t check_rows(const Check& check, const TensorView& t, const char* arg
   for (int i = t.ndim - 2; i >= 0; --i) {
     const std::int64_t extent = t.size(i);
     if (extent != 1 && num_rows > 1 && extent > 0 && t.stride(i) != span)
-      check.fail_value(arg, "leading dimensions that fold into one", "strides that do not");
+      check.fail_value(arg, "leading dimensions that fold into one", describe_strides(t));
     if (extent != 1) {
       if (num_rows == 1) stride = t.stride(i);
       span = t.stride(i) * extent;
@@ -484,7 +489,7 @@ void* check_workspace(const Check& check, const TensorView* workspace, std::int6
   check.writable(*workspace, "workspace");
   if (workspace->numel() < num_bytes) check.fail_value("workspace", expected, describe(*workspace));
   if (reinterpret_cast<std::uintptr_t>(workspace->data) % 16 != 0)
-    check.fail_value("workspace", "a 16-byte aligned address", "another one");
+    check.fail_value("workspace", "a 16-byte aligned address", std::to_string(reinterpret_cast<std::uintptr_t>(workspace->data)));
   for (const auto& [t, arg] : others)
     if (t != nullptr) check.disjoint(*workspace, "workspace", *t, arg, false);
   return workspace->data;

@@ -1,4 +1,4 @@
-"""mkdocs hooks: the package with its stub for the API pages, and the notes of docs/design and docs/concepts in the navigation.
+"""mkdocs hook: the package with its stub, from which the API pages are made.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -15,16 +15,6 @@ from package_tree import copy_tree  # noqa: E402
 
 @event_priority(100)  # before mkdocstrings looks for the folder
 def on_config(config):
-    """Copies the package and completes the navigation with the pages that these folders hold."""
+    """Copies the package."""
     copy_tree(ROOT / "build" / "docs")
-    docs = Path(config.docs_dir)
-    for section in config.nav:
-        for pages in section.values():
-            index = pages[0] if isinstance(pages, list) else ""
-            if index in ("design/index.md", "concepts/index.md"):
-                pages += sorted(
-                    str(path.relative_to(docs))
-                    for path in (docs / index).parent.glob("*.md")
-                    if path.name != "index.md"
-                )
     return config

@@ -149,6 +149,8 @@ def quantize(
             zero_point = None if symmetric else empty(x, wanted, "int32")
     elif computes:
         q, scale, zero_point = split_out(op, out, symmetric)
+    if not hasattr(q, "dtype"):
+        raise TypeError(f"[{op}] out: expected a {dtype} tensor, got {type(q).__qualname__}")
     if dtype_name(q.dtype) != dtype:
         raise TypeError(f"[{op}] out: expected {dtype}, got {dtype_name(q.dtype)}")
     bound = float("inf") if scale_ub is None else scale_ub

@@ -180,7 +180,8 @@ def paged_attention(
             anything.
         seq_lens: int32 ``[num_seqs]``: keys of each sequence, those of its queries included.
         query_start_loc: int32 ``[num_seqs + 1]``: sequence ``s`` has the queries ``[query_start_loc[s], query_start_loc[s + 1])``.
-            None: decode, one query for each sequence.
+            None: decode, one query for each sequence. Rows of q before the first and behind the last entry belong to no sequence, as
+            in a padded batch: their rows of ``out`` and lse are not written, and of a new ``out`` hold anything.
         scale: Default ``1 / sqrt(head_dim)``.
         causal: Whether keys after a query's position are hidden.
         window: ``(left, right)`` in tokens, negative for no limit; an int is ``left``.

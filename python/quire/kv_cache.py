@@ -254,6 +254,8 @@ class KVCache:
         num_bytes: int, num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: object
     ) -> int:
         """The most blocks that a cache of at most ``num_bytes`` can have; 0 if not even one fits."""
+        if not hasattr(num_bytes, "__index__"):
+            raise TypeError(f"[KVCache] num_bytes: expected an integer, got {type(num_bytes).__name__}")
         return max(0, operator.index(num_bytes)) // KVCache.num_bytes(
             num_layers, 1, block_size, num_kv_heads, head_dim, dtype
         )

@@ -145,7 +145,12 @@ class KVBlocks:
         Raises:
             ValueError: The buffer is truncated, too long, altered in its header, or something else altogether.
         """
-        data = np.frombuffer(buffer, np.uint8)
+        try:
+            data = np.frombuffer(buffer, np.uint8)
+        except (TypeError, ValueError, BufferError) as error:
+            raise TypeError(
+                f"[KVBlocks] buffer: expected contiguous bytes on the host, got {type(buffer).__qualname__} ({error})"
+            ) from None
         if data.size >= _FIXED.size and bytes(data[:8]) == _MAGIC:
             (header_bytes,) = struct.unpack("<I", data[12:16].tobytes())
             return KVBlocks.from_parts(data[:header_bytes].tobytes(), data[header_bytes:])
@@ -244,6 +249,11 @@ def _heads(tensor: Array, start: int, count: int) -> Array:
 
 def _head_range(op: str, cache: KVCache, head_start: int, total_kv_heads: int | None) -> int:
     total = cache.num_kv_heads if total_kv_heads is None else total_kv_heads
+    for arg, value in (("head_start", head_start), ("total_kv_heads", total)):
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"[{op}] {arg}: expected an integer, got {type(value).__qualname__}")
+    if total >= 2**31:  # the header has 32 bits for it
+        raise ValueError(f"[{op}] total_kv_heads: expected fewer than 2**31, got {total}")
     if head_start < 0 or head_start + cache.num_kv_heads > total:
         raise ValueError(
             f"[{op}] head_start: expected {cache.num_kv_heads} heads within the model's {total}, got {head_start} to "
@@ -260,6 +270,7 @@ def _integers(op: str, arg: str, values: Sequence[int]) -> list[int]:
 
 
 def _ids(op: str, values: Sequence[int]) -> list[int]:
+    """Block ids of at most 64 bits; swap_blocks checks them against the caches."""
     ids = _integers(op, "block_ids", values)
     for block in ids:
         if not 0 <= block < 2**63:
@@ -267,8 +278,8 @@ def _ids(op: str, values: Sequence[int]) -> list[int]:
     return ids
 
 
-def _pairs(op: str, sources: Sequence[int], destinations: Sequence[int]) -> Any:
-    pairs = np.array([_ids(op, sources), _ids(op, destinations)], np.int64).reshape(2, -1)
+def _pairs(sources: Sequence[int], destinations: Sequence[int]) -> Any:
+    pairs = np.array([sources, destinations], np.int64).reshape(2, -1)
     return np.ascontiguousarray(pairs.T)
 
 
@@ -285,6 +296,7 @@ def export_blocks(
     """See KVCache.export_blocks."""
     op = "KVCache.export_blocks"
     total = _head_range(op, cache, head_start, total_kv_heads)
+    block_ids = _ids(op, block_ids)
     num_blocks = len(block_ids)
     if keys is not None:
         keys = _integers(op, "keys", keys)
@@ -296,7 +308,7 @@ def export_blocks(
     width = cache.head_dim * _ITEM_BYTES[cache.dtype]
     shape = (cache.num_layers, 2, num_blocks, cache.block_size, cache.num_kv_heads, width)
     payload = _core.empty(shape, "uint8", cache.device if device is None else device, pinned)
-    pairs = _pairs(op, block_ids, range(num_blocks))
+    pairs = _pairs(block_ids, range(num_blocks))
     for layer, kind, piece in _pieces(payload, shape):
         _core.swap_blocks(piece, cache.pool[layer, kind].bytes(), pairs, stream)
     return KVBlocks(_make_header(fields, keys), payload, *fields, None if keys is None else tuple(keys))
@@ -323,6 +335,7 @@ def import_blocks(
     for name, size in own.items():
         if getattr(blocks, name) != size:
             raise ValueError(f"[{op}] blocks: expected {name} {size}, got {getattr(blocks, name)}")
+    block_ids = _ids(op, block_ids)
     if len(block_ids) != blocks.num_blocks:
         raise ValueError(
             f"[{op}] block_ids: expected {blocks.num_blocks}, one for each block, got {len(block_ids)}"
@@ -334,7 +347,7 @@ def import_blocks(
             f"[{op}] blocks: expected some of the heads {head_start} to {head_start + cache.num_kv_heads}, got "
             f"{blocks.head_start} to {blocks.head_start + blocks.num_heads}"
         )
-    pairs = _pairs(op, range(blocks.num_blocks), block_ids)
+    pairs = _pairs(range(blocks.num_blocks), block_ids)
     for layer, kind, piece in _pieces(blocks.payload, blocks._shape()):
         destination = _heads(cache.pool[layer, kind].bytes(), first - head_start, last - first)
         _core.swap_blocks(destination, _heads(piece, first - blocks.head_start, last - first), pairs, stream)

@@ -18,6 +18,8 @@ from quire._allocate import Array, dtype_name, from_numpy, numpy_dtype, shape_of
 
 __all__ = ["qk_norm_rope", "rope_and_write_kv", "rope_cache", "rotary_embedding"]
 
+Style = Literal["neox", "gptj"]
+
 
 def rotary_embedding(
     positions: Array,
@@ -25,7 +27,7 @@ def rotary_embedding(
     k: Array | None,
     cos_sin_cache: Array,
     *,
-    style: Literal["neox", "gptj"] = "neox",
+    style: Style = "neox",
     stream: object = None,
 ) -> tuple[Array, Array | None]:
     """Rotates q and k in place by their positions.
@@ -72,7 +74,7 @@ def qk_norm_rope(
     eps: float = 1e-6,
     *,
     weight_offset: float = 0.0,
-    style: Literal["neox", "gptj"] = "neox",
+    style: Style = "neox",
     stream: object = None,
 ) -> tuple[Array, Array | None]:
     """RMS norm of every head of q and k, then their rotation, in place and in one pass; Qwen3's and Gemma 3's.
@@ -122,7 +124,7 @@ def rope_and_write_kv(
     v_cache: Array,
     slot_mapping: Array,
     *,
-    style: Literal["neox", "gptj"] = "neox",
+    style: Style = "neox",
     k_scale: Array | None = None,
     v_scale: Array | None = None,
     k_out: Array | None = None,
@@ -251,9 +253,13 @@ def rope_cache(
         )
     if max_position < 1:
         raise ValueError(f"[rope_cache] max_position: expected 1 or more, got {max_position}")
+    if max_position * dim >= 2**48:
+        raise ValueError(
+            f"[rope_cache] max_position: expected a table of fewer than 2**48 numbers, got {max_position} rows of {dim}"
+        )
     if not isinstance(theta, numbers.Real):
         raise TypeError(f"[rope_cache] theta: expected a number, got {type(theta).__qualname__}")
-    theta = float(theta)
+    theta = _float(theta)
     if not 0.0 < theta < math.inf:
         raise ValueError(f"[rope_cache] theta: expected a finite number above 0, got {theta}")
     if scaling is not None and not isinstance(scaling, Mapping):
@@ -285,6 +291,13 @@ def _integer(name: str, value: int) -> int:
         raise TypeError(f"[rope_cache] {name}: expected an integer, got {type(value).__qualname__}") from None
 
 
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
+
+
 def _powers(dim: int, base: float) -> np.ndarray[Any, Any]:
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     # The base is a float32 too; its power is rounded once.
@@ -293,12 +306,7 @@ def _powers(dim: int, base: float) -> np.ndarray[Any, Any]:
 
 def _parameter(scaling: dict[str, Any], kind: str, name: str) -> float:
     value = scaling.get(name)
-    if (
-        not isinstance(value, (int, float))
-        or isinstance(value, bool)
-        or not math.isfinite(value)
-        or value <= 0
-    ):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < _float(value) < math.inf:
         raise ValueError(
             f"[rope_cache] scaling: expected {name!r} above 0 for rope_type {kind!r}, got {value!r}"
         )

@@ -93,6 +93,11 @@ def test_bad_options(options, argument):
         BlockAllocator(**({"num_blocks": 8} | options))
 
 
+def test_hash_key_is_an_integer():
+    with pytest.raises(TypeError, match=r"hash_key: expected an int in \[0, 2\*\*128\), got str"):
+        BlockAllocator(8, hash_key="secret")
+
+
 def test_options_are_keywords():
     with pytest.raises(TypeError):
         BlockAllocator(8, 16, 4)
@@ -224,8 +229,8 @@ def test_salts_and_extra_keys():
     assert a.num_cached_tokens(tokens, salt="tenant") == 4
     assert a.num_cached_tokens(tokens) == 0
     assert a.num_cached_tokens(tokens, salt="") == 0
-    for keys in ([5], [(1, 2, 3)], [("a", "b")], [(1, 5)]):
-        with pytest.raises(TypeError):
+    for keys in (5, [5], [(1, 2, 3)], [("a", "b")], [(1, 5)]):
+        with pytest.raises(TypeError, match=r"\[block_allocator\] extra_keys: expected .*, got "):
             a.num_cached_tokens(tokens, extra_keys=keys)
     with pytest.raises(ValueError, match="extra_keys"):
         a.num_cached_tokens(tokens, extra_keys=[(-1, "x")])

@@ -198,6 +198,10 @@ def test_misbehaving_producers():
     ):
         quire.rms_norm(Producer(x, device=(10, 0)), weight, out=out)
 
+    if quire.has_cuda():
+        with pytest.raises(ValueError, match=r"x: expected a CUDA device's index of 0 or more, got -1"):
+            quire.rms_norm(Producer(x, device=(2, -1)), weight, out=out)
+
     class WrongCapsule(Producer):
         def __dlpack__(self, **kwargs):
             return object()

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -445,6 +446,48 @@ def test_peers_from_a_file(
     code, _, err = run(capsys, *arguments)
     assert code == 2
     assert err.count("\n") == 1
+
+
+def test_a_peer_that_takes_too_long_or_fails_is_left_out(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(peers, "_registered", {})
+    path, calls = tmp_path / "peers.py", tmp_path / "calls"
+    calls.write_text("")
+    path.write_text(
+        "import pathlib, subprocess, time\n"
+        "def compile(**_):\n"
+        f"    calls = pathlib.Path({str(calls)!r})\n"
+        "    calls.write_text(calls.read_text() + 'x')\n"
+        "    subprocess.run(['sleep', '60'], check=True)\n"
+        "def broken(**_):\n"
+        "    raise RuntimeError('Ninja build failed.\\nerror: no such header')\n"
+        "def register(add):\n"
+        "    add('silu_and_mul', 'slow to make', compile)\n"
+        "    add('silu_and_mul', 'slow to run', lambda **_: lambda: time.sleep(60))\n"
+        "    add('silu_and_mul', 'broken', broken)\n"
+        "    add('silu_and_mul', 'good', lambda **_: lambda: None)\n"
+    )
+    monkeypatch.setenv("QUIRE_BENCH_PEERS", str(path))
+    arguments = ("bench", "activation", "--quick", "--device", "cpu", "--no-ceilings", "--min-time", "0.001")
+    start = time.perf_counter()
+    code, out, _ = run(
+        capsys, *arguments, "--format", "json", "--case", "^silu_and_mul T", "--peer-limit", "0.2"
+    )
+    assert time.perf_counter() - start < 30
+    assert code == 0
+    found = json.loads(out)
+    assert [
+        set(result["peers"]) & {"good", "broken", "slow to make", "slow to run"}
+        for result in found["results"]
+    ] == [{"good"}] * len(found["results"])
+    assert len(found["results"]) > 1
+    reasons = found["skipped_peers"]
+    assert "took too long" in reasons["silu_and_mul: slow to make"]
+    assert "took too long" in reasons["silu_and_mul: slow to run"]
+    assert reasons["silu_and_mul: broken"] == "RuntimeError: Ninja build failed. error: no such header"
+    assert calls.read_text() == "x"  # not tried again for the next case
 
 
 def test_blocks_as_flashinfer_wants_them() -> None:

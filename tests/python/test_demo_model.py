@@ -231,7 +231,17 @@ def test_config_defaults_and_old_keys() -> None:
         ({"num_key_value_heads": 5}, "no multiple of num_key_value_heads"),
         ({"hidden_act": "relu"}, "unknown activation 'relu'"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a positive number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps: expected a positive number"),
         ({"rope_parameters": [1]}, "rope_scaling: expected an object"),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "max_window_layers": "1",
+            },
+            "max_window_layers: expected an integer, got '1'",
+        ),
     ],
 )
 def test_config_mistakes_are_named(change: dict[str, Any], message: str) -> None:
@@ -290,6 +300,19 @@ def test_checkpoint_index_stays_in_its_directory(shard: str, tmp_path: Path) -> 
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
     with pytest.raises(DemoError, match="no plain file name"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["a\0b", "\ud800"])
+def test_checkpoint_index_names_a_file(shard: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+    with pytest.raises(DemoError, match=r"x00b|ud800"):
+        Checkpoint(tmp_path)
+
+
+def test_json_of_thousands_of_digits(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": ' + "9" * 5000 + "}")
+    with pytest.raises(DemoError):
+        read_config(tmp_path)
 
 
 def test_embedded_model_is_small_and_complete() -> None:

@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 import ctypes
 import functools
+import inspect
 import os
 import re
 import shutil
@@ -781,6 +782,20 @@ def test_every_op_is_there():
     """But for the copy between host and device, which is JAX's own."""
     assert set(quire.jax.__all__) == ops_of_families() - {"swap_blocks"}
     assert {case[0] for case in CASES} | WITHOUT_CASES == set(quire.jax.__all__)
+
+
+def test_arguments_are_quires():
+    """The same names, in the same order, with the same defaults and types, less what XLA sees to."""
+    xlas = {"out", "out_lse", "k_out", "workspace", "validate", "variant", "stream"}
+    refused = {"shared_prefix_attention": {"window", "alibi_slopes"}}
+    instead = {"gather_kv": {"dtype"}, "rope_and_write_kv": {"return_k"}}  # of an output
+    for name in quire.jax.__all__:
+        quires = inspect.signature(getattr(quire, name)).parameters
+        own = inspect.signature(getattr(quire.jax, name)).parameters
+        left_out = xlas | refused.get(name, set())
+        assert [p for key, p in own.items() if key not in instead.get(name, ())] == [
+            p for key, p in quires.items() if key not in left_out
+        ], name
 
 
 def test_importing_quire_imports_no_jax():

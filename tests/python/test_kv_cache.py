@@ -434,6 +434,8 @@ def test_kv_cache_sizes():
     assert quire.KVCache.num_bytes(2, 10, 16, 8, 128, "bfloat16") == 2 * 2 * 10 * 16 * 8 * 128 * 2
     assert quire.KVCache.num_blocks_for(10**6, 2, 16, 8, 128, "int8") == 10**6 // (2 * 2 * 16 * 8 * 128)
     assert quire.KVCache.num_blocks_for(10, 2, 16, 8, 128, "int8") == 0
+    with pytest.raises(TypeError, match=r"\[KVCache\] num_bytes: expected an integer, got float"):
+        quire.KVCache.num_blocks_for(1e6, 2, 16, 8, 128, "int8")
     cache = quire.KVCache(2, 10, 16, 8, 128, np.float16)
     assert (cache.num_layers, cache.num_blocks, cache.block_size, cache.num_kv_heads, cache.head_dim) == (
         2,

@@ -270,6 +270,18 @@ def test_refusals():
         cache.export_blocks([0], keys=[1, 2])
     with pytest.raises(ValueError, match="keys"):
         cache.export_blocks([0], keys=[2**128])
+    for name in ("head_start", "total_kv_heads"):
+        with pytest.raises(TypeError, match=rf"export_blocks\] {name}: expected an integer, got float"):
+            cache.export_blocks([0], **{name: 4.0})
+    with pytest.raises(ValueError, match=r"total_kv_heads: expected fewer than 2\*\*31"):
+        cache.export_blocks([0], total_kv_heads=2**31)
+    with pytest.raises(TypeError, match="block_ids: expected integers, got NoneType"):
+        cache.import_blocks(blocks, None)
+    for bad in (None, "text", np.zeros(9, np.uint8)[::2]):
+        with pytest.raises(
+            TypeError, match=r"\[KVBlocks\] buffer: expected contiguous bytes on the host, got"
+        ):
+            cache.import_blocks(bad, [0, 1])
     np.testing.assert_array_equal(host(cache), values)
     empty = cache.export_blocks([])
     assert cache.import_blocks(empty.to_bytes(), []) == (0, HEADS)

@@ -232,6 +232,36 @@ def test_norm_rope_skips(backend, rng):
             quire.check_errors(backend.device)
 
 
+@pytest.mark.parametrize("address", ["an address", "no address"])
+def test_norm_without_rotation(rng, torch, address):
+    """A table without columns rotates nothing, and the norm is there all the same. torch's have no address."""
+    q, k, weight = (draw(rng, shape, "float32") for shape in ((3, 2, 16), (3, 1, 16), (16,)))
+    table = torch.empty(4, 0) if address == "no address" else np.zeros((4, 2), np.float32)[:, 2:]
+    positions = np.array([0, -1, 3])
+    got_q, got_k, cache = q.copy(), k.copy(), np.zeros((2, 2, 2, 1, 16), np.float32)
+    quire.qk_norm_rope(positions, got_q, got_k, weight, weight, table)
+    for got, x in ((got_q, q), (got_k, k)):
+        normed = quire.rms_norm(x, weight)
+        normed[1] = x[1]
+        np.testing.assert_allclose(got, normed, rtol=1e-6)
+    quire.rope_and_write_kv(
+        positions, q, k, k, table, cache[0], cache[1], np.arange(3), q_weight=weight, k_weight=weight
+    )
+    np.testing.assert_array_equal(q, got_q)
+    np.testing.assert_array_equal(cache[0].reshape(4, 1, 16)[:3], got_k)
+
+
+def test_slots_of_a_cache_without_blocks(rng, torch):
+    """torch's tensors without elements have no address; the slot is out of range all the same."""
+    q, k = draw(rng, (1, 2, 16), "float32"), draw(rng, (1, 1, 16), "float32")
+    cache = torch.empty(0, 4, 1, 16)
+    quire.rope_and_write_kv(
+        np.array([1]), q, k, k, quire.rope_cache(16, 4), cache, cache.clone(), np.array([3])
+    )
+    with pytest.raises(IndexError, match=r"slot_mapping: expected a value in range .* got 3"):
+        quire.check_errors("cpu")
+
+
 def test_norm_rope_refuses():
     positions, q, table = np.zeros(2, np.int32), np.zeros((2, 1, 8), np.float32), quire.rope_cache(8, 4)
     weight = np.ones(8, np.float32)
@@ -752,6 +782,9 @@ def test_rope_cache_in_a_framework(framework):
             {"scaling": {"rope_type": "ntk"}},
             "expected rope_type default, linear, dynamic, yarn, longrope or llama3, got 'ntk'",
         ),
+        ({"theta": 10**400}, "theta: expected a finite number above 0, got inf"),
+        ({"scaling": {"rope_type": "linear", "factor": 10**400}}, "expected 'factor' above 0"),
+        ({"max_position": 2**63}, "max_position: expected a table of fewer than"),
         ({"scaling": {"rope_type": "linear"}}, "expected 'factor' above 0 for rope_type 'linear', got None"),
         ({"scaling": {"rope_type": "yarn", "factor": 2.0}}, "'original_max_position_embeddings' above 0"),
         (

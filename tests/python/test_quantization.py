@@ -1137,6 +1137,38 @@ def test_streams_of_constructors_are_checked(backend, rng):
             make("fast")
 
 
+@pytest.mark.parametrize("group_size", [2**62, 2**63 - 2, 2**63 - 1])
+def test_groups_of_any_size(group_size):
+    """A group larger than the row is the row, up to the ends of 64 bits: no scale, or two, are a mistake."""
+    x = np.linspace(-1, 1, 512, dtype=np.float32).reshape(2, 256)
+    options = {"granularity": "group", "group_size": group_size}
+    for op, back in (
+        (quire.quantize_fp8, quire.dequantize_fp8),
+        (quire.quantize_int8, quire.dequantize_int8),
+    ):
+        codes, scale = op(x, **options)
+        assert scale.shape == (2, 1)
+        np.testing.assert_array_equal(codes.view(np.uint8), op(x, granularity="token")[0].view(np.uint8))
+        np.testing.assert_allclose(back(codes, scale, **options), x, atol=0.05)
+        for groups in (0, 2):
+            wrong = np.zeros((2, groups), np.float32)
+            for call in (
+                lambda: op(x, out=(codes, wrong), **options),  # noqa: B023
+                lambda: op(x, scale=wrong, **options),  # noqa: B023
+                lambda: back(codes, wrong, **options),  # noqa: B023
+            ):
+                with pytest.raises(ValueError, match=r"scales: expected float32 \[2, 1\], got float32 \[2, "):
+                    call()
+
+
+def test_out_that_is_no_tensor():
+    x = np.ones((2, 8), np.float32)
+    for op in (quire.quantize_fp8, quire.quantize_int8):
+        for bad in ("text", None, 3):
+            with pytest.raises(TypeError, match=r"\[quantize_.*\] out: expected a .* tensor, got "):
+                op(x, out=(bad, np.ones(1, np.float32)))
+
+
 def test_overlap_is_refused():
     pool = np.zeros((3, 64), np.float16)
     w = PackedWeight.quantize(np.eye(64, dtype=np.float32), "w4a16", 32)

@@ -23,9 +23,9 @@ from typing import Any
 import frameworks
 import numpy as np
 import pytest
+from attention_batch import Batch, prefixed
 from frameworks import as_float64, np_dtype
 from reference import norm as reference
-from test_attention import Batch, prefixed
 from tolerances import assert_close
 
 import quire

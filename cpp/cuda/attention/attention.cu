@@ -12,8 +12,8 @@
 #include "cuda/attention/config.h"
 #include "cuda/attention/launch.h"
 #include "cuda/attention/plan.cuh"
+#include "cuda/device_code.h"
 #include "cuda/launch.h"
-#include "cuda/once_per_device.h"
 #include "ops/attention.h"
 
 namespace quire::cuda {
@@ -33,6 +33,9 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   const std::int64_t q_bytes = params.float8_queries ? 1 : itemsize(params.dtype), out_bytes = itemsize(params.dtype);
   Plan plan{};
   plan.params = params;
+  // The tensor cores' kernels have tanh by 1 - 2 / (e^2x + 1), off by about softcap * 2^-22. Beyond this cap that is more than what the
+  // cap takes from a score below 70.
+  if (config.variant != Variant::kSimt && params.softcap > 8192.0f) plan.params.softcap = 0.0f;
   if (config.pairing != Pairing::kNone) {
     plan.params.num_kv_heads /= 2;
     plan.params.k_head_stride *= 2;
@@ -72,6 +75,7 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   }
   plan.num_tiles = static_cast<int>(config.num_tiles);
   plan.tiles_per_seq = static_cast<int>(config.tiles_per_seq);
+  plan.tiles_of_each_seq = Divisor::make(std::max<std::int64_t>(config.tiles_per_seq, 1));
   plan.key_capacity = static_cast<int>(key_capacity(params));
   plan.kv_alignment = common_alignment({address(params.k), address(params.v), params.k_block_stride * kv_bytes,
                                         params.k_token_stride * kv_bytes, params.k_head_stride * kv_bytes, params.v_block_stride * kv_bytes,
@@ -97,20 +101,10 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
   return plan;
 }
 
-/// Whether the machine code in use for the combine kernel waits for its predecessor by itself. Code made from sm_80 PTX does not, on
-/// whatever device.
-bool combine_waits() {
-  return known_of_device([] {
-    cudaFuncAttributes attributes{};
-    QUIRE_CUDA_CHECK(cudaFuncGetAttributes(&attributes, attention_combine_kernel));
-    return attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
-  });
-}
-
 /// Counters for the CTAs of a launch, zero between launches. Launches that may run at once have different workspaces, as everything that
 /// they write there is theirs alone: each workspace has counters of its own.
 unsigned* counters_of(const void* workspace) {
-  constexpr int kPerAllocation = 256, kEach = kMaxCtas + 32;  // and one for tickets (next_tile)
+  constexpr int kPerAllocation = 256, kEach = kMaxCtas + 32;  // and one for tickets (next_tile, WgmmaScheduler)
   struct Counters {
     std::unordered_map<const void*, unsigned*> of;
     unsigned* next = nullptr;
@@ -135,10 +129,6 @@ unsigned* counters_of(const void* workspace) {
   return mine;
 }
 
-bool has_wgmma(const DeviceProperties& device) {
-  return device.compute_capability == 90 && known_of_device([] { return has_wgmma_code(); });
-}
-
 void launch_combine(const Plan& plan, dim3 grid, Stream stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
@@ -148,7 +138,7 @@ void launch_combine(const Plan& plan, dim3 grid, Stream stream) {
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
-  config.numAttrs = combine_waits() ? 1 : 0;
+  config.numAttrs = has_dependent_launch_code() ? 1 : 0;
   QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, attention_combine_kernel, plan));
   QUIRE_CHECK_LAUNCH("attention_combine_kernel", stream);
 }
@@ -169,6 +159,7 @@ void launch(const AttentionParams& params, const Config& config, Stream stream) 
     });
   }
   if (config.variant == Variant::kWgmma) {
+    plan.counters = counters_of(params.workspace);
     const auto launch = [&]<DType kQ, bool kNarrowKv>() {
       if constexpr (!kNarrowKv) {
         if (config.head_dim_bucket == 96) return launch_wgmma<kQ, false, 96>(plan, config, stream);
@@ -370,7 +361,7 @@ void shared_prefix_attention(const SharedPrefixParams& params, Stream stream) {
   float* const own_lse = reinterpret_cast<float*>(memory + space.own_lse);
 
   AttentionParams prefix = prefix_pass(params, memory + space.out, reinterpret_cast<float*>(memory + space.prefix_lse));
-  int num_ranges = attn::choose_prefix_ranges(prefix, device, attn::has_wgmma(device));
+  int num_ranges = attn::choose_prefix_ranges(prefix, device, has_hopper_code());
   if (num_ranges > 0) {
     prefix.variant = AttentionVariant::kWgmma;
     prefix.max_blocks_per_seq = prefix.block_tables_stride = ceil_div(params.num_prefix_blocks, num_ranges);
@@ -433,7 +424,7 @@ std::int64_t shared_prefix_attention_workspace_size(std::int64_t num_tokens, std
 
 void attention(const AttentionParams& params, Stream stream) {
   const DeviceProperties& device = current_device_properties();
-  const bool has_wgmma = attn::has_wgmma(device);
+  const bool has_wgmma = has_hopper_code();
   if (Explanation* const explanation = explaining()) {
     const attn::Launches launches = attn::choose_launches(params, device, has_wgmma, &explanation->reasons);
     explanation->variant.clear();

@@ -26,8 +26,6 @@ void launch_split_keys(const Plan& plan, const Config& config, Stream stream);
 /// Launches Hopper's kernel for queries of kQ: 16 bits, or float8_e4m3fn. Keys and values are of it too, or kNarrowKv: of 8 bits.
 template <DType kQ, bool kNarrowKv, int kHeadDim>
 void launch_wgmma(const Plan& plan, const Config& config, Stream stream);
-/// Whether it can run on the current device, a Hopper, in this build.
-bool has_wgmma_code();
 template <DType kKvDType>
 void launch_simt(const Plan& plan, const Config& config, Stream stream);
 

@@ -7,6 +7,14 @@
 
 namespace quire::cuda::attn {
 
+/// Whether a call asks for nothing but what Asks::kPagedPlain has, or Asks::kPlain.
+inline bool is_plain(const Plan& plan, int padded_head_dim) {
+  const AttentionParams& p = plan.params;
+  return p.mask == nullptr && p.alibi_slopes == nullptr && p.sinks == nullptr && p.q_scale == nullptr &&
+         p.k_scale == nullptr && p.v_scale == nullptr && !(p.softcap > 0.0f) && p.scale > 0.0f && p.window_left < 0 && p.window_right < 0 &&
+         p.head_dim == padded_head_dim && plan.groups_exist && plan.q_alignment == 16 && plan.out_aligned && plan.num_splits == 1;
+}
+
 template <DType kKvDType, int kHeadDim>
 void launch_mma(const Plan& plan, const Config& config, Stream stream) {
   const auto launch = [&](auto kernel, int shared_bytes) {
@@ -16,7 +24,15 @@ void launch_mma(const Plan& plan, const Config& config, Stream stream) {
     QUIRE_CHECK_LAUNCH("attention_mma_kernel", stream);
   };
   const auto launch_split_rows = [&]<Variant kVariant>() {
-    launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim, kVariant>, SplitRowsShape<kKvDType, kHeadDim, kVariant>::kSharedBytes);
+    constexpr int kSharedBytes = SplitRowsShape<kKvDType, kHeadDim, kVariant>::kSharedBytes;
+    if constexpr (itemsize(kKvDType) == 2 && kVariant == (kHeadDim <= 128 ? Variant::kMmaSplitRows128 : Variant::kMmaSplitRows)) {
+      if (is_plain(plan, kHeadDim)) {
+        if (plan.params.block_tables == nullptr)
+          return launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim, kVariant, Asks::kPlain>, kSharedBytes);
+        return launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim, kVariant, Asks::kPagedPlain>, kSharedBytes);
+      }
+    }
+    launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim, kVariant, Asks::kAll>, kSharedBytes);
   };
   switch (config.variant) {
     case Variant::kMmaSplitRows128:

@@ -49,9 +49,9 @@ inline bool make_rows_map(const AttentionParams& p, const void* base, std::int64
   return true;
 }
 
-template <DType kQ, bool kNarrowKv, int kHeadDim>
-void launch_wgmma(const Plan& plan, const Config& config, Stream stream) {
-  using Shape = WgmmaShape<kQ, kNarrowKv, kHeadDim>;
+template <typename Shape, bool kMayHaveOptions>
+void launch_wgmma_shape(const Plan& plan, const Config& config, Stream stream) {
+  constexpr bool kNarrowKv = Shape::kWidenV;
   const AttentionParams& p = plan.params;
   WgmmaInputs inputs{};
   inputs.keys_per_box =
@@ -68,15 +68,29 @@ void launch_wgmma(const Plan& plan, const Config& config, Stream stream) {
     set_max_shared_bytes(reinterpret_cast<const void*>(kernel), kSharedBytes);
     // The workspace has room for the notes of so many CTAs; that is fewer than SMs only where few rows meet many sequences.
     const std::int64_t num_sms = current_device_properties().num_sms, num_tiles = config.num_tiles * p.num_kv_heads;
-    const std::int64_t note_bytes = Shape::kRows * kNoteWords<kHeadDim> * std::int64_t{sizeof(std::uint32_t)};
-    const std::int64_t room =
-        (workspace_bytes(p.num_tokens, p.num_heads, p.head_dim, static_cast<int>(num_sms)) - kWgmmaNotesOffset) / note_bytes;
+    const std::int64_t note_bytes = Shape::kRows * kNoteWords<Shape::kHeadDim> * std::int64_t{sizeof(std::uint32_t)};
+    const std::int64_t room = workspace_bytes(p.num_tokens, p.num_heads, p.head_dim, static_cast<int>(num_sms)) / note_bytes;
     const std::int64_t num_ctas = std::max<std::int64_t>(std::min({num_tiles, num_sms, room}), 1);
-    if (num_ctas < num_tiles) QUIRE_CUDA_CHECK(cudaMemsetAsync(p.workspace, 0, sizeof(std::uint32_t), cuda_stream(stream)));
     kernel<<<static_cast<unsigned>(num_ctas), Shape::kThreads, kSharedBytes, cuda_stream(stream)>>>(plan, inputs);
     QUIRE_CHECK_LAUNCH("attention_wgmma_kernel", stream);
   };
-  inputs.transform || p.mask != nullptr ? launch(attention_wgmma_kernel<Shape, true>) : launch(attention_wgmma_kernel<Shape, false>);
+  if constexpr (kMayHaveOptions) {
+    if (inputs.transform || p.mask != nullptr) return launch(attention_wgmma_kernel<Shape, true>);
+  }
+  launch(attention_wgmma_kernel<Shape, false>);
+}
+
+template <DType kQ, bool kNarrowKv, int kHeadDim>
+void launch_wgmma(const Plan& plan, const Config& config, Stream stream) {
+  if constexpr (!kNarrowKv && kHeadDim == 64) {
+    // Where most steps are under the causal mask's edge, smaller ones have less to hide.
+    constexpr std::int64_t kShort = 2048;
+    const AttentionParams& p = plan.params;
+    const bool is_short = p.block_tables != nullptr ? plan.key_capacity <= kShort : p.num_kv_tokens <= kShort * p.num_seqs;
+    if (p.causal && is_short && p.mask == nullptr && p.alibi_slopes == nullptr && !(p.softcap > 0.0f) && p.scale > 0.0f)
+      return launch_wgmma_shape<WgmmaShape<kQ, kNarrowKv, kHeadDim, true>, false>(plan, config, stream);
+  }
+  launch_wgmma_shape<WgmmaShape<kQ, kNarrowKv, kHeadDim>, true>(plan, config, stream);
 }
 
 }  // namespace quire::cuda::attn

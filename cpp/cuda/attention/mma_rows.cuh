@@ -184,6 +184,31 @@ struct MmaRows {
     }
   }
 
+  /// The same where all keys exist, and the thread's row i sees those before ends[i].
+  template <int kKeys>
+  __device__ __forceinline__ static void hide_keys(Scores<kKeys>& scores, const int (&ends)[kRows], int first_key) {
+    const int first = first_key + static_cast<int>(threadIdx.x % 4) * 2;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (first + 8 * n + e >= ends[i]) scores[i / 2][n][i % 2 * 2 + e] = -INFINITY;
+  }
+
+  template <int kKeys>
+  __device__ __forceinline__ static void hide_missing(Scores<kKeys>& scores, const std::uint32_t (&valid)[(kKeys + 31) / 32]) {
+    const int first = static_cast<int>(threadIdx.x % 4) * 2;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (((valid[n / 4] >> (first + n % 4 * 8 + e)) & 1u) == 0) scores[i / 2][n][i % 2 * 2 + e] = -INFINITY;
+  }
+
   /// The same for keys that the mask hides. A lane fetches 32 keys' bits of one row.
   template <int kKeys>
   __device__ __forceinline__ static void apply_mask(Scores<kKeys>& scores, const AttentionParams& p, const RowParams* row_params,
@@ -241,6 +266,8 @@ struct MmaRows {
   /// so far.
   template <int kKeys>
   __device__ __forceinline__ void raise_base(const Scores<kKeys>& scores, const ScoreScale<kScales>& score, unsigned large) {
+    float factors[kRows];
+    bool rescales = false;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       float top = -INFINITY;
@@ -253,14 +280,19 @@ struct MmaRows {
       float factor = 1.0f;
       if (of_row != 0 && raised != -INFINITY) {
         factor = device::exp2_approx(base[i] - raised);
+        rescales |= base[i] != -INFINITY;  // else nothing was summed
         base[i] = raised;
       }
       sum[i] *= factor;
+      factors[i] = factor;
+    }
+    if (!__any_sync(kAllLanes, rescales)) return;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) out[i / 2][n][i % 2 * 2 + e] *= factor;
-    }
+        for (int e = 0; e < 2; ++e) out[i / 2][n][i % 2 * 2 + e] *= factors[i];
   }
 
   /// What a row's weights are relative to, and -inf for one that has none.

@@ -7,6 +7,13 @@
 
 namespace quire::cuda::attn {
 
+/// What a call asks for, of what kernels are compiled for.
+enum class Asks {
+  kAll,         // any option
+  kPagedPlain,  // a block table, lengths and a causal mask, of the kernel's head_dim, all of 16-bit and aligned
+  kPlain        // the same without a block table
+};
+
 template <DType kKvDType, int kHeadDim, Variant kVariant>
 struct SplitRowsShape {
   static constexpr int kTileRows = tile_rows(kVariant);
@@ -33,7 +40,7 @@ struct SplitRowsShape {
 ///
 /// Usually (Plan::groups_exist, and the block table has no holes) 8 keys from a multiple of 8 on lie in one block, so that a warp needs one
 /// location for each 8 rows. Else every warp looks up each key of the step, and knows afterwards which of them exist.
-template <typename Types, int kKeys>
+template <typename Types, int kKeys, Asks kAsks>
 struct StepCopy {
   using KvRows = Rows<Types::kKvRowBytes>;
   static constexpr int kMasks = kKeys / 32;
@@ -56,7 +63,7 @@ struct StepCopy {
   int first_row;                // the thread's; past all keys for chunks beyond head_dim
 
   __device__ __forceinline__ StepCopy(const Plan& of_plan, const Tile& of_tile, int of_kv_head, int end)
-      : plan(of_plan), tile(of_tile), kv_head(of_kv_head), key_end(end), by_groups(of_plan.groups_exist), entry{}, v_entry{} {
+      : plan(of_plan), tile(of_tile), kv_head(of_kv_head), key_end(end), by_groups(kAsks != Asks::kAll || of_plan.groups_exist), entry{}, v_entry{} {
     const AttentionParams& p = plan.params;
     const int row = lane() / KvRows::kChunks, chunk = lane() % KvRows::kChunks;
     const auto base = [&](const KvView& view) {
@@ -65,23 +72,24 @@ struct StepCopy {
     };
     k_base = base(k_view<Types>(p, plan, kv_head));
     v_base = base(v_view<Types>(p, plan, kv_head));
-    table = p.block_tables + tile.seq * p.block_tables_stride;
+    if (is_paged()) table = p.block_tables + tile.seq * p.block_tables_stride;
     target = KvRows::address(0, warp() * kWarpRows + row, chunk);
     warp_key = warp() * kWarpRows;
-    first_row = chunk * Types::kElements < p.head_dim ? warp() * kWarpRows + row : INT_MAX / 2;
+    first_row = kAsks != Asks::kAll || chunk * Types::kElements < p.head_dim ? warp() * kWarpRows + row : INT_MAX / 2;
     // At head_dim 64 there are registers to keep these in; else they are computed again in each step.
     if constexpr (KvRows::kChunks <= 8 && Types::kElementBytes == 2) {
       asm volatile("" : "+l"(k_base), "+l"(v_base), "+r"(target), "+r"(warp_key), "+r"(first_row));
     }
   }
 
+  __device__ __forceinline__ bool is_paged() const { return kAsks == Asks::kAll ? plan.params.block_tables != nullptr : kAsks == Asks::kPagedPlain; }
   __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
   __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
   __device__ __forceinline__ int group_key(int g) const { return warp_key + 8 * g; }
 
   /// Whether the thread found a key in [first_key, key_end) whose block the table does not name.
   __device__ __forceinline__ bool finds_holes(int first_key) const {
-    if (plan.params.block_tables == nullptr || first_key >= key_end) return false;
+    if (!is_paged() || first_key >= key_end) return false;
     bool found = false;
     const int block_size = static_cast<int>(plan.block_size.divisor);
     const int first_block = plan.block_size.quotient(first_key);
@@ -95,7 +103,7 @@ struct StepCopy {
 
   /// Before copy(key, ...).
   __device__ __forceinline__ void look_up(int key) {
-    if (plan.params.block_tables == nullptr) return;
+    if (!is_paged()) return;
 #pragma unroll
     for (int g = 0; g < kWarpGroups; ++g)
       if (key + group_key(g) < key_end) entry[g] = table[plan.block_size.quotient(key + group_key(g))];
@@ -104,11 +112,11 @@ struct StepCopy {
   /// Starts the copies of K, V or both, for the step at `key`, to slots at these addresses; V alone: of the step whose K came last.
   template <bool kK, bool kV>
   __device__ __forceinline__ void copy(int key, std::uint32_t k_slot, std::uint32_t v_slot) {
-    if (by_groups) {
+    if (kAsks == Asks::kPlain || by_groups) {
 #pragma unroll
       for (int g = 0; g < kWarpGroups; ++g) {
         int block = 0, token = key + group_key(g);
-        if (plan.params.block_tables != nullptr) {
+        if (is_paged()) {
           token = plan.block_size.remainder(token, plan.block_size.quotient(token));
           block = kK ? entry[g] : v_entry[g];
           if constexpr (kK && !kV) v_entry[g] = entry[g];
@@ -170,7 +178,7 @@ struct StepCopy {
 
 /// A warp starts the copy of its kRows rows of q, the tile's from first_row on, to the tile's `q_shared`: zero where there is no row or
 /// column. Lane i knows where row i begins.
-template <typename Types, int kRows>
+template <typename Types, int kRows, bool kPlain>
 __device__ __forceinline__ void copy_warp_q(const Plan& plan, const Tile& tile, int first_row, std::int64_t row_offset,
                                             std::uint32_t q_shared) {
   using QRows = Rows<Types::kQRowBytes>;
@@ -178,10 +186,10 @@ __device__ __forceinline__ void copy_warp_q(const Plan& plan, const Tile& tile, 
   const int lane = static_cast<int>(threadIdx.x % 32);
   constexpr int kRowsPerPass = 32 / QRows::kChunks;
   const int row = lane / QRows::kChunks, chunk = lane % QRows::kChunks;
-  const bool column_exists = chunk * 8 < p.head_dim;
+  const bool column_exists = kPlain || chunk * 8 < p.head_dim;
   const std::uint32_t target = QRows::address(q_shared, first_row + row, chunk);
   const char* const base = static_cast<const char*>(p.q) + chunk * 16;
-  if (plan.q_alignment == 16) {
+  if (kPlain || plan.q_alignment == 16) {
 #pragma unroll
     for (int r = 0; r < kRows; r += kRowsPerPass) {
       const char* const source = base + __shfl_sync(kAllLanes, row_offset, r + row);
@@ -199,9 +207,22 @@ __device__ __forceinline__ void copy_warp_q(const Plan& plan, const Tile& tile, 
   }
 }
 
+/// Where the keys end that a tile's row sees, without windows.
+__device__ __forceinline__ int visible_end(const Plan& plan, const Tile& tile, int row) {
+  return plan.params.causal ? tile.kv_len - tile.query_len + plan.group.quotient(tile.row_begin + row) + 1 : tile.kv_len;
+}
+
+/// As finish_tile, for plain calls.
+__device__ __forceinline__ FullRange finish_plain_tile(const Plan& plan, Tile& tile, int tile_rows) {
+  tile.num_rows = min(tile_rows, tile.query_len * static_cast<int>(plan.group.divisor) - tile.row_begin);
+  tile.key_begin = 0;
+  tile.key_end = max(visible_end(plan, tile, tile.num_rows - 1), 0);
+  return FullRange{0, visible_end(plan, tile, 0)};
+}
+
 /// Grid: x = (num_tiles - 1 - tile) * num_kv_heads + kv_head, so that under a causal mask long tiles come first; y = split. A CTA
 /// computes its packed rows against its split's keys and writes them to out and lse, or to the workspace if other splits have keys.
-template <DType kKvDType, int kHeadDim, Variant kVariant>
+template <DType kKvDType, int kHeadDim, Variant kVariant, Asks kAsks>
 __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim, kVariant>::kCtasPerSm)
     attention_mma_split_rows_kernel(const __grid_constant__ Plan plan) {
   using Types = MmaTypes<kKvDType, kHeadDim>;
@@ -209,22 +230,31 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim, k
   constexpr int kKeys = Shape::kKeys, kWarpRows = Shape::kWarpRows, kTileRows = Shape::kTileRows;
   using MmaState = MmaRows<kKvDType, kHeadDim, kWarpRows / 16, Shape::kQSteps>;
   constexpr int kRows = MmaState::kRows;
+  constexpr bool kPlain = kAsks != Asks::kAll, kMayBePaged = kAsks != Asks::kPlain;
   extern __shared__ __align__(1024) char shared[];
   const AttentionParams& p = plan.params;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32);
-  const int num_kv_heads = static_cast<int>(p.num_kv_heads);
-  const int reversed_idx = static_cast<int>(blockIdx.x) / num_kv_heads;
-  const int kv_head = static_cast<int>(blockIdx.x) - reversed_idx * num_kv_heads;
+  const int reversed_idx = plan.kv_heads.quotient(static_cast<int>(blockIdx.x));
+  const int kv_head = plan.kv_heads.remainder(static_cast<int>(blockIdx.x), reversed_idx);
 
   device::launch_dependents();
   Tile tile;
-  if (!locate_tile(plan, plan.num_tiles - 1 - reversed_idx, tile)) return;
-  const SplitRange splits = active_splits(plan, tile);
-  const int split = static_cast<int>(blockIdx.y);
-  if (split >= splits.num_active) return;
-  const int key_begin = tile.key_begin + split * splits.keys_per_split;
-  const int key_end = min(static_cast<std::int64_t>(key_begin) + splits.keys_per_split, std::int64_t{tile.key_end});
+  const int tile_idx = plan.num_tiles - 1 - reversed_idx;
+  FullRange full;
+  SplitRange splits{1, 0};
+  int key_begin = 0, key_end;
+  if constexpr (kPlain) {
+    if (!locate_rows(plan, tile_idx, tile)) return;
+    full = finish_plain_tile(plan, tile, kTileRows);
+    key_end = tile.key_end;
+  } else {
+    if (!locate_tile(plan, tile_idx, tile)) return;
+    splits = active_splits(plan, tile);
+    if (static_cast<int>(blockIdx.y) >= splits.num_active) return;
+    key_begin = tile.key_begin + static_cast<int>(blockIdx.y) * splits.keys_per_split;
+    key_end = min(static_cast<std::int64_t>(key_begin) + splits.keys_per_split, std::int64_t{tile.key_end});
+  }
   const int first_key = key_begin & ~7;  // steps are made of whole groups
 
   char* const q_shared = shared + Shape::kQOffset;
@@ -234,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim, k
   const std::uint32_t v_slot = k_slot + Shape::kSlotBytes;
   const int warp_row = warp * kWarpRows;
 
-  StepCopy<Types, kKeys> steps(plan, tile, kv_head, key_end);
+  StepCopy<Types, kKeys, kAsks> steps(plan, tile, kv_head, key_end);
   const auto start_first = [&] {
     if (first_key < key_end) {
       if constexpr (Shape::kStages == 2) {
@@ -245,38 +275,51 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim, k
     }
     device::copy_async_commit();
   };
-  steps.look_up(first_key);
-  bool holes = steps.finds_holes(first_key);
+  // A row of the warp's, as lanes know it.
+  const RowIndex lane_index = row_index(plan, tile, kv_head, min(warp_row + lane % kWarpRows, tile.num_rows - 1));
+  bool holes = false;
   if constexpr (Types::kQuantized) {
+    steps.look_up(first_key);
+    holes = steps.finds_holes(first_key);
     copy_q<Types, kWarpRows>(plan, tile, kv_head, warp_row, 0, 1, q_shared);
   } else {
-    const RowIndex index = row_index(plan, tile, kv_head, min(warp_row + lane % kWarpRows, tile.num_rows - 1));
-    const std::int64_t row_offset = (index.q_token * p.q_token_stride + index.head * p.q_head_stride) * 2;
-    copy_warp_q<Types, kWarpRows>(plan, tile, warp_row, row_offset, device::shared_address(q_shared));
+    steps.look_up(first_key);
+    holes = steps.finds_holes(first_key);
+    const std::int64_t row_offset = (lane_index.q_token * p.q_token_stride + lane_index.head * p.q_head_stride) * 2;
+    copy_warp_q<Types, kWarpRows, kPlain>(plan, tile, warp_row, row_offset, device::shared_address(q_shared));
   }
-  if (p.block_tables != nullptr) holes = __syncthreads_or(holes);
+  if (steps.is_paged()) holes = __syncthreads_or(holes);
   steps.by_groups &= !holes;
   start_first();
-  // What a row sees of this split's keys.
-  if (lane < kWarpRows) {
-    RowParams params = make_row_params(plan, tile, kv_head, warp_row + lane);
-    params.begin = max(params.begin, key_begin);
-    params.end = min(params.end, key_end);
-    row_params[warp_row + lane] = params;
-  }
-  FullRange full = full_range(plan, tile);
-  full.begin = max(full.begin, key_begin);
-  full.end = min(full.end, key_end);
 
   MmaState rows;
   ScoreScale<MmaState::kScales> score;
-  if constexpr (Types::kQuantized) {
-    device::copy_async_wait<0>();
+  // Where the keys end that the thread's row i of the warp's rows from first_row on sees.
+  const auto row_end = [&](int first_row, int i) {
+    return visible_end(plan, tile, min(first_row + MmaState::row(i), tile.num_rows - 1));
+  };
+  if constexpr (kPlain) {
+    score.log2_scale[0] = p.scale * kLog2E;
+    score.transform = false;
+  } else {
+    // What a row sees of this split's keys.
+    if (lane < kWarpRows) {
+      RowParams params = make_row_params(plan, tile, kv_head, warp_row + lane);
+      params.begin = max(params.begin, key_begin);
+      params.end = min(params.end, key_end);
+      row_params[warp_row + lane] = params;
+    }
+    full = full_range(plan, tile);
+    full.begin = max(full.begin, key_begin);
+    full.end = min(full.end, key_end);
+    if constexpr (Types::kQuantized) {
+      device::copy_async_wait<0>();
+      __syncwarp();
+      convert_q<Types, kHeadDim, kWarpRows>(plan, warp_row, q_shared, row_params);
+    }
     __syncwarp();
-    convert_q<Types, kHeadDim, kWarpRows>(plan, warp_row, q_shared, row_params);
+    score = make_score_scale<MmaState::kScales>(p, row_params, [&](int i) { return warp_row + MmaState::row(i); });
   }
-  __syncwarp();
-  score = make_score_scale<MmaState::kScales>(p, row_params, [&](int i) { return warp_row + MmaState::row(i); });
   if constexpr (Shape::kQSteps > 0) {
     device::copy_async_wait<0>();
     __syncwarp();
@@ -287,6 +330,7 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim, k
   bool selecting = false;
   for (;;) {
     rows.reset([&](int i) {
+      if constexpr (kPlain) return row_end(warp_row, i) > 0;
       const RowParams& row = row_params[warp_row + MmaState::row(i)];
       return row.begin < row.end;
     });
@@ -317,13 +361,25 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim, k
         asm volatile("" : "+r"(k_address), "+r"(rows.q_address));
         typename MmaState::template Scores<kKeys> scores;
         rows.template multiply_qk<kKeys>(scores, k_address);
-        if (score.transform) {
+        if (!kPlain && score.transform) {
           int at = key;
           float softcap = p.softcap;
           asm volatile("" : "+r"(at), "+f"(softcap));
           rows.template transform_scores<kKeys>(scores, row_params + warp_row, softcap, at);
         }
-        if (holes || key < full.begin || key > full.end - kKeys) {
+        if (kPlain && ((kMayBePaged && holes) || key > full.end - kKeys)) {
+          __syncwarp();  // keeps this out of steps that do not need it
+          int ends[kRows], at = key, first_row = warp_row;
+          asm volatile("" : "+r"(at), "+r"(first_row));  // nothing of it is done in advance
+#pragma unroll
+          for (int i = 0; i < kRows; ++i) ends[i] = min(row_end(first_row, i), key_end);
+          rows.template hide_keys<kKeys>(scores, ends, at);
+          if (kMayBePaged && holes) {
+            std::uint32_t valid[kKeys / 32];
+            steps.find_valid(at, valid);
+            rows.template hide_missing<kKeys>(scores, valid);
+          }
+        } else if (!kPlain && (holes || key < full.begin || key > full.end - kKeys)) {
           std::uint32_t valid[kKeys / 32];
 #pragma unroll
           for (int m = 0; m < kKeys / 32; ++m) valid[m] = kAllLanes;
@@ -347,6 +403,15 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim, k
         device::copy_async_commit();
       }
       if (selecting) {
+        if constexpr (kPlain) {
+          // Notes are for what rows see; nothing else here needs to know.
+          if (lane < kWarpRows) {
+            RowParams& params = row_params[warp_row + lane];
+            params.begin = 0;
+            params.end = visible_end(plan, tile, min(warp_row + lane, tile.num_rows - 1));
+          }
+          __syncthreads();
+        }
         take_out_not_finite<kKvDType, kHeadDim>(p, shared + stage + Shape::kSlotBytes, warp * (kKeys / kWarps),
                                                 (warp + 1) * (kKeys / kWarps), key, row_params, notes, tile.num_rows);
         __syncthreads();
@@ -368,67 +433,90 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim, k
   __syncwarp();
   rows.reduce_sum();
   if (selecting) rows.add_notes(notes, warp_row);
-  const int head_dim = static_cast<int>(p.head_dim);
-
-  // A lane finishes a row. The thread's rows get there, and their factors back, through row_params.
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    RowParams& of_row = row_params[warp_row + MmaState::row(r)];
-    if (lane % 4 == 0) of_row.scale = rows.final_base(r), of_row.slope = rows.sum[r];
-  }
-  __syncwarp();
+  const int head_dim = kPlain ? kHeadDim : static_cast<int>(p.head_dim);
   const int lane_row = warp_row + lane % kWarpRows;
-  const RowIndex index = row_index(plan, tile, kv_head, min(lane_row, tile.num_rows - 1));
-  const bool lane_row_exists = lane < kWarpRows && lane_row < tile.num_rows;
-  const float top = row_params[lane_row].scale, sum = row_params[lane_row].slope;
-  if (splits.num_active > 1) {
-    const std::int64_t target = split * plan.num_rows + stats_index(plan, index);
-    if (lane_row_exists) plan.partial_stats[target] = float2{top, sum};
+  float factors[kRows];
+  if constexpr (kPlain) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      float* const out = plan.partial_out + __shfl_sync(kAllLanes, target, MmaState::row(r)) * head_dim;
-      if (warp_row + MmaState::row(r) >= tile.num_rows) continue;
+      const float base = rows.final_base(r), sum = rows.sum[r];
+      const bool empty = base == -INFINITY && sum == 0.0f;
+      factors[r] = empty ? 0.0f : __fdividef(1.0f, sum);
+    }
+    if (p.lse != nullptr) {
 #pragma unroll
-      for (int j = 0; j < kHeadDim / 8; ++j) {
-        int column;
-        const float2 value = rows.columns(j, r, column);
-        if (column < head_dim) *reinterpret_cast<float2*>(out + column) = value;
+      for (int r = 0; r < kRows; ++r) {
+        const int row = warp_row + MmaState::row(r);
+        if (lane % 4 != 0 || row >= tile.num_rows) continue;
+        const float base = rows.final_base(r), sum = rows.sum[r];
+        const bool empty = base == -INFINITY && sum == 0.0f;
+        p.lse[stats_index(plan, row_index(plan, tile, kv_head, row))] = empty ? -INFINITY : base * kLn2 + logf(sum);
       }
     }
-    return;
+  } else {
+    // A lane finishes a row. The thread's rows get there, and their factors back, through row_params.
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      RowParams& of_row = row_params[warp_row + MmaState::row(r)];
+      if (lane % 4 == 0) of_row.scale = rows.final_base(r), of_row.slope = rows.sum[r];
+    }
+    __syncwarp();
+    const bool lane_row_exists = lane < kWarpRows && lane_row < tile.num_rows;
+    const float top = row_params[lane_row].scale, sum = row_params[lane_row].slope;
+    if (splits.num_active > 1) {
+      const std::int64_t target = static_cast<int>(blockIdx.y) * plan.num_rows + stats_index(plan, lane_index);
+      if (lane_row_exists) plan.partial_stats[target] = float2{top, sum};
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        float* const out = plan.partial_out + __shfl_sync(kAllLanes, target, MmaState::row(r)) * head_dim;
+        if (warp_row + MmaState::row(r) >= tile.num_rows) continue;
+#pragma unroll
+        for (int j = 0; j < kHeadDim / 8; ++j) {
+          int column;
+          const float2 value = rows.columns(j, r, column);
+          if (column < head_dim) *reinterpret_cast<float2*>(out + column) = value;
+        }
+      }
+      return;
+    }
+    const RowFinish finish = finish_row(p, top, sum, lane_index.head);
+    if (lane_row_exists && p.lse != nullptr) p.lse[stats_index(plan, lane_index)] = finish.lse;
+    __syncwarp();
+    if (lane < kWarpRows)
+      row_params[lane_row].scale = finish.factor * (p.v_scale != nullptr ? p.v_scale[kv_head * p.v_scale_stride] : 1.0f);
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) factors[r] = row_params[warp_row + MmaState::row(r)].scale;
   }
-  const RowFinish finish = finish_row(p, top, sum, index.head);
-  if (lane_row_exists && p.lse != nullptr) p.lse[stats_index(plan, index)] = finish.lse;
-  __syncwarp();
-  if (lane < kWarpRows) row_params[lane_row].scale = finish.factor * (p.v_scale != nullptr ? p.v_scale[kv_head * p.v_scale_stride] : 1.0f);
-  __syncwarp();
 
   // Through the warp's part of q's memory, so that a row is stored by 16 bytes a lane.
   using OutRows = Rows<Types::kQRowBytes>;
   const bool bfloat16 = Types::kQuantized ? p.dtype == DType::kBFloat16 : Types::kBf16;
+  // Rows of a thread are 8 apart, so that its chunks are exchanged alike in all of them.
+  const int thread_row = warp_row + lane / 4;
+  char* const thread_rows = q_shared + thread_row * Types::kQRowBytes;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const int row = warp_row + MmaState::row(r);
-    const float factor = row_params[row].scale;
+  for (int j = 0; j < kHeadDim / 8; ++j) {
+    int column;
+    static_cast<void>(rows.columns(j, 0, column));
+    char* const target = thread_rows + ((column / 8 ^ OutRows::key(thread_row)) << 4) + column % 8 * 2;
 #pragma unroll
-    for (int j = 0; j < kHeadDim / 8; ++j) {
-      int column;
+    for (int r = 0; r < kRows; ++r) {
       const float2 value = rows.columns(j, r, column);
-      const std::uint32_t bits =
-          bfloat16 ? device::pack_16<true>(value.x * factor, value.y * factor) : device::pack_16<false>(value.x * factor, value.y * factor);
-      const int chunk = column / 8 ^ OutRows::key(row);
-      *reinterpret_cast<std::uint32_t*>(q_shared + row * Types::kQRowBytes + (chunk << 4) + column % 8 * 2) = bits;
+      const float first = value.x * factors[r], second = value.y * factors[r];
+      *reinterpret_cast<std::uint32_t*>(target + 8 * r * Types::kQRowBytes) =
+          bfloat16 ? device::pack_16<true>(first, second) : device::pack_16<false>(first, second);
     }
   }
   __syncwarp();
   constexpr int kRowsPerPass = 32 / OutRows::kChunks;
   const int chunk = lane % OutRows::kChunks;
   const int pass_row = lane / OutRows::kChunks;
-  const std::int64_t row_offset = (index.q_token * p.out_token_stride + index.head * p.out_head_stride) * 2;
+  const std::int64_t row_offset = (lane_index.q_token * p.out_token_stride + lane_index.head * p.out_head_stride) * 2;
   const char* const staged = q_shared + warp_row * Types::kQRowBytes;
   char* const out = static_cast<char*>(p.out) + chunk * 16;
   const int end = chunk * 8 < head_dim ? tile.num_rows - warp_row - pass_row : 0;
-  if (plan.out_aligned) {
+  if (kPlain || plan.out_aligned) {
 #pragma unroll
     for (int r = 0; r < kWarpRows; r += kRowsPerPass) {
       const int row = r + pass_row;

@@ -69,6 +69,7 @@ struct Plan {
   bool batch_invariant;
   int num_tiles;  // per kv head
   int tiles_per_seq;  // 0 with query_start_loc
+  Divisor tiles_of_each_seq;  // the same, but 1
   int key_capacity;
   int kv_alignment;  // of every K and V row, in bytes: 1, 2, 4, 8 or 16
   // With kv_alignment 16, rows of whole chunks of 16 bytes, and every offset below 2^32 chunks, strides in such chunks: {block, token}.
@@ -162,14 +163,19 @@ __device__ inline bool find_sequence(const Plan& plan, int tile_idx, Tile& tile)
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int entry = base + 32 * c + lane;
-      int loc = min(max(raw[c], 0), limit);
+      int loc = raw[c];
+      int previous_raw = __shfl_up_sync(kAllLanes, loc, 1);
+      if (lane == 0) previous_raw = carry;
+      if (!__all_sync(kAllLanes, loc >= previous_raw && loc <= limit)) {
+        loc = min(max(loc, 0), limit);
 #pragma unroll
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const int before = __shfl_up_sync(kAllLanes, loc, offset);
-        if (lane >= offset) loc = max(loc, before);
+        for (int offset = 1; offset < 32; offset *= 2) {
+          const int before = __shfl_up_sync(kAllLanes, loc, offset);
+          if (lane >= offset) loc = max(loc, before);
+        }
+        loc = max(loc, carry);
+        if (entry <= num_seqs && raw[c] != loc) record_error(plan.error_word, plan.op, ArgId::kQueryStartLoc, entry, raw[c]);
       }
-      loc = max(loc, carry);
-      if (entry <= num_seqs && raw[c] != loc) record_error(plan.error_word, plan.op, ArgId::kQueryStartLoc, entry, raw[c]);
       const unsigned later = __ballot_sync(kAllLanes, entry <= num_seqs && first_tile(loc, entry) > tile_idx);
       if (later != 0) {
         const int found = __ffs(static_cast<int>(later)) - 1;
@@ -230,11 +236,16 @@ __device__ __forceinline__ int sequence_keys(const Plan& plan, int seq, bool rec
   return keys;
 }
 
-/// The tile's rows and keys; false if it has no rows. Every warp of the CTA takes part and gets the same answer.
-__device__ inline bool locate_tile(const Plan& plan, int tile_idx, Tile& tile) {
+/// The tile's sequence and first row; false if it has no rows. Every warp of the CTA takes part and gets the same answer.
+__device__ inline bool locate_rows(const Plan& plan, int tile_idx, Tile& tile) {
   const AttentionParams& p = plan.params;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  // With few sequences these are loaded beside query_start_loc.
+  const bool few_seqs = p.num_seqs < 32;
+  std::int32_t kv_start = 0;
+  if (p.kv_start_loc != nullptr && few_seqs && lane <= p.num_seqs) kv_start = p.kv_start_loc[lane];
   if (plan.tiles_per_seq > 0) {
-    tile.seq = tile_idx / plan.tiles_per_seq;
+    tile.seq = plan.tiles_of_each_seq.quotient(tile_idx);
     tile.query_len = queries_per_sequence(p);
     tile.first_token = tile.seq * tile.query_len;
     tile.row_begin = (tile_idx - tile.seq * plan.tiles_per_seq) * plan.tile_rows;
@@ -247,8 +258,16 @@ __device__ inline bool locate_tile(const Plan& plan, int tile_idx, Tile& tile) {
   const bool leader = threadIdx.x == 0;
   tile.kv_first_token = 0;
   if (p.kv_start_loc != nullptr) {
-    const int begin = monotonic_entry(p.kv_start_loc, tile.seq, plan.key_capacity);
-    const std::int32_t raw_begin = p.kv_start_loc[tile.seq], raw_end = p.kv_start_loc[tile.seq + 1];
+    int begin;
+    std::int32_t raw_begin, raw_end;
+    if (few_seqs) {
+      begin = __reduce_max_sync(kAllLanes, lane <= tile.seq ? max(min(kv_start, plan.key_capacity), 0) : 0);
+      raw_begin = __shfl_sync(kAllLanes, kv_start, tile.seq);
+      raw_end = __shfl_sync(kAllLanes, kv_start, tile.seq + 1);
+    } else {
+      begin = monotonic_entry(p.kv_start_loc, tile.seq, plan.key_capacity);
+      raw_begin = p.kv_start_loc[tile.seq], raw_end = p.kv_start_loc[tile.seq + 1];
+    }
     const int end = max(begin, min(raw_end, plan.key_capacity));
     if (leader && raw_begin != begin) record_error(plan.error_word, plan.op, ArgId::kKvStartLoc, tile.seq, raw_begin);
     if (leader && raw_end != end) record_error(plan.error_word, plan.op, ArgId::kKvStartLoc, tile.seq + 1, raw_end);
@@ -257,6 +276,12 @@ __device__ inline bool locate_tile(const Plan& plan, int tile_idx, Tile& tile) {
   } else {
     tile.kv_len = sequence_keys(plan, tile.seq, leader);
   }
+  return true;
+}
+
+/// The same, with its rows and keys.
+__device__ inline bool locate_tile(const Plan& plan, int tile_idx, Tile& tile) {
+  if (!locate_rows(plan, tile_idx, tile)) return false;
   finish_tile(plan, tile, plan.tile_rows);
   return true;
 }

@@ -48,10 +48,10 @@ struct WgmmaConsumer {
     return 64 * group + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * r;
   }
 
-  __device__ __forceinline__ void wait_turn() const {
+  __device__ __forceinline__ static void wait_turn(int group) {
     if constexpr (Shape::kTakeTurns) device::named_barrier_sync(kTurnBarrier + group, 256);
   }
-  __device__ __forceinline__ void pass_turn() const {
+  __device__ __forceinline__ static void pass_turn(int group) {
     if constexpr (Shape::kTakeTurns) device::named_barrier_arrive(kTurnBarrier + (group + 1 == Shape::kConsumers ? 0 : group + 1), 256);
   }
 
@@ -286,25 +286,48 @@ struct WgmmaConsumer {
     device::named_barrier_sync(kAllBarrier, kThreads);
   }
 
-  /// The next tile that has keys; those without are finished here. False: there is none, or, with a tile `unfinished`, none before that
+  /// Lets the other warpgroups have a tile of which this one has no row.
+  __device__ __noinline__ static void pass_over(const Control& control, int group, unsigned k_uses, unsigned q_uses, int num_steps) {
+    wait_full(control.q_full, q_uses);
+    release(control.q_empty, q_uses);
+#pragma unroll 1
+    for (const unsigned end = k_uses + static_cast<unsigned>(num_steps); k_uses != end; ++k_uses) {
+      wait_full(control.k_full, k_uses);
+      wait_turn(group);
+      pass_turn(group);
+      release(control.k_empty, k_uses);
+      wait_full(control.v_full, k_uses);
+      release(control.v_empty, k_uses);
+    }
+  }
+
+  /// The next tile that has keys and rows of this warpgroup; others are finished here. False: there is none, or, with a tile `unfinished`, none before that
   /// one must be finished.
   __device__ __forceinline__ bool open(Work& work, bool unfinished) {
     for (;;) {
       wait_full(control().tile_full, tile_uses);
       work.slot = &control().tiles[tile_uses % kTileSlots];
       const TileKind kind = work.slot->kind;
-      // What has no keys waits as well: the ring is not to fill up behind the tile that is unfinished.
-      if (kind == TileKind::kEnd || (unfinished && (kind == TileKind::kNone || work.slot->tile.key_end == 0))) return false;
+      const bool has_keys = work.slot->tile.key_end > 0, has_rows = 64 * group < work.slot->tile.num_rows;
+      // On a second pass all consumers work on V.
+      const bool usual = has_keys && (has_rows || kind == TileKind::kSelecting);
+      // What is not usual waits as well: the ring is not to fill up behind the tile that is unfinished.
+      if (kind == TileKind::kEnd || (unfinished && (kind == TileKind::kNone || !usual))) return false;
       ++tile_uses;
       if (kind != TileKind::kNone) {
-        if (work.slot->tile.key_end > 0) break;
-        finish_empty(plan, group, *work.slot);
+        work.first = work.slot->tile.key_begin / kKeys;
+        work.step = (work.slot->tile.key_end + kKeys - 1) / kKeys - 1;
+        if (usual) return true;
+        if (has_keys) {
+          const int num_steps = work.step + 1 - work.first;
+          pass_over(control(), group, k_uses, q_uses, num_steps);
+          k_uses += static_cast<unsigned>(num_steps), ++q_uses;
+        } else {
+          finish_empty(plan, group, *work.slot);
+        }
       }
       close(work);
     }
-    work.first = work.slot->tile.key_begin / kKeys;
-    work.step = (work.slot->tile.key_end + kKeys - 1) / kKeys - 1;
-    return true;
   }
 
   /// The rest of what an opened tile is: not needed to start its first product.
@@ -386,11 +409,11 @@ struct WgmmaConsumer {
   __device__ __forceinline__ void start_tile(Work& work) {
     const Operands from = operands();
     const std::uint32_t loaded = wait_scores_inputs(true);
-    wait_turn();
+    wait_turn(group);
     device::pin_registers(score);
     device::wgmma_fence();
     start_scores(from);
-    pass_turn();
+    pass_turn(group);
     describe(work);
     std::uint32_t seen[2];
     const bool masked = find_seen(work, __shfl_sync(kAllLanes, loaded, 0), seen);
@@ -406,7 +429,7 @@ struct WgmmaConsumer {
     const Operands from = operands();
     prepare_values(values);
     const std::uint32_t loaded = wait_scores_inputs(kNewTile);
-    wait_turn();
+    wait_turn(group);
     device::pin_registers(score);
     device::pin_registers(out);
     device::wgmma_fence();
@@ -414,7 +437,7 @@ struct WgmmaConsumer {
     wait_values();
     device::wgmma_fence();
     start_output(from, accumulate);
-    pass_turn();
+    pass_turn(group);
     const std::uint32_t valid = __shfl_sync(kAllLanes, loaded, 0);
     if constexpr (kNewTile) {
       describe(scores);
@@ -464,7 +487,7 @@ struct WgmmaConsumer {
 
   __device__ __forceinline__ void run() {
     // The first warpgroup's first turn.
-    if (group == Shape::kConsumers - 1) pass_turn();
+    if (group == Shape::kConsumers - 1) pass_turn(group);
     Work work;
     while (open(work, false)) {
       start_tile(work);
@@ -500,7 +523,7 @@ struct WgmmaConsumer {
         break;
       }
     }
-    if (group == 0) wait_turn();
+    if (group == 0) wait_turn(group);
     // Shared memory stays until the copy engine has read it.
     if (Shape::kOutBoxes && threadIdx.x % 32 == 0) device::store_wait_read<0>();
   }

@@ -79,12 +79,17 @@ struct WgmmaScheduler {
     return true;
   }
 
-  /// A CTA takes the tile of its own number first, then the next that none has taken.
+  /// A CTA takes the tile of its own number first, then the next that none has taken. Every CTA takes one more number in vain, so that there
+  /// are as many as tiles: the last one makes the counter zero again.
   __device__ void run() {
     const auto total = static_cast<std::uint32_t>(plan.num_tiles) * static_cast<std::uint32_t>(plan.params.num_kv_heads);
     const auto take_next = [&] {
       std::uint32_t taken = 0;
-      if (threadIdx.x == 0 && gridDim.x < total) taken = atomicAdd(static_cast<std::uint32_t*>(plan.params.workspace), 1u);
+      if (threadIdx.x == 0 && gridDim.x < total) {
+        unsigned* const tickets = plan.counters + kMaxCtas;
+        taken = atomicAdd(tickets, 1u);
+        if (taken == total - 1) *tickets = 0;
+      }
       return gridDim.x + taken;  // of lane 0
     };
     std::uint32_t work = blockIdx.x, next = take_next();

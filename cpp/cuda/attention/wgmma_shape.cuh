@@ -21,8 +21,9 @@ struct WgmmaInputs {
 };
 
 /// kQ is what q is stored as: 16 bits, or float8_e4m3fn, whose K is of it too. K and V have 16 bits, of kQ then, or kNarrowKv: 8. Products of
-/// weights and values are of 16 bits: narrow values are widened before, and so are narrow keys of wide queries.
-template <DType kQ, bool kNarrowKv, int kDim>
+/// weights and values are of 16 bits: narrow values are widened before, and so are narrow keys of wide queries. kFewKeys: fewer keys to a
+/// step, for short causal sequences.
+template <DType kQ, bool kNarrowKv, int kDim, bool kFewKeys = false>
 struct WgmmaShape {
   static_assert(itemsize(kQ) == 2 || kNarrowKv);
   static constexpr int kHeadDim = kDim;
@@ -44,7 +45,7 @@ struct WgmmaShape {
   /// ptxas counts 128 registers for a thread of four warpgroups, too few for one product with all columns.
   static constexpr int kOutputParts = kNarrowKv && kDim > 128 ? 2 : 1;
 
-  static constexpr int kKeys = kDim == 96 ? 96 : kDim <= 128 ? 128 : kNarrowKv ? 64 : kDim == 192 ? 112 : 80;  // per step
+  static constexpr int kKeys = kDim == 96 || kFewKeys ? 96 : kDim <= 128 ? 128 : kNarrowKv ? 64 : kDim == 192 ? 112 : 80;  // per step
   static constexpr int kKeyUnit = kKeys & -kKeys;  // the largest box
   static constexpr int kStages = 2;
   static constexpr int kNarrowStages = kWidenK && kDim > 64 ? 1 : 2;
@@ -102,16 +103,12 @@ struct WgmmaControl {
   int any_again;
 };
 
-/// The workspace begins with the number of tiles that were taken beyond each CTA's first; the launcher sets it to zero.
-constexpr int kWgmmaNotesOffset = 256;
-
 /// Where a CTA notes what it takes out of V, one row after the other; in the workspace, which always has as much.
 template <typename Shape>
 __device__ __forceinline__ std::uint32_t* wgmma_notes(const Plan& plan) {
   constexpr int kWords = Shape::kRows * kNoteWords<Shape::kHeadDim>;
   static_assert(kWords <= kPartialRowsPerSm * Shape::kHeadDim / 4);
-  return reinterpret_cast<std::uint32_t*>(static_cast<char*>(plan.params.workspace) + kWgmmaNotesOffset) +
-         static_cast<std::size_t>(blockIdx.x) * kWords;
+  return static_cast<std::uint32_t*>(plan.params.workspace) + static_cast<std::size_t>(blockIdx.x) * kWords;
 }
 
 template <typename Shape>

@@ -9,9 +9,9 @@
 #include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/quantize.cuh"
 #include "cuda/device/reduce.cuh"
+#include "cuda/device_code.h"
 #include "cuda/element.h"
 #include "cuda/launch.h"
-#include "cuda/once_per_device.h"
 #include "ops/quantization.h"
 
 namespace quire::cuda {
@@ -580,13 +580,7 @@ void launch_early(void (*kernel)(Args...), unsigned ctas, dim3 block, Stream str
   config.blockDim = block;
   config.stream = cuda_stream(stream);
   config.attrs = &attribute;
-  // Code made from sm_80 PTX does not wait for a predecessor, on whatever device.
-  const bool waits = known_of_device([kernel] {
-    cudaFuncAttributes attributes{};
-    QUIRE_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-    return attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
-  });
-  config.numAttrs = waits ? 1 : 0;
+  config.numAttrs = has_dependent_launch_code() ? 1 : 0;
   QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
 }
 

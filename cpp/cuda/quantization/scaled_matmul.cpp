@@ -8,8 +8,8 @@
 #include <string>
 
 #include "core/explain.h"
+#include "cuda/device_code.h"
 #include "cuda/launch.h"
-#include "cuda/quantization/hopper_code.h"
 
 namespace quire::cuda {
 namespace scaled {

@@ -5,9 +5,8 @@
 #include <string>
 
 #include "core/explain.h"
+#include "cuda/device_code.h"
 #include "cuda/launch.h"
-#include "cuda/once_per_device.h"
-#include "cuda/quantization/hopper_code.h"
 #include "cuda/quantization/w4a16_launch.h"
 #include "cuda/tensor_map.h"
 #include "quire/error.h"
@@ -301,7 +300,7 @@ void run_mma(const QuantizedMatmulParams& params, const MmaChoice& choice, Strea
   plan.row_warps_log2 = choice.row_warps_log2;
   plan.num_stages = choice.num_stages;
   plan.group_shift = plan.layout.group_shift();
-  plan.waits = params.weight.permutation != nullptr && has_hopper_code();
+  plan.waits = params.weight.permutation != nullptr && has_dependent_launch_code();
   const std::int64_t slice_tokens = choice.num_token_blocks * 8 * choice.tiles;
   for (std::int64_t first = 0; first < params.num_tokens; first += slice_tokens) {
     plan.num_tokens = std::min(params.num_tokens - first, slice_tokens);
@@ -620,22 +619,6 @@ void explain(const QuantizedMatmulParams& p, const Layout& layout, const char* f
   }
   if (p.weight.permutation != nullptr) add("x is first put in the weight's order of input features (act-order)");
 }
-
-}  // namespace
-
-}  // namespace w4a16
-
-bool has_hopper_code() {
-  // Code made from sm_80 PTX has no wgmma and does not wait for a predecessor, on whatever device.
-  return known_of_device([] {
-    cudaFuncAttributes attributes{};
-    QUIRE_CUDA_CHECK(cudaFuncGetAttributes(&attributes, w4a16::gather_columns_kernel));
-    return attributes.ptxVersion >= 90 && attributes.binaryVersion == 90;
-  });
-}
-
-namespace w4a16 {
-namespace {
 
 /// Tokens that are worked on at a time.
 std::int64_t slice_tokens(std::int64_t num_tokens, const WeightFormat& format, bool has_permutation) {

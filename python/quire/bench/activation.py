@@ -69,14 +69,15 @@ def _quantized(context: Context, shape: tuple[int, int], granularity: Granularit
     arrays, (tokens, width) = context.arrays, shape
     x, out = arrays.random((tokens, 2 * width), "bfloat16"), arrays.empty(shape, "float8_e4m3fn")
     outputs: Any = out
-    scale = None
+    given = None
     if granularity == "tensor":
-        scale = arrays.put(np.array([0.02], np.float32))
+        scale = given = arrays.put(np.array([0.02], np.float32))
     else:
-        groups = 1 if granularity == "token" else width // 128
-        outputs = (out, arrays.empty((tokens, groups), "float32"))
+        scale = arrays.empty((tokens, 1 if granularity == "token" else width // 128), "float32")
+        outputs = (out, scale)
     return Work(
         lambda: quire.silu_and_mul(
-            x, out=outputs, out_dtype="float8_e4m3fn", scale=scale, granularity=granularity
-        )
+            x, out=outputs, out_dtype="float8_e4m3fn", scale=given, granularity=granularity
+        ),
+        peers_of(context, f"silu_and_mul_fp8_{granularity}", out=out, scale=scale, x=x),
     )

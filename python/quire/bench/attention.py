@@ -6,6 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,41 +24,56 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
 _INT8_SCALE = 1.0 / 32.0  # of what Arrays.random draws
 
 Lengths = np.ndarray[Any, np.dtype[Any]]
-Shape = tuple[int, int, int, int, int]
+Shape = tuple[int, int, int, int, int]  # sequences, tokens of each, query heads, KV heads, head_dim
 
-# (sequences, tokens of each, query heads, KV heads, head_dim)
-_DECODE_CUDA = [
-    (1, 1024, 32, 8, 128),
-    (1, 8192, 32, 8, 128),
-    (1, 65536, 32, 8, 128),
-    (8, 4096, 32, 8, 128),
-    (32, 1024, 32, 8, 128),
-    (32, 8192, 32, 8, 128),
-    (64, 4096, 32, 8, 128),
-    (128, 2048, 32, 8, 128),
-    (256, 1024, 32, 8, 128),
-    (256, 4096, 32, 8, 128),
-    (1, 8192, 64, 8, 128),
-    (32, 8192, 64, 8, 128),
-    (256, 1024, 64, 8, 128),
-    (1, 8192, 32, 32, 128),
-    (32, 8192, 32, 32, 128),
-    (256, 1024, 32, 32, 128),
-    (1, 8192, 16, 2, 256),
-    (32, 8192, 16, 2, 256),
-    (256, 1024, 16, 2, 256),
-    (1, 8192, 32, 8, 64),
-    (32, 8192, 32, 8, 64),
-    (256, 1024, 32, 8, 64),
-]
-_DECODE_INT8_CUDA = [
-    (1, 8192, 32, 8, 128),
-    (32, 8192, 32, 8, 128),
-    (256, 1024, 32, 8, 128),
-    (32, 8192, 32, 8, 64),
-]
-# The same, each causal and not
-_PREFILL_CUDA = [
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What is measured where."""
+
+    decode: list[Shape]
+    decode_int8: list[Shape]
+    ragged: tuple[int, int]  # sequences, tokens of the longest
+    heads: tuple[int, int, int]  # of what has no shapes of its own: query heads, KV heads, head_dim
+    mixed: tuple[int, int, int, int]  # chunks, decodes, queries of a chunk, keys of each sequence
+    invariant: list[Shape]  # with batch_invariant=True, and without beside it
+    verify: list[tuple[int, int, int]]  # sequences, tokens and draft tokens of each; with and without a tree
+    prefix: list[tuple[int, int, int]]  # sequences, tokens of the prefix that they share, own tokens of each
+    prefill: list[Shape]
+    prefill_float8_keys: list[Shape]
+    prefill_float8: list[Shape]
+    causal: tuple[bool, ...]  # of prefill
+
+
+_QUICK = _Sizes(
+    decode=[(2, 100, 4, 2, 64)],
+    decode_int8=[(2, 100, 4, 2, 64)],
+    ragged=(3, 64),
+    heads=(4, 2, 64),
+    mixed=(2, 6, 16, 64),
+    invariant=[(2, 100, 4, 2, 64)],
+    verify=[(2, 100, 5)],
+    prefix=[(3, 96, 16)],
+    prefill=[(1, 64, 4, 2, 64)],
+    prefill_float8_keys=[(1, 64, 4, 2, 64)],
+    prefill_float8=[(1, 64, 4, 2, 64)],
+    causal=(True,),
+)
+_CPU = _Sizes(
+    decode=[(1, 4096, 32, 8, 128), (8, 4096, 32, 8, 128)],
+    decode_int8=[(8, 4096, 32, 8, 128)],
+    ragged=(16, 4096),
+    heads=(32, 8, 128),
+    mixed=(4, 28, 512, 2048),
+    invariant=[(1, 4096, 32, 8, 128), (8, 4096, 32, 8, 128)],
+    verify=[(1, 4096, 8)],
+    prefix=[(8, 4096, 128)],
+    prefill=[(1, 512, 32, 8, 128), (1, 2048, 32, 8, 128)],
+    prefill_float8_keys=[],
+    prefill_float8=[],
+    causal=(True,),
+)
+_PREFILL_CUDA: list[Shape] = [
     (8, 2048, 32, 8, 64),
     (2, 8192, 32, 8, 64),
     (32, 512, 32, 8, 128),
@@ -67,40 +83,82 @@ _PREFILL_CUDA = [
     (8, 2048, 16, 8, 256),
     (2, 8192, 16, 8, 256),
 ]
-_PREFILL_FP8_CUDA = [(2, 8192, 32, 8, 128), (2, 8192, 32, 8, 64)]
-# (sequences, tokens of each, draft tokens of each), with a tree's mask and without
-_VERIFY_CUDA = [(1, 8192, 8), (32, 8192, 8), (32, 8192, 32)]
-# Of the decode shapes: with batch_invariant=True, and without beside it
-_INVARIANT_CUDA = [
-    (1, 8192, 32, 8, 128),
-    (32, 1024, 32, 8, 128),
-    (32, 8192, 32, 8, 128),
-    (256, 1024, 32, 8, 128),
-]
-# (sequences, tokens of the prefix that they share, own tokens of each)
-_PREFIX_CUDA = [(256, 32768, 128), (64, 8192, 128)]
+_CUDA = _Sizes(
+    decode=[
+        (1, 1024, 32, 8, 128),
+        (1, 8192, 32, 8, 128),
+        (1, 65536, 32, 8, 128),
+        (8, 4096, 32, 8, 128),
+        (32, 1024, 32, 8, 128),
+        (32, 8192, 32, 8, 128),
+        (64, 4096, 32, 8, 128),
+        (128, 2048, 32, 8, 128),
+        (256, 1024, 32, 8, 128),
+        (256, 4096, 32, 8, 128),
+        (1, 8192, 64, 8, 128),
+        (32, 8192, 64, 8, 128),
+        (256, 1024, 64, 8, 128),
+        (1, 8192, 32, 32, 128),
+        (32, 8192, 32, 32, 128),
+        (256, 1024, 32, 32, 128),
+        (1, 8192, 16, 2, 256),
+        (32, 8192, 16, 2, 256),
+        (256, 1024, 16, 2, 256),
+        (1, 8192, 32, 8, 64),
+        (32, 8192, 32, 8, 64),
+        (256, 1024, 32, 8, 64),
+    ],
+    decode_int8=[
+        (1, 8192, 32, 8, 128),
+        (32, 8192, 32, 8, 128),
+        (256, 1024, 32, 8, 128),
+        (32, 8192, 32, 8, 64),
+    ],
+    ragged=(64, 32768),
+    heads=(32, 8, 128),
+    mixed=(4, 252, 512, 2048),
+    invariant=[
+        (1, 8192, 32, 8, 128),
+        (32, 1024, 32, 8, 128),
+        (32, 8192, 32, 8, 128),
+        (256, 1024, 32, 8, 128),
+    ],
+    verify=[(1, 8192, 8), (32, 8192, 8), (32, 8192, 32)],
+    prefix=[(256, 32768, 128), (64, 8192, 128)],
+    prefill=_PREFILL_CUDA,
+    prefill_float8_keys=[(2, 8192, 32, 8, 128), (2, 8192, 32, 8, 64)],
+    prefill_float8=_PREFILL_CUDA,
+    causal=(True, False),
+)
 
 
 def cases(context: Context) -> Iterator[Case]:
     """Decode over caches of three dtypes, of equal lengths and ragged; a mixed batch; drafts to verify; a shared prefix; prefill."""
-    masks: tuple[bool, ...] = (True,)
-    prefill_fp8: list[Shape] = []
-    ragged_batch, longest = 64, 32768
-    if context.quick:
-        decode, prefill = [(2, 100, 4, 2, 64)], [(1, 64, 4, 2, 64)]
-        decode_int8, prefill_fp8, ragged_batch, longest = decode, prefill, 3, 64
-    elif context.is_cuda:
-        decode, prefill, masks = _DECODE_CUDA, _PREFILL_CUDA, (True, False)
-        decode_int8, prefill_fp8 = _DECODE_INT8_CUDA, _PREFILL_FP8_CUDA
-    else:
-        decode = [(1, 4096, 32, 8, 128), (8, 4096, 32, 8, 128)]
-        prefill = [(1, 512, 32, 8, 128), (1, 2048, 32, 8, 128)]
-        decode_int8, ragged_batch, longest = [(8, 4096, 32, 8, 128)], 16, 4096
-    on_cpu = not context.is_cuda and not context.quick
-    for cache_dtype, shapes in (("bfloat16", decode), ("float8_e4m3fn", decode), ("int8", decode_int8)):
+    sizes = _QUICK if context.quick else _CUDA if context.is_cuda else _CPU
+    yield from _decode_cases(context, sizes)
+    yield from _mixed_cases(context, sizes)
+    for cache_dtype in ("bfloat16", "float8_e4m3fn"):
+        yield from _invariant_cases(context, sizes.invariant, cache_dtype)
+    yield from _verify_cases(context, sizes.verify, sizes.heads)
+    yield from _prefix_cases(context, sizes.prefix, sizes.heads)
+    for q_dtype, kv_dtype, shapes in (
+        ("bfloat16", "bfloat16", sizes.prefill),
+        ("bfloat16", "float8_e4m3fn", sizes.prefill_float8_keys),
+        ("float8_e4m3fn", "float8_e4m3fn", sizes.prefill_float8),
+    ):
         for shape in shapes:
-            batch, length, num_heads, num_kv_heads, head_dim = shape
-            held = on_cpu and cache_dtype == "bfloat16" and batch == 8
+            for causal in sizes.causal:
+                yield _prefill_case(context, shape, causal, q_dtype, kv_dtype)
+
+
+def _decode_cases(context: Context, sizes: _Sizes) -> Iterator[Case]:
+    for cache_dtype, shapes in (
+        ("bfloat16", sizes.decode),
+        ("float8_e4m3fn", sizes.decode),
+        ("int8", sizes.decode_int8),
+    ):
+        for batch, length, num_heads, num_kv_heads, head_dim in shapes:
+            held = sizes is _CPU and cache_dtype == "bfloat16" and batch == 8
             yield _decode_case(
                 context,
                 f"decode B{batch} L{length} {num_heads}/{num_kv_heads} D{head_dim}, cache {cache_dtype}",
@@ -110,59 +168,50 @@ def cases(context: Context) -> Iterator[Case]:
                 cache_dtype,
                 Target(min_speedup=2.0) if held else None,
             )
+    batch, longest = sizes.ragged
     # Log-uniform: as many sequences between 16 and 32 tokens as between 16384 and 32768.
-    ragged = np.exp(np.random.default_rng(6).uniform(np.log(16), np.log(longest), ragged_batch)).astype(int)
-    heads = (4, 2, 64) if context.quick else (32, 8, 128)
+    lengths = np.exp(np.random.default_rng(6).uniform(np.log(16), np.log(longest), batch)).astype(int)
+    num_heads, num_kv_heads, head_dim = sizes.heads
     for cache_dtype in ("bfloat16", "float8_e4m3fn", "int8"):
         yield _decode_case(
             context,
-            f"decode ragged B{ragged_batch} L16..{longest} {heads[0]}/{heads[1]} D{heads[2]}, cache {cache_dtype}",
+            f"decode ragged B{batch} L16..{longest} {num_heads}/{num_kv_heads} D{head_dim}, cache {cache_dtype}",
             "decode, ragged",
-            ragged,
-            heads,
+            lengths,
+            sizes.heads,
             cache_dtype,
         )
-    chunks, rows = (2, 6) if context.quick else (4, 252 if context.is_cuda else 28)
-    chunk, context_len = (16, 64) if context.quick else (512, 2048)
+
+
+def _mixed_cases(context: Context, sizes: _Sizes) -> Iterator[Case]:
+    chunks, decodes, chunk, length = sizes.mixed
+    num_heads, num_kv_heads, head_dim = sizes.heads
     for cache_dtype in ("bfloat16", "float8_e4m3fn"):
         yield Case(
-            name=f"mixed {chunks} chunks of {chunk} + {rows} decodes, L{context_len} {heads[0]}/{heads[1]} D{heads[2]}, "
+            name=f"mixed {chunks} chunks of {chunk} + {decodes} decodes, L{length} {num_heads}/{num_kv_heads} D{head_dim}, "
             f"cache {cache_dtype}",
-            prepare=partial(_mixed, context, (chunks, rows, chunk, context_len), heads, cache_dtype),
+            prepare=partial(_mixed, context, sizes.mixed, sizes.heads, cache_dtype),
             op="paged_attention_mixed",
             group="mixed",
             unranked=("quire, two calls",),
         )
-    invariant = _INVARIANT_CUDA if context.is_cuda and not context.quick else decode
-    for cache_dtype in ("bfloat16", "float8_e4m3fn"):
-        yield from _invariant_cases(context, invariant, cache_dtype)
-    verify, prefix = [(1, 4096, 8)], [(8, 4096, 128)]
-    if context.is_cuda and not context.quick:
-        verify, prefix = _VERIFY_CUDA, _PREFIX_CUDA
-    yield from _verify_cases(context, [(2, 100, 5)] if context.quick else verify, heads)
-    yield from _prefix_cases(context, [(3, 96, 16)] if context.quick else prefix, heads)
-    for q_dtype, kv_dtype, shapes in (
-        ("bfloat16", "bfloat16", prefill),
-        ("bfloat16", "float8_e4m3fn", prefill_fp8),
-        ("float8_e4m3fn", "float8_e4m3fn", prefill if prefill_fp8 else []),
-    ):
-        for shape in shapes:
-            batch, length, num_heads, num_kv_heads, head_dim = shape
-            for causal in masks:
-                # By convention half of the score matrix counts under the causal mask.
-                flops = 4.0 * batch * length * length * num_heads * head_dim * (0.5 if causal else 1.0)
-                mask = "causal" if causal else "full"
-                keys = "" if kv_dtype == q_dtype else f", keys {kv_dtype}"
-                held = on_cpu and length == 2048
-                yield Case(
-                    name=f"prefill B{batch} L{length} {num_heads}/{num_kv_heads} D{head_dim} {mask} {q_dtype}{keys}",
-                    prepare=partial(_prefill, context, shape, causal, q_dtype, kv_dtype),
-                    num_flops=flops,
-                    bound="matmul",
-                    target=Target(min_speedup=0.5) if held else None,
-                    op="attention_prefill",
-                    group=f"prefill, keys {kv_dtype}" if q_dtype == "bfloat16" else f"prefill, {q_dtype}",
-                )
+
+
+def _prefill_case(context: Context, shape: Shape, causal: bool, q_dtype: str, kv_dtype: str) -> Case:
+    batch, length, num_heads, num_kv_heads, head_dim = shape
+    held = not context.is_cuda and not context.quick and length == 2048
+    mask = "causal" if causal else "full"
+    keys = "" if kv_dtype == q_dtype else f", keys {kv_dtype}"
+    return Case(
+        name=f"prefill B{batch} L{length} {num_heads}/{num_kv_heads} D{head_dim} {mask} {q_dtype}{keys}",
+        prepare=partial(_prefill, context, shape, causal, q_dtype, kv_dtype),
+        # By convention half of the score matrix counts under the causal mask.
+        num_flops=4.0 * batch * length * length * num_heads * head_dim * (0.5 if causal else 1.0),
+        bound="matmul",
+        target=Target(min_speedup=0.5) if held else None,
+        op="attention_prefill",
+        group=f"prefill, keys {kv_dtype}" if q_dtype == "bfloat16" else f"prefill, {q_dtype}",
+    )
 
 
 def _verify_cases(

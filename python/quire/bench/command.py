@@ -66,6 +66,13 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="time other libraries beside ours (on)",
     )
     add(
+        "--peer-limit",
+        type=_seconds,
+        default=300.0,
+        metavar="S",
+        help="seconds that a peer of an op may spend on attempts that fail, to compile say (%(default)g)",
+    )
+    add(
         "--ceilings",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -110,7 +117,7 @@ def _bench(args: argparse.Namespace) -> int:
     _set_threads(args.threads)
     min_time = args.min_time or (0.02 if args.quick else 0.5)
     timer = make_timer(library, min_time, args.quick)
-    context = Context(device, library, timer, args.quick, args.peers)
+    context = Context(device, library, timer, args.quick, args.peers, peer_limit_s=args.peer_limit)
     report = Report(
         machine=_machine(context),
         settings={

@@ -6,15 +6,31 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import gc
+import math
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import cast
 
 from quire.bench.arrays import Arrays
 
-__all__ = ["Case", "Context", "Fact", "Result", "Sample", "Target", "Timer", "Work", "make_timer", "measure"]
+__all__ = [
+    "Case",
+    "Context",
+    "Fact",
+    "GivenUp",
+    "Result",
+    "Sample",
+    "Target",
+    "Timer",
+    "Work",
+    "make_timer",
+    "measure",
+]
 
 Run = Callable[[], object]
 Fact = float | str
@@ -109,6 +125,29 @@ class Result:
     error: str = ""
 
 
+class GivenUp(Exception):
+    """A peer has spent its time on attempts that failed; the reason has been noted."""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the block after so many seconds. Outside the main thread there is no limit."""
+    if math.isinf(seconds) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError("took too long, compiling perhaps")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, previous)
+
+
 @dataclass
 class Context:
     """What a family's module is told when it makes its cases."""
@@ -119,11 +158,27 @@ class Context:
     quick: bool = False
     use_peers: bool = True
     skipped_peers: dict[str, str] = field(default_factory=dict)  # "op: name" -> reason
+    peer_limit_s: float = math.inf  # that a peer of an op may spend on attempts that fail
+    wasted_s: dict[str, float] = field(default_factory=dict)  # "op: name" -> seconds of such attempts
 
     @property
     def is_cuda(self) -> bool:
         """Whether the device is a GPU."""
         return self.device != "cpu"
+
+    @contextmanager
+    def attempt(self, peer: str) -> Iterator[None]:
+        """Around what a peer does for the first time, which may be to compile. Raises GivenUp where that has failed for too long."""
+        left = self.peer_limit_s - self.wasted_s.get(peer, 0.0)
+        if left <= 0.0:
+            raise GivenUp(peer)
+        start = time.perf_counter()
+        try:
+            with _time_limit(left):
+                yield
+        except Exception:
+            self.wasted_s[peer] = self.wasted_s.get(peer, 0.0) + time.perf_counter() - start
+            raise
 
 
 class Timer:
@@ -212,12 +267,16 @@ def measure(family: str, case: Case, context: Context, ceilings: Mapping[str, fl
         work.run()  # raises here, and not in a timer
         context.timer.settle()
         for name, run in work.peers.items():
+            peer = f"{case.op or family}: {name}"
             try:
-                run()
-                context.timer.settle()
+                with context.attempt(peer):
+                    run()
+                    context.timer.settle()
                 runs[name] = run
+            except GivenUp:
+                continue
             except Exception as error:
-                context.skipped_peers[f"{case.op or family}: {name}"] = _reason(error)
+                context.skipped_peers[peer] = _reason(error)
         on_host = case.timer == "host" or work.is_round or not context.is_cuda
         timer = context.timer
         times, num_calls = timer.host_times(runs, work.is_round) if on_host else timer.times(runs)

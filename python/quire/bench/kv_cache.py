@@ -34,7 +34,7 @@ def cases(context: Context) -> Iterator[Case]:
                     bound="copy",
                     op=op,
                 )
-    for pairs in [2] if context.quick else [1, 64, 512]:
+    for pairs in [2] if context.quick else [1, 64, 512, 1024]:
         yield Case(
             name=f"copy_blocks {pairs} blocks bfloat16",
             prepare=partial(_copy_blocks, context, pairs),
@@ -42,6 +42,24 @@ def cases(context: Context) -> Iterator[Case]:
             bound="copy",
             op="copy_blocks",
         )
+    if not context.is_cuda:
+        return
+    # (layers, blocks, KiB of each)
+    sizes = (
+        [(1, 2, 32)]
+        if context.quick
+        else [(1, 1024, 32), (1, 1024, 128), (1, 256, 512), (1, 64, 2048), (32, 64, 32)]
+    )
+    for to_device in (True, False):
+        for layers, pairs, kib in sizes:
+            yield Case(
+                name=f"swap_blocks to {'the device' if to_device else 'pinned memory'}, {pairs} blocks of {kib} KiB"
+                + (f", {layers} layers" if layers > 1 else ""),
+                prepare=partial(_swap_blocks, context, to_device, (layers, pairs, kib)),
+                num_bytes=2 * layers * pairs * kib * 1024,
+                op="swap_blocks",
+                unranked=("quire, one run",),
+            )
 
 
 def _slots(tokens: int) -> tuple[int, np.ndarray[tuple[int], np.dtype[np.int64]]]:
@@ -87,3 +105,23 @@ def _copy_blocks(context: Context, pairs: int) -> Work:
     order = np.random.default_rng(4).permutation(2 * pairs).astype(np.int64).reshape(pairs, 2)
     table = context.arrays.put(order)
     return Work(lambda: quire.copy_blocks(cache, table))
+
+
+def _swap_blocks(context: Context, to_device: bool, sizes: tuple[int, int, int]) -> Work:
+    """Blocks of which no two are adjacent, and beside them as many in one run, which is one transfer, or one of each layer's K and V."""
+    layers, pairs, kib = sizes
+    heads = kib * 1024 // (_BLOCK_SIZE * _HEAD_DIM * 2)
+    host, device = (
+        quire.KVCache(
+            layers, 2 * pairs, _BLOCK_SIZE, heads, _HEAD_DIM, "bfloat16", where, pinned=where == "cpu"
+        )
+        for where in ("cpu", context.device)
+    )
+    source, target = (host, device) if to_device else (device, host)
+    rng = np.random.default_rng(4)
+    single = np.stack([2 * rng.permutation(pairs).astype(np.int64) for _ in range(2)], 1)
+    run = np.stack([np.arange(pairs)] * 2, 1)
+    return Work(
+        lambda: target.swap_blocks_from(source, single),
+        {"quire, one run": lambda: target.swap_blocks_from(source, run)},
+    )

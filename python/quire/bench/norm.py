@@ -32,6 +32,7 @@ def cases(context: Context) -> Iterator[Case]:
             (16, 4096),
             (64, 4096),
             (64, 8192),
+            (256, 4096),
             (4096, 4096),
             (4096, 8192),
             (16384, 4096),
@@ -39,13 +40,15 @@ def cases(context: Context) -> Iterator[Case]:
         ]
     else:
         grid = [(1, 4096), (64, 4096), (4096, 4096)]
+    # Heads as rows: the norm of q and k.
+    narrow = [(131072, 64), (524288, 128), (262144, 256)] if context.is_cuda and not context.quick else []
     for op, prepare, num_passes in (
         ("rms_norm", _rms_norm, 2),
         ("fused_add_rms_norm", _fused_add_rms_norm, 4),
         ("layer_norm", _layer_norm, 2),
     ):
         for dtype in ("bfloat16",) if context.is_cuda else ("bfloat16", "float32"):
-            for tokens, hidden in grid:
+            for tokens, hidden in grid + (narrow if op == "rms_norm" else []):
                 held = op == "rms_norm" and not context.is_cuda and not context.quick and tokens > 1
                 yield Case(
                     name=f"{op} T{tokens} H{hidden} {dtype}",
@@ -55,12 +58,16 @@ def cases(context: Context) -> Iterator[Case]:
                     target=Target(min_speedup=2.0) if held else None,
                     op=op,
                 )
-    for op, item_bytes in (("rms_norm", 3), ("fused_add_rms_norm", 7)):
-        for granularity in ("tensor", "token", "group"):
+    kinds: list[tuple[str, Granularity]] = [
+        *(("float8_e4m3fn", kind) for kind in ("tensor", "token", "group")),
+        ("int8", "token"),
+    ]
+    for op, item_bytes in (("rms_norm", 3), ("fused_add_rms_norm", 7), ("layer_norm", 3)):
+        for quant_dtype, granularity in kinds:
             for tokens, hidden in grid:
                 yield Case(
-                    name=f"{op} to float8_e4m3fn, scale per {granularity}, T{tokens} H{hidden} bfloat16",
-                    prepare=partial(_quantized, context, op, (tokens, hidden), granularity),
+                    name=f"{op} to {quant_dtype}, scale per {granularity}, T{tokens} H{hidden} bfloat16",
+                    prepare=partial(_quantized, context, op, (tokens, hidden), quant_dtype, granularity),
                     num_bytes=item_bytes * tokens * hidden + 2 * hidden,
                     bound="copy",
                     op=f"{op} quantized",
@@ -101,31 +108,30 @@ def _layer_norm(context: Context, shape: tuple[int, int], dtype: str) -> Work:
     return Work(lambda: quire.layer_norm(x, weight, bias, out=out), peers)
 
 
-def _quantized(context: Context, op: str, shape: tuple[int, int], granularity: Granularity) -> Work:
-    arrays, dtype = context.arrays, "bfloat16"
-    x, weight = arrays.random(shape, dtype, 1e-3), arrays.random(shape[1:], dtype)
-    residual = arrays.random(shape, dtype) if op == "fused_add_rms_norm" else None
-    out, scale = arrays.empty(shape, "float8_e4m3fn"), None
+def _quantized(
+    context: Context, op: str, shape: tuple[int, int], dtype: str, granularity: Granularity
+) -> Work:
+    arrays = context.arrays
+    x, weight = arrays.random(shape, "bfloat16", 1e-3), arrays.random(shape[1:], "bfloat16")
+    residual = arrays.random(shape, "bfloat16") if op == "fused_add_rms_norm" else None
+    out = arrays.empty(shape, dtype)
     outputs: Any = out
+    given = None
     if granularity == "tensor":
-        scale = arrays.put(np.array([0.02], np.float32))
+        scale = given = arrays.put(np.array([0.02], np.float32))
     else:
-        groups = 1 if granularity == "token" else shape[1] // 128
-        outputs = (out, arrays.empty((shape[0], groups), "float32"))
-
-    def run() -> object:
-        if residual is not None:
-            return quire.fused_add_rms_norm(
-                x,
-                residual,
-                weight,
-                out=outputs,
-                out_dtype="float8_e4m3fn",
-                scale=scale,
-                granularity=granularity,
-            )
-        return quire.rms_norm(
-            x, weight, out=outputs, out_dtype="float8_e4m3fn", scale=scale, granularity=granularity
+        scale = arrays.empty((shape[0], 1 if granularity == "token" else shape[1] // 128), "float32")
+        outputs = (out, scale)
+    inputs = [x, weight] if residual is None else [x, residual, weight]
+    if op == "layer_norm":
+        inputs.append(arrays.random(shape[1:], "bfloat16"))
+    peers = {}
+    if dtype == "float8_e4m3fn":
+        more = {} if residual is None else {"residual": residual}
+        peers = peers_of(
+            context, f"{op}_fp8_{granularity}", out=out, scale=scale, x=x, weight=weight, eps=1e-6, **more
         )
-
-    return Work(run)
+    function = getattr(quire, op)
+    return Work(
+        lambda: function(*inputs, out=outputs, out_dtype=dtype, scale=given, granularity=granularity), peers
+    )

@@ -16,6 +16,9 @@ Ops and their keywords (shapes as in quire's functions of the same name):
 - fused_add_rms_norm: x, residual, weight, eps (in place)
 - silu_and_mul, gelu_tanh_and_mul: out, x
 - rotary_embedding: positions, q, k, cos_sin_cache (in place, style neox)
+- rms_norm_fp8_tensor, _token, _group: out, scale, x, weight, eps; fused_add_rms_norm_fp8_...: with residual after x (groups of 128)
+- silu_and_mul_fp8_tensor, _group: out, scale, x
+- qk_norm_rope: positions, q, k, q_weight, k_weight, cos_sin_cache, eps (in place, style neox)
 - write_kv: k, v, k_cache, v_cache, slot_mapping
 - gather_kv: out_k, out_v, k_cache, v_cache, slot_mapping
 - paged_attention_decode: out, q, k_cache, v_cache, block_tables, seq_lens, max_seq_len
@@ -41,7 +44,7 @@ from typing import Any
 from quire._allocate import Array, framework_of
 from quire.bench import BenchError
 from quire.bench.arrays import available
-from quire.bench.harness import Context, Run
+from quire.bench.harness import Context, GivenUp, Run
 
 __all__ = ["NotApplicable", "load", "peers_of"]
 
@@ -111,8 +114,9 @@ def peers_of(
         return runs
     for name, factory in factories.items():
         try:
-            runs[name] = factory(**tensors)
-        except NotApplicable:
+            with context.attempt(f"{op}: {name}"):
+                runs[name] = factory(**tensors)
+        except (NotApplicable, GivenUp):
             continue
         except ModuleNotFoundError as error:
             context.skipped_peers[name] = f"not installed ({error})"
@@ -283,6 +287,14 @@ def _flashinfer_fused_add_rms_norm(*, x: Any, residual: Any, weight: Any, eps: f
     return lambda: fused_add_rmsnorm(x, residual, weight, eps)
 
 
+def _flashinfer_layer_norm(*, out: Any, x: Any, weight: Any, bias: Any, eps: float) -> Run:
+    _need_cuda(x, "FlashInfer")
+    from flashinfer.norm import layernorm
+
+    gamma, beta = weight.float(), bias.float()
+    return lambda: layernorm(x, gamma, beta, eps)
+
+
 def _flashinfer_silu_and_mul(*, out: Any, x: Any) -> Run:
     _need_cuda(x, "FlashInfer")
     from flashinfer.activation import silu_and_mul
@@ -415,6 +427,45 @@ def _vllm_silu_and_mul(*, out: Any, x: Any) -> Run:
 def _vllm_gelu_tanh_and_mul(*, out: Any, x: Any) -> Run:
     op = _vllm_ops(x)._C.gelu_tanh_and_mul
     return lambda: op(out, x)
+
+
+def _vllm_rms_norm_quantized(granularity: str) -> Factory:
+    def factory(*, out: Any, scale: Any, x: Any, weight: Any, eps: float, residual: Any = None) -> Run:
+        ops = _vllm_ops(x)._C
+        if granularity == "tensor":
+            if residual is not None:
+                return lambda: ops.fused_add_rms_norm_static_fp8_quant(out, x, residual, weight, scale, eps)
+            return lambda: ops.rms_norm_static_fp8_quant(out, x, weight, scale, eps)
+        if granularity == "token":
+            return lambda: ops.rms_norm_dynamic_per_token_quant(out, x, weight, scale, eps, None, residual)
+        return lambda: ops.rms_norm_per_block_quant(out, x, weight, scale, eps, None, residual, 128, False)
+
+    return factory
+
+
+def _vllm_silu_and_mul_quantized(granularity: str) -> Factory:
+    def factory(*, out: Any, scale: Any, x: Any) -> Run:
+        ops = _vllm_ops(x)._C
+        if granularity == "tensor":
+            return lambda: ops.silu_and_mul_quant(out, x, scale)
+        return lambda: ops.silu_and_mul_per_block_quant(out, x, scale, 128, None, False)
+
+    return factory
+
+
+def _vllm_qk_norm_rope(
+    *, positions: Any, q: Any, k: Any, q_weight: Any, k_weight: Any, cos_sin_cache: Any, eps: float
+) -> Run:
+    import torch
+
+    op = _vllm_ops(q)._C.fused_qk_norm_rope
+    heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
+    # One tensor of q, k and v, of which v is left alone.
+    packed = torch.cat((q, k, k), 1).flatten(1).contiguous()
+    table = cos_sin_cache.to(q.dtype)
+    return lambda: op(
+        packed, heads, kv_heads, kv_heads, head_dim, eps, q_weight, k_weight, table, True, positions
+    )
 
 
 def _vllm_rotary_embedding(*, positions: Any, q: Any, k: Any, cos_sin_cache: Any) -> Run:
@@ -657,7 +708,17 @@ _BUILT_IN: dict[str, dict[str, Factory]] = {
         "FlashInfer": _flashinfer_fused_add_rms_norm,
         "vLLM": _vllm_fused_add_rms_norm,
     },
-    "layer_norm": {"torch": _torch_layer_norm},
+    "layer_norm": {"torch": _torch_layer_norm, "FlashInfer": _flashinfer_layer_norm},
+    **{
+        f"{op}_fp8_{granularity}": {"vLLM": _vllm_rms_norm_quantized(granularity)}
+        for op in ("rms_norm", "fused_add_rms_norm")
+        for granularity in ("tensor", "token", "group")
+    },
+    **{
+        f"silu_and_mul_fp8_{granularity}": {"vLLM": _vllm_silu_and_mul_quantized(granularity)}
+        for granularity in ("tensor", "group")
+    },
+    "qk_norm_rope": {"vLLM": _vllm_qk_norm_rope},
     "silu_and_mul": {
         "torch": _torch_silu_and_mul,
         "FlashInfer": _flashinfer_silu_and_mul,

@@ -68,7 +68,18 @@ def _prepare_norm(context: Context, tokens: int, dtype: str) -> Work:
     k = arrays.random((tokens, _NUM_KV_HEADS, _HEAD_DIM), dtype)
     weight = arrays.random((_HEAD_DIM,), dtype)
     positions, table = _positions(context, tokens)
-    return Work(lambda: quire.qk_norm_rope(positions, q, k, weight, weight, table))
+    peers = peers_of(
+        context,
+        "qk_norm_rope",
+        positions=positions,
+        q=q,
+        k=k,
+        q_weight=weight,
+        k_weight=weight,
+        cos_sin_cache=table,
+        eps=1e-6,
+    )
+    return Work(lambda: quire.qk_norm_rope(positions, q, k, weight, weight, table), peers)
 
 
 def _prepare_write(context: Context, tokens: int, cache_dtype: str, norms: bool) -> Work:

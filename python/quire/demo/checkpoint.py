@@ -46,8 +46,8 @@ def read_entries(path: Path) -> dict[str, TensorEntry]:
         data = np.memmap(path, dtype=np.uint8, mode="r")
     except FileNotFoundError:
         raise DemoError(f"{path}: no such file") from None
-    except OSError as error:
-        raise DemoError(f"{path}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise DemoError(f"{str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
     header_bytes = int.from_bytes(data[:8].tobytes(), "little")
     if header_bytes > MAX_HEADER_BYTES:
         raise DemoError(f"{path}: no safetensors file (its header would have {header_bytes} bytes)")

@@ -6,7 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,11 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DemoError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: JSON, UTF-8, or an integer of thousands of digits
         raise DemoError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(data, dict):
         raise DemoError(f"{path}: expected a JSON object, got {type(data).__name__}")
@@ -103,7 +107,11 @@ def parse_config(raw: dict[str, Any], eos_token_id: int | list[int] | None = Non
     def number(key: str, default: float | None = None, source: dict[str, Any] = raw) -> float:
         value = source.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 < value <= sys.float_info.max
+        ):
             raise DemoError(f"{key}: expected a positive number, got {value!r}")
         return float(value)
 
@@ -191,6 +199,8 @@ def _windows(raw: dict[str, Any], family: str, num_layers: int) -> tuple[int | N
         kinds = ["sliding_attention"] * num_layers
     elif kinds is None:
         first = raw.get("max_window_layers", 28)
+        if not isinstance(first, int):
+            raise DemoError(f"max_window_layers: expected an integer, got {first!r}")
         sliding = [i % 2 == 0 if family == "gemma2" else i >= first for i in range(num_layers)]
         kinds = ["sliding_attention" if s else "full_attention" for s in sliding]
     if not isinstance(kinds, list) or len(kinds) != num_layers:

@@ -13,11 +13,12 @@ import numpy as np
 
 import quire
 from quire.demo import DemoError
-from quire.demo.backend import Array, Backend, Weight, numpy_dtype
+from quire.demo.backend import Array, Backend, numpy_dtype
 from quire.demo.cache import PagedCache
 from quire.demo.checkpoint import Checkpoint
 from quire.demo.config import ModelConfig, read_config
-from quire.demo.quantization import read_quantized, with_format
+from quire.demo.quantization import with_format
+from quire.demo.weights import WeightReader
 
 GATED = {
     "silu": quire.silu_and_mul,
@@ -39,26 +40,6 @@ class Batch:
     logit_rows: Array  # int64 [num_logits]: the tokens whose next token is wanted
 
 
-@dataclass
-class Layer:
-    """One layer's weights. Projections that read the same input are stacked, `[out, in]`."""
-
-    input_norm: Array
-    qkv: Weight
-    qkv_bias: Array | None
-    q_norm: Array | None
-    k_norm: Array | None
-    output: Weight
-    output_bias: Array | None
-    attention_post_norm: Array | None
-    mlp_norm: Array
-    gate_up: Weight
-    gate_up_bias: Array | None
-    down: Weight
-    down_bias: Array | None
-    mlp_post_norm: Array | None
-
-
 class Model:
     """A dense decoder of the Llama, Mistral, Qwen2, Qwen3 or Gemma2 family."""
 
@@ -66,77 +47,11 @@ class Model:
         """Reads all weights; raises DemoError for a tensor that is missing or of another shape."""
         self.config, self.backend, self.dtype = config, backend, dtype
         self.activation_dtype = numpy_dtype(dtype)
-        hidden, kv_dim = config.hidden_size, config.num_kv_heads * config.head_dim
-        q_dim, inner = config.num_heads * config.head_dim, config.intermediate_size
-
-        def linear(*parts: tuple[str, int, int]) -> Weight:
-            if config.quantization is None:
-                return stack(*parts)
-            packed = [
-                read_quantized(
-                    config.quantization,
-                    name,
-                    (out, into),
-                    checkpoint.__contains__,
-                    checkpoint.raw,
-                    backend.raw,
-                )
-                for name, out, into in parts
-            ]
-            quantized = tuple(w for w in packed if w is not None)
-            if quantized and len(quantized) < len(packed):
-                names = ", ".join(name for name, _, _ in parts)
-                raise DemoError(f"{names}: expected all of them quantized or none")
-            return quantized or stack(*parts)
-
-        def stack(*parts: tuple[str, int, int]) -> Array:
-            matrices = [checkpoint.tensor(f"{name}.weight", (out, into)) for name, out, into in parts]
-            return backend.weight(np.concatenate(matrices), dtype)
-
-        def bias(wanted: bool, *parts: tuple[str, int]) -> Array | None:
-            vectors = [checkpoint.tensor(f"{name}.bias", (out,)) for name, out in parts] if wanted else []
-            return backend.weight(np.concatenate(vectors), dtype) if wanted else None
-
-        def norm(name: str, size: int = hidden) -> Array:
-            return backend.weight(checkpoint.tensor(f"{name}.weight", (size,)), dtype)
-
-        def layer(prefix: str) -> Layer:
-            attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-            post = config.post_norms
-            return Layer(
-                input_norm=norm(f"{prefix}.input_layernorm"),
-                qkv=linear(
-                    (f"{attention}.q_proj", q_dim, hidden),
-                    (f"{attention}.k_proj", kv_dim, hidden),
-                    (f"{attention}.v_proj", kv_dim, hidden),
-                ),
-                qkv_bias=bias(
-                    config.qkv_bias,
-                    (f"{attention}.q_proj", q_dim),
-                    (f"{attention}.k_proj", kv_dim),
-                    (f"{attention}.v_proj", kv_dim),
-                ),
-                q_norm=norm(f"{attention}.q_norm", config.head_dim) if config.qk_norm else None,
-                k_norm=norm(f"{attention}.k_norm", config.head_dim) if config.qk_norm else None,
-                output=linear((f"{attention}.o_proj", hidden, q_dim)),
-                output_bias=bias(config.output_bias, (f"{attention}.o_proj", hidden)),
-                attention_post_norm=norm(f"{prefix}.post_attention_layernorm") if post else None,
-                mlp_norm=norm(f"{prefix}.{'pre_feedforward' if post else 'post_attention'}_layernorm"),
-                gate_up=linear((f"{mlp}.gate_proj", inner, hidden), (f"{mlp}.up_proj", inner, hidden)),
-                gate_up_bias=bias(config.mlp_bias, (f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner)),
-                down=linear((f"{mlp}.down_proj", hidden, inner)),
-                down_bias=bias(config.mlp_bias, (f"{mlp}.down_proj", hidden)),
-                mlp_post_norm=norm(f"{prefix}.post_feedforward_layernorm") if post else None,
-            )
-
-        self.embedding = stack(("model.embed_tokens", config.vocab_size, hidden))
-        self.layers = [layer(f"model.layers.{i}") for i in range(config.num_layers)]
-        self.final_norm = norm("model.norm")
-        # A checkpoint with tied embeddings may leave lm_head out, or store it again.
-        tied = config.tied_embeddings or not any(
-            f"lm_head.{s}" in checkpoint for s in ("weight", "qweight", "weight_packed")
-        )
-        self.head = self.embedding if tied else linear(("lm_head", config.vocab_size, hidden))
+        weights = WeightReader(config, checkpoint, backend, dtype)
+        self.embedding = weights.embedding()
+        self.layers = [weights.layer(i) for i in range(config.num_layers)]
+        self.final_norm = weights.norm("model.norm", config.hidden_size)
+        self.head = weights.head(self.embedding)
         self.embedding_scale = float(np.asarray(config.embedding_scale, self.activation_dtype))
         try:
             table = quire.rope_cache(

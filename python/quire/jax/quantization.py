@@ -1,4 +1,4 @@
-"""The quantization ops of quire.jax, and PackedWeight as a pytree.
+"""Quantized weights and activations of quire.jax, and PackedWeight as a pytree.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -14,13 +14,12 @@ import jax.numpy as jnp
 
 from quire import _core
 from quire._allocate import Array, dtype_name, shape_of
-from quire._jax_batch import refuse_batched, rows
-from quire._jax_call import Op, Result, Value, call
 from quire._packed_weight import BLOCK, Fields, PackedWeight, format_of
 from quire._quantized import Granularity, check_given, scale_shape
+from quire.jax._batch import refuse_batched, rows
+from quire.jax._call import Attributes, Op, Result, Value, call
 from quire.quantization import check_features, right_operand
 
-_Attributes = dict[str, Value]
 _FLOATS = ("float32", "float16", "bfloat16")
 
 jax.tree_util.register_pytree_node(PackedWeight, PackedWeight._flatten, PackedWeight._unflatten)
@@ -40,7 +39,7 @@ def _shape(op: str, arg: str, x: Array) -> tuple[int, ...]:
 # ---- quantize, dequantize --------------------------------------------------------------------------------------------------
 
 
-def _quantize_results(operands: list[Array], attributes: _Attributes) -> list[Result | None]:
+def _quantize_results(operands: list[Array], attributes: Attributes) -> list[Result | None]:
     x, scale = operands[0], operands[1]
     shape = tuple(x.shape)
     out: Result = (shape, str(attributes["dtype"]))
@@ -78,7 +77,7 @@ def _as_rows(
 
 
 def _quantize_rule(
-    op: Op, size: int, batched: list[bool], operands: list[Array], attributes: _Attributes
+    op: Op, size: int, batched: list[bool], operands: list[Array], attributes: Attributes
 ) -> list[Array]:
     x: Array = operands[0]
     shape = (size, *x.shape[int(batched[0]) :])
@@ -93,7 +92,7 @@ def _quantize_rule(
 
 
 def _dequantize_rule(
-    op: Op, size: int, batched: list[bool], operands: list[Array], attributes: _Attributes
+    op: Op, size: int, batched: list[bool], operands: list[Array], attributes: Attributes
 ) -> list[Array]:
     q: Array = operands[0]
     shape = (size, *q.shape[int(batched[0]) :])
@@ -139,7 +138,7 @@ def _quantize(
         raise ValueError(f"[{op}] x: expected rank 1 to 4, got []")
     scale_shape(op, shape, granularity, group_size)
     check_given(op, symmetric, scale, zero_point, scale_ub)
-    attributes: _Attributes = {
+    attributes: Attributes = {
         "dtype": dtype,
         "granularity": granularity,
         "group_size": int(group_size),
@@ -235,7 +234,7 @@ def _dequantize(
         )
     if granularity == "block" and zero_point is not None:
         raise ValueError(f'[{op}] zero_point: expected none with granularity "block", got one')
-    attributes: _Attributes = {
+    attributes: Attributes = {
         "dtype": _float_name(op, out_dtype),
         "granularity": granularity,
         "group_size": int(group_size),
@@ -299,7 +298,7 @@ def _has_gpu() -> bool:
     return _core.has_cuda() and _core.num_cuda_devices() > 0
 
 
-def _packed_scratch(operands: list[Array], attributes: _Attributes) -> int:
+def _packed_scratch(operands: list[Array], attributes: Attributes) -> int:
     x: Array = operands[0]
     tokens = _num_rows(x)
     if tokens == 0:
@@ -314,7 +313,7 @@ def _packed_scratch(operands: list[Array], attributes: _Attributes) -> int:
     )
 
 
-def _scaled_scratch(operands: list[Array], attributes: _Attributes) -> int:
+def _scaled_scratch(operands: list[Array], attributes: Attributes) -> int:
     """Of whichever platform needs more: which one is compiled for is not known while tracing."""
     a, b, scale_b = operands[0], operands[1], operands[3]
     rows_of_a, n, k = _num_rows(a), b.shape[0], b.shape[1]
@@ -330,7 +329,7 @@ def _scaled_scratch(operands: list[Array], attributes: _Attributes) -> int:
 
 
 def _scaled_rule(
-    op: Op, size: int, batched: list[bool], operands: list[Array], attributes: _Attributes
+    op: Op, size: int, batched: list[bool], operands: list[Array], attributes: Attributes
 ) -> list[Array]:
     refuse_batched(op, batched, (1, 3, 5, 6))
     a: Array = _stack(size, batched[0], operands[0])
@@ -361,7 +360,7 @@ _FIELDS = (
 )
 
 
-def _fields_of(attributes: _Attributes) -> Fields:
+def _fields_of(attributes: Attributes) -> Fields:
     in_features, out_features, bits, group_size, num_rows = (int(attributes[name]) for name in _FIELDS[:5])
     scale_dtype, has_zeros, layout = (attributes[name] for name in _FIELDS[5:])
     return (
@@ -407,7 +406,7 @@ def quantized_matmul(
     if w.weight is not None:
         return _quantize_and_multiply(x, w, bias, batch_invariant)
     assert w._fields is not None
-    attributes: _Attributes = dict(zip(_FIELDS, w._fields, strict=True))
+    attributes: Attributes = dict(zip(_FIELDS, w._fields, strict=True))
     attributes |= {"has_zeros": int(attributes["has_zeros"]), "batch_invariant": int(batch_invariant)}
     return call(_QUANTIZED_MATMUL, [x, w._data, w._permutation, bias], attributes)[0]
 
@@ -452,7 +451,7 @@ def scaled_matmul(
         Array([[11., 17.]], dtype=float32)
     """
     b, scale_b, column_sums = right_operand(b, scale_b, column_sums)
-    attributes: _Attributes = {
+    attributes: Attributes = {
         "dtype": _float_name("scaled_matmul", out_dtype),
         "batch_invariant": int(batch_invariant),
     }

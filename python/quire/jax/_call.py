@@ -18,6 +18,7 @@ from quire import _core
 
 Array = Any
 Value = str | int | float
+Attributes = dict[str, Value]
 #: The shape and dtype name of a result.
 Result = tuple[tuple[int, ...], str]
 #: A batching rule: (op, axis_size, which operands are batched, operands, attributes) to the batched results.

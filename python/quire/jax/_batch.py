@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from quire._jax_call import Array, Op, Rule, Value, call, fail_batched
+from quire.jax._call import Array, Op, Rule, Value, call, fail_batched
 
 #: More than this outside of a range is not told apart.
 _FAR = 1 << 20

@@ -1,0 +1,160 @@
+"""batch_invariant=True: a row's bits depend on its own query and keys alone.
+
+SPDX-License-Identifier: Apache-2.0
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from attention_batch import DTYPES, OPTIONS, QUANTIZED, Batch, draw, drawn_options
+from frameworks import np_dtype
+from reference import kv_cache
+
+import quire
+
+
+def bits(array):
+    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+
+
+@dataclasses.dataclass
+class Watched:
+    """A sequence that is put into several batches."""
+
+    q: np.ndarray  # [q_len, heads, dim]
+    k: np.ndarray  # [kv_len, kv_heads, dim], as stored
+    v: np.ndarray
+
+    def put(self, batch, seq):
+        starts = batch.query_start_loc
+        first = seq if starts is None else starts[seq]
+        batch.q[first : first + len(self.q)] = self.q
+        slots = np.arange(len(self.k))
+        block_size = batch.k_cache.shape[1]
+        where = batch.block_tables[seq][slots // block_size], slots % block_size
+        batch.k_cache[where], batch.v_cache[where] = self.k, self.v
+        return slice(first, first + len(self.q))
+
+
+def invariant_rows(backend, rng, watched, num_others, *, dtype, kv_dtype, q_lens=None, **options):
+    """The bits of each watched sequence's rows, among others at random places, in blocks of random numbers."""
+    num_seqs = len(watched) + num_others
+    places = rng.permutation(num_seqs)[: len(watched)]
+    decode = all(len(w.q) == 1 for w in watched) and q_lens is None
+    lens, queries = rng.integers(1, 90, num_seqs), np.ones(num_seqs, int)
+    if q_lens is not None:
+        queries = rng.choice(q_lens, num_seqs)
+    for place, w in zip(places, watched, strict=True):
+        lens[place], queries[place] = len(w.k), len(w.q)
+    heads, dim = watched[0].q.shape[1:]
+    batch = Batch.make(
+        rng,
+        q_lens=queries,
+        kv_lens=lens,
+        heads=heads,
+        kv_heads=watched[0].k.shape[1],
+        dim=dim,
+        block_size=16,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        decode=decode,
+    )
+    rows = [w.put(batch, place) for place, w in zip(places, watched, strict=True)]
+    positional, keywords = batch.arguments(backend)
+    out, lse = quire.paged_attention(
+        *positional, **keywords, return_lse=True, batch_invariant=True, **options
+    )
+    return [(bits(backend.numpy(out)[r]), bits(backend.numpy(lse)[r])) for r in rows]
+
+
+def assert_same_bits(got, want):
+    for (out, lse), (want_out, want_lse) in zip(got, want, strict=True):
+        np.testing.assert_array_equal(out, want_out)
+        np.testing.assert_array_equal(lse, want_lse)
+
+
+def draw_stored(rng, shape, dtype):
+    x = rng.standard_normal(shape).astype(np.float32)
+    return kv_cache.store(x, None, dtype) if dtype in QUANTIZED else x.astype(np_dtype(dtype))
+
+
+@pytest.mark.parametrize("group", [4, 20])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "dim"),
+    [
+        ("float32", "float32", 64),
+        ("bfloat16", "bfloat16", 128),
+        ("float16", "float16", 256),
+        ("bfloat16", "float8_e4m3fn", 64),
+        ("bfloat16", "float8_e4m3fn", 128),
+        ("float16", "int8", 40),
+    ],
+)
+def test_batch_invariance(backend, rng, dtype, kv_dtype, dim, group):
+    watched = [
+        Watched(
+            draw(rng, (1, 2 * group, dim), dtype),
+            draw_stored(rng, (n, 2, dim), kv_dtype),
+            draw_stored(rng, (n, 2, dim), kv_dtype),
+        )
+        for n in (1, 600, 5000)
+    ]
+    options = {"dtype": dtype, "kv_dtype": kv_dtype}
+    want = [invariant_rows(backend, rng, [w], 0, **options)[0] for w in watched]
+    for num_seqs in (2, 3, 8, 64, 257):
+        some = [int(i) for i in rng.permutation(3)[: min(num_seqs, 3)]]
+        got = invariant_rows(backend, rng, [watched[i] for i in some], num_seqs - len(some), **options)
+        assert_same_bits(got, [want[i] for i in some])
+    # Beside prefills.
+    assert_same_bits(invariant_rows(backend, rng, watched, 5, q_lens=[1, 1, 30], **options), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("finite", [True, False], ids=["finite", "infinite"])
+@pytest.mark.parametrize(
+    "option", [{}, {"window": 700}, {"softcap": 5.0}, {"causal": False, "window": (300, 4)}], ids=str
+)
+def test_a_row_has_the_same_bits_in_decode_and_prefill(backend, rng, option, finite, dim, dtype):
+    """Query i of a chunk sees what a decode sees whose sequence ends there."""
+    num_keys, q_len = 1500, 37
+    q = draw(rng, (q_len, 8, dim), dtype)
+    k, v = (draw(rng, (num_keys, 2, dim), dtype) for _ in "kv")
+    if not finite:
+        # Keys whose weight is 0, or not, for all or for the last queries.
+        k[[700, 1480], 0] *= 60
+        v[[700, 900, 1480], 0, 3] = np.inf
+    options = {"dtype": dtype, "kv_dtype": dtype, **option}
+    (out, lse) = invariant_rows(backend, rng, [Watched(q, k, v)], 2, q_lens=[1, 50], **options)[0]
+    right = option["window"][1] if isinstance(option.get("window"), tuple) else 0
+    for i in (0, 1, 17, 35, 36):
+        end = num_keys - q_len + i + 1
+        if right > 0:
+            # The query and those that follow it, as a chunk of another length.
+            chunk = Watched(q[i : i + right + 1], k[: end + right], v[: end + right])
+            if len(chunk.q) <= right:
+                continue
+        else:
+            chunk = Watched(q[i : i + 1], k[:end], v[:end])
+        got = invariant_rows(backend, rng, [chunk], 1, **options)[0]
+        np.testing.assert_array_equal(got[0][0], out[i])
+        np.testing.assert_array_equal(got[1][0], lse[i])
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+@pytest.mark.parametrize("option", list(OPTIONS))
+def test_batch_invariant_options(backend, rng, option, decode):
+    """Right, not only the same."""
+    batch = Batch.make(
+        rng,
+        q_lens=[1, 1, 1] if decode else [3, 0, 20],
+        kv_lens=[2500, 0, 90],
+        heads=6,
+        kv_heads=2,
+        dim=64,
+        block_size=16,
+        dtype="float16",
+        decode=decode,
+    )
+    batch.check(backend, batch_invariant=True, **drawn_options(rng, option, 6))
