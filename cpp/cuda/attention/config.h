@@ -324,7 +324,7 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
   if (has_wgmma && config.variant == Variant::kMmaSplitKeys8 && params.block_tables != nullptr && !ragged && params.shared_queries == 0 &&
       !params.float8_queries && !params.batch_invariant && params.mask == nullptr && group <= rows && key_capacity(params) < 1 << 30) {
     config.cluster = choose_cluster(num_head_tiles, device.num_sms, ctas_per_sm(config.variant, config.head_dim_bucket) / 2,
-                                    params.head_dim * itemsize(params.kv_dtype) >= 128);
+                                    params.head_dim * itemsize(params.kv_dtype) % 128 == 0);
   }
   if (config.variant == Variant::kMmaSplitKeys8) config.pairing = choose_pairing(params);
   if (config.pairing == Pairing::kColumns) config.head_dim_bucket = 128;
@@ -340,7 +340,8 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
   if (shares_keys(config.variant)) {
     // CTAs of more warps where tiles are so few that each has many parts: then it has fewer.
     config.wide = !params.batch_invariant && config.variant != Variant::kMmaSplitKeys8Small &&
-                  (config.cluster > 0 || (num_ctas * 2 <= device.num_sms && key_capacity(params) > 2048)) &&
+                  (config.cluster > 0 || (num_ctas * 2 <= device.num_sms && key_capacity(params) > 2048) ||
+                   (config.pairing == Pairing::kWarps && itemsize(params.kv_dtype) == 2 && num_ctas <= 4 * device.num_sms)) &&
                   device.max_shared_bytes_per_cta >= kWideSharedBytes;
     config.tile_cost = tile_cost(config.wide, num_ctas);
     config.slots_per_cta = params.batch_invariant ? kCutParts + 1 : 2;
