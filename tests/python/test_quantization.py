@@ -364,7 +364,10 @@ def test_tiles_left_over_after_whole_rounds(backend, rng):
 @pytest.mark.parametrize("count", [1, 2, 9, 24, 40, 64])
 def test_few_tokens_of_many_shapes(backend, rng, count):
     """Rows of tiles alone, in clusters and one after the other; columns that end within a stage; tiles that SMs without one help with."""
-    for out_features, in_features in ((72, 128), (1000, 1088), (256, 8192), (20000, 192), (8600, 1600)):
+    shapes = [(72, 128), (1000, 1088), (256, 8192), (20000, 192), (8600, 1600)]
+    if backend.device != "cpu" and count == 1:
+        shapes.append((20480, 2112))  # one token of a smaller weight has another kernel
+    for out_features, in_features in shapes:
         weight = PackedWeight.quantize(backend.array(draw(rng, (out_features, in_features))), "w4a16", 64)
         wide = as_float64(backend.numpy(weight.dequantize()))
         check_product(backend, rng, weight, wide, (count,))

@@ -11,6 +11,7 @@ namespace {
 
 /// What a helper loses with each tile whose sums it hands over, in stages.
 constexpr double kStagesToHandOver = 1.5;
+constexpr int kMinCutStages = 5;
 
 /// x [num_tokens, num_columns], whose columns are whole panels of 64, read in boxes of box_panels panels of box_tokens tokens, with the 128-byte
 /// swizzle.
@@ -119,6 +120,8 @@ FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int source_c
           const double even = (static_cast<double>(rounds * tile_stages) - kStagesToHandOver * static_cast<double>(tiles_of_helper)) /
                               static_cast<double>(tiles_of_helper + 1);
           most_cut = std::clamp(static_cast<int>(even + 1.0), 0, static_cast<int>(tile_stages) - 1);
+          // One tile for each helper is a cluster's, and short parts cost more than they save.
+          if (tiles_of_helper == 1 || most_cut < kMinCutStages) most_cut = 0;
         }
       }
       for (const int cut_stages : {0, most_cut - 1, most_cut}) {
