@@ -268,13 +268,12 @@ bool are_few(const RopeParams& p) { return p.rotary.num_tokens < kManyTokensPerS
 
 template <bool kNorms, typename CacheT, typename T>
 void launch_rope(const RopeParams& p, const char* name, Stream stream) {
-  // Registers are better spent on more heads, which share angles, than on longer vectors, unless those are to be quantized.
+  // Registers are better spent on more heads, which share angles, than on longer vectors, unless those are to be quantized. With norms all
+  // kernels have the same vectors, which is the order of a norm's sum: results are those of the separate ops.
   constexpr bool kQuantizes = !std::is_same_v<CacheT, NoCache> && !std::is_same_v<CacheT, AnyFloat> && sizeof(CacheT) == 1;
-  constexpr bool kWrites = !std::is_same_v<CacheT, NoCache>;
-  constexpr int kVec = kQuantizes ? kElementsPer16Bytes<T> : 4, kHeads = kQuantizes ? 2 : 4;
-  constexpr int kRegisters = kNorms && (kQuantizes || sizeof(T) == 4)                 ? 80
-                             : !kNorms && std::is_same_v<CacheT, T> && sizeof(T) == 2 ? 48
-                                                                                      : 64;
+  constexpr bool kWrites = !std::is_same_v<CacheT, NoCache>, kLong = kQuantizes && !kNorms;
+  constexpr int kVec = kLong ? kElementsPer16Bytes<T> : 4, kHeads = kLong ? 2 : 4;
+  constexpr int kRegisters = kNorms && sizeof(T) == 4 ? 80 : !kNorms && std::is_same_v<CacheT, T> && sizeof(T) == 2 ? 48 : 64;
   launch_rope_of(are_few(p) ? RopeKernel{rope_kernel<kNorms, CacheT, T, 4, 1, 48>, 4, 1, kWrites}
                             : RopeKernel{rope_kernel<kNorms, CacheT, T, kVec, kHeads, kRegisters>, kVec, kHeads, kWrites},
                  p, name, stream);
