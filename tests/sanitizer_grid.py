@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 import quire
@@ -235,11 +236,22 @@ def kv_cache() -> None:
         quire.gather_kv(k_cache, v_cache, slots, **scale)
         pairs = put(torch.tensor([[0, 1], [2, 3], [0, 77]]))
         quire.copy_blocks(k_cache, pairs)
+    # Single blocks to and from page-locked memory, more than one launch has, of a size that is no whole number of pieces.
+    for layers, blocks, heads in ((1, 600, 1), (2, 6, 150)):
+        device, host = (
+            quire.KVCache(layers, blocks, 16, heads, 8, "bfloat16", where, pinned=where == "cpu")
+            for where in (DEVICE, "cpu")
+        )
+        host.pool.numpy()[...] = 1
+        order = torch.randperm(blocks).numpy()
+        swaps = np.stack([order, order[::-1]], 1)
+        device.swap_blocks_from(host, swaps)
+        host.swap_blocks_from(device, swaps)
 
 
 def norm() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for rows, width in [(3, 64), (200, 128), (5, 4096), (300, 1000), (2, 33000)]:
+        for rows, width in [(3, 64), (200, 128), (5, 4096), (300, 1000), (600, 4104), (2, 33000)]:
             x, w = normal(rows, width, dtype=dtype), normal(width, dtype=dtype)
             quire.rms_norm(x, w)
             quire.fused_add_rms_norm(x.clone(), x.clone(), w)
@@ -269,6 +281,17 @@ def position_encoding() -> None:
         quire.rotary_embedding(
             positions, normal(5, 8, 80, dtype=dtype), normal(5, 2, 80, dtype=dtype), cache, style=style
         )
+        # Whole heads; few tokens and many.
+        for tokens in (5, 1100):
+            positions = put(torch.randint(-1, 101, (tokens,)))
+            slots = put(torch.randperm(1200)[:tokens])
+            q, k, v = (normal(tokens, heads, 64, dtype=dtype) for heads in (5, 3, 3))
+            weight = normal(64)
+            quire.rotary_embedding(positions, q, k, cache, style=style)
+            quire.qk_norm_rope(positions, q, k, weight, weight, cache, style=style)
+            for kv, norms in itertools.product((dtype, E4M3), ({}, {"q_weight": weight, "k_weight": weight})):
+                caches = [normal(75, 16, 3, 64, dtype=kv) for _ in "kv"]
+                quire.rope_and_write_kv(positions, q, k, v, cache, *caches, slots, style=style, **norms)
 
 
 def quantize(dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "quire/attention.h"
 
+#include <limits>
 #include <string>
 
 #include "bindings/bindings.h"
@@ -42,6 +43,8 @@ AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle caus
     if (!options.variant)
       throw std::invalid_argument(std::string("[") + op + "] variant: expected None or one of " + names + ", got \"" + wanted + '"');
   }
+  static PyObject* const shape = PyUnicode_InternFromString("shape");  // the default, which Python passes as this very object
+  if (validate.ptr() == shape) return options;
   const std::string text = nb::str(validate).c_str();
   if (text != "shape" && text != "full")
     throw std::invalid_argument(std::string("[") + op + "] validate: expected \"shape\" or \"full\", got \"" + text + "\"");
@@ -50,10 +53,10 @@ AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle caus
 }
 
 // The caller's workspace, or a lease of the shared one in `lease`.
-const TensorView* choose_workspace(const TensorView* given, std::int64_t num_bytes, const TensorView& q, Stream stream,
+const TensorView* choose_workspace(const Args& args, const TensorView* given, std::int64_t num_bytes, const TensorView& q, Stream stream,
                                    WorkspaceLease& lease) {
   if (given != nullptr || num_bytes == 0) return given;
-  lease = shared_workspace(num_bytes, q.device, stream);
+  lease = shared_workspace(num_bytes, q.device, stream, args.capturing());
   return &lease.view;
 }
 
@@ -61,8 +64,13 @@ const TensorView* choose_workspace(const TensorView* given, std::int64_t num_byt
 template <typename Size>
 std::int64_t workspace_bytes(Size size, const TensorView& q, std::int64_t num_seqs) {
   if (q.device.type == DeviceType::kCPU || q.ndim != 3 || q.numel() == 0 || num_seqs < 1 || q.size(2) < 8 || q.size(2) > 256) return 0;
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max() / 2;  // what the op takes; more it refuses by its own name
+  if (num_seqs > kMost || q.size(0) > kMost / q.size(1)) return 0;
   return size(q.size(0), num_seqs, q.size(1), q.size(2), q.device);
 }
+
+// The extent of a vector, if it is one that an op takes: no workspace is made for what will be refused.
+std::int64_t length(const TensorView& t) { return t.ndim == 1 && (t.size(0) <= 1 || t.stride(0) == 1) ? t.size(0) : 0; }
 
 std::int64_t size_argument(const char* op, const char* arg, nb::handle value) { return to_int(op, arg, value); }
 
@@ -100,10 +108,10 @@ void bind_attention(nb::module_& m) {
         options.v_scale = args.optional(13);
         options.mask = args.optional(14);
         options.mask_start = args.optional(15);
-        const std::int64_t num_bytes = workspace_bytes(&paged_attention_workspace_size, args[2], args[6].ndim == 1 ? args[6].size(0) : 0);
+        const std::int64_t num_bytes = workspace_bytes(&paged_attention_workspace_size, args[2], length(args[6]));
         args.run([&](Stream s) {
           WorkspaceLease lease;
-          const TensorView* const space = choose_workspace(args.optional(8), num_bytes, args[2], s, lease);
+          const TensorView* const space = choose_workspace(args, args.optional(8), num_bytes, args[2], s, lease);
           paged_attention(args[0], args.optional(1), args[2], args[3], args[4], args[5], args[6], args.optional(7), space, options, s);
         });
       },
@@ -147,11 +155,10 @@ void bind_attention(nb::module_& m) {
         options.v_scale = args.optional(14);
         options.mask = args.optional(15);
         options.mask_start = args.optional(16);
-        const std::int64_t num_bytes =
-            workspace_bytes(&shared_prefix_attention_workspace_size, args[2], args[7].ndim == 1 ? args[7].size(0) : 0);
+        const std::int64_t num_bytes = workspace_bytes(&shared_prefix_attention_workspace_size, args[2], length(args[7]));
         args.run([&](Stream s) {
           WorkspaceLease lease;
-          const TensorView* const space = choose_workspace(args.optional(9), num_bytes, args[2], s, lease);
+          const TensorView* const space = choose_workspace(args, args.optional(9), num_bytes, args[2], s, lease);
           shared_prefix_attention(args[0], args.optional(1), args[2], args[3], args[4], args[5], args[6], args[7], args.optional(8), space,
                                   options, s);
         });
@@ -194,13 +201,10 @@ void bind_attention(nb::module_& m) {
         options.mask = args.optional(13);
         options.mask_start = args.optional(14);
         const TensorView* const loc = args.optional(5);
-        const std::int64_t num_bytes = workspace_bytes(&attention_workspace_size, args[2],
-                                                       loc == nullptr   ? 1
-                                                       : loc->ndim == 1 ? loc->size(0) - 1
-                                                                        : 0);
+        const std::int64_t num_bytes = workspace_bytes(&attention_workspace_size, args[2], loc == nullptr ? 1 : length(*loc) - 1);
         args.run([&](Stream s) {
           WorkspaceLease lease;
-          const TensorView* const space = choose_workspace(args.optional(7), num_bytes, args[2], s, lease);
+          const TensorView* const space = choose_workspace(args, args.optional(7), num_bytes, args[2], s, lease);
           attention(args[0], args.optional(1), args[2], args[3], args[4], args.optional(5), args.optional(6), space, options, s);
         });
       },

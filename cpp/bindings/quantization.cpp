@@ -56,9 +56,10 @@ void check_layout(const char* op, const Format& format, const TensorView& data) 
 }
 
 // The caller's workspace, or a lease of the shared one in `lease`.
-const TensorView* choose_workspace(const TensorView* given, std::int64_t num_bytes, Device device, Stream stream, WorkspaceLease& lease) {
+const TensorView* choose_workspace(const Args& args, const TensorView* given, std::int64_t num_bytes, Device device, Stream stream,
+                                   WorkspaceLease& lease) {
   if (given != nullptr || num_bytes == 0) return given;
-  lease = shared_workspace(num_bytes, device, stream);
+  lease = shared_workspace(num_bytes, device, stream, args.capturing());
   return &lease.view;
 }
 
@@ -200,12 +201,60 @@ void bind_quantization(nb::module_& m) {
                   : 0;
         args.run([&](Stream s) {
           WorkspaceLease lease;
-          const TensorView* const space = choose_workspace(args.optional(5), num_bytes, input.device, s, lease);
+          const TensorView* const space = choose_workspace(args, args.optional(5), num_bytes, input.device, s, lease);
           quantized_matmul(args[0], input, {format, args[2], args.optional(3)}, args.optional(4), space, options, s);
         });
       },
       nb::arg("out").none(), nb::arg("x").none(), nb::arg("data").none(), nb::arg("format"), nb::arg("permutation").none(),
       nb::arg("bias").none(), nb::arg("workspace").none(), nb::arg("batch_invariant").none(), nb::arg("stream").none());
+
+  m.def(
+      "quantize_and_multiply",
+      [](nb::handle out, nb::handle x, nb::handle w, nb::handle w_scale, nb::handle granularity, nb::handle x_scale, nb::handle zero_point,
+         nb::handle column_sums, nb::handle bias, nb::handle workspace, nb::handle batch_invariant, nb::handle stream) {
+        const char* const op = "quantized_matmul";
+        const MatmulOptions options{to_bool(batch_invariant)};
+        const ScaleGranularity scaling = to_granularity(op, granularity);
+        Args args(op, stream,
+                  {{out, "out", Access::kWrite},
+                   {x, "x"},
+                   {w, "weight"},
+                   {w_scale, "scale"},
+                   {x_scale, "input_scale", Access::kRead, true},
+                   {zero_point, "input_zero_point", Access::kRead, true},
+                   {column_sums, "column_sums", Access::kRead, true},
+                   {bias, "bias", Access::kRead, true},
+                   {workspace, "workspace", Access::kWrite, true}});
+        const TensorView &input = args[1], &weight = args[2];
+        const bool computes_sums = args.optional(5) != nullptr && args.optional(6) == nullptr;
+        // 0 for what the op itself will refuse.
+        const bool sized = weight.ndim == 2 && input.ndim >= 1 && input.ndim <= 4 && input.size(-1) == weight.size(1);
+        const std::int64_t num_bytes =
+            sized ? quantize_and_multiply_workspace_size(rows_of(input), weight.size(0), weight.size(1), weight.dtype, scaling,
+                                                         computes_sums, options, input.device)
+                  : 0;
+        args.run([&](Stream s) {
+          WorkspaceLease lease;
+          const TensorView* const space = choose_workspace(args, args.optional(8), num_bytes, input.device, s, lease);
+          quantize_and_multiply(args[0], input, weight, {scaling, args[3], args.optional(4), args.optional(5), args.optional(6)},
+                                args.optional(7), space, options, s);
+        });
+      },
+      nb::arg("out").none(), nb::arg("x").none(), nb::arg("w").none(), nb::arg("w_scale").none(), nb::arg("granularity").none(),
+      nb::arg("x_scale").none(), nb::arg("zero_point").none(), nb::arg("column_sums").none(), nb::arg("bias").none(),
+      nb::arg("workspace").none(), nb::arg("batch_invariant").none(), nb::arg("stream").none());
+
+  m.def(
+      "quantize_and_multiply_workspace_size",
+      [](nb::handle num_tokens, nb::handle n, nb::handle k, nb::handle dtype, nb::handle granularity, nb::handle computes_sums,
+         nb::handle batch_invariant, nb::handle device) {
+        const char* const op = "quantized_matmul_workspace_size";
+        return quantize_and_multiply_workspace_size(to_int(op, "num_tokens", num_tokens), to_int(op, "n", n), to_int(op, "k", k),
+                                                    to_dtype(op, "dtype", dtype), to_granularity(op, granularity), to_bool(computes_sums),
+                                                    {to_bool(batch_invariant)}, to_device(op, device));
+      },
+      nb::arg("num_tokens").none(), nb::arg("n").none(), nb::arg("k").none(), nb::arg("dtype").none(), nb::arg("granularity").none(),
+      nb::arg("computes_sums").none(), nb::arg("batch_invariant").none(), nb::arg("device").none());
 
   m.def(
       "quantized_matmul_workspace_size",
@@ -244,7 +293,7 @@ void bind_quantization(nb::module_& m) {
                                              : 0;
         args.run([&](Stream s) {
           WorkspaceLease lease;
-          const TensorView* const space = choose_workspace(args.optional(8), num_bytes, left.device, s, lease);
+          const TensorView* const space = choose_workspace(args, args.optional(8), num_bytes, left.device, s, lease);
           scaled_matmul(args[0], left, right, {args[3], scale, args.optional(5), args.optional(6)}, args.optional(7), space, options, s);
         });
       },

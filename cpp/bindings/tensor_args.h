@@ -62,6 +62,9 @@ class Args {
     if (device_index_ >= 0) after_launch();
   }
 
+  /// Whether the stream is being captured into a CUDA graph.
+  bool capturing() const;
+
   /// Waits on the host for the stream, which the tensors' producers are ordered before. Throws UnsupportedError if it is being captured.
   void synchronize() const;
 
@@ -89,7 +92,7 @@ class Args {
   Stream stream_ = Stream::legacy_default();
   int device_index_ = -1;                      // of the first CUDA tensor
   bool producer_needs_hold_ = false;           // some producer may reuse memory before the launch has run (JAX)
-  bool capturing_ = false;
+  mutable std::optional<bool> capturing_;      // asked when it matters: not for PyTorch's tensors on their own stream
   std::array<void*, 4> producer_streams_{};    // work streams other than stream_, to be ordered behind the launch
   std::array<int, 4> producer_devices_{};      // their devices
   std::size_t num_producer_streams_ = 0;

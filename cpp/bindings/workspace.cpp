@@ -34,13 +34,26 @@ Workspace& find(const Key& key) {
 
 }  // namespace
 
-WorkspaceLease shared_workspace(std::int64_t num_bytes, Device device, Stream stream) {
+WorkspaceLease shared_workspace(std::int64_t num_bytes, Device device, Stream stream, bool capturing) {
   constexpr std::int64_t kFirstBytes = std::int64_t{1} << 22;
-  const bool per_thread = stream.handle() == reinterpret_cast<void*>(std::uintptr_t{2});
+  // What this thread used last needs no look; a workspace stays where it is.
+  struct Recent {
+    int device = -1;
+    void* stream = nullptr;
+    Workspace* workspace = nullptr;
+  };
+  thread_local Recent recent;
   unsigned long long capture = 0;
-  if constexpr (kHasCuda) capture = cuda::capture_id(stream);
-  Workspace& workspace =
-      find({device.index, stream.handle(), per_thread ? std::hash<std::thread::id>{}(std::this_thread::get_id()) : 0, capture});
+  if constexpr (kHasCuda) {
+    if (capturing) capture = cuda::capture_id(stream);
+  }
+  if (capture != 0 || recent.workspace == nullptr || recent.device != device.index || recent.stream != stream.handle()) {
+    const bool per_thread = stream.handle() == reinterpret_cast<void*>(std::uintptr_t{2});
+    const std::size_t thread = per_thread ? std::hash<std::thread::id>{}(std::this_thread::get_id()) : 0;
+    recent = {device.index, stream.handle(), &find({device.index, stream.handle(), thread, capture})};
+    if (capture != 0) recent.device = -1;
+  }
+  Workspace& workspace = *recent.workspace;
   std::unique_lock lock(workspace.mutex);
   std::vector<std::shared_ptr<Buffer>>& buffers = workspace.buffers;
   if (buffers.empty() || buffers.back()->num_bytes() < num_bytes) {

@@ -130,6 +130,7 @@ class Views {
       if (tensor->shape[i] < 0) fail_value(op_, arg, "a shape of 0 or more", std::to_string(tensor->shape[i]));
       numel = quire::checked_mul(numel, tensor->shape[i], op_, arg);
     }
+    quire::tame_strides(view, numel > 0);
     view.data = tensor->data == nullptr ? nullptr : static_cast<char*>(tensor->data) + tensor->byte_offset;
     return &view;
   }

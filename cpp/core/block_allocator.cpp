@@ -6,7 +6,16 @@ namespace quire {
 
 using Lock = std::lock_guard<std::mutex>;
 
-BlockAllocator::BlockAllocator(BlockAllocatorOptions options) : impl_(std::make_unique<Impl>(std::move(options))) {}
+BlockAllocator::BlockAllocator(BlockAllocatorOptions options) {
+  const std::int64_t num_blocks = options.num_blocks, num_host_blocks = options.num_host_blocks;
+  try {
+    impl_ = std::make_unique<Impl>(std::move(options));
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemoryError(
+        "[block_allocator] BlockAllocator: num_blocks, num_host_blocks: expected as many as host memory has room for, got " +
+        std::to_string(num_blocks) + " and " + std::to_string(num_host_blocks));
+  }
+}
 BlockAllocator::~BlockAllocator() = default;
 
 // ---- Counts. ----

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -71,6 +72,19 @@ class Check {
  private:
   const char* op_;
 };
+
+/// Strides that are never stepped along may be anything in DLPack: those of extents of 1 are kept where arithmetic with them cannot
+/// overflow, those of a tensor without elements become 0.
+inline void tame_strides(TensorView& t, bool has_elements) {
+  constexpr std::int64_t kLargest = std::int64_t{1} << 40;
+  for (int i = 0; i < t.ndim; ++i) {
+    const auto at = static_cast<std::size_t>(i);
+    if (!has_elements)
+      t.strides[at] = 0;
+    else if (t.shape[at] == 1)
+      t.strides[at] = std::clamp(t.strides[at], -kLargest, kLargest);
+  }
+}
 
 /// True if an element of a and an element of b may share a byte. Strided views that interleave without touching are told apart
 /// where they share their strides.

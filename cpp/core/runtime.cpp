@@ -173,18 +173,6 @@ Buffer::~Buffer() {
   std::free(data_);
 }
 
-ScopedDevice::ScopedDevice(Device device) {
-  if constexpr (kHasCuda) {
-    if (device.type == DeviceType::kCUDA) previous_ = cuda::exchange_device(device.index);
-  }
-}
-
-ScopedDevice::~ScopedDevice() {
-  if constexpr (kHasCuda) {
-    if (previous_ >= 0) cuda::restore_device(previous_);
-  }
-}
-
 #ifndef QUIRE_HAS_CUDA
 int num_cuda_devices() { return 0; }
 std::string cuda_architectures() { return {}; }

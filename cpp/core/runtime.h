@@ -1,4 +1,4 @@
-// What ops share at run time: choosing the backend, the device guard, and deferred errors.
+// What ops share at run time: choosing the backend, and deferred errors.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -8,6 +8,7 @@
 #include "core/check.h"
 #include "core/error_word.h"
 #include "core/explain.h"
+#include "cuda/runtime.h"
 #include "quire/runtime.h"
 #include "quire/stream.h"
 #include "quire/tensor.h"
@@ -20,31 +21,19 @@ inline constexpr bool kHasCuda = true;
 inline constexpr bool kHasCuda = false;
 #endif
 
-/// Makes a device current for a scope and restores the previous one. Does nothing for the CPU.
-class ScopedDevice {
- public:
-  explicit ScopedDevice(Device device);
-  ~ScopedDevice();
-  ScopedDevice(const ScopedDevice&) = delete;
-  ScopedDevice& operator=(const ScopedDevice&) = delete;
-
- private:
-  int previous_ = -1;
-};
-
 [[noreturn]] void throw_cpu_only_build(const char* op);
 
-/// cpu(), or cuda(stream) with the device current. The one place that switches on the device. `cuda` is a generic lambda, so that a
+/// cpu(), or cuda_call(stream) with the device current. The one place that switches on the device. `cuda_call` is a generic lambda, so that a
 /// CPU-only build neither compiles its body nor links what it names.
 template <typename Cpu, typename Cuda>
-void on_device(const char* op, Device device, Stream stream, Cpu&& cpu, Cuda&& cuda) {
+void on_device(const char* op, Device device, Stream stream, Cpu&& cpu, Cuda&& cuda_call) {
   if (device.type == DeviceType::kCPU) {
     cpu();
   } else if constexpr (kHasCuda) {
-    ScopedDevice guard(device);
-    cuda(stream);
+    const cuda::DeviceScope scope(device.index);
+    cuda_call(stream);
   } else {
-    static_cast<void>(cuda);
+    static_cast<void>(cuda_call);
     static_cast<void>(stream);
     throw_cpu_only_build(op);
   }

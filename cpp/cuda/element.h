@@ -90,4 +90,45 @@ __device__ __forceinline__ void load_parameter(float (&dst)[kVectors][kCount], c
   }
 }
 
+/// The bits of kCount elements of a parameter, for loads that are to be on their way before the first one is looked at: a branch
+/// by dtype that also converts waits for what it has read.
+template <int kCount>
+struct ParameterBits {
+  Packed<float, kCount> bits;
+
+  /// Elements [index, index + kCount), or zeros past `limit`.
+  __device__ __forceinline__ void load(const void* src, DType dtype, std::int64_t index, std::int64_t limit) {
+    bits = {};
+    if (index >= limit) return;
+    if (dtype == DType::kFloat32) {
+      bits = load_packed<float, kCount>(static_cast<const float*>(src) + index);
+    } else {
+      const auto half = load_packed<std::uint16_t, kCount>(static_cast<const std::uint16_t*>(src) + index);
+      if constexpr (kCount == 1) {
+        bits.words[0] = half.half_word;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) bits.words[i] = half.words[i];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void unpack_to(float (&dst)[kCount], DType dtype) const {
+    Packed<std::uint16_t, kCount> half;
+    if constexpr (kCount == 1) {
+      half.half_word = static_cast<std::uint16_t>(bits.words[0]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount / 2; ++i) half.words[i] = bits.words[i];
+    }
+    if (dtype == DType::kFloat32) {
+      unpack<float, kCount>(dst, bits);
+    } else if (dtype == DType::kFloat16) {
+      unpack<__half, kCount>(dst, half);
+    } else {
+      unpack<__nv_bfloat16, kCount>(dst, half);
+    }
+  }
+};
+
 }  // namespace quire::cuda

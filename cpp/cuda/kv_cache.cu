@@ -7,6 +7,7 @@
 
 #include "core/dispatch.h"
 #include "core/explain_vectors.h"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/divisor.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
@@ -51,6 +52,7 @@ struct KvKernelParams {
 // else values are converted, and scaled for the 8-bit types. Every load comes before the first store.
 template <bool kWrite, bool kRaw, typename T, typename CacheT, int kVec, int kUnroll, int kRegisters>
 __global__ void __maxnreg__(kRegisters) kv_kernel(const __grid_constant__ KvKernelParams p) {
+  device::wait_for_predecessor();
   constexpr bool kIs8Bit = sizeof(CacheT) == 1;
   using Source = std::conditional_t<kWrite, T, CacheT>;
   const KvSide& side = p.sides[blockIdx.x % 2];
@@ -152,8 +154,7 @@ void launch_kv_of(const KvKernel& choice, KvKernelParams p, const char* name, St
   const std::int64_t tile_tokens = rows * p.tokens_per_thread, tiles_per_launch = 0x7fffffff / (2 * p.num_chunks);
   for (; p.first_token < p.num_tokens; p.first_token += tiles_per_launch * tile_tokens) {
     const std::int64_t num_tiles = std::min(ceil_div(p.num_tokens - p.first_token, tile_tokens), tiles_per_launch);
-    choice.kernel<<<static_cast<unsigned>(2 * p.num_chunks * num_tiles), dim3(block.x, rows), 0, cuda_stream(stream)>>>(p);
-    QUIRE_CHECK_LAUNCH(name, stream);
+    launch_waiting(name, choice.kernel, static_cast<unsigned>(2 * p.num_chunks * num_tiles), dim3(block.x, rows), stream, p);
   }
 }
 
@@ -241,6 +242,7 @@ void move_kv(const KvParams& params, const char* name, Stream stream) {
 template <int kBytes, typename Index>
 __global__ void __launch_bounds__(kThreads) copy_blocks_kernel(const __grid_constant__ CopyBlocksParams p, const std::int64_t first_pair,
                                                                const std::uint32_t num_chunks, ErrorWord* const error_word) {
+  device::wait_for_predecessor();
   const std::uint32_t vectors_per_segment = static_cast<std::uint32_t>(p.segment_bytes / kBytes);
   const std::uint32_t num_vectors = static_cast<std::uint32_t>(p.num_segments) * vectors_per_segment;
   const std::uint32_t pair_of_launch = blockIdx.x / num_chunks, chunk = blockIdx.x - pair_of_launch * num_chunks;
@@ -284,11 +286,57 @@ void launch_copy_blocks(const CopyBlocksParams& p, Stream stream) {
   dispatch_index(p.pair_dtype, "copy_blocks", [&](auto index) {
     for (std::int64_t first_pair = 0; first_pair < p.num_pairs; first_pair += pairs_per_launch) {
       const auto num_ctas = static_cast<unsigned>(std::min(p.num_pairs - first_pair, pairs_per_launch) * num_chunks);
-      copy_blocks_kernel<kBytes, decltype(index)>
-          <<<num_ctas, kThreads, 0, cuda_stream(stream)>>>(p, first_pair, static_cast<std::uint32_t>(num_chunks), error_word());
-      QUIRE_CHECK_LAUNCH("copy_blocks", stream);
+      launch_waiting("copy_blocks", copy_blocks_kernel<kBytes, decltype(index)>, num_ctas, kThreads, stream, p, first_pair,
+                     static_cast<std::uint32_t>(num_chunks), error_word());
     }
   });
+}
+
+// Threads of a CTA of swap_blocks, vectors that each has in flight, and CTAs: enough for any link, and few enough to leave the device to others.
+constexpr int kSwapThreads = 512, kSwapVectors = 4, kSwapCtas = 16;
+// Pairs of one launch: kernel parameters have 4096 bytes.
+constexpr int kSwapPairs = 490;
+
+struct SwapKernelParams {
+  char* dst;
+  const char* src;
+  std::int64_t dst_block_stride_bytes, src_block_stride_bytes, dst_row_stride_bytes, src_row_stride_bytes;
+  std::uint32_t vectors_per_row, num_vectors;  // of 16 bytes; of a block
+  std::uint32_t pieces_per_block, num_pieces;  // of a CTA's vectors in flight; of this launch
+  std::uint32_t pairs[kSwapPairs][2];          // source, destination
+};
+static_assert(sizeof(SwapKernelParams) <= 4096);
+
+// Grid: CTAs walk the pieces of all blocks. One of the two memories may be the host's.
+__global__ void __launch_bounds__(kSwapThreads) swap_blocks_kernel(const __grid_constant__ SwapKernelParams p) {
+  for (std::uint32_t piece = blockIdx.x; piece < p.num_pieces; piece += gridDim.x) {
+    const std::uint32_t pair = piece / p.pieces_per_block;
+    const std::uint32_t first = (piece - pair * p.pieces_per_block) * (kSwapThreads * kSwapVectors) + threadIdx.x;
+    const char* const from = p.src + p.pairs[pair][0] * p.src_block_stride_bytes;
+    char* const to = p.dst + p.pairs[pair][1] * p.dst_block_stride_bytes;
+    RawVector<16> vectors[kSwapVectors];
+    std::int64_t targets[kSwapVectors];
+#pragma unroll
+    for (int u = 0; u < kSwapVectors; ++u) {
+      const std::uint32_t vector = first + u * kSwapThreads, row = vector / p.vectors_per_row;
+      const std::int64_t in_row = std::int64_t{vector - row * p.vectors_per_row} * 16;
+      targets[u] = row * p.dst_row_stride_bytes + in_row;
+      if (vector < p.num_vectors) vectors[u] = load_raw<16>(from + row * p.src_row_stride_bytes + in_row);
+    }
+#pragma unroll
+    for (int u = 0; u < kSwapVectors; ++u)
+      if (first + u * kSwapThreads < p.num_vectors) store_raw(to + targets[u], vectors[u]);
+  }
+}
+
+// Where this device reaches memory of the host that is page-locked, or its own; null: nowhere.
+char* reachable(const void* data) {
+  cudaPointerAttributes attributes;
+  QUIRE_CUDA_CHECK(cudaPointerGetAttributes(&attributes, data));
+  int device = -1;
+  QUIRE_CUDA_CHECK(cudaGetDevice(&device));
+  const bool is_own = attributes.type == cudaMemoryTypeDevice && attributes.device == device;
+  return is_own || attributes.type == cudaMemoryTypeHost ? static_cast<char*>(attributes.devicePointer) : nullptr;
 }
 
 }  // namespace
@@ -308,6 +356,41 @@ void copy_blocks(const CopyBlocksParams& params, Stream stream) {
   if (all_aligned(4)) return launch_copy_blocks<4>(params, stream);
   if (all_aligned(2)) return launch_copy_blocks<2>(params, stream);
   launch_copy_blocks<1>(params, stream);
+}
+
+bool swap_blocks(const SwapBlocksParams& params, Stream stream) {
+  const auto is_vectors = [&](const void* data, std::int64_t block_stride_bytes, std::int64_t row_stride_bytes) {
+    return is_aligned(data, 16) && block_stride_bytes % 16 == 0 && keeps_alignment(params.num_rows, row_stride_bytes, 1, 16);
+  };
+  if (params.row_bytes % 16 != 0 || !is_vectors(params.dst, params.dst_block_stride_bytes, params.dst_row_stride_bytes) ||
+      !is_vectors(params.src, params.src_block_stride_bytes, params.src_row_stride_bytes))
+    return false;
+  const std::int64_t vectors_per_row = params.row_bytes / 16;
+  const std::int64_t pieces_per_block = ceil_div(params.num_rows * vectors_per_row, kSwapThreads * kSwapVectors);
+  // A kernel counts in 32 bits, with room for a step past the end.
+  if (pieces_per_block > 0x40000000 / (kSwapThreads * kSwapVectors)) return false;
+  SwapKernelParams p{};
+  p.dst = reachable(params.dst);
+  p.src = reachable(params.src);
+  if (p.dst == nullptr || p.src == nullptr) return false;
+  for (std::int64_t i = 0; i < 2 * params.num_pairs; ++i)
+    if (params.pairs[i] > 0xffffffff) return false;
+  p.dst_block_stride_bytes = params.dst_block_stride_bytes;
+  p.src_block_stride_bytes = params.src_block_stride_bytes;
+  p.dst_row_stride_bytes = params.dst_row_stride_bytes;
+  p.src_row_stride_bytes = params.src_row_stride_bytes;
+  p.vectors_per_row = static_cast<std::uint32_t>(vectors_per_row);
+  p.num_vectors = static_cast<std::uint32_t>(params.num_rows * vectors_per_row);
+  p.pieces_per_block = static_cast<std::uint32_t>(pieces_per_block);
+  const std::int64_t pairs_per_launch = std::min<std::int64_t>(kSwapPairs, 0x40000000 / pieces_per_block);
+  for (std::int64_t first = 0; first < params.num_pairs; first += pairs_per_launch) {
+    const std::int64_t count = std::min(pairs_per_launch, params.num_pairs - first);
+    for (std::int64_t i = 0; i < 2 * count; ++i) p.pairs[i / 2][i % 2] = static_cast<std::uint32_t>(params.pairs[2 * first + i]);
+    p.num_pieces = static_cast<std::uint32_t>(count * pieces_per_block);
+    swap_blocks_kernel<<<std::min<unsigned>(p.num_pieces, kSwapCtas), kSwapThreads, 0, cuda_stream(stream)>>>(p);
+    QUIRE_CHECK_LAUNCH("swap_blocks", stream);
+  }
+  return true;
 }
 
 void copy_memory(void* dst, std::int64_t dst_pitch_bytes, const void* src, std::int64_t src_pitch_bytes, std::int64_t width_bytes,

@@ -1,4 +1,4 @@
-// What every CUDA launcher shares: device guard, error checks, device properties, the error word. Host code only.
+// What every CUDA launcher shares: error checks, device properties, the error word. Host code only.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/error_word.h"
 #include "quire/stream.h"
@@ -22,20 +23,6 @@ void check_launch(const char* kernel, Stream stream, const char* file, int line)
 
 #define QUIRE_CHECK_LAUNCH(kernel, stream) ::quire::cuda::check_launch((kernel), (stream), __FILE__, __LINE__)
 
-/// Makes a device current and restores the previous one on every path. Ops have one around them (dispatch_device); launchers
-/// need none of their own.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device_index);
-  ~DeviceGuard();
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_;
-  bool changed_;
-};
-
 struct DeviceProperties {
   int num_sms;
   int compute_capability;        // 10 * major + minor
@@ -45,7 +32,7 @@ struct DeviceProperties {
 
 /// Read once per device, then cached.
 const DeviceProperties& device_properties(int device_index);
-/// The current device's.
+/// The current device's. Ops have a DeviceScope around them (dispatch_device), so that this asks nobody.
 const DeviceProperties& current_device_properties();
 
 /// The current device's error word, in device memory. Made on first use, also inside a stream capture.
@@ -57,6 +44,17 @@ void* allocate_zeroed(std::size_t num_bytes);
 
 /// Raises a kernel's dynamic shared memory limit, once per kernel and device; `Kernel` is the kernel itself.
 void set_max_shared_bytes(const void* kernel, int shared_bytes);
+
+void launch_waiting(const char* name, const void* kernel, dim3 grid, dim3 block, Stream stream, void** arguments);
+
+/// Launches a kernel that calls device::wait_for_predecessor() before it reads or writes memory: the device prepares it while the kernel
+/// before it ends, which takes the host less time, too.
+template <typename... Parameters>
+void launch_waiting(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
+                    const std::type_identity_t<Parameters>&... arguments) {
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  launch_waiting(name, reinterpret_cast<const void*>(kernel), grid, block, stream, pointers);
+}
 
 inline cudaStream_t cuda_stream(Stream stream) { return static_cast<cudaStream_t>(stream.handle()); }
 

@@ -2,11 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <atomic>
 
 #include "cuda/launch.h"
+#include "cuda/runtime.h"
 
 namespace quire::cuda {
 
@@ -15,8 +14,7 @@ template <typename F>
 bool known_of_device(F&& ask) {
   constexpr int kMaxDevices = 64;
   static std::atomic<int> known[kMaxDevices];  // 0: not asked yet; 1: no; 2: yes
-  int device = 0;
-  QUIRE_CUDA_CHECK(cudaGetDevice(&device));
+  const int device = current_device();
   if (device >= kMaxDevices) return false;
   int answer = known[device].load(std::memory_order_relaxed);
   if (answer == 0) {

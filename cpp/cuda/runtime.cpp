@@ -1,4 +1,4 @@
-// CUDA runtime services: error checks, device guard, properties, the error word, memory, stream order.
+// CUDA runtime services: error checks, device scopes, properties, the error word, memory, stream order.
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/runtime.h"
 
@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "cuda/device_code.h"
 #include "cuda/launch.h"
 #include "quire/error.h"
 #include "quire/runtime.h"
@@ -19,9 +20,13 @@ namespace {
 
 constexpr int kMaxDevices = 64;
 
+// Of the innermost DeviceScope; -1: none. Each question to the driver costs some 30 ns, and an op would ask up to eight times.
+thread_local int scoped_device = -1;
+
 // Caches are leaked on purpose: nothing of CUDA may be torn down after the driver at exit.
 struct DeviceState {
   std::once_flag properties_once, word_once;
+  std::atomic<bool> has_properties = false;
   DeviceProperties properties{};
   std::atomic<ErrorWord*> word = nullptr;
   std::mutex attribute_mutex;
@@ -79,34 +84,57 @@ void check(cudaError_t status, const char* call, const char* file, int line) {
   throw CudaError(text, static_cast<int>(status));
 }
 
-void check_launch(const char* kernel, Stream stream, const char* file, int line) {
-  const cudaError_t status = cudaPeekAtLastError();
+namespace {
+
+void finish_launch(cudaError_t status, const char* kernel, Stream stream, const char* file, int line) {
   if (status != cudaSuccess) check(status, kernel, file, line);
   if (sync_after_launch() && !is_capturing(stream)) check(cudaStreamSynchronize(cuda_stream(stream)), kernel, file, line);
 }
 
-DeviceGuard::DeviceGuard(int device_index) : previous_(exchange_device(device_index)), changed_(previous_ >= 0) {}
-DeviceGuard::~DeviceGuard() {
-  if (changed_) restore_device(previous_);
+}  // namespace
+
+void check_launch(const char* kernel, Stream stream, const char* file, int line) {
+  finish_launch(cudaPeekAtLastError(), kernel, stream, file, line);
+}
+
+DeviceScope::DeviceScope(int device_index) : previous_(-1), outer_(scoped_device) {
+  if (outer_ == device_index) return;
+  const int current = current_device();
+  if (current != device_index) {
+    QUIRE_CUDA_CHECK(cudaSetDevice(device_index));
+    previous_ = current;
+  }
+  scoped_device = device_index;
+}
+
+DeviceScope::~DeviceScope() {
+  scoped_device = outer_;
+  if (previous_ >= 0) static_cast<void>(cudaSetDevice(previous_));
+}
+
+void launch_waiting(const char* name, const void* kernel, dim3 grid, dim3 block, Stream stream, void** arguments) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = cuda_stream(stream);
+  config.attrs = &early;
+  config.numAttrs = has_dependent_launch_code() ? 1 : 0;
+  finish_launch(cudaLaunchKernelExC(&config, kernel, arguments), name, stream, __FILE__, __LINE__);
 }
 
 int current_device() {
+  if (scoped_device >= 0) return scoped_device;
   int device = 0;
   QUIRE_CUDA_CHECK(cudaGetDevice(&device));
   return device;
 }
 
-int exchange_device(int device_index) {
-  const int previous = current_device();
-  if (previous == device_index) return -1;
-  QUIRE_CUDA_CHECK(cudaSetDevice(device_index));
-  return previous;
-}
-
-void restore_device(int device_index) noexcept { static_cast<void>(cudaSetDevice(device_index)); }
-
 const DeviceProperties& device_properties(int device_index) {
   DeviceState& state = device_state(device_index);
+  if (state.has_properties.load(std::memory_order_acquire)) return state.properties;
   std::call_once(state.properties_once, [&] {
     const auto attribute = [&](cudaDeviceAttr which) {
       int value = 0;
@@ -119,6 +147,7 @@ const DeviceProperties& device_properties(int device_index) {
         attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
         attribute(cudaDevAttrL2CacheSize),
     };
+    state.has_properties.store(true, std::memory_order_release);
   });
   return state.properties;
 }
@@ -137,13 +166,14 @@ void* allocate_zeroed(std::size_t num_bytes) {
 
 ErrorWord* error_word() {
   DeviceState& state = device_state(current_device());
+  if (ErrorWord* const known = state.word.load(std::memory_order_acquire)) return known;
   std::call_once(state.word_once, [&] { state.word = static_cast<ErrorWord*>(allocate_zeroed(sizeof(ErrorWord))); });
   return state.word;
 }
 
 ErrorWord take_error(int device_index) {
   if (device_state(device_index).word.load() == nullptr) return ErrorWord{};  // no guarded op has run there
-  const DeviceGuard guard(device_index);
+  const DeviceScope guard(device_index);
   QUIRE_CUDA_CHECK(cudaDeviceSynchronize());
   ErrorWord host{};
   ErrorWord* const word = error_word();
@@ -160,16 +190,28 @@ ErrorWord take_error(int device_index) {
 void set_max_shared_bytes(const void* kernel, int shared_bytes) {
   constexpr int kDefaultLimit = 48 * 1024;
   if (shared_bytes <= kDefaultLimit) return;
-  DeviceState& state = device_state(current_device());
+  // What this thread launched lately needs no lock.
+  struct Recent {
+    const void* kernel = nullptr;
+    int device = -1, shared_bytes = 0;
+  };
+  constexpr std::size_t kNumRecent = 16;
+  thread_local Recent recents[kNumRecent];
+  const int device = current_device();
+  Recent& recent = recents[(reinterpret_cast<std::uintptr_t>(kernel) >> 4) % kNumRecent];
+  if (recent.kernel == kernel && recent.device == device && recent.shared_bytes >= shared_bytes) return;
+  DeviceState& state = device_state(device);
   const std::lock_guard lock(state.attribute_mutex);
   int& known = state.shared_bytes[kernel];
-  if (known >= shared_bytes) return;
-  QUIRE_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  known = shared_bytes;
+  if (known < shared_bytes) {
+    QUIRE_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    known = shared_bytes;
+  }
+  recent = {kernel, device, known};
 }
 
 void* allocate_device(std::int64_t num_bytes, int device_index) {
-  const DeviceGuard guard(device_index);
+  const DeviceScope guard(device_index);
   const RelaxedCapture relaxed;
   void* data = nullptr;
   const cudaError_t status = cudaMalloc(&data, static_cast<std::size_t>(num_bytes == 0 ? 1 : num_bytes));
@@ -231,19 +273,19 @@ unsigned long long capture_id(Stream stream) {
 }
 
 void synchronize(Stream stream, int device_index) {
-  const DeviceGuard guard(device_index);
+  const DeviceScope guard(device_index);
   QUIRE_CUDA_CHECK(cudaStreamSynchronize(cuda_stream(stream)));
 }
 
 void order_streams(Stream earlier, int earlier_device, Stream later, int later_device) {
   if (earlier.handle() == later.handle() && earlier_device == later_device) return;
-  const DeviceGuard guard(earlier_device);
+  const DeviceScope guard(earlier_device);
   cudaEvent_t event = nullptr;
   QUIRE_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   const cudaError_t recorded = cudaEventRecord(event, cuda_stream(earlier));
   cudaError_t waited = recorded;
   if (recorded == cudaSuccess) {
-    const DeviceGuard later_guard(later_device);  // names the device where `later` is a default stream
+    const DeviceScope later_guard(later_device);  // names the device where `later` is a default stream
     waited = cudaStreamWaitEvent(cuda_stream(later), event, 0);
   }
   static_cast<void>(cudaEventDestroy(event));
@@ -251,7 +293,7 @@ void order_streams(Stream earlier, int earlier_device, Stream later, int later_d
 }
 
 Marker::Marker(Stream stream, int device_index) : event_(nullptr) {
-  const DeviceGuard guard(device_index);
+  const DeviceScope guard(device_index);
   cudaEvent_t event = nullptr;
   QUIRE_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   const cudaError_t status = cudaEventRecord(event, cuda_stream(stream));
@@ -271,7 +313,7 @@ bool Marker::done() const {
 }
 
 void Marker::make_wait(Stream stream, int device_index) const {
-  const DeviceGuard guard(device_index);
+  const DeviceScope guard(device_index);
   QUIRE_CUDA_CHECK(cudaStreamWaitEvent(cuda_stream(stream), static_cast<cudaEvent_t>(event_), 0));
 }
 

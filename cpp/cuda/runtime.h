@@ -9,10 +9,21 @@
 
 namespace quire::cuda {
 
-/// Makes a device current; returns the previous one, or -1 if it already was. Throws CudaError for a device that is not there.
-int exchange_device(int device_index);
+/// Makes a device current for a scope, and restores the previous one on every path. Throws CudaError for a device that is not there.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device_index);
+  ~DeviceScope();
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  int previous_;  // -1: it already was current
+  int outer_;     // of the scope around this one, or -1
+};
+
+/// The innermost scope's device, for which the driver is not asked again, or else the current one.
 int current_device();
-void restore_device(int device_index) noexcept;
 
 /// Waits for the device's work so far, then takes and clears its error word.
 ErrorWord take_error(int device_index);

@@ -257,14 +257,13 @@ std::int64_t workspace_size(const char* op, std::int64_t num_tokens, std::int64_
   count(num_seqs, "num_seqs");
   count(num_heads, "num_heads");
   if (head_dim < 8 || head_dim > kMaxHeadDim) check.fail_value("head_dim", "8 to 256", std::to_string(head_dim));
-  std::int64_t num_bytes = 0;
-  on_device(
-      op, device, Stream::legacy_default(), [] {},
-      [&](auto) {
-        num_bytes = shared_prefix ? cuda::shared_prefix_attention_workspace_size(num_tokens, num_heads, head_dim, device.index)
-                                  : cuda::attention_workspace_size(num_tokens, num_seqs, num_heads, head_dim, device.index);
-      });
-  return num_bytes;
+  if (device.type == DeviceType::kCPU) return 0;
+  if constexpr (kHasCuda) {  // the device need not be current
+    return shared_prefix ? cuda::shared_prefix_attention_workspace_size(num_tokens, num_heads, head_dim, device.index)
+                         : cuda::attention_workspace_size(num_tokens, num_seqs, num_heads, head_dim, device.index);
+  } else {
+    throw_cpu_only_build(op);
+  }
 }
 
 // Everything that paged ops check, but for the workspace.

@@ -15,6 +15,9 @@ namespace {
 constexpr std::initializer_list<DType> kCacheDTypes = {DType::kFloat32,      DType::kFloat16,    DType::kBFloat16,
                                                        DType::kFloat8E4M3FN, DType::kFloat8E5M2, DType::kInt8};
 
+// Bytes of a row from which the copy engine reaches the link's rate.
+constexpr std::int64_t kLongRowBytes = 2 << 20;
+
 bool empty(const KvParams& params) { return params.num_tokens == 0 || params.num_kv_heads == 0 || params.head_dim == 0; }
 
 // How one block of a cache lies in memory: runs of contiguous bytes at one distance.
@@ -241,17 +244,71 @@ void swap_blocks(const TensorView& dst, const TensorView& src, const TensorView&
     check.fail_value("src", "a block layout that is made of the same rows as dst's", describe_strides(src));
   const Device cuda_device = dst.device.type == DeviceType::kCUDA ? dst.device : src.device;
 
+  if (!dense && to.num_segments > 1 && from.num_segments > 1 && to.segment_bytes != from.segment_bytes)
+    check.fail_value("src", "a block layout like dst's", describe_strides(src));
+  // Blocks that lie end to end in both caches, as in a pool of layers: the segments of a run join.
+  const bool joins =
+      to.num_segments > 1 && to.segment_bytes == from.segment_bytes && dst_stride == segment_bytes && src_stride == segment_bytes;
+  // A dense side is read as rows of the other side's segments.
+  const std::int64_t to_pitch = to.num_segments > 1 ? to.segment_stride_bytes : segment_bytes;
+  const std::int64_t from_pitch = from.num_segments > 1 ? from.segment_stride_bytes : segment_bytes;
+
+  struct Run {
+    std::int64_t src_block, dst_block, num_blocks;
+  };
+  std::vector<Run> runs;
+  std::vector<bool> is_written(static_cast<std::size_t>(dst.size(0)));
+  bool destinations_differ = true;
+  for (std::int64_t i = 0; i < num_pairs; ++i) {
+    const auto destination = static_cast<std::size_t>(at(i, 1));
+    destinations_differ = destinations_differ && !is_written[destination];
+    is_written[destination] = true;
+    if (!runs.empty() && at(i, 0) == runs.back().src_block + runs.back().num_blocks &&
+        at(i, 1) == runs.back().dst_block + runs.back().num_blocks) {
+      ++runs.back().num_blocks;
+    } else {
+      runs.push_back({at(i, 0), at(i, 1), 1});
+    }
+  }
+
+  // The copy engine has a start-up time for every row, which a kernel has not: short rows are left to that.
+  const bool has_dense_runs = dense && dst_stride == block_bytes && src_stride == block_bytes;
+  const auto is_short = [&](const Run& run) {
+    const std::int64_t row_bytes = dense ? block_bytes : segment_bytes;
+    return (has_dense_runs || joins ? run.num_blocks : 1) * row_bytes < kLongRowBytes;
+  };
+  std::vector<std::int64_t> short_pairs;
+  for (const Run& run : runs) {
+    if (!is_short(run)) continue;
+    for (std::int64_t i = 0; i < run.num_blocks; ++i) short_pairs.insert(short_pairs.end(), {run.src_block + i, run.dst_block + i});
+  }
+  bool short_ones_are_done = false;
+  if (destinations_differ && (runs.size() > 1 || !has_dense_runs) && !short_pairs.empty()) {
+    SwapBlocksParams params;
+    params.dst = dst.data;
+    params.src = src.data;
+    params.pairs = short_pairs.data();
+    params.num_pairs = static_cast<std::int64_t>(short_pairs.size() / 2);
+    params.num_rows = dense ? 1 : block_bytes / segment_bytes;
+    params.row_bytes = block_bytes / params.num_rows;
+    params.dst_block_stride_bytes = dst_stride;
+    params.src_block_stride_bytes = src_stride;
+    params.dst_row_stride_bytes = to_pitch;
+    params.src_row_stride_bytes = from_pitch;
+    dispatch_device("swap_blocks", cuda_device, stream, [] {}, [&](auto s) { short_ones_are_done = cuda::swap_blocks(params, s); });
+  }
+
   // One run of adjacent pairs is one strided transfer of `height` rows of `width` bytes.
   const auto transfer = [&](std::int64_t src_block, std::int64_t dst_block, std::int64_t num_blocks) {
-    const auto copy = [&](std::byte* to_data, std::int64_t to_pitch, const std::byte* from_data, std::int64_t from_pitch,
-                          std::int64_t width, std::int64_t height) {
+    const auto copy = [&](std::byte* to_rows, std::int64_t to_step, const std::byte* from_rows, std::int64_t from_step, std::int64_t width,
+                          std::int64_t height) {
       dispatch_device(
           "swap_blocks", cuda_device, stream,
           [&] {
             for (std::int64_t row = 0; row < height; ++row)
-              std::memcpy(to_data + row * to_pitch, from_data + row * from_pitch, static_cast<std::size_t>(width));
+              std::memcpy(to_rows + row * to_step, from_rows + row * from_step, static_cast<std::size_t>(width));
           },
-          [&](auto s) { cuda::copy_memory(to_data, to_pitch, from_data, from_pitch, width, height, s); });
+          [&](auto s) { cuda::copy_memory(to_rows, to_step, from_rows, from_step, width, height, s); });
     };
     std::byte* const to_data = dst.as<std::byte>() + dst_block * dst_stride;
     const std::byte* const from_data = src.as<const std::byte>() + src_block * src_stride;
@@ -259,25 +316,15 @@ void swap_blocks(const TensorView& dst, const TensorView& src, const TensorView&
       copy(to_data, dst_stride, from_data, src_stride, block_bytes, num_blocks);
       return;
     }
-    // Blocks that lie end to end in both caches, as in a pool of layers: their segments join, and the run has the rows of one block.
-    if (to.num_segments > 1 && to.segment_bytes == from.segment_bytes && dst_stride == segment_bytes && src_stride == segment_bytes) {
+    if (joins) {  // the run has the rows of one block
       copy(to_data, to.segment_stride_bytes, from_data, from.segment_stride_bytes, num_blocks * segment_bytes, to.num_segments);
       return;
     }
-    // A dense side is read as rows of the other side's segments.
-    const std::int64_t to_pitch = to.num_segments > 1 ? to.segment_stride_bytes : segment_bytes;
-    const std::int64_t from_pitch = from.num_segments > 1 ? from.segment_stride_bytes : segment_bytes;
-    if (to.num_segments > 1 && from.num_segments > 1 && to.segment_bytes != from.segment_bytes)
-      check.fail_value("src", "a block layout like dst's", describe_strides(src));
     for (std::int64_t i = 0; i < num_blocks; ++i)
       copy(to_data + i * dst_stride, to_pitch, from_data + i * src_stride, from_pitch, segment_bytes, block_bytes / segment_bytes);
   };
-  for (std::int64_t i = 0; i < num_pairs;) {
-    std::int64_t run = 1;
-    while (i + run < num_pairs && at(i + run, 0) == at(i, 0) + run && at(i + run, 1) == at(i, 1) + run) ++run;
-    transfer(at(i, 0), at(i, 1), run);
-    i += run;
-  }
+  for (const Run& run : runs)
+    if (!short_ones_are_done || !is_short(run)) transfer(run.src_block, run.dst_block, run.num_blocks);
 }
 
 }  // namespace quire

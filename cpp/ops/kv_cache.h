@@ -51,6 +51,16 @@ struct CopyBlocksParams {
   std::int64_t num_segments = 1, segment_bytes = 0, segment_stride_bytes = 0;
 };
 
+/// swap_blocks by one kernel. A block is num_rows rows of row_bytes.
+struct SwapBlocksParams {
+  void* dst = nullptr;
+  const void* src = nullptr;
+  const std::int64_t* pairs = nullptr;  // [num_pairs, 2] of (source, destination), on the host; no two have one destination
+  std::int64_t num_pairs = 0;           // > 0
+  std::int64_t num_rows = 1, row_bytes = 0;
+  std::int64_t dst_block_stride_bytes = 0, src_block_stride_bytes = 0, dst_row_stride_bytes = 0, src_row_stride_bytes = 0;
+};
+
 namespace cpu {
 void write_kv(const KvParams& params);
 void gather_kv(const KvParams& params);
@@ -61,6 +71,8 @@ namespace cuda {
 void write_kv(const KvParams& params, Stream stream);
 void gather_kv(const KvParams& params, Stream stream);
 void copy_blocks(const CopyBlocksParams& params, Stream stream);
+/// Copies the blocks in few launches if this device reaches both memories and they are laid out in vectors; else does nothing and is false.
+bool swap_blocks(const SwapBlocksParams& params, Stream stream);
 /// One strided copy between any two memories: `height` runs of `width_bytes`.
 void copy_memory(void* dst, std::int64_t dst_pitch_bytes, const void* src, std::int64_t src_pitch_bytes, std::int64_t width_bytes,
                  std::int64_t height, Stream stream);

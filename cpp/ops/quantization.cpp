@@ -151,7 +151,7 @@ void quantize(const TensorView& out, const TensorView& scales, const TensorView*
       check.disjoint(*zero_points, "zero_points", x, "x", false);
     }
   }
-  if (!(scale_bound > 0.0)) check.fail_value("scale_ub", "more than 0", std::to_string(scale_bound));
+  if (!(static_cast<float>(scale_bound) > 0.0f)) check.fail_value("scale_ub", "more than 0 in float32", std::to_string(scale_bound));
   params.out = out.data;
   params.x = x.data;
   params.out_rows = row_layout(out);
@@ -480,14 +480,14 @@ void check_bias(const Check& check, const TensorView* bias, std::int64_t n, cons
 void* check_workspace(const Check& check, const TensorView* workspace, std::int64_t num_bytes,
                       std::initializer_list<std::pair<const TensorView*, const char*>> others) {
   if (num_bytes == 0) return nullptr;
-  const std::string expected = "uint8 [" + std::to_string(num_bytes) + "] or longer";
-  if (workspace == nullptr) check.fail_value("workspace", expected, "none");
+  const auto expected = [&] { return "uint8 [" + std::to_string(num_bytes) + "] or longer"; };
+  if (workspace == nullptr) check.fail_value("workspace", expected(), "none");
   check.dtype(*workspace, "workspace", {DType::kUInt8});
   check.rank(*workspace, "workspace", 1, 1);
   check.device(*workspace, "workspace", others.begin()->first->device, others.begin()->second);
   check.contiguous(*workspace, "workspace");
   check.writable(*workspace, "workspace");
-  if (workspace->numel() < num_bytes) check.fail_value("workspace", expected, describe(*workspace));
+  if (workspace->numel() < num_bytes) check.fail_value("workspace", expected(), describe(*workspace));
   if (reinterpret_cast<std::uintptr_t>(workspace->data) % 16 != 0)
     check.fail_value("workspace", "a 16-byte aligned address", std::to_string(reinterpret_cast<std::uintptr_t>(workspace->data)));
   for (const auto& [t, arg] : others)
@@ -737,6 +737,91 @@ void scaled_matmul(const TensorView& out, const TensorView& a, const TensorView&
   }
   dispatch_device(
       check.op(), a.device, stream, [&] { cpu::scaled_matmul(p); }, [&](auto s) { cuda::scaled_matmul(p, s); }, Explains::kBoth);
+}
+
+namespace {
+
+// How quantize_and_multiply divides its workspace: what scaled_matmul needs, the activations, their scales.
+struct QuantizedActivations {
+  std::int64_t product_bytes = 0, x_bytes = 0, scale_bytes = 0;
+  std::int64_t num_bytes() const { return product_bytes + x_bytes + scale_bytes; }
+};
+
+QuantizedActivations divide_workspace(std::int64_t m, std::int64_t n, std::int64_t k, DType dtype, ScaleGranularity granularity,
+                                      bool computes_sums, const MatmulOptions& options, Device device) {
+  const auto aligned = [](std::int64_t num_bytes) { return ceil_div(num_bytes, kSumAlignment) * kSumAlignment; };
+  const std::int64_t groups = granularity == ScaleGranularity::kTensor  ? 0
+                              : granularity == ScaleGranularity::kToken ? 1
+                                                                        : ceil_div(k, kScaleBlock);
+  const bool has_blocks = granularity == ScaleGranularity::kGroup;
+  return {aligned(scaled_matmul_workspace_size(m, n, k, dtype, has_blocks, computes_sums, options, device)), aligned(m * k),
+          aligned(m * groups * std::int64_t{sizeof(float)})};
+}
+
+// Row-major, of the rows of x and so many columns.
+TensorView rows_like(const TensorView& x, void* data, DType dtype, std::int64_t columns) {
+  TensorView t = x;
+  t.data = data;
+  t.dtype = dtype;
+  t.read_only = false;
+  std::int64_t stride = 1;
+  for (int i = x.ndim - 1; i >= 0; --i) {
+    const auto at = static_cast<std::size_t>(i);
+    if (i == x.ndim - 1) t.shape[at] = columns;
+    t.strides[at] = stride;
+    stride *= t.shape[at];
+  }
+  return t;
+}
+
+}  // namespace
+
+std::int64_t quantize_and_multiply_workspace_size(std::int64_t num_tokens, std::int64_t n, std::int64_t k, DType dtype,
+                                                  ScaleGranularity granularity, bool computes_sums, const MatmulOptions& options,
+                                                  Device device) {
+  check_count(Check("quantized_matmul_workspace_size"), "num_tokens", num_tokens, 0);
+  return divide_workspace(num_tokens, n, k, dtype, granularity, computes_sums, options, device).num_bytes();
+}
+
+void quantize_and_multiply(const TensorView& out, const TensorView& x, const TensorView& w, const QuantizedProduct& product,
+                           const TensorView* bias, const TensorView* workspace, const MatmulOptions& options, Stream stream) {
+  const Check check("quantized_matmul");
+  check.rank(x, "x", 1, 4);
+  check.float_dtype(x, "x");
+  check.shape(w, "weight", {kAny, kAny});
+  check.device(x, "x", w.device, "weight");
+  if (x.size(-1) != w.size(1)) check.fail_value("x", "a last dimension of " + std::to_string(w.size(1)), describe(x));
+  check.inner_contiguous(x, "x");
+  check.accessible(x, "x");
+  std::int64_t num_tokens = 0;
+  check_rows(check, x, "x", num_tokens);
+  check_count(check, "x", num_tokens, 0);
+  check_product(check, out, x, "x", w.size(0));
+  const bool computes_sums = product.zero_point != nullptr && product.column_sums == nullptr;
+  const QuantizedActivations parts =
+      divide_workspace(num_tokens, w.size(0), w.size(1), w.dtype, product.granularity, computes_sums, options, x.device);
+  void* const memory = check_workspace(check, workspace, parts.num_bytes(),
+                                       {{&x, "x"},
+                                        {&out, "out"},
+                                        {&w, "weight"},
+                                        {&product.w_scale, "scale"},
+                                        {product.x_scale, "input_scale"},
+                                        {product.zero_point, "input_zero_point"},
+                                        {product.column_sums, "column_sums"},
+                                        {bias, "bias"}});
+  auto* const bytes = static_cast<std::byte*>(memory);
+  const bool computes = product.granularity != ScaleGranularity::kTensor;
+  const std::int64_t groups = product.granularity == ScaleGranularity::kGroup ? ceil_div(w.size(1), kScaleBlock) : 1;
+  const auto at = [&](std::int64_t offset) { return bytes == nullptr ? nullptr : bytes + offset; };
+  const TensorView a = rows_like(x, at(parts.product_bytes), w.dtype, w.size(1));
+  TensorView scale = rows_like(x, at(parts.product_bytes + parts.x_bytes), DType::kFloat32, groups);
+  if (!computes) {
+    if (product.x_scale == nullptr) check.fail_value("input_scale", "one", "none");
+    scale = *product.x_scale;
+  }
+  const TensorView space(memory, DType::kUInt8, {parts.product_bytes}, x.device);
+  quantize(a, scale, product.zero_point, x, product.granularity, kScaleBlock, computes, std::numeric_limits<double>::infinity(), stream);
+  scaled_matmul(out, a, w, {scale, product.w_scale, product.zero_point, product.column_sums}, bias, &space, options, stream);
 }
 
 void column_sums(const TensorView& sums, const TensorView& b, Stream stream) {

@@ -206,6 +206,25 @@ struct ScaledMatmulParams {
   bool batch_invariant = false;
 };
 
+// ---- Products that quantize their activations ------------------------------------------------------------------------------------------
+
+/// The operands of quantize_and_multiply besides x and w. Tensors are scaled_matmul's.
+struct QuantizedProduct {
+  ScaleGranularity granularity = ScaleGranularity::kToken;  // of the activations' scales; kGroup: of kScaleBlock features
+  TensorView w_scale;
+  const TensorView* x_scale = nullptr;      // float32 [1], for kTensor; else scales are computed
+  const TensorView* zero_point = nullptr;   // int32 [1], with x_scale
+  const TensorView* column_sums = nullptr;  // as scaled_matmul has it
+};
+
+/// quantized_matmul with a weight w, float8_e4m3fn or int8 [N, K], that is not packed: x goes through quantize() into the workspace, then
+/// through scaled_matmul(). All bits are those of the two calls.
+void quantize_and_multiply(const TensorView& out, const TensorView& x, const TensorView& w, const QuantizedProduct& product,
+                           const TensorView* bias, const TensorView* workspace, const MatmulOptions& options, Stream stream);
+std::int64_t quantize_and_multiply_workspace_size(std::int64_t num_tokens, std::int64_t n, std::int64_t k, DType dtype,
+                                                  ScaleGranularity granularity, bool computes_sums, const MatmulOptions& options,
+                                                  Device device);
+
 // ---- Backends --------------------------------------------------------------------------------------------------------------------------
 
 namespace cpu {

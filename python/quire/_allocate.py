@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -22,12 +23,22 @@ def framework_of(x: Array) -> str:
     return type(x).__module__.partition(".")[0]
 
 
+@functools.lru_cache(maxsize=256)
+def _known_name(dtype: object) -> str:
+    return _core.dtype_name(dtype)
+
+
 def dtype_name(dtype: object) -> str:
     """The name of a dtype of any framework; what is no dtype of ours comes back as text, for an error message."""
+    if dtype is None:
+        return "None"
     try:
-        return "None" if dtype is None else _core.dtype_name(dtype)
-    except TypeError:
-        return str(dtype)
+        return _known_name(dtype)
+    except TypeError:  # also for what cannot be a key
+        try:
+            return _core.dtype_name(dtype)
+        except TypeError:
+            return str(dtype)
 
 
 def numpy_dtype(name: str) -> Any:
@@ -39,6 +50,10 @@ def numpy_dtype(name: str) -> Any:
     return np.dtype(name)
 
 
+#: Types of tensors for which shape_of has nothing to ask.
+_CHECKED: set[type] = set()
+
+
 def shape_of(op: str, arg: str, x: Array) -> tuple[int, ...]:
     """The shape of an argument that an output is made like.
 
@@ -46,6 +61,8 @@ def shape_of(op: str, arg: str, x: Array) -> tuple[int, ...]:
         TypeError: It is no tensor, a masked array, or a JAX tracer.
         ValueError: It is a JAX array that is deleted, or on more than one device.
     """
+    if type(x) in _CHECKED:
+        return tuple(x.shape)
     if framework_of(x) in ("jax", "jaxlib"):
         _check_jax(op, arg, x)
     if isinstance(x, np.ma.MaskedArray):
@@ -57,6 +74,8 @@ def shape_of(op: str, arg: str, x: Array) -> tuple[int, ...]:
         raise TypeError(
             f"[{op}] {arg}: expected a tensor (any object with __dlpack__), got {type(x).__qualname__}"
         )
+    if framework_of(x) in ("numpy", "torch", "cupy", "quire"):
+        _CHECKED.add(type(x))
     return tuple(shape)
 
 
@@ -89,12 +108,14 @@ def empty(like: Array, shape: Sequence[int], dtype: str | None = None) -> Array:
     Raises:
         TypeError: ``like`` belongs to no framework that quire can allocate in; pass ``out=``.
     """
+    torch = sys.modules.get("torch")
+    if torch is not None and type(like) is torch.Tensor:
+        return like.new_empty(shape) if dtype is None else like.new_empty(shape, dtype=getattr(torch, dtype))
     shape = tuple(int(n) for n in shape)
     if isinstance(like, np.ndarray):  # a subclass, such as np.memmap, gives a plain array
         return np.empty(shape, like.dtype if dtype is None else numpy_dtype(dtype))
     framework = framework_of(like)
-    if "torch" in sys.modules and isinstance(like, sys.modules["torch"].Tensor):
-        torch = sys.modules["torch"]
+    if torch is not None and isinstance(like, torch.Tensor):
         return torch.empty(
             shape, dtype=like.dtype if dtype is None else getattr(torch, dtype), device=like.device
         )
@@ -124,7 +145,7 @@ def _jax_device(x: Array) -> str:
 
 def finish(out: Array, like: Array) -> Array:
     """Turns what empty() gave for ``like`` into a tensor of its framework, now that it is written."""
-    if isinstance(out, _core.Tensor) and framework_of(like) in ("jax", "jaxlib"):
+    if type(out) is _core.Tensor and framework_of(like) in ("jax", "jaxlib"):
         jax = sys.modules["jax"]
         _core.hand_over(out)
         result = jax.dlpack.from_dlpack(out)

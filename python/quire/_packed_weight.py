@@ -5,8 +5,10 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -40,6 +42,11 @@ Fields = tuple[int, int, int, int, int, str, bool, str]
 Static = tuple[str, tuple[int, int], int, int, str, "Fields | None"]
 
 
+#: How weights with traced tensors are dequantized: whether a tensor is traced, and (weight, dtype, out, stream) to the result. quire.jax
+#: and quire.torch add theirs.
+TRACED_DEQUANTIZE: list[tuple[Callable[[Array], bool], Callable[..., Array]]] = []
+
+
 def format_of(fields: Fields) -> _core.WeightFormat:
     """What the core calls such a weight."""
     return _core.WeightFormat(*fields)
@@ -54,6 +61,19 @@ def device_of(x: Array) -> str:
 def restore(static: Static, tensors: Sequence[Array | None]) -> PackedWeight:
     """A weight of its parts, for copies and pickles."""
     return PackedWeight._unflatten(static, tensors)
+
+
+@contextlib.contextmanager
+def _called_as(op: str, **names: str) -> Iterator[None]:
+    """Errors of the core's functions name what the caller called, and its arguments: ``names`` has the caller's."""
+    try:
+        yield
+    except (TypeError, ValueError, IndexError, _core.UnsupportedError) as error:
+        found = re.match(r"\[\w+\] (\w+)(.*)", str(error), re.DOTALL)
+        if found is None:
+            raise
+        arg, rest = found.groups()
+        raise type(error)(f"[{op}] {names.get(arg, arg)}{rest}") from None
 
 
 def _nbytes(t: Array) -> int:
@@ -156,6 +176,13 @@ class PackedWeight:
             return "tensor"
         return "group" if self.group_size == BLOCK else "token"
 
+    @property
+    def _granularity(self) -> Literal["tensor", "token", "block"]:
+        """What a scale of an "fp8" or "w8a8" weight belongs to."""
+        if self.group_size == BLOCK:
+            return "block"
+        return "tensor" if self.scale is not None and tuple(self.scale.shape) == (1,) else "token"
+
     def _flatten(self) -> tuple[tuple[Array | None, ...], Static]:
         """Its tensors, and all else."""
         static = self.format, self.shape, self.bits, self.group_size, self.layout, self._fields
@@ -190,13 +217,15 @@ class PackedWeight:
             shape[1], shape[0], bits, groups.group_size, groups.num_rows, dtype_of(op, "scales", scales), zeros is not None,
             self.layout,
         )  # fmt: skip
-        data = empty(codes, (_core.packed_weight_size(self._format, device),), "uint8")
+        with _called_as(op):
+            data = empty(codes, (_core.packed_weight_size(self._format, device),), "uint8")
         if groups.permutation is not None:
             self._permutation = from_numpy(groups.permutation, codes)
         sources = None if groups.groups is None else from_numpy(groups.groups, codes)
-        _core.pack_weight(
-            data, self._format, self._permutation, encoding, codes, scales, zeros, sources, stream
-        )
+        with _called_as(op):
+            _core.pack_weight(
+                data, self._format, self._permutation, encoding, codes, scales, zeros, sources, stream
+            )
         self._data = finish(data, codes)
         settle(op, "weight", self._data, stream)
         return self
@@ -514,7 +543,8 @@ class PackedWeight:
             if int(zero[0]) != 0:
                 self.input_zero_point = from_numpy(zero.astype(np.int32), weight)
                 sums = empty(weight, (out_features,), "int32")
-                _core.column_sums(sums, weight, stream)
+                with _called_as(op, b=weight_name):
+                    _core.column_sums(sums, weight, stream)
                 self._column_sums = finish(sums, weight)
         settle(op, weight_name, weight, stream)
         return self
@@ -572,7 +602,8 @@ class PackedWeight:
         codes = empty(weight, shape, "uint8")
         scales = empty(weight, (shape[0], num_groups), name)
         zeros = None if symmetric else empty(weight, (shape[0], num_groups), "uint8")
-        _core.quantize_weight(codes, scales, zeros, weight, bits, size, stream)
+        with _called_as(op, w="weight"):
+            _core.quantize_weight(codes, scales, zeros, weight, bits, size, stream)
         codes, scales = finish(codes, weight), finish(scales, weight)
         zeros = None if zeros is None else finish(zeros, weight)
         check_scales(op, "weight", scales, stream)
@@ -593,8 +624,10 @@ class PackedWeight:
         dtype = "float8_e4m3fn" if format == "fp8" else "int8"
 
         def codes(scaling: Granularity, scale: Array | None = None) -> tuple[Array, Array]:
-            op = "quantize_fp8" if format == "fp8" else "quantize_int8"
-            return quantize(op, dtype, weight, scale, None, True, scaling, BLOCK, None, None, stream)[:2]
+            with _called_as("quantize", x="weight"):
+                return quantize(
+                    "quantize", dtype, weight, scale, None, True, scaling, BLOCK, None, None, stream
+                )[:2]
 
         if granularity == "block":
             # A scale for each 128 elements of a row first; a block's is the largest of its rows'.
@@ -630,6 +663,9 @@ class PackedWeight:
     ) -> Array:
         """The weight ``[out_features, in_features]``, each product computed in float32 and rounded to dtype.
 
+        May be called inside ``torch.compile`` and ``torch.export``, where ``quire.torch`` is imported, and on a weight that is an
+        argument of a function under ``jax.jit``, without ``out``.
+
         Args:
             dtype: "float32", "float16", "bfloat16", or a framework's dtype of that name; ``out``'s own where that is given.
             out: Where to write, or None to allocate it in the framework of the tensors that the weight was made from.
@@ -639,19 +675,19 @@ class PackedWeight:
             ValueError: ``out`` does not fit.
             TypeError: ``dtype`` is another one.
         """
+        for is_traced, dequantize in TRACED_DEQUANTIZE:
+            if is_traced(self._like):
+                return dequantize(self, dtype, out, stream)
         name = dtype_name(dtype)
         if out is None and name not in ("float32", "float16", "bfloat16"):
             raise TypeError(f"[dequantize] dtype: expected float32, float16 or bfloat16, got {name}")
         result = empty(self._like, self.shape, name) if out is None else out
-        if self.weight is None:
-            _core.dequantize_weight(result, self._data, self._format, self._permutation, stream)
-        else:
-            assert self.scale is not None
-            scaling = "tensor" if tuple(self.scale.shape) == (1,) else "token"
-            if self.group_size == BLOCK:
-                scaling = "block"
-            undo = _core.dequantize_fp8 if self.format == "fp8" else _core.dequantize_int8
-            undo(result, self.weight, self.scale, None, scaling, 1, stream)
+        with _called_as("dequantize", q="weight", scales="scale"):
+            if self.weight is None:
+                _core.dequantize_weight(result, self._data, self._format, self._permutation, stream)
+            else:
+                undo = _core.dequantize_fp8 if self.format == "fp8" else _core.dequantize_int8
+                undo(result, self.weight, self.scale, None, self._granularity, 1, stream)
         return finish(result, self._like) if out is None else out
 
     def __repr__(self) -> str:

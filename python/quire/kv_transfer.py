@@ -165,15 +165,20 @@ class KVBlocks:
         """
         fields, keys = _read_header(bytes(header))
         blocks = KVBlocks(bytes(header), payload, *fields, keys)
+        blocks._check_payload()
+        return blocks
+
+    def _check_payload(self) -> None:
+        """Whether the payload has the bytes that the other fields tell of; nobody has to come by :meth:`from_parts`."""
+        payload = self.payload
         shape = getattr(payload, "shape", None)
         if shape is None or not str(payload.dtype).endswith("uint8"):
             raise ValueError(f"[KVBlocks] payload: expected a uint8 tensor, got {type(payload).__qualname__}")
         if isinstance(payload, _core.Tensor):
             payload.reshape(shape)  # raises unless it is contiguous
         num_bytes = int(np.prod(tuple(shape), dtype=object))
-        if num_bytes != blocks.payload_bytes:
-            raise ValueError(f"[KVBlocks] payload: expected {blocks.payload_bytes} bytes, got {num_bytes}")
-        return blocks
+        if num_bytes != self.payload_bytes:
+            raise ValueError(f"[KVBlocks] payload: expected {self.payload_bytes} bytes, got {num_bytes}")
 
 
 def _make_header(blocks: tuple[str, int, int, int, int, int, int, int], keys: Sequence[int] | None) -> bytes:
@@ -335,6 +340,7 @@ def import_blocks(
     for name, size in own.items():
         if getattr(blocks, name) != size:
             raise ValueError(f"[{op}] blocks: expected {name} {size}, got {getattr(blocks, name)}")
+    blocks._check_payload()
     block_ids = _ids(op, block_ids)
     if len(block_ids) != blocks.num_blocks:
         raise ValueError(

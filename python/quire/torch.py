@@ -25,7 +25,7 @@ from quire import kv_cache as _kv_cache
 from quire import norm as _norm
 from quire import position_encoding as _position_encoding
 from quire import quantization as _quantization
-from quire._packed_weight import BLOCK, TENSORS, PackedWeight, Static, format_of, restore
+from quire._packed_weight import BLOCK, TENSORS, TRACED_DEQUANTIZE, PackedWeight, Static, format_of, restore
 from quire._quantized import check_given, scale_shape, split_out
 from quire.attention import attention as _attention
 from quire.attention import merge_attention as _merge_attention
@@ -259,6 +259,14 @@ _define(
     lambda *a: _raw.quantized_matmul(*a[:3], format_of(a[6:14]), *a[3:6], a[14], None),
 )
 _define(
+    "dequantize_weight",
+    "Tensor(a!) out, Tensor weight, Tensor? permutation, int in_features, int out_features, int bits, int group_size, int num_rows, "
+    "str scale_dtype, bool has_zeros, str layout",
+    lambda out, weight, permutation, *fields: _raw.dequantize_weight(
+        out, weight, format_of(fields), permutation, None
+    ),
+)
+_define(
     "scaled_matmul",
     "Tensor(a!) out, Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? zero_point, Tensor? column_sums, Tensor? bias, "
     "Tensor(b!)? workspace, bool batch_invariant",
@@ -269,15 +277,21 @@ _define(
 # ---- functions -------------------------------------------------------------------------------------------------------------
 
 
+def _is_traced(x: object) -> bool:
+    # A subclass is a fake or functional tensor, or one that dispatches in its own way: operators know how.
+    return _is_compiling() or (isinstance(x, torch.Tensor) and type(x) not in _PLAIN)
+
+
 def _function(eager: F) -> Callable[[Callable[..., Any]], F]:
     """Makes a function that is ``eager`` outside a trace, and the decorated one inside."""
 
     def decorate(traced: Callable[..., Any]) -> F:
         @functools.wraps(eager)
         def function(*args: Any, **kwargs: Any) -> Any:
+            if args and type(args[0]) in _PLAIN and not _is_compiling():  # what most calls are
+                return eager(*args, **kwargs)
             first = args[0] if args else next(iter(kwargs.values()), None)
-            # A subclass is a fake or functional tensor, or one that dispatches in its own way: operators know how.
-            if _is_compiling() or (isinstance(first, torch.Tensor) and type(first) not in _PLAIN):
+            if _is_traced(first):
                 _check_traced(eager.__name__, kwargs)
                 return traced(*args, **kwargs)
             return eager(*args, **kwargs)
@@ -554,9 +568,9 @@ def quantize_int8(
     return results[:2] if symmetric else results
 
 
-def _float_dtype(op: str, dtype: object) -> torch.dtype:
+def _float_dtype(op: str, dtype: object, arg: str = "out_dtype") -> torch.dtype:
     if dtype not in _FLOAT_DTYPES:
-        raise TypeError(f"[{op}] out_dtype: expected float32, float16 or bfloat16, got {dtype}")
+        raise TypeError(f"[{op}] {arg}: expected float32, float16 or bfloat16, got {dtype}")
     return _FLOAT_DTYPES[dtype]
 
 
@@ -628,6 +642,23 @@ def quantized_matmul(x, w, *, bias=None, out=None, workspace=None, batch_invaria
     )  # fmt: skip
 
 
+def _dequantize_traced(w: PackedWeight, dtype: object, out: Tensor | None, stream: object) -> Tensor:
+    """:meth:`PackedWeight.dequantize`, traced."""
+    _check_traced("dequantize", {"stream": stream})
+    tensor: Any = w._like
+    result = (
+        tensor.new_empty(w.shape, dtype=_float_dtype("dequantize", dtype, "dtype")) if out is None else out
+    )
+    if w._fields is not None:
+        _ops.dequantize_weight(result, w._data, w._permutation, *w._fields)
+    else:
+        _ops.dequantize(result, w.weight, w.scale, None, w._granularity, 1)
+    return result
+
+
+TRACED_DEQUANTIZE.append((_is_traced, _dequantize_traced))
+
+
 # ---- attention -------------------------------------------------------------------------------------------------------------
 
 
@@ -655,6 +686,13 @@ def _attention_function(eager: F, is_cache: bool) -> Callable[[Callable[..., Any
 
         @functools.wraps(eager)
         def with_autocast(*args: Any, **kwargs: Any) -> Any:
+            if (
+                args
+                and type(args[0]) in _PLAIN
+                and args[0].dtype is not torch.float32
+                and not _is_compiling()
+            ):
+                return eager(*args, **kwargs)
             missing = names[len(args) :]
             if not all(name in kwargs for name in missing):
                 return function(*args, **kwargs)  # its TypeError says what is missing

@@ -10,6 +10,8 @@ sequences, chunks, prefixes that see both ways) is handed over as bits.
 from __future__ import annotations
 
 import functools
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +21,6 @@ from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 import quire.torch
 
 __all__ = ["attention_forward", "attention_mask"]
-
-_WEIGHTS_OF_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def attention_mask(
@@ -72,8 +72,9 @@ def _pack(mask: torch.Tensor) -> torch.Tensor:
         )
     rows = mask.reshape(-1, mask.shape[-1])
     rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8))
-    weights = torch.tensor(_WEIGHTS_OF_BITS, dtype=torch.uint8, device=mask.device)
-    return (rows.view(rows.shape[0], -1, 8) * weights).sum(-1, dtype=torch.uint8)
+    # Made on the device: a copy from the host would wait for it.
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (rows.view(rows.shape[0], -1, 8).to(torch.uint8) << places).sum(-1, dtype=torch.uint8)
 
 
 def _make_indices(
@@ -88,19 +89,53 @@ def _make_indices(
 _known_indices = functools.lru_cache(maxsize=16)(_make_indices)
 
 
-def _indices(
-    query: torch.Tensor, batch: int, q_length: int, kv_length: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The same for all layers of a step, so that only the first one makes them; they are known by the stream that orders them."""
-    device, stream = query.device, None
-    # In a trace, and where tensors are fake, what is made belongs to that.
+def _make_mask(mask: torch.Tensor, kv_length: int, stream: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """mask and mask_start of :func:`quire.paged_attention`."""
+    start = torch.zeros(mask.shape[0], dtype=torch.int32, device=mask.device)
+    return _pack(mask[..., :kv_length]), start
+
+
+class _LastMask:
+    """The bits of the mask that was packed last: a step's layers have one."""
+
+    _last: tuple[weakref.ref[torch.Tensor], tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] | None = (
+        None
+    )
+
+    def get(self, mask: torch.Tensor, kv_length: int, stream: object) -> tuple[torch.Tensor, torch.Tensor]:
+        if mask.is_inference():  # which has no version to see a change by
+            return _make_mask(mask, kv_length, stream)
+        key, last = (mask._version, kv_length, stream), self._last
+        if last is not None and last[0]() is mask and last[1] == key:
+            return last[2]
+        bits = _make_mask(mask, kv_length, stream)
+        self._last = weakref.ref(mask), key, bits
+        return bits
+
+
+_last_mask = _LastMask()
+
+
+def _stream_of_device(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+# The handle without an object around it, which takes 4 µs to make; what torch.compile's own code calls.
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _stream_of_device)
+
+
+def _sharing(query: torch.Tensor) -> tuple[bool, object]:
+    """Whether the layers of a step may share what the first of them makes, and the stream that orders it.
+
+    In a trace, and where tensors are fake, what is made belongs to that; in a capture to the graph.
+    """
     if torch.compiler.is_compiling() or type(query) is not torch.Tensor:
-        return _make_indices(batch, q_length, kv_length, device)
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():  # and in a capture to the graph
-            return _make_indices(batch, q_length, kv_length, device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-    return _known_indices(batch, q_length, kv_length, device, stream)
+        return False, None
+    if not query.is_cuda:
+        return True, None
+    if torch.cuda.is_current_stream_capturing():
+        return False, None
+    return True, _raw_stream(query.get_device())
 
 
 def attention_forward(
@@ -146,26 +181,33 @@ def attention_forward(
     if kwargs.get("position_bias") is not None:
         raise quire.UnsupportedError("[quire.transformers] position_bias: expected none, got one")
     batch, num_heads, q_length, head_dim = query.shape
-    kv_length, device = key.shape[2], query.device
-    value_dim = value.shape[-1]
-    if value_dim > head_dim:
-        raise quire.UnsupportedError(
-            f"[quire.transformers] value: expected a head_dim of at most the keys' {head_dim}, got {value_dim}"
-        )
+    kv_length, value_dim = key.shape[2], value.shape[3]
     if value_dim != head_dim:
+        if value_dim > head_dim:
+            raise quire.UnsupportedError(
+                f"[quire.transformers] value: expected a head_dim of at most the keys' {head_dim}, got {value_dim}"
+            )
         value = torch.nn.functional.pad(value, (0, head_dim - value_dim))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    window = (
-        None if sliding_window is None else sliding_window - 1
-    )  # quire counts the keys before the query's own
+    # quire counts the keys before the query's own.
+    window = None if sliding_window is None else sliding_window - 1
     mask = mask_start = None
+    shared, stream = _sharing(query)
     if attention_mask is not None:
-        mask = _pack(attention_mask[..., :kv_length])
-        mask_start = torch.zeros(batch, dtype=torch.int32, device=device)
+        make_mask = _last_mask.get if shared else _make_mask
+        mask, mask_start = make_mask(attention_mask, kv_length, stream)
         causal, window = False, None
-    tables, lens, starts = _indices(query, batch, q_length, kv_length)
+    make_indices = _known_indices if shared else _make_indices
+    tables, lens, starts = make_indices(batch, q_length, kv_length, query.device, stream)
+    # Every call into PyTorch is a microsecond of each layer's and token's: a decoding step takes views that are one.
+    if q_length == 1:
+        q = query.squeeze(2)
+    else:
+        q = query.transpose(1, 2).reshape(batch * q_length, num_heads, head_dim)
+    # float32 may become another dtype in torch.autocast.
+    out = None if q.dtype is torch.float32 else torch.empty_like(q, memory_format=torch.contiguous_format)
     out = quire.torch.paged_attention(
-        query.transpose(1, 2).reshape(batch * q_length, num_heads, head_dim),
+        q,
         key.transpose(1, 2),  # one block of kv_length slots for each sequence
         value.transpose(1, 2),
         tables,
@@ -178,8 +220,10 @@ def attention_forward(
         sinks=None if s_aux is None else s_aux.detach().float(),
         mask=mask,
         mask_start=mask_start,
+        out=out,
     )
-    return out.view(batch, q_length, num_heads, head_dim)[..., :value_dim], None
+    out = out.unsqueeze(1) if q_length == 1 else out.view(batch, q_length, num_heads, head_dim)
+    return (out if value_dim == head_dim else out[..., :value_dim]), None
 
 
 AttentionInterface.register("quire", attention_forward)

@@ -187,6 +187,7 @@ TEST(CudaAttentionConfig, few_tiles_have_clusters) {
   EXPECT_EQ(cluster(paged(34, 1024, 32, 8, 128)), 0);  // more tiles than the device has places for CTAs
   EXPECT_EQ(cluster(paged(20, 1024, 32, 8, 128)), 0);  // a third of the places would be left empty
   EXPECT_EQ(cluster(paged(32, 1024, 16, 2, 256)), 2);
+  EXPECT_EQ(cluster(paged(32, 8192, 32, 8, 96)), 0);  // rows that are no whole lines are better read two heads at a time
   EXPECT_EQ(cluster(paged(1, 1024, 72, 8, 128)), 0);
   EXPECT_EQ(cluster(ragged_queries(paged(2, 1024, 32, 8, 128), 4)), 0);
   AttentionParams params = paged(1, 1024, 32, 8, 128);
@@ -206,6 +207,20 @@ TEST(CudaAttentionConfig, neighbouring_heads_are_pairs) {
   AttentionParams params = dense(paged(64, 1024, 32, 8, 128));
   params.k_head_stride *= 16;  // heads are not side by side
   EXPECT_EQ(pairing(params), Pairing::kNone);
+}
+
+TEST(CudaAttentionConfig, pairs_of_16_bits_have_wide_CTAs_while_tiles_are_few) {
+  const auto config = [](std::int64_t num_seqs, DType kv_dtype) {
+    AttentionParams params = dense(paged(num_seqs, 4096, 32, 8, 128));
+    params.kv_dtype = kv_dtype;
+    return configure(params, kDevice, true);
+  };
+  EXPECT_TRUE(config(64, DType::kBFloat16).wide);
+  EXPECT_EQ(config(64, DType::kBFloat16).ctas_per_tile, 1);
+  EXPECT_EQ(config(64, DType::kBFloat16).tiles_per_cta, 1);
+  EXPECT_TRUE(config(128, DType::kBFloat16).wide);
+  EXPECT_FALSE(config(256, DType::kBFloat16).wide);
+  EXPECT_FALSE(config(64, DType::kFloat8E4M3FN).wide);
 }
 
 TEST(CudaAttentionConfig, rows_of_many_queries_are_split_where_tiles_are_few) {
@@ -257,7 +272,8 @@ TEST(CudaAttentionConfig, batch_invariant_calls_are_configured_alike) {
 
 TEST(CudaAttentionConfig, decodes_beside_prefills_have_a_launch_of_their_own) {
   const auto launches = [](const AttentionParams& params) { return choose_launches(params, kDevice, true); };
-  const AttentionParams mixed = dense(ragged_queries(paged(32, 2048, 32, 8, 128), 28 + 4 * 512));
+  const auto mixed_of = [](std::int64_t keys) { return dense(ragged_queries(paged(32, keys, 32, 8, 128), 28 + 4 * 512)); };
+  const AttentionParams mixed = mixed_of(8192);
   const Launches of_mixed = launches(mixed);
   ASSERT_EQ(of_mixed.count, 2);
   const Config* const configs = of_mixed.configs;
@@ -270,6 +286,11 @@ TEST(CudaAttentionConfig, decodes_beside_prefills_have_a_launch_of_their_own) {
   ASSERT_EQ(launches(many).count, 1);
   EXPECT_EQ(launches(many).configs[0].variant, Variant::kWgmma);
   EXPECT_EQ(choose_launches(many, kDevice, false).count, 2);
+  AttentionParams narrow = many;
+  narrow.kv_dtype = DType::kInt8;
+  EXPECT_EQ(launches(narrow).count, 2);
+  // Fewer of them where none can have very many keys.
+  EXPECT_EQ(launches(mixed_of(4096)).count, 1);
   // One chunk among many decodes, too.
   EXPECT_EQ(launches(dense(ragged_queries(paged(256, 2048, 32, 8, 128), 255 + 512))).count, 2);
   EXPECT_EQ(launches(dense(paged(256, 2048, 32, 8, 128))).count, 1);

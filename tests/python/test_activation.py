@@ -150,6 +150,22 @@ def test_quantized_dtypes(backend, rng, op, dtype, out_dtype, granularity):
         check_quantized(backend, rng, op, num_rows, width, dtype, out_dtype, granularity)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("out_dtype", QUANTIZED)
+def test_quantized_of_many_rows(backend, rng, out_dtype, granularity):
+    """As many as a GPU takes in other pieces give what a few of them give, bit for bit."""
+    num_rows, width = (18000 if backend.device != "cpu" else 70), 1024
+    x = draw(rng, (num_rows, 2 * width), "bfloat16")
+    scale = backend.array(np.array([0.02], np.float32)) if granularity == "tensor" else None
+    many, few = (
+        quire.silu_and_mul(backend.array(rows), out_dtype=out_dtype, scale=scale, granularity=granularity)
+        for rows in (x, x[-40:].copy())
+    )
+    for a, b in zip(many, few, strict=True):
+        a, b = backend.numpy(a), backend.numpy(b)
+        np.testing.assert_array_equal(a[-len(b) :].view(np.uint8), b.view(np.uint8))
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
 @pytest.mark.parametrize("width", [1, 2, 7, 8, 31, 64, 129, 1000, 13824, 40000])
 def test_quantized_widths(backend, rng, width, granularity):

@@ -974,6 +974,8 @@ def test_plain_prefill(backend, rng, dtype, dim, variant, block_size, causal):
     """Calls with lengths alone, which have kernels of their own: queries without keys, keys that are not finite, a table with a hole."""
     if backend.device == "cpu":
         pytest.skip("the variants are CUDA kernels")
+    if reason := refusal(variant, backend.torch.cuda.get_device_capability(), dim, dtype):
+        pytest.skip(reason)
     heads, kv_heads = 12, 4
     q_lens, kv_lens = [70, 0, 45, 1, 60], [70, 9, 149, 8, 20]
     if block_size > 0:
@@ -1297,6 +1299,30 @@ def test_merge_in_place(framework, rng):
         got, lse = quire.merge_attention(*arrays)
     assert_close("merge", framework.numpy(got), want)
     assert_lse_close(framework.numpy(lse), want_lse, "float32", framework.device)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_huge_batches_are_refused_by_name(torch, device):
+    """And before a workspace is made for them."""
+    if device == "cuda" and not (frameworks.has_gpu() and torch.cuda.is_available()):
+        pytest.skip("no CUDA device")
+    q, cache = torch.ones(4, 2, 64, device=device), torch.ones(3, 16, 1, 64, device=device)
+    tables = torch.zeros(4, 2, dtype=torch.int32, device=device)
+    loc = torch.zeros(5, dtype=torch.int32, device=device)
+    for num_seqs in (2**29, 2**31, 2**40):
+        many = loc[:1].expand(num_seqs)
+        with pytest.raises(
+            ValueError, match=r"\[paged_attention\] seq_lens: expected a contiguous tensor, got"
+        ):
+            quire.paged_attention(q, cache, cache, tables, many, query_start_loc=loc)
+        with pytest.raises(
+            ValueError, match=r"\[attention\] query_start_loc: expected a contiguous tensor, got"
+        ):
+            quire.attention(q, q[:, :1], q[:, :1], query_start_loc=many)
+        with pytest.raises(
+            quire.UnsupportedError, match=r"\[attention\] q: expected num_tokens \* num_heads of at most"
+        ):
+            quire.attention(q[:1].expand(num_seqs, 2, 64), q[:, :1], q[:, :1], out=q)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -87,6 +87,7 @@ def draw_stored(rng, shape, dtype):
         ("bfloat16", "bfloat16", 128),
         ("float16", "float16", 256),
         ("bfloat16", "float8_e4m3fn", 64),
+        ("bfloat16", "float8_e4m3fn", 128),
         ("float16", "int8", 40),
     ],
 )
@@ -110,14 +111,20 @@ def test_batch_invariance(backend, rng, dtype, kv_dtype, dim, group):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("finite", [True, False], ids=["finite", "infinite"])
 @pytest.mark.parametrize(
     "option", [{}, {"window": 700}, {"softcap": 5.0}, {"causal": False, "window": (300, 4)}], ids=str
 )
-def test_a_row_has_the_same_bits_in_decode_and_prefill(backend, rng, option, dtype):
+def test_a_row_has_the_same_bits_in_decode_and_prefill(backend, rng, option, finite, dim, dtype):
     """Query i of a chunk sees what a decode sees whose sequence ends there."""
     num_keys, q_len = 1500, 37
-    q = draw(rng, (q_len, 8, 64), dtype)
-    k, v = (draw(rng, (num_keys, 2, 64), dtype) for _ in "kv")
+    q = draw(rng, (q_len, 8, dim), dtype)
+    k, v = (draw(rng, (num_keys, 2, dim), dtype) for _ in "kv")
+    if not finite:
+        # Keys whose weight is 0, or not, for all or for the last queries.
+        k[[700, 1480], 0] *= 60
+        v[[700, 900, 1480], 0, 3] = np.inf
     options = {"dtype": dtype, "kv_dtype": dtype, **option}
     (out, lse) = invariant_rows(backend, rng, [Watched(q, k, v)], 2, q_lens=[1, 50], **options)[0]
     right = option["window"][1] if isinstance(option.get("window"), tuple) else 0

@@ -6,6 +6,8 @@ SPDX-License-Identifier: Apache-2.0
 import doctest
 import gc
 import os
+import subprocess
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -91,6 +93,16 @@ def test_the_docstring_example_runs():
 def test_bad_options(options, argument):
     with pytest.raises(ValueError, match=rf"^\[block_allocator\].*{argument}: expected .*, got "):
         BlockAllocator(**({"num_blocks": 8} | options))
+
+
+def test_more_blocks_than_memory():
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33)); import quire\n"
+        "try: quire.BlockAllocator(2**31 - 2)\n"
+        "except MemoryError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "num_blocks, num_host_blocks: expected as many as host memory" in done.stdout
 
 
 def test_hash_key_is_an_integer():

@@ -80,6 +80,26 @@ def test_numpy_edge_cases():
         quire.copy_blocks(wide, np.zeros((1, 2), np.int32))
 
 
+@pytest.mark.parametrize("stride", [0, -4, 12, 2**62, -(2**62)])
+def test_strides_that_nothing_steps_along(stride):
+    """Those of extents of 1, and all of a tensor without elements, may be anything."""
+    as_strided = np.lib.stride_tricks.as_strided
+    row = np.arange(1.0, 9.0, dtype=np.float32)
+    x, weight = as_strided(row, (1, 1, 8), (stride, stride, 4)), np.ones(8, np.float32)
+    out = as_strided(np.zeros(8, np.float32), (1, 1, 8), (stride, stride, 4))
+    quire.rms_norm(x, weight, out=out)
+    np.testing.assert_array_equal(out[0], quire.rms_norm(row[None], weight))
+    cache = as_strided(np.zeros((4, 2, 8), np.float32), (4, 2, 1, 8), (64, 32, stride, 4))
+    none = as_strided(row[:0], (0, 2, 1, 8), (stride, stride, stride, 4))
+    slots, tables, lens = np.array([5]), np.array([[2]], np.int32), np.array([2], np.int32)
+    quire.write_kv(x, x, cache, cache.copy(), slots)
+    np.testing.assert_array_equal(cache[2, 1, 0], row)
+    heads = as_strided(row, (1, 1, 8), (stride, stride, 4))
+    want = quire.paged_attention(row.reshape(1, 1, 8), cache.copy(), cache.copy(), tables, lens)
+    np.testing.assert_array_equal(quire.paged_attention(heads, cache, cache, tables, lens), want)
+    assert not quire.paged_attention(heads, none, none, tables, lens * 0).any()
+
+
 def sparse_rows(torch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls them beta
@@ -136,6 +156,48 @@ def test_torch_inference_mode_and_parameters(torch):
         assert quire.rms_norm(torch.randn(2, 8), torch.nn.Parameter(torch.ones(8))).shape == (2, 8)
     parameter = torch.nn.Parameter(torch.ones(8), requires_grad=False)
     assert quire.rms_norm(torch.randn(2, 8), parameter).shape == (2, 8)
+
+
+def test_cupy_arrays_by_their_attributes():
+    """A dtype's first array comes through DLPack, later ones by their attributes; nothing may tell the two apart."""
+    framework = frameworks.make("cupy", "cuda:0")
+    if isinstance(framework, str):
+        pytest.skip(f"cupy on cuda:0: {framework}")
+    cupy = framework.cupy
+    rng = np.random.default_rng(0)
+    for dtype in ("float32", "float16", "bfloat16"):
+        host = rng.standard_normal((4, 6, 64)).astype(np.float32).astype(np_dtype(dtype))
+        base, weight = framework.array(host), framework.array(np.ones(32, np_dtype(dtype)))
+        for view in (
+            lambda x: x[..., :32],
+            lambda x: x[::-1, ::2, 16:48],
+            lambda x: x.transpose(1, 0, 2)[1:, :, 32:],
+            lambda x: x[3, 5, 1:33],
+            lambda x: x[:, :0, :32],
+        ):
+            want = quire.rms_norm(np.ascontiguousarray(view(host)), np.ones(32, np_dtype(dtype)))
+            for _ in range(2):
+                got = framework.numpy(quire.rms_norm(view(base), weight))
+                np.testing.assert_allclose(
+                    got.astype(np.float32), want.astype(np.float32), rtol=2e-2, atol=1e-6
+                )
+                with pytest.raises(ValueError, match=r"\[rms_norm\] x: expected stride 1"):
+                    quire.rms_norm(base[..., ::2], weight)
+        out = cupy.zeros((4, 3), dtype=base.dtype).T
+        with pytest.raises(ValueError, match=r"\[rms_norm\] out: "):
+            quire.rms_norm(base[0, :3, :4], weight[:4], out=out)
+    pairs = cupy.asarray(np.array([[3, 0]], np.int64))
+    for dtype in ("int8", "uint8", "int32", "int64", "bool"):
+        for _ in range(2):
+            cache = cupy.arange(12).reshape(4, 3).astype(dtype)
+            want = cache.copy()
+            want[0] = cache[3]
+            quire.copy_blocks(cache, pairs)
+            assert bool((cache == want).all())
+    for dtype in ("float64", "complex64", "int16"):
+        for _ in range(2):
+            with pytest.raises(TypeError, match=r"\[copy_blocks\] cache: expected "):
+                quire.copy_blocks(cupy.zeros((4, 3), dtype), pairs)
 
 
 def test_not_a_tensor():

@@ -290,7 +290,7 @@ def quantized_calls(backend, rng):
     multiply = quire.quantized_matmul
     yield multiply, (x, w), {}, ("wgmma",), "tiles of"
     yield multiply, (x[:3], w), {}, ("few",), "tiles of 8 tokens"
-    yield multiply, (x[:1], w), {}, ("mma",), "not few: one token"
+    yield multiply, (x[:1], w), {}, ("few",), "tiles of one token"
     yield multiply, (x, w), {"batch_invariant": True}, ("mma",), "not wgmma: batch_invariant"
     yield (
         multiply,

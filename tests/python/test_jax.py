@@ -876,6 +876,24 @@ def test_scales_under_vmap(device):
         np.testing.assert_array_equal(got[i], want)
 
 
+def test_dequantize_traced(device):
+    """A packed weight that is an argument is dequantized where the trace runs it, with the library's own bits."""
+    for name, w in packed_weights(jnp.asarray).items():
+        want = np.asarray(w.dequantize("bfloat16"))
+        traced = jax.jit(lambda w: w.dequantize("bfloat16"))
+        assert "quire.dequantize" in traced.lower(w).as_text(), name
+        for got in (traced(w), jax.jit(lambda: w.dequantize("bfloat16"))()):  # noqa: B023
+            assert got.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(np.asarray(got).view(np.uint8), want.view(np.uint8), err_msg=name)
+    for arguments, error, text in (
+        ({"dtype": "int8"}, TypeError, "dtype: expected float32, float16 or bfloat16, got int8"),
+        ({"out": want}, ValueError, "out: expected none"),
+        ({"stream": 1}, ValueError, "stream: expected none"),
+    ):
+        with pytest.raises(error, match=rf"^\[dequantize\] {text}"):
+            jax.jit(lambda w: w.dequantize(**arguments))(w)  # noqa: B023
+
+
 def test_quantization_refusals():
     with jax.default_device(jax.devices("cpu")[0]):
         refuse_quantization()

@@ -303,6 +303,64 @@ def test_swap_blocks(backend, rng):
     np.testing.assert_array_equal(backend.numpy(within)[0], host[0])
 
 
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize(
+    ("layers", "blocks", "heads"), [(1, 1100, 1), (3, 600, 3), (2, 40, 1100)], ids=lambda n: str(n)
+)
+def test_swap_blocks_of_many_pairs(backend, rng, layers, blocks, heads, pinned):
+    """More than one launch has, single ones and runs, of blocks that are no whole number of a CTA's pieces; there and back."""
+    sizes = (2, heads, 8, "float16")
+    device = quire.KVCache(layers, blocks, *sizes, backend.device)
+    host, back = (
+        quire.KVCache(layers, blocks, *sizes, "cpu", pinned=pinned and backend.device != "cpu") for _ in "ab"
+    )
+    values = host.pool.numpy().view(np.uint16)
+    values[...] = rng.integers(0, 1 << 16, values.shape)
+    back.pool.numpy().view(np.uint16)[...] = 7
+    source, target = rng.permutation(blocks), rng.permutation(blocks)
+    source[10:15], target[10:15] = np.sort(source[10:15]), np.sort(target[10:15])
+    pairs = np.stack([source, target], 1)[: blocks - 2]
+    device.swap_blocks_from(host, pairs)
+    back.swap_blocks_from(device, pairs[:, ::-1].copy())
+    backend.synchronize()
+    want = np.full_like(values, 7)
+    want[:, :, pairs[:, 0]] = values[:, :, pairs[:, 0]]
+    np.testing.assert_array_equal(back.pool.numpy().view(np.uint16), want)
+    inner = quire.KVCache(layers, blocks, *sizes, backend.device)
+    inner.swap_blocks_from(device, pairs[:, ::-1].copy())
+    back.swap_blocks_from(inner, np.stack([source, source], 1)[: blocks - 2])
+    backend.synchronize()
+    np.testing.assert_array_equal(back.pool.numpy().view(np.uint16), want)
+
+
+def test_swap_blocks_to_one_destination(backend, rng):
+    """The last pair wins, as in a loop."""
+    host = quire.KVCache(1, 64, 2, 1, 8, "float16", "cpu", pinned=backend.device != "cpu")
+    device = quire.KVCache(1, 8, 2, 1, 8, "float16", backend.device)
+    back = quire.KVCache(1, 8, 2, 1, 8, "float16", "cpu", pinned=backend.device != "cpu")
+    values = host.pool.numpy()
+    values[...] = rng.standard_normal(values.shape)
+    order = rng.permutation(64)
+    device.swap_blocks_from(host, np.stack([order, np.arange(64) % 8], 1))
+    back.swap_blocks_from(device, np.stack([np.arange(8)] * 2, 1))
+    backend.synchronize()
+    np.testing.assert_array_equal(back.pool.numpy(), values[:, :, order[56:]])
+
+
+def test_swap_blocks_of_long_and_short_runs(backend, rng):
+    """A run of more than the bytes from which a transfer is as fast as any, among single blocks."""
+    shape = (48, 1 << 18)
+    host = quire.empty(shape, "uint8", "cpu", pinned=backend.device != "cpu")
+    device, back = quire.empty(shape, "uint8", backend.device), quire.empty(shape, "uint8", "cpu")
+    values = host.numpy()
+    values[...] = rng.integers(0, 256, shape, dtype=np.uint8)
+    pairs = np.array([[0, 40], *([i, i] for i in range(4, 28)), [30, 1], [2, 47]])
+    quire.swap_blocks(device, host, pairs)
+    quire.swap_blocks(back, device, pairs[:, ::-1].copy())
+    backend.synchronize()
+    np.testing.assert_array_equal(back.numpy()[pairs[:, 0]], values[pairs[:, 0]])
+
+
 def test_swap_blocks_between_layouts(backend, rng):
     """From a [num_blocks, ...] pool into one layer of an interleaved pool."""
     host = rng.integers(0, 250, (5, 4, 8)).astype(np.uint8)

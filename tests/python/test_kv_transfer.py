@@ -3,6 +3,8 @@
 SPDX-License-Identifier: Apache-2.0
 """
 
+import dataclasses
+
 import frameworks
 import numpy as np
 import pytest
@@ -270,6 +272,9 @@ def test_refusals():
         cache.export_blocks([0], keys=[1, 2])
     with pytest.raises(ValueError, match="keys"):
         cache.export_blocks([0], keys=[2**128])
+    for payload in (np.zeros(10, np.uint8), np.zeros(blocks.payload_bytes, np.int8), None):
+        with pytest.raises(ValueError, match=r"\[KVBlocks\] payload: expected"):
+            cache.import_blocks(dataclasses.replace(blocks, payload=payload), [0, 1])
     for name in ("head_start", "total_kv_heads"):
         with pytest.raises(TypeError, match=rf"export_blocks\] {name}: expected an integer, got float"):
             cache.export_blocks([0], **{name: 4.0})

@@ -4,6 +4,7 @@ SPDX-License-Identifier: Apache-2.0
 """
 
 import contextlib
+import functools
 
 import ml_dtypes
 import numpy as np
@@ -360,13 +361,23 @@ def test_tiles_left_over_after_whole_rounds(backend, rng):
         assert_product_close(out[rows], sample @ wide.T, np.abs(sample) @ np.abs(wide).T)
 
 
-@pytest.mark.parametrize("count", [2, 9, 24, 40, 64])
+@pytest.mark.parametrize("count", [1, 2, 9, 24, 40, 64])
 def test_few_tokens_of_many_shapes(backend, rng, count):
-    """Rows of tiles alone, in clusters and one after the other; columns that end within a stage."""
-    for out_features, in_features in ((72, 128), (1000, 1088), (256, 8192), (20000, 192)):
+    """Rows of tiles alone, in clusters and one after the other; columns that end within a stage; tiles that SMs without one help with."""
+    for out_features, in_features in ((72, 128), (1000, 1088), (256, 8192), (20000, 192), (8600, 1600)):
         weight = PackedWeight.quantize(backend.array(draw(rng, (out_features, in_features))), "w4a16", 64)
         wide = as_float64(backend.numpy(weight.dequantize()))
         check_product(backend, rng, weight, wide, (count,))
+
+
+def test_one_token_of_any_order(backend, rng):
+    """One token's columns are put in order by the product itself; too many for shared memory are not."""
+    for in_features, out_features in ((512, 72), (4096, 200), (30080, 40)):
+        g_idx = g_idx_of("shuffled", rng, in_features, 64)
+        qweight, qzeros, scales = make_gptq(rng, g_idx, in_features // 64, out_features)
+        weight = PackedWeight.from_gptq(*map(backend.array, (qweight, qzeros, scales, g_idx)))
+        wide = reference.dequantize_gptq(qweight, qzeros, scales, g_idx, 4, "gptq")
+        check_product(backend, rng, weight, wide, (1,))
 
 
 def test_slices_of_tokens(backend, rng):
@@ -407,10 +418,12 @@ def test_rows_in_reverse(backend, rng):
     assert_same_bits(got, backend.numpy(quire.quantized_matmul(backend.array(x[::-1].copy()), weight)))
 
 
-@pytest.mark.parametrize("count", [1, 12, 40, 100, 300])
-def test_workspace_contents(backend, rng, count):
+@pytest.mark.parametrize(
+    ("count", "out_features"), [(1, 200), (12, 200), (40, 200), (100, 200), (300, 200), (1, 8600), (33, 8600)]
+)
+def test_workspace_contents(backend, rng, count, out_features):
     """Whatever the workspace holds, the result has the same bits, each time."""
-    weight = PackedWeight.quantize(backend.array(draw(rng, (200, 2048))), "w4a16", 128)
+    weight = PackedWeight.quantize(backend.array(draw(rng, (out_features, 2048))), "w4a16", 128)
     x = backend.array(draw(rng, (count, 2048), "bfloat16"))
     want = backend.numpy(quire.quantized_matmul(x, weight))
     num_bytes = max(quire.quantized_matmul_workspace_size(count, weight, dtype="bfloat16"), 1)
@@ -419,6 +432,56 @@ def test_workspace_contents(backend, rng, count):
         workspace = backend.array(contents.astype(np.uint8))
         for _ in range(2):
             assert_same_bits(backend.numpy(quire.quantized_matmul(x, weight, workspace=workspace)), want)
+
+
+@pytest.mark.parametrize(
+    "kind", ["fp8", "fp8 tensor", "fp8 block", "fp8 static", "w8a8", "w8a8 static", "w8a8 zero"]
+)
+@pytest.mark.parametrize("shape", [(200,), (1, 200), (2, 3, 200), (0, 200)], ids=str)
+def test_product_of_quantized_activations(backend, rng, kind, shape):
+    """It is quantize_* and scaled_matmul, bit for bit, and needs no more memory than its workspace."""
+    fp8, given = kind.startswith("fp8"), kind.partition(" ")[2]
+    source, scale = backend.array(draw(rng, (136, 200))), backend.array(np.full(1, 0.02, np.float32))
+    granularity = given if given in ("tensor", "block") else "channel"
+    weight = PackedWeight.quantize(source, "fp8" if fp8 else "w8a8", granularity=granularity)
+    if given == "static":
+        make = PackedWeight.from_fp8 if fp8 else PackedWeight.from_int8
+        weight = make(weight.weight, weight.scale, input_scale=scale)
+    if given == "zero":
+        zero = backend.array(np.full(1, -7, np.int32))
+        weight = PackedWeight.from_int8(weight.weight, weight.scale, input_scale=scale, input_zero_point=zero)
+    x, bias = backend.array(draw(rng, shape, "bfloat16")), backend.array(draw(rng, (136,)))
+
+    zeros = {} if weight.input_zero_point is None else {"zero_point": weight.input_zero_point}
+    quantize = quire.quantize_fp8 if fp8 else functools.partial(quire.quantize_int8, symmetric=not zeros)
+    scaling = "tensor" if given in ("static", "zero") else "group" if given == "block" else "token"
+    a, scale_a = quantize(x, scale=weight.input_scale, granularity=scaling, **zeros)[:2]
+    want = backend.numpy(quire.scaled_matmul(a, weight, scale_a, bias=bias, **zeros))
+
+    assert_same_bits(backend.numpy(quire.quantized_matmul(x, weight, bias=bias)), want)
+    tokens = int(np.prod(shape[:-1]))
+    num_bytes = quire.quantized_matmul_workspace_size(tokens, weight)
+    assert num_bytes >= 200 * tokens
+    workspace = backend.array(np.full(num_bytes, 255, np.uint8))
+    for _ in range(2):
+        got = quire.quantized_matmul(x, weight, bias=bias, workspace=workspace)
+        assert_same_bits(backend.numpy(got), want)
+    if tokens > 0:
+        with pytest.raises(ValueError, match=r"^\[quantized_matmul\] workspace: expected uint8 \["):
+            quire.quantized_matmul(x, weight, workspace=workspace[: num_bytes - 1])
+
+
+def test_product_of_quantized_activations_refuses(rng):
+    weight = PackedWeight.quantize(draw(rng, (16, 64)), "fp8")
+    x, out = draw(rng, (2, 64)), np.zeros((2, 16), np.float32)
+    for changes, kind, text in (
+        ({"x": draw(rng, (2, 48))}, ValueError, "x: expected a last dimension of 64, got "),
+        ({"x": draw(rng, (2, 128))[:, ::2]}, ValueError, "x: expected .*, got "),
+        ({"x": np.zeros((2, 64), np.int32)}, TypeError, "x: expected .*, got int32"),
+        ({"out": out[:, :8]}, ValueError, "out: expected .*, got "),
+    ):
+        with pytest.raises(kind, match=rf"^\[quantized_matmul\] {text}"):
+            quire.quantized_matmul(**{"x": x, "out": out, "w": weight, **changes})
 
 
 def test_bias_out_and_ranks(backend, rng):
@@ -1006,6 +1069,7 @@ def test_bad_products(rng):
         (ValueError, "zero_point", lambda: quire.quantize_int8(x, zero_point=np.zeros(1, np.int32))),
         (ValueError, "scales: expected", lambda: quire.quantize_fp8(x, scale=np.ones(2, np.float32))),
         (ValueError, "scale_ub", lambda: quire.quantize_fp8(x, scale_ub=0.0)),
+        (ValueError, "scale_ub", lambda: quire.quantize_fp8(x, scale_ub=1e-300)),
         (TypeError, "q: expected int8", lambda: quire.dequantize_int8(x, np.ones(1, np.float32))),
     ]  # fmt: skip
     a, one = np.zeros((3, 256), np.int8), np.ones(1, np.float32)
@@ -1043,8 +1107,15 @@ def test_names_of_packed_tensors():
     ]
     for make, tensors, name in cases:
         strided = np.repeat(tensors[name], 2, axis=1)[:, ::2]
-        with pytest.raises(ValueError, match=rf"^\[pack_weight\] {name}: expected .*, got "):
+        with pytest.raises(ValueError, match=rf"^\[{make.__name__}\] {name}: expected .*, got "):
             make(**{**tensors, name: strided})
+    dense = draw(np.random.default_rng(0), (32, 128))
+    for format in ("w4a16", "fp8", "w8a8"):
+        with pytest.raises(ValueError, match=r"^\[quantize\] weight: expected .*, got "):
+            PackedWeight.quantize(dense[:, ::2], format)
+        packed = PackedWeight.quantize(dense, format)
+        with pytest.raises(ValueError, match=r"^\[dequantize\] (out|weight): expected .*, got "):
+            packed.dequantize(out=np.zeros((32, 64), np.float32))
     for changes, text in (
         (
             {"weight_g_idx": np.full(64, 7, np.int32)},

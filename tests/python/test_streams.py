@@ -29,6 +29,9 @@ from reference import norm as reference
 from tolerances import assert_close
 
 import quire
+from quire import _core
+from quire._allocate import from_numpy
+from quire._packed_weight import device_of
 
 Arrays = dict[str, Any]
 
@@ -155,6 +158,15 @@ def quantization_ops() -> list[Op]:
 
         return prepare
 
+    def of_checkpoint(tensors: Arrays) -> None:
+        """A float8 weight in memory of quire's own, which goes with every framework's activations; scales of blocks."""
+        rng = np.random.default_rng(0)
+        values = rng.integers(-100, 100, (OUT_FEATURES, IN_FEATURES)).astype(np.float32)
+        scale = rng.uniform(0.01, 0.1, (OUT_FEATURES // 128, IN_FEATURES // 128)).astype(np.float32)
+        like = _core.empty((1,), "uint8", device_of(tensors["weight"]))
+        weight = from_numpy(values.astype(np_dtype("float8_e4m3fn")), like)
+        tensors["host_packed"] = quire.PackedWeight.from_fp8(weight, from_numpy(scale, like))
+
     def scaled(t: Arrays, **kw: Any) -> object:
         return quire.scaled_matmul(t["a"], t["b"], t["scale_a"], t["scale_b"], out=t["out"], **kw)
 
@@ -188,6 +200,7 @@ def quantization_ops() -> list[Op]:
         Op("dequantize_fp8", fp8["make_dequantize"], dequantize(quire.dequantize_fp8)),
         Op("quantized_matmul", make_product, product, pack("w4a16")),
         Op("quantized_matmul_w8a8", make_product, product, pack("w8a8"), function="quantized_matmul"),
+        Op("quantized_matmul_fp8", make_product, product, of_checkpoint, function="quantized_matmul"),
         Op("scaled_matmul", int8["make_scaled"], scaled),
         Op("scaled_matmul_fp8", fp8["make_scaled"], scaled, function="scaled_matmul"),
     ]
@@ -754,6 +767,44 @@ def test_capture_of_a_chain(work):
             assert_same(work, tensors, want)
 
 
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+def test_what_may_start_early_waits(torch_work, captured):
+    """On Hopper a matrix product lets the next kernel start while it still writes: whatever reads its result waits on the device."""
+    torch, rows, width = torch_work.torch, 2048, 2048
+    torch.manual_seed(0)
+    a, b = (torch.randn(n, width, device="cuda").to(torch.float8_e4m3fn) for n in (rows, width))
+    one, weight = torch.ones(1, device="cuda"), torch.ones(width, device="cuda")
+    product = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda")
+    heads, slots = product.view(rows, 16, 128), torch.arange(rows, device="cuda")
+    table = torch.from_numpy(quire.rope_cache(128, rows)).cuda()
+    normed = torch.empty_like(product)
+    caches = [torch.empty(rows // 16, 16, 16, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    gated = torch.empty(rows, width // 2, dtype=torch.bfloat16, device="cuda")
+    readers = {
+        "rms_norm": (lambda: quire.rms_norm(product, weight, out=normed), normed),
+        "silu_and_mul": (lambda: quire.silu_and_mul(product, out=gated), gated),
+        "write_kv": (lambda: quire.write_kv(heads, heads, *caches, slots), caches[0]),
+        "rotary_embedding": (lambda: quire.rotary_embedding(slots, heads, None, table), heads),
+    }
+    for name, (read, result) in readers.items():
+
+        def chain(synchronize: Callable[[], None], read: Callable[[], object] = read) -> None:
+            product.fill_(float("nan"))
+            quire.scaled_matmul(a, b, one, one, out=product)
+            synchronize()
+            read()
+
+        chain(torch.cuda.synchronize)
+        torch.cuda.synchronize()
+        want = result.clone()
+        run = torch_work.capture(lambda: chain(lambda: None)) if captured else lambda: chain(lambda: None)
+        for _ in range(20):
+            result.fill_(float("nan"))
+            run()
+            torch.cuda.synchronize()
+            assert torch.equal(result, want), name
+
+
 def test_graph_outlives_a_larger_call(torch_work):
     """The shared workspace that a graph uses stays when a later call on the same stream needs more."""
     torch, work, op = torch_work.torch, torch_work, OPS["paged_long"]
@@ -775,10 +826,13 @@ def test_graph_outlives_a_larger_call(torch_work):
     del filler
 
 
-def first_capture(name: str) -> None:
+def first_capture(name: str, kind: str) -> None:
     """In a fresh process: no call of the library comes before the capture, but those that pack a weight."""
-    work, op = TorchWork(), OPS[name]
-    tensors, new = (work.made(op, seed) for seed in (1, 2))
+    work, op = TorchWork() if kind == "torch" else CuPyWork(frameworks.CuPy()), OPS[name]
+    try:
+        tensors, new = (work.made(op, seed) for seed in (1, 2))
+    except pytest.skip.Exception:
+        return
     old, malformed = work.copy(tensors), work.malformed(op, tensors)
 
     def call() -> None:
@@ -801,16 +855,17 @@ def first_capture(name: str) -> None:
     quire.check_errors()
 
 
-def first_captures(names: list[str]) -> None:
+def first_captures(names: list[str], kind: str) -> None:
     """One process for each op, with what takes long to import already there: neither CUDA nor the library was used before the fork."""
-    assert not TorchWork().torch.cuda.is_initialized()
+    if kind == "torch":
+        assert not TorchWork().torch.cuda.is_initialized()
     failed = []
     for name in names:
         child = os.fork()
         if child == 0:
             status = 1
             try:
-                first_capture(name)
+                first_capture(name, kind)
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -826,10 +881,15 @@ NAMES = list(OPS)
 
 
 @pytest.mark.parametrize("names", [NAMES[i::6] for i in range(6)], ids=lambda names: f"{names[0]}...")
-def test_capture_as_the_first_call(torch_work, names):
+@pytest.mark.parametrize("kind", ["torch", "cupy"])
+def test_capture_as_the_first_call(kind, names):
     """Every op, captured by a process that never called one, and replayed a thousand times."""
+    framework = frameworks.make(kind, "cuda:0")
+    if isinstance(framework, str):
+        pytest.skip(f"{kind} on cuda:0: {framework}")
     here = str(pathlib.Path(__file__).parent)
-    code = f"import sys; sys.path.insert(0, {here!r}); import test_streams; test_streams.first_captures({names!r})"
+    call = f"test_streams.first_captures({names!r}, {kind!r})"
+    code = f"import sys; sys.path.insert(0, {here!r}); import test_streams; {call}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout.strip()) == (0, "failed:"), done.stdout + done.stderr
 

@@ -220,7 +220,7 @@ def test_every_operator_is_checked(monkeypatch):
     for op, arrays, options in OPCHECK_CASES:
         with monkeypatch.context() as patch:
             seen |= {name for name, _ in recorded(patch, framework, op, arrays, options)[0]}
-    assert seen | {"swap_blocks"} | WITHOUT_CASES == defined()
+    assert seen | {"swap_blocks", "dequantize_weight"} | WITHOUT_CASES == defined()
 
 
 def test_opcheck_of_swap_blocks():
@@ -456,6 +456,18 @@ def test_packed_weights_compiled(framework):
         assert torch.equal(compiled(x), quire.quantized_matmul(x, w)), name
 
 
+class Dequantized(torch.nn.Module):
+    """x more than the weight, less 1."""
+
+    def __init__(self, dtype: object) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor, w: quire.PackedWeight) -> torch.Tensor:
+        dense = w.dequantize(self.dtype)
+        return dense + (x - 1).to(dense.dtype)
+
+
 def test_packed_weights_exported(framework):
     """What is exported holds the weight's tensors, or takes them, and is saved and loaded."""
     x = framework.array(normal(3, 96).astype(ml_dtypes.bfloat16))
@@ -471,12 +483,38 @@ def test_packed_weights_exported(framework):
         assert torch.equal(torch.export.load(file).module()(x, w), want), name
 
 
+def test_dequantize_traced(framework):
+    """Compiled as an argument's method and a closure's, and exported: one operator, with the library's own bits."""
+    dtype = torch.bfloat16
+    for name, w in packed_weights(framework.array).items():
+        want, x = w.dequantize(dtype), framework.array(np.ones(1, np.float32))
+        given = torch.empty_like(want)
+        for call in (
+            lambda x, w: w.dequantize("bfloat16") + (x - 1).to(want.dtype),  # noqa: B023
+            lambda x, _: w.dequantize(dtype) + (x - 1).to(want.dtype),  # noqa: B023
+            lambda x, w: w.dequantize(out=given) + (x - 1).to(want.dtype),  # noqa: B023
+        ):
+            torch._dynamo.reset()
+            assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(x, w), want), name
+        assert torch.equal(given, want), name
+        program = torch.export.export(Dequantized(dtype), (x, w))
+        targets = [str(n.target) for n in program.graph.nodes if str(n.target).startswith("quire")]
+        assert targets == [f"quire.dequantize{'_weight' if w.weight is None else ''}.default"]
+        assert torch.equal(program.module()(x, w), want), name
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"\[dequantize\] dtype: expected float32, float16 or bfloat16"):
+        torch.compile(lambda w: w.dequantize("int8"), fullgraph=True, backend="aot_eager")(w)
+
+
 def test_opcheck_of_quantized_matmul(framework):
     x = framework.array(normal(3, 96).astype(ml_dtypes.bfloat16))
     for w in packed_weights(framework.array).values():
         if w.weight is None:
             args = (x.new_empty(3, 48), x, w._data, w._permutation, None, None, *w._fields, False)
             result = torch.library.opcheck(torch.ops.quire.quantized_matmul.default, args)
+            assert set(result.values()) == {"SUCCESS"}
+            args = (x.new_empty(w.shape), w._data, w._permutation, *w._fields)
+            result = torch.library.opcheck(torch.ops.quire.dequantize_weight.default, args)
             assert set(result.values()) == {"SUCCESS"}
 
 

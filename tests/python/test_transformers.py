@@ -194,8 +194,10 @@ def test_layers_share_their_index_tensors(device):
     """Made once for the layers of a step, again for another length or batch, and in a trace always anew."""
     query = torch.zeros(1, device=device)
 
-    def indices(*sizes):
-        return quire.transformers._indices(query, *sizes)
+    def indices(*sizes, of=query):
+        shared, stream = quire.transformers._sharing(of)
+        make = quire.transformers._known_indices if shared else quire.transformers._make_indices
+        return make(*sizes, of.device, stream)
 
     first = indices(3, 1, 20)
     assert all(a is b for a, b in zip(first, indices(3, 1, 20)))
@@ -209,6 +211,33 @@ def test_layers_share_their_index_tensors(device):
         with torch.cuda.stream(torch.cuda.Stream()):
             assert indices(3, 1, 20)[0] is not first[0]
     with FakeTensorMode() as mode:
-        fake = quire.transformers._indices(mode.from_tensor(query), 3, 1, 33)
+        fake = indices(3, 1, 33, of=mode.from_tensor(query))
         assert isinstance(fake[1], FakeTensor)
     assert indices(3, 1, 33)[1].tolist() == [33, 33, 33]
+
+
+def test_layers_share_the_bits_of_their_mask(device, monkeypatch):
+    """A step's mask is packed once; one that was written since, another, or one without a version is packed again."""
+    packed = []
+    pack = quire.transformers._pack
+    monkeypatch.setattr(quire.transformers, "_pack", lambda mask: packed.append(1) or pack(mask))
+    module = torch.nn.Identity()
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 3, 16, device=device) for heads in (4, 2, 2))
+
+    def check(mask, calls):
+        packed.clear()
+        for _ in range(2):
+            got, _ = quire.transformers.attention_forward(module, q, k, v, mask)
+        want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        torch.testing.assert_close(got, want.transpose(1, 2), rtol=1e-4, atol=1e-4)
+        assert len(packed) == calls
+
+    mask = torch.ones(2, 1, 3, 3, dtype=torch.bool, device=device).tril()
+    check(mask, 1)
+    check(mask, 0)
+    mask[0, 0, 2, 0] = False
+    check(mask, 1)
+    check(mask.clone(), 1)
+    with torch.inference_mode():
+        check(mask.clone(), 2)

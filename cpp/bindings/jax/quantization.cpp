@@ -5,6 +5,7 @@
 #include <array>
 #include <limits>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 
@@ -41,35 +42,61 @@ TensorView untouched_workspace(Device device) {
   return TensorView(reinterpret_cast<void*>(kFar), DType::kUInt8, {std::int64_t{1} << 50}, device);
 }
 
+// What a packed weight is, from the attributes that begin behind `bits`, and which backend's layout it has.
+struct Packed {
+  WeightFormat format;
+  DeviceType layout = DeviceType::kCPU;
+
+  explicit Packed(const Call& call) {
+    format.bits = static_cast<int>(call.integer("bits"));
+    format.group_size = call.integer("group_size");
+    format.has_zeros = call.integer("has_zeros") != 0;
+    format.in_features = call.integer("in_features");
+    layout = call.text("layout") == "cuda" ? DeviceType::kCUDA : DeviceType::kCPU;
+    format.num_rows = call.integer("num_rows");
+    format.out_features = call.integer("out_features");
+    const std::string_view scale_dtype = call.text("scale_dtype");
+    format.scale_dtype = scale_dtype == "float32" ? DType::kFloat32 : scale_dtype == "float16" ? DType::kFloat16 : DType::kBFloat16;
+  }
+
+  // Traced arrays are nowhere: they are taken to be where the weight is packed for.
+  void place(std::span<std::optional<TensorView>> views, std::span<const TensorView* const> given) const {
+    for (std::size_t i = 0; i < views.size(); ++i) {
+      if (given[i] == nullptr) continue;
+      views[i] = *given[i];
+      if (validates()) views[i]->device.type = layout;
+    }
+  }
+
+  void check_layout(const char* op, const TensorView& data) const {
+    if (data.device.type != layout)
+      throw std::invalid_argument(std::string("[") + op + "] w: expected a weight packed for " +
+                                  (layout == DeviceType::kCUDA ? "cpu, got one for cuda" : "cuda, got one for cpu"));
+  }
+};
+
 // Operands: x, weight, permutation, bias. Results: out, workspace.
 void multiply_packed(const Call& call) {
   const MatmulOptions options{call.integer("batch_invariant") != 0};
-  WeightFormat format;
-  format.bits = static_cast<int>(call.integer("bits"));
-  format.group_size = call.integer("group_size");
-  format.has_zeros = call.integer("has_zeros") != 0;
-  format.in_features = call.integer("in_features");
-  const DeviceType packed_for = call.text("layout") == "cuda" ? DeviceType::kCUDA : DeviceType::kCPU;
-  format.num_rows = call.integer("num_rows");
-  format.out_features = call.integer("out_features");
-  const std::string_view scale_dtype = call.text("scale_dtype");
-  format.scale_dtype = scale_dtype == "float32" ? DType::kFloat32 : scale_dtype == "float16" ? DType::kFloat16 : DType::kBFloat16;
-
-  // Traced arrays are nowhere: they are taken to be where the weight is packed for.
+  const Packed packed(call);
   std::array<std::optional<TensorView>, 6> views;
   const TensorView* const given[] = {&call.result(0),          &call.operand(0),         &call.operand(1),
                                      call.optional_operand(2), call.optional_operand(3), call.optional_result(1)};
+  packed.place(views, given);
   const auto view = [&](std::size_t i) { return views[i] ? &*views[i] : nullptr; };
-  for (std::size_t i = 0; i < views.size(); ++i) {
-    if (given[i] == nullptr) continue;
-    views[i] = *given[i];
-    if (validates()) views[i]->device.type = packed_for;
-  }
   if (validates()) views[5] = untouched_workspace(views[0]->device);
-  if (views[1]->device.type != packed_for)
-    throw std::invalid_argument(std::string("[quantized_matmul] w: expected a weight packed for ") +
-                                (packed_for == DeviceType::kCUDA ? "cpu, got one for cuda" : "cuda, got one for cpu"));
-  quantized_matmul(*view(0), *view(1), PackedWeight{format, *view(2), view(3)}, view(4), view(5), options, call.stream());
+  packed.check_layout("quantized_matmul", *views[1]);
+  quantized_matmul(*view(0), *view(1), PackedWeight{packed.format, *view(2), view(3)}, view(4), view(5), options, call.stream());
+}
+
+// Operands: weight, permutation. Result: out.
+void dequantize_packed(const Call& call) {
+  const Packed packed(call);
+  std::array<std::optional<TensorView>, 3> views;
+  const TensorView* const given[] = {&call.result(0), &call.operand(0), call.optional_operand(1)};
+  packed.place(views, given);
+  packed.check_layout("dequantize", *views[1]);
+  dequantize_weight(*views[0], PackedWeight{packed.format, *views[1], views[2] ? &*views[2] : nullptr}, call.stream());
 }
 
 // Operands: a, b, scale_a, scale_b, zero_point, column_sums, bias. Results: out, workspace.
@@ -82,9 +109,10 @@ void multiply_scaled(const Call& call) {
 }
 
 constexpr Target kTargets[] = {
-    target<"quantize_fp8", &quantize_rows>(),       target<"quantize_int8", &quantize_rows>(),
-    target<"dequantize_fp8", &dequantize_rows>(),   target<"dequantize_int8", &dequantize_rows>(),
-    target<"quantized_matmul", &multiply_packed>(), target<"scaled_matmul", &multiply_scaled>(),
+    target<"quantize_fp8", &quantize_rows>(),          target<"quantize_int8", &quantize_rows>(),
+    target<"dequantize_fp8", &dequantize_rows>(),      target<"dequantize_int8", &dequantize_rows>(),
+    target<"quantized_matmul", &multiply_packed>(),    target<"scaled_matmul", &multiply_scaled>(),
+    target<"dequantize_weight", &dequantize_packed>(),
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "core/dispatch.h"
 #include "core/explain_vectors.h"
 #include "cuda/activation/functions.cuh"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
 
@@ -20,6 +21,7 @@ constexpr int kUnroll = 4;
 template <Activation kActivation, typename T, int kVec>
 __global__ void __launch_bounds__(kThreads)
     activation_kernel(const __grid_constant__ ActivationParams p, const std::int64_t num_chunks, const std::int64_t num_items) {
+  device::wait_for_predecessor();
   constexpr bool kGated = kIsGated<kActivation>;
   constexpr bool kPrecise = sizeof(T) == 4;
   for (std::int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
@@ -70,8 +72,7 @@ void launch_activation(void (*kernel)(ActivationParams, std::int64_t, std::int64
   const std::int64_t num_chunks = ceil_div(num_vectors, std::int64_t{block.x} * kUnroll);
   const std::int64_t num_items = ceil_div(p.num_rows, block.y) * num_chunks;
   const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(num_items, 0x7fffffff));
-  kernel<<<num_ctas, block, 0, cuda_stream(stream)>>>(p, num_chunks, num_items);
-  QUIRE_CHECK_LAUNCH("activation", stream);
+  launch_waiting("activation", kernel, num_ctas, block, stream, p, num_chunks, num_items);
 }
 
 template <Activation kActivation>

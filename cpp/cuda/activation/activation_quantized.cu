@@ -6,6 +6,7 @@
 #include "core/dispatch.h"
 #include "core/explain_vectors.h"
 #include "cuda/activation/functions.cuh"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/quantize.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
@@ -21,6 +22,8 @@ constexpr int kVec = 16;
 constexpr int kVectorsPerThread = 2;
 // Threads of a CTA that holds a whole row.
 constexpr int kMaxRowThreads = 1024;
+// Vectors of twice as many elements, which share the work per group, pay from so many of kVec for each SM on.
+constexpr std::int64_t kManyVectorsPerSm = 8192;
 
 // The result's vector from its gate and its up.
 template <Activation kActivation, typename T, int kCount>
@@ -34,27 +37,28 @@ __device__ __forceinline__ void gated(float (&v)[kCount], const Packed<T, kCount
 
 // One scale, or one per group. Grid: work item = blockDim.y rows x one chunk of blockDim.x vectors; gridDim.x CTAs walk all items. A
 // group's vectors lie in `group_lanes` neighbouring lanes, a power of two up to 32 that divides blockDim.x.
-template <Activation kActivation, typename T>
+template <Activation kActivation, typename T, int kCount>
 __global__ void __launch_bounds__(kThreads) activation_group_kernel(const __grid_constant__ ActivationParams p, const int group_lanes,
                                                                     const std::int64_t num_chunks, const std::int64_t num_items) {
+  device::wait_for_predecessor();
   const bool per_group = p.quant.granularity == ScaleGranularity::kGroup, is_int8 = p.quant.dtype == DType::kInt8;
   const Divisor given(per_group ? 1.0f : p.quant.scales[0]);
   for (std::int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
     const std::int64_t row_group = num_chunks == 1 ? item : divide(item, num_chunks);
     const std::int64_t chunk = item - row_group * num_chunks;
     const std::int64_t row = row_group * blockDim.y + threadIdx.y;
-    const std::int64_t at = (chunk * blockDim.x + threadIdx.x) * kVec;
+    const std::int64_t at = (chunk * blockDim.x + threadIdx.x) * kCount;
     // Every lane takes part in the maxima, also one with nothing to do.
     const bool inside = row < p.num_rows && at < p.width;
 
-    Packed<T, kVec> gate{}, up{};
+    Packed<T, kCount> gate{}, up{};
     if (inside) {
       const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row) + at;
-      gate = load_packed<T, kVec>(x);
-      up = load_packed<T, kVec>(x + p.width);
+      gate = load_packed<T, kCount>(x);
+      up = load_packed<T, kCount>(x + p.width);
     }
-    float v[kVec];
-    gated<kActivation, T, kVec>(v, gate, up);
+    float v[kCount];
+    gated<kActivation, T, kCount>(v, gate, up);
     if (per_group) {
       const float scale = computed_scale(warp_max(largest_of(v), group_lanes), is_int8);
       if (!inside) continue;
@@ -69,6 +73,7 @@ __global__ void __launch_bounds__(kThreads) activation_group_kernel(const __grid
 // One scale per row. Grid: one CTA per row and step; a thread keeps up to kVectorsPerThread vectors of results.
 template <Activation kActivation, typename T>
 __global__ void __launch_bounds__(kMaxRowThreads) activation_token_kernel(const __grid_constant__ ActivationParams p) {
+  device::wait_for_predecessor();
   __shared__ float scratch[2][kWarpSize];
   const bool is_int8 = p.quant.dtype == DType::kInt8;
   const std::int64_t first = static_cast<std::int64_t>(threadIdx.x) * kVec, step = static_cast<std::int64_t>(blockDim.x) * kVec;
@@ -105,6 +110,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) activation_token_kernel(const 
 // Any layout, width and group. Grid: one CTA per row and step. A group, or the row, is read twice: for its maximum and for its result.
 template <Activation kActivation, typename T>
 __global__ void __launch_bounds__(kMaxRowThreads) activation_element_kernel(const __grid_constant__ ActivationParams p) {
+  device::wait_for_predecessor();
   __shared__ float scratch[kWarpSize];
   const bool is_int8 = p.quant.dtype == DType::kInt8;
   for (std::int64_t row = blockIdx.x; row < p.num_rows; row += gridDim.x) {
@@ -171,19 +177,27 @@ void launch_quantized(const ActivationParams& p, Stream stream) {
   if (explain_vectors(obstacle)) return;
   if (obstacle == nullptr && per_token) {
     const std::int64_t num_threads = whole_warps(ceil_div(num_vectors, kVectorsPerThread));
-    activation_token_kernel<kActivation, T><<<num_row_ctas, static_cast<unsigned>(num_threads), 0, cuda_stream(stream)>>>(p);
+    launch_waiting("activation", activation_token_kernel<kActivation, T>, num_row_ctas, static_cast<unsigned>(num_threads), stream, p);
   } else if (obstacle == nullptr) {
-    const std::int64_t wanted = std::clamp<std::int64_t>(num_vectors, group_lanes, kThreads);
-    const dim3 block(std::bit_ceil(static_cast<unsigned>(wanted)), kThreads / std::bit_ceil(static_cast<unsigned>(wanted)));
-    const std::int64_t num_chunks = ceil_div(num_vectors, block.x);
-    const std::int64_t num_items = ceil_div(p.num_rows, block.y) * num_chunks;
-    const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(num_items, 0x7fffffff));
-    activation_group_kernel<kActivation, T>
-        <<<num_ctas, block, 0, cuda_stream(stream)>>>(p, static_cast<int>(group_lanes), num_chunks, num_items);
+    const auto launch = [&](auto* kernel, std::int64_t vectors, std::int64_t lanes) {
+      const std::int64_t wanted = std::clamp<std::int64_t>(vectors, lanes, kThreads);
+      const dim3 block(std::bit_ceil(static_cast<unsigned>(wanted)), kThreads / std::bit_ceil(static_cast<unsigned>(wanted)));
+      const std::int64_t num_chunks = ceil_div(vectors, block.x);
+      const std::int64_t num_items = ceil_div(p.num_rows, block.y) * num_chunks;
+      const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(num_items, 0x7fffffff));
+      launch_waiting("activation", kernel, num_ctas, block, stream, p, static_cast<int>(lanes), num_chunks, num_items);
+    };
+    const bool pairs_up = p.width % (2 * kVec) == 0 && (group_lanes % 2 == 0 || p.quant.granularity == ScaleGranularity::kTensor);
+    const bool are_many = p.num_rows >= ceil_div(kManyVectorsPerSm * current_device_properties().num_sms, num_vectors);
+    const bool in_pairs = sizeof(T) == 2 && pairs_up && are_many;
+    if constexpr (sizeof(T) == 2) {
+      if (in_pairs) launch(activation_group_kernel<kActivation, T, 2 * kVec>, num_vectors / 2, std::max<std::int64_t>(group_lanes / 2, 1));
+    }
+    if (!in_pairs) launch(activation_group_kernel<kActivation, T, kVec>, num_vectors, group_lanes);
   } else {
-    activation_element_kernel<kActivation, T><<<num_row_ctas, static_cast<unsigned>(whole_warps(p.width)), 0, cuda_stream(stream)>>>(p);
+    launch_waiting("activation", activation_element_kernel<kActivation, T>, num_row_ctas, static_cast<unsigned>(whole_warps(p.width)),
+                   stream, p);
   }
-  QUIRE_CHECK_LAUNCH("activation", stream);
 }
 
 }  // namespace

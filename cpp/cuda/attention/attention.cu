@@ -91,7 +91,8 @@ Plan make_plan(const AttentionParams& params, const Config& config) {
                static_cast<double>(tokens) * static_cast<double>(token_stride) <
            static_cast<double>(limit);
   };
-  plan.chunk_strides_exist = plan.kv_alignment == 16 && chunk_strides(params.k_block_stride, params.k_token_stride, plan.k_chunk_strides) &&
+  plan.chunk_strides_exist = plan.kv_alignment == 16 && params.head_dim * kv_bytes % 16 == 0 &&
+                             chunk_strides(params.k_block_stride, params.k_token_stride, plan.k_chunk_strides) &&
                              chunk_strides(params.v_block_stride, params.v_token_stride, plan.v_chunk_strides);
   plan.groups_exist = plan.chunk_strides_exist && (params.block_tables == nullptr || params.block_size % 8 == 0);
   plan.q_alignment = common_alignment({address(params.q), params.q_token_stride * q_bytes, params.q_head_stride * q_bytes});
@@ -434,7 +435,8 @@ void attention(const AttentionParams& params, Stream stream) {
     return;
   }
   const attn::Launches launches = attn::choose_launches(params, device, has_wgmma);
-  for (int i = 0; i < launches.count; ++i) attn::launch(params, launches.configs[i], stream);
+  // The prefills first, which take longer: the host prepares the second launch meanwhile.
+  for (int i = launches.count; i-- > 0;) attn::launch(params, launches.configs[i], stream);
 }
 
 void merge_attention(const MergeParams& params, Stream stream) {

@@ -324,7 +324,7 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
   if (has_wgmma && config.variant == Variant::kMmaSplitKeys8 && params.block_tables != nullptr && !ragged && params.shared_queries == 0 &&
       !params.float8_queries && !params.batch_invariant && params.mask == nullptr && group <= rows && key_capacity(params) < 1 << 30) {
     config.cluster = choose_cluster(num_head_tiles, device.num_sms, ctas_per_sm(config.variant, config.head_dim_bucket) / 2,
-                                    params.head_dim * itemsize(params.kv_dtype) >= 128);
+                                    params.head_dim * itemsize(params.kv_dtype) % 128 == 0);
   }
   if (config.variant == Variant::kMmaSplitKeys8) config.pairing = choose_pairing(params);
   if (config.pairing == Pairing::kColumns) config.head_dim_bucket = 128;
@@ -340,7 +340,8 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
   if (shares_keys(config.variant)) {
     // CTAs of more warps where tiles are so few that each has many parts: then it has fewer.
     config.wide = !params.batch_invariant && config.variant != Variant::kMmaSplitKeys8Small &&
-                  (config.cluster > 0 || (num_ctas * 2 <= device.num_sms && key_capacity(params) > 2048)) &&
+                  (config.cluster > 0 || (num_ctas * 2 <= device.num_sms && key_capacity(params) > 2048) ||
+                   (config.pairing == Pairing::kWarps && itemsize(params.kv_dtype) == 2 && num_ctas <= 4 * device.num_sms)) &&
                   device.max_shared_bytes_per_cta >= kWideSharedBytes;
     config.tile_cost = tile_cost(config.wide, num_ctas);
     config.slots_per_cta = params.batch_invariant ? kCutParts + 1 : 2;
@@ -407,8 +408,12 @@ inline Launches choose_launches(const AttentionParams& params, const DevicePrope
   std::vector<std::string> why_many;
   Config prefill =
       choose_config(params, device, has_wgmma, why != nullptr ? &why_many : nullptr, (params.num_tokens - params.num_seqs + 1) * group);
-  if (mean_rows > 32 && prefill.variant == Variant::kWgmma && params.num_seqs * params.num_kv_heads >= std::int64_t{4} * device.num_sms) {
-    // Then decodes, too, have tiles for all SMs, and their reading goes on beside the prefills' products.
+  // Where tiles are few, no sequence may be very long, as all of a tile's keys are one CTA's there. 8-bit keys are widened for whole tiles, and
+  // decodes then wait for that.
+  const std::int64_t capacity = key_capacity(params), tiles_needed = capacity <= 4096 ? 1 : capacity <= 8192 ? 2 : 4;  // for each SM
+  if (mean_rows > 32 && prefill.variant == Variant::kWgmma && itemsize(params.kv_dtype) == 2 &&
+      params.num_seqs * params.num_kv_heads >= tiles_needed * device.num_sms) {
+    // Then the reading of decodes goes on beside the prefills' products.
     if (why != nullptr) why->insert(why->end(), why_many.begin(), why_many.end());
     launches.configs[launches.count++] = prefill;
     return launches;

@@ -10,8 +10,8 @@ namespace quire::cuda::attn {
 /// Whether a call asks for nothing but what Asks::kPagedPlain has, or Asks::kPlain.
 inline bool is_plain(const Plan& plan, int padded_head_dim) {
   const AttentionParams& p = plan.params;
-  return p.mask == nullptr && p.alibi_slopes == nullptr && p.sinks == nullptr && p.q_scale == nullptr &&
-         p.k_scale == nullptr && p.v_scale == nullptr && !(p.softcap > 0.0f) && p.scale > 0.0f && p.window_left < 0 && p.window_right < 0 &&
+  return p.mask == nullptr && p.alibi_slopes == nullptr && p.sinks == nullptr && p.q_scale == nullptr && p.k_scale == nullptr &&
+         p.v_scale == nullptr && !(p.softcap > 0.0f) && p.scale > 0.0f && p.window_left < 0 && p.window_right < 0 &&
          p.head_dim == padded_head_dim && plan.groups_exist && plan.q_alignment == 16 && plan.out_aligned && plan.num_splits == 1;
 }
 
@@ -25,11 +25,13 @@ void launch_mma(const Plan& plan, const Config& config, Stream stream) {
   };
   const auto launch_split_rows = [&]<Variant kVariant>() {
     constexpr int kSharedBytes = SplitRowsShape<kKvDType, kHeadDim, kVariant>::kSharedBytes;
-    if constexpr (itemsize(kKvDType) == 2 && kVariant == (kHeadDim <= 128 ? Variant::kMmaSplitRows128 : Variant::kMmaSplitRows)) {
+    if constexpr (itemsize(kKvDType) == 2 && (kHeadDim == 256 || kVariant == Variant::kMmaSplitRows128)) {
       if (is_plain(plan, kHeadDim)) {
         if (plan.params.block_tables == nullptr)
           return launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim, kVariant, Asks::kPlain>, kSharedBytes);
-        return launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim, kVariant, Asks::kPagedPlain>, kSharedBytes);
+        // Where the general kernel is as fast, it serves.
+        if constexpr (kHeadDim <= 128 || kVariant == Variant::kMmaSplitRowsSmall)
+          return launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim, kVariant, Asks::kPagedPlain>, kSharedBytes);
       }
     }
     launch(attention_mma_split_rows_kernel<kKvDType, kHeadDim, kVariant, Asks::kAll>, kSharedBytes);

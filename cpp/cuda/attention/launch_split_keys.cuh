@@ -16,9 +16,6 @@ namespace quire::cuda::attn {
 template <Variant kVariant, bool kWide>
 constexpr bool kHasClusters = kWide && kVariant == Variant::kMmaSplitKeys8;
 
-/// Of a CTA that is alone on its SM.
-constexpr int kLoneWarps = 16;
-
 /// kHeadDim of a kv head that is not paired.
 __host__ __device__ constexpr int head_dim_alone(int head_dim, Pairing pairing) {
   return pairing == Pairing::kColumns ? head_dim / 2 : head_dim;

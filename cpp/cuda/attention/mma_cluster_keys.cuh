@@ -7,8 +7,12 @@
 
 #include "cuda/attention/mma_split_keys.cuh"
 #include "cuda/device/cluster.cuh"
+#include "cuda/device/tma.cuh"
 
 namespace quire::cuda::attn {
+
+/// Of a CTA that is alone on its SM, for one sequence.
+constexpr int kLoneWarps = 16;
 
 /// Of kv heads of kHeadDim, one by one, also where attend_to_stretches takes them in pairs.
 template <DType kKvDType, int kHeadDim, int kWarpsOfCta>
@@ -33,7 +37,11 @@ struct ClusterKeysShape {
   static constexpr int kReceivedStatsOffset = kReceivedOffset + kItems * static_cast<int>(sizeof(float4));
   static constexpr int kStatsOffset = kReceivedStatsOffset + kItems * static_cast<int>(sizeof(float2));
   static constexpr int kRowParamsOffset = kStatsOffset + kCtaWarps * kRows * static_cast<int>(sizeof(float2));
-  static constexpr int kSharedBytes = kRowParamsOffset + kRows * static_cast<int>(sizeof(RowParams));
+  static constexpr int kBarrierOffset = kRowParamsOffset + kRows * static_cast<int>(sizeof(RowParams));
+  static constexpr int kSharedBytes = kBarrierOffset + 8;
+  static_assert(kBarrierOffset % 8 == 0);
+  /// Of an item of four columns that goes to another CTA: the columns and their softmax terms.
+  static constexpr int kItemBytes = static_cast<int>(sizeof(float4) + sizeof(float2));
 };
 
 /// A warp's copy of a step's rows: lane i knows where key i's are, in chunks from the view's base. Keys that do not exist become zero.
@@ -44,14 +52,15 @@ __device__ __forceinline__ void copy_step(const KvView& view, std::uint32_t offs
   const int lane = lane_here();
   const int chunk = lane % KvRows::kChunks;
   const int first_row = lane / KvRows::kChunks;
-  const int bytes = min(max(view.row_bytes - chunk * 16, 0), 16);
-  const char* const source = view.base + (bytes > 0 ? chunk * 16 : 0);
+  const bool exists = chunk * 16 < view.row_bytes;
+  const char* const source = view.base + (exists ? chunk * 16 : 0);
+  const std::uint32_t existing = exists ? valid >> first_row : 0;
   const std::uint32_t target = KvRows::address(slot, first_row, chunk);
 #pragma unroll
   for (int row = 0; row < kKeys; row += kRowsPerPass) {
     const std::uint32_t row_offset = __shfl_sync(kAllLanes, offset, first_row + row);
-    device::copy_async_16(KvRows::advance(target, row, KvRows::key(row)), source + static_cast<std::uint64_t>(row_offset) * 16,
-                          (valid >> (first_row + row) & 1u) != 0 ? bytes : 0);
+    device::copy_async_16_if(KvRows::advance(target, row, KvRows::key(row)), source + static_cast<std::uint64_t>(row_offset) * 16,
+                             (existing & (1u << row)) != 0);
   }
 }
 
@@ -98,7 +107,6 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
   constexpr int kLead = Shape::kLead;
   constexpr bool kEven = kSlots % 2 == 0;
   extern __shared__ __align__(1024) char shared[];
-  device::cluster_arrive();
   const AttentionParams& p = plan.params;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -141,23 +149,37 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
   };
   copy_first_entries(plan.key_capacity);
   using QRows = Rows<Types::kQRowBytes>;
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * QRows::kChunks; i += Shape::kCtaThreads) {
-    const int row = i / QRows::kChunks, chunk = i % QRows::kChunks;
+  static_assert(kRows * QRows::kChunks <= Shape::kCtaThreads);
+  if (static_cast<int>(threadIdx.x) < kRows * QRows::kChunks) {
+    const int row = static_cast<int>(threadIdx.x) / QRows::kChunks, chunk = static_cast<int>(threadIdx.x) % QRows::kChunks;
     const bool exists = row < tile.num_rows && chunk * 8 < p.head_dim;
     const std::int64_t head = kv_head * tile.num_rows + row;
     const char* const source =
         static_cast<const char*>(p.q) + (tile.first_token * p.q_token_stride + head * p.q_head_stride) * 2 + chunk * 16;
-    device::copy_async_16(QRows::address(device::shared_address(q_shared), row, chunk), exists ? source : static_cast<const char*>(p.q),
-                          exists ? 16 : 0);
+    device::copy_async_16_if(QRows::address(device::shared_address(q_shared), row, chunk), exists ? source : static_cast<const char*>(p.q),
+                             exists);
   }
   device::copy_async_commit();
-  prefetch_tables<Shape::kCtaThreads>(p);
-  if (!lengths_are_alike(plan)) {
-    device::copy_async_wait<0>();
-    __syncthreads();
-    device::cluster_wait();
-    return false;
+  if constexpr (kWarpsOfCta != kLoneWarps) {
+    prefetch_tables<Shape::kCtaThreads>(p);
+    if (!lengths_are_alike(plan)) {
+      device::copy_async_wait<0>();
+      __syncthreads();
+      return false;
+    }
   }
+
+  // What the other CTAs send here at the end is counted at a barrier, which they may use when all have arrived below.
+  constexpr int kItemsOfRow = kHeadDim / 4;
+  const int num_items = tile.num_rows * kItemsOfRow;  // of four columns of a row; CTA r puts the items r, r + size, ... together
+  const std::uint32_t barrier = shared_base + static_cast<std::uint32_t>(Shape::kBarrierOffset);
+  if (threadIdx.x == 0) {
+    device::barrier_init(barrier, 1);
+    device::barrier_init_fence();
+    device::barrier_arrive_expect(barrier, plan.cluster.quotient(num_items - rank + size - 1) * size * Shape::kItemBytes);
+  }
+  __syncwarp();
+  device::cluster_arrive();
 
   tile.kv_len = min(max(seq_len, 0), plan.key_capacity);
   if (tile.kv_len != seq_len && rank == 0 && kv_head == 0 && threadIdx.x == 0)
@@ -211,9 +233,12 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
   for (int round = -kLead;; ++round) {
     if (round == 0) {
       if (threadIdx.x >= Shape::kCtaThreads - kRows) {
+        // As make_row_params, for one query that no mask is for.
         const int row = static_cast<int>(threadIdx.x) - (Shape::kCtaThreads - kRows);
-        row_params[row] = make_row_params(plan, tile, pair, row);
-        if (kInPairs && p.k_scale != nullptr) row_params[row].scale = p.scale * p.k_scale[kv_head * p.k_scale_stride];
+        RowParams params{p.scale, 0.0f, tile.kv_len - 1, range.begin, range.end, 0, nullptr};
+        if (p.k_scale != nullptr) params.scale *= p.k_scale[kv_head * p.k_scale_stride];
+        if (p.alibi_slopes != nullptr) params.slope = p.alibi_slopes[kv_head * tile.num_rows + min(row, tile.num_rows - 1)] * kLog2E;
+        row_params[row] = params;
       }
       if constexpr (Types::kQuantized) {
         __syncthreads();
@@ -222,6 +247,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
       __syncthreads();
       score = make_score_scale<MmaState::kQueries>(p, row_params, MmaState::query);
       state.attach_q(device::shared_address(q_shared));
+      device::cluster_wait();  // all CTAs have begun, so that their memory may be written; here that costs nothing
     }
     const int key = next_key - kLead * stride;
     if (round >= 0 && key >= range.end) break;
@@ -290,12 +316,9 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
     }
   }
   __syncthreads();
-  device::cluster_wait();  // all CTAs have begun, so that their memory may be written
 
-  // Four columns of a row are an item; CTA r puts the items r, r + size, ... together.
-  constexpr int kItemsOfRow = kHeadDim / 4;
-  const int items_each = plan.cluster.quotient(tile.num_rows * kItemsOfRow + size - 1);
-  for (int i = static_cast<int>(threadIdx.x); i < tile.num_rows * kItemsOfRow; i += Shape::kCtaThreads) {
+  const int items_each = plan.cluster.quotient(num_items + size - 1);
+  for (int i = static_cast<int>(threadIdx.x); i < num_items; i += Shape::kCtaThreads) {
     const int row = i / kItemsOfRow, column = i % kItemsOfRow * 4;
     Partial result{float4{0.0f, 0.0f, 0.0f, 0.0f}, -INFINITY, 0.0f};
 #pragma unroll 4
@@ -311,10 +334,13 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
     const int index = plan.cluster.quotient(i), owner = plan.cluster.remainder(i, index);
     const int place = rank * items_each + index;
     const std::uint32_t mapped = device::address_in_cta(shared_base, owner);
-    device::store_cluster_16(mapped + static_cast<std::uint32_t>(Shape::kReceivedOffset + place * 16), result.value);
-    device::store_cluster_8(mapped + static_cast<std::uint32_t>(Shape::kReceivedStatsOffset + place * 8), float2{result.top, result.sum});
+    const std::uint32_t mapped_barrier = mapped + static_cast<std::uint32_t>(Shape::kBarrierOffset);
+    device::cluster_store_16(mapped + static_cast<std::uint32_t>(Shape::kReceivedOffset + place * 16), mapped_barrier, result.value.x,
+                             result.value.y, result.value.z, result.value.w);
+    device::cluster_store_8(mapped + static_cast<std::uint32_t>(Shape::kReceivedStatsOffset + place * 8), mapped_barrier, result.top,
+                            result.sum);
   }
-  device::cluster_sync();
+  device::barrier_wait(barrier, 0);
 
   const auto* const received = reinterpret_cast<const float4*>(shared + Shape::kReceivedOffset);
   const auto* const received_stats = reinterpret_cast<const float2*>(shared + Shape::kReceivedStatsOffset);

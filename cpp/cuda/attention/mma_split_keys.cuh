@@ -19,7 +19,9 @@ struct SplitKeysShape {
   static constexpr int kCtaWarps = kWide ? 2 * kWarps : kWarps;
   static constexpr int kCtaThreads = 32 * kCtaWarps;
   static constexpr int kHeadWarps = kPairedWarps ? kCtaWarps / 2 : kCtaWarps;  // that take turns at the keys
-  static constexpr int kKeys = Types::kKvRowBytes >= 256 ? 16 : 32;  // per step of a warp
+  // Per step of a warp; 32 as long as the ring has three slots and registers suffice.
+  static constexpr bool kLongRows = Types::kKvRowBytes >= 512 || (Types::kKvRowBytes >= 256 && (kHeadDim < 256 || kTiles > 1));
+  static constexpr int kKeys = kLongRows ? 16 : 32;
   static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;      // one step's K or V
   // 192 KiB for all warps of an SM, or 64 KiB for a CTA.
   static constexpr int kSlots =
@@ -62,6 +64,13 @@ __device__ __forceinline__ int lane_here() {
   return static_cast<int>(lane);
 }
 
+/// The thread likewise.
+__device__ __forceinline__ int thread_here() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+  return static_cast<int>(thread);
+}
+
 /// One warp's keys: steps first, first + kCtaWarps, ... of the CTA's part, copied ahead into a ring of slots K0 V0 K1 V1 ... Table entries are copied
 /// ahead of that, into a ring of their own: a load would be waited for. What is the whole CTA's stays in shared memory.
 template <typename Shape>
@@ -76,9 +85,7 @@ struct KeyStream {
 
   /// The warp's entries.
   __device__ __forceinline__ static std::uint32_t warp_entries(std::uint32_t shared_base) {
-    unsigned thread;
-    asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));  // as lane_here
-    return shared_base + static_cast<std::uint32_t>(Shape::kEntriesOffset) + thread / 32 * static_cast<std::uint32_t>(Shape::kEntryBytes);
+    return shared_base + static_cast<std::uint32_t>(Shape::kEntriesOffset + thread_here() / 32 * Shape::kEntryBytes);
   }
 
   /// Asks for the first steps' table entries. They are there when all that the thread has asked for is.
@@ -185,9 +192,19 @@ __device__ __forceinline__ void fold(Partial& a, const Partial& b) {
 __device__ __forceinline__ void finish(const Plan& plan, const Tile& tile, int kv_head, int row, int column, const Partial& result) {
   const AttentionParams& p = plan.params;
   const RowIndex index = row_index(plan, tile, kv_head, row);
-  const RowFinish of_row = finish_row(p, result.top, result.sum, index.head);
-  if (column == 0 && p.lse != nullptr) p.lse[stats_index(plan, index)] = of_row.lse;
-  const float factor = of_row.factor * (p.v_scale != nullptr ? p.v_scale[plan.kv_group.quotient(index.head) * p.v_scale_stride] : 1.0f);
+  // As finish_row, in few instructions.
+  const bool empty = result.top == -INFINITY && result.sum == 0.0f;
+  float top = result.top, scale = 1.0f, total = result.sum;
+  if (p.sinks != nullptr) {
+    const float sink = p.sinks[index.head] * kLog2E;
+    top = fmaxf(fmaxf(top, sink), -FLT_MAX);
+    scale = device::exp2_approx(result.top - top);
+    total = fmaf(total, scale, device::exp2_approx(sink - top));
+  }
+  if (column == 0 && p.lse != nullptr)
+    p.lse[stats_index(plan, index)] = empty ? (p.sinks != nullptr ? p.sinks[index.head] : -INFINITY) : fmaf(top, kLn2, __logf(total));
+  const float factor = (empty ? 0.0f : __fdividef(scale, total)) *
+                       (p.v_scale != nullptr ? p.v_scale[plan.kv_group.quotient(index.head) * p.v_scale_stride] : 1.0f);
   const float4 value = result.value;
   if (column < p.head_dim) store_out_4(plan, index, column, float4{value.x * factor, value.y * factor, value.z * factor, value.w * factor});
 }
@@ -222,7 +239,7 @@ __device__ __forceinline__ Partial fold_parts(const Plan& plan, const Walk& walk
 #pragma unroll 1
   for (int cta = walk.first_cta; cta <= walk.last_cta; ++cta) {
     const int place = cta * walk.stretch - walk.keys_start;
-    const int first = unit_at<kKeys>(plan, walk, place), last = unit_at<kKeys>(plan, walk, place + walk.stretch);
+    const int first = unit_at<kKeys>(plan, walk, place, true), last = unit_at<kKeys>(plan, walk, place + walk.stretch, true);
     if (first == walk.unit_first && first < last) {
       // The tile's beginning is folded already.
       result = load_partial(plan, partial_row(plan, cta, first_slot(plan), row), column);
@@ -314,12 +331,14 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan) {
   // In shared memory, since the loop has no registers to spare.
   Walk& walk = *reinterpret_cast<Walk*>(shared + Shape::kWalkOffset);
   const Tile& tile = walk.tile;
+  // Batch-invariant calls have narrow CTAs and no pairs.
+  const auto invariant = [&] { return !kWide && kPairing == Pairing::kNone && plan.batch_invariant; };
 
   if (static_cast<int>(blockIdx.x) >= plan.num_ctas) return;
   prefetch_tables<Shape::kCtaThreads>(p);
   if (warp == 0) begin_walk<kRows, kKeys>(plan, walk);
   for (bool fresh = true;; fresh = false) {
-    if (threadIdx.x == 0 && (!fresh || walk.more)) next_tile<kRows, kKeys>(plan, walk, fresh);
+    if (threadIdx.x == 0 && (!fresh || walk.more)) next_tile<kRows, kKeys>(plan, walk, fresh, invariant());
     __syncthreads();
     if (!walk.more) return;
     using MmaState = MmaColumns<kKvDType, kHeadDim, kTiles, kPaired>;
@@ -432,7 +451,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan) {
           for (int i = 0; i < kLead; ++i) valid[i] = valid[i + 1];
         }
         device::copy_async_wait<0>();
-        if (kPairedWarps || !kMayBeNotFinite<kKvDType> || selecting || (walk.all_see_the_same && !plan.batch_invariant) ||
+        if (kPairedWarps || !kMayBeNotFinite<kKvDType> || selecting || (walk.all_see_the_same && !invariant()) ||
             !__syncthreads_or(state.not_finite()))
           break;
       }
@@ -468,10 +487,10 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan) {
       __syncthreads();
 
       const int part = walk.part;
-      const bool is_last_part = !plan.batch_invariant || part + 1 == walk.unit_end;
+      const bool is_last_part = !invariant() || part + 1 == walk.unit_end;
       // Write rows, of out or of partial results; and if those were the tile's last, read all of them and write rows of out.
       const bool whole = walk.unit_begin == walk.unit_first && walk.unit_end == walk.unit_last;
-      const bool folds = plan.batch_invariant && walk.unit_begin == walk.unit_first;  // a tile's beginning, part by part
+      const bool folds = invariant() && walk.unit_begin == walk.unit_first;  // a tile's beginning, part by part
       constexpr int kThreadsPerRow = Shape::kColumns / 4;
       bool merging = false;
 #pragma unroll 1
@@ -482,7 +501,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan) {
           const int column = i % kThreadsPerRow * 4;
           Partial result;
           if (merging) {
-            result = plan.batch_invariant ? fold_parts<kKeys>(plan, walk, row, column) : sum_parts<Shape>(plan, walk, row, column);
+            result = invariant() ? fold_parts<kKeys>(plan, walk, row, column) : sum_parts<Shape>(plan, walk, row, column);
           } else {
             int merged_column = column, first_warp = 0;
             if (kPaired && is_upper(plan, row_index(plan, tile, walk.kv_head, row).head)) merged_column += Shape::kColumns;
@@ -511,7 +530,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan) {
             }
             if (column == 0) folded_stats[(part + 1) % 2][row] = float2{result.top, result.sum};
           }
-          if (merging || whole && (!plan.batch_invariant || part + 1 == walk.unit_last)) {
+          if (merging || whole && (!invariant() || part + 1 == walk.unit_last)) {
             finish(plan, tile, walk.kv_head, row, column, result);
           } else {
             store_partial(plan, target, column, result);
@@ -521,7 +540,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan) {
         if (whole || merging || !is_last_part) break;
         if (threadIdx.x == 0) {
           __threadfence();
-          find_ctas(plan, walk);
+          find_ctas(plan, walk, invariant());
           const auto units = static_cast<unsigned>(walk.unit_end - walk.unit_begin);
           const auto all_units = static_cast<unsigned>(walk.unit_last - walk.unit_first);
           walk.merges = atomicAdd(plan.counters + walk.first_cta, units) + units == all_units;
@@ -532,7 +551,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan) {
         if (!walk.merges) break;
       }
       if (is_last_part) break;
-      if (threadIdx.x == 0) enter_part<kKeys>(plan, walk, part + 1);
+      if (threadIdx.x == 0) enter_part<kKeys>(walk, part + 1, invariant());
       __syncthreads();
     }
   }

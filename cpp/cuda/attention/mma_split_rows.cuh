@@ -63,7 +63,13 @@ struct StepCopy {
   int first_row;                // the thread's; past all keys for chunks beyond head_dim
 
   __device__ __forceinline__ StepCopy(const Plan& of_plan, const Tile& of_tile, int of_kv_head, int end)
-      : plan(of_plan), tile(of_tile), kv_head(of_kv_head), key_end(end), by_groups(kAsks != Asks::kAll || of_plan.groups_exist), entry{}, v_entry{} {
+      : plan(of_plan),
+        tile(of_tile),
+        kv_head(of_kv_head),
+        key_end(end),
+        by_groups(kAsks != Asks::kAll || of_plan.groups_exist),
+        entry{},
+        v_entry{} {
     const AttentionParams& p = plan.params;
     const int row = lane() / KvRows::kChunks, chunk = lane() % KvRows::kChunks;
     const auto base = [&](const KvView& view) {
@@ -76,13 +82,15 @@ struct StepCopy {
     target = KvRows::address(0, warp() * kWarpRows + row, chunk);
     warp_key = warp() * kWarpRows;
     first_row = kAsks != Asks::kAll || chunk * Types::kElements < p.head_dim ? warp() * kWarpRows + row : INT_MAX / 2;
-    // At head_dim 64 there are registers to keep these in; else they are computed again in each step.
-    if constexpr (KvRows::kChunks <= 8 && Types::kElementBytes == 2) {
+    // Kept in registers where there are some; else computed again in each step.
+    if constexpr (Types::kElementBytes == 2 && (KvRows::kChunks <= 8 || (kAsks == Asks::kPlain && KvRows::kChunks > 16))) {
       asm volatile("" : "+l"(k_base), "+l"(v_base), "+r"(target), "+r"(warp_key), "+r"(first_row));
     }
   }
 
-  __device__ __forceinline__ bool is_paged() const { return kAsks == Asks::kAll ? plan.params.block_tables != nullptr : kAsks == Asks::kPagedPlain; }
+  __device__ __forceinline__ bool is_paged() const {
+    return kAsks == Asks::kAll ? plan.params.block_tables != nullptr : kAsks == Asks::kPagedPlain;
+  }
   __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
   __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
   __device__ __forceinline__ int group_key(int g) const { return warp_key + 8 * g; }
@@ -295,9 +303,7 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim, k
   MmaState rows;
   ScoreScale<MmaState::kScales> score;
   // Where the keys end that the thread's row i of the warp's rows from first_row on sees.
-  const auto row_end = [&](int first_row, int i) {
-    return visible_end(plan, tile, min(first_row + MmaState::row(i), tile.num_rows - 1));
-  };
+  const auto row_end = [&](int first_row, int i) { return visible_end(plan, tile, min(first_row + MmaState::row(i), tile.num_rows - 1)); };
   if constexpr (kPlain) {
     score.log2_scale[0] = p.scale * kLog2E;
     score.transform = false;

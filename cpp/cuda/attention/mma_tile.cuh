@@ -94,7 +94,7 @@ __device__ __forceinline__ float transformed_score(float product, const RowParam
   float value = product * row.scale;
   if (softcap > 0.0f) {
     // tanh(x) = 1 - 2 / (e^2x + 1), which saturates as it should.
-    const float power = device::exp2_approx(value * (2.0f * kLog2E / softcap));
+    const float power = device::exp2_approx(value * __fdividef(2.0f * kLog2E, softcap));
     value = softcap - __fdividef(2.0f * softcap, power + 1.0f);
   }
   return value * kLog2E - row.slope * static_cast<float>(row.position - key);
@@ -255,8 +255,8 @@ __device__ __forceinline__ void copy_rows(const Plan& plan, const KvView& view, 
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const std::uint32_t row_offset = __shfl_sync(kAllLanes, offset, pass_lane + pass * kRowsPerPass);
-      device::copy_async_16(KvRows::advance(target, pass * kRowsPerPass, KvRows::key(pass * kRowsPerPass)),
-                            source + static_cast<std::uint64_t>(row_offset) * 16, bytes);
+      device::copy_async_16_if(KvRows::advance(target, pass * kRowsPerPass, KvRows::key(pass * kRowsPerPass)),
+                               source + static_cast<std::uint64_t>(row_offset) * 16, bytes > 0);
     }
   } else {
 #pragma unroll 1

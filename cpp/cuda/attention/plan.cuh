@@ -72,7 +72,7 @@ struct Plan {
   Divisor tiles_of_each_seq;  // the same, but 1
   int key_capacity;
   int kv_alignment;  // of every K and V row, in bytes: 1, 2, 4, 8 or 16
-  // With kv_alignment 16 and every offset below 2^32 chunks of 16 bytes, strides in such chunks: {block, token}.
+  // With kv_alignment 16, rows of whole chunks of 16 bytes, and every offset below 2^32 chunks, strides in such chunks: {block, token}.
   bool chunk_strides_exist;
   uint2 k_chunk_strides, v_chunk_strides;
   bool groups_exist;  // the same, and 8 keys from a multiple of 8 on are never in two blocks

@@ -98,11 +98,11 @@ __device__ __forceinline__ int length_of(const Plan& plan, const Tile& tile) {
 
 /// The unit of the tile that a CTA begins with whose stretch begins at `place`, counted from keys_start.
 template <int kKeys>
-__device__ __forceinline__ int unit_at(const Plan& plan, const Walk& walk, int place) {
+__device__ __forceinline__ int unit_at(const Plan& plan, const Walk& walk, int place, bool invariant) {
   if (place <= 0) return walk.unit_first;
   if (place >= walk.length) return walk.unit_last;
   const int step = place << plan.line_shift;
-  if (!plan.batch_invariant) return min(step, walk.unit_last);
+  if (!invariant) return min(step, walk.unit_last);
   // The first part that begins there or after, and is one of those that may be cut off.
   const int key = step * kKeys;
   const int part = part_of(key);
@@ -111,18 +111,18 @@ __device__ __forceinline__ int unit_at(const Plan& plan, const Walk& walk, int p
 
 /// Goes to the keys from unit `unit` on: to the unit's end if batch-invariant, else to the end of what the CTA has of the tile. One thread's work.
 template <int kKeys>
-__device__ __forceinline__ void enter_part(const Plan& plan, Walk& walk, int unit) {
+__device__ __forceinline__ void enter_part(Walk& walk, int unit, bool invariant) {
   const Tile& tile = walk.tile;
   walk.part = unit;
-  walk.part_begin = plan.batch_invariant ? part_begin(unit) : tile.key_begin + unit * kKeys;
+  walk.part_begin = invariant ? part_begin(unit) : tile.key_begin + unit * kKeys;
   // Behind the tile's last unit there may be no 32-bit number.
-  const bool last = plan.batch_invariant ? unit + 1 == walk.unit_last : walk.unit_end == walk.unit_last;
-  walk.part_end = last ? tile.key_end : plan.batch_invariant ? part_begin(unit + 1) : tile.key_begin + walk.unit_end * kKeys;
+  const bool last = invariant ? unit + 1 == walk.unit_last : walk.unit_end == walk.unit_last;
+  walk.part_end = last ? tile.key_end : invariant ? part_begin(unit + 1) : tile.key_begin + walk.unit_end * kKeys;
 }
 
 /// Moves on to the next tile that the CTA has a part of, which may be where it stands if it is `fresh`. One thread's work.
 template <int kRows, int kKeys>
-__device__ __forceinline__ void next_tile(const Plan& plan, Walk& walk, bool fresh) {
+__device__ __forceinline__ void next_tile(const Plan& plan, Walk& walk, bool fresh, bool invariant) {
   const AttentionParams& p = plan.params;
   Tile& tile = walk.tile;
 #pragma unroll 1
@@ -176,24 +176,24 @@ __device__ __forceinline__ void next_tile(const Plan& plan, Walk& walk, bool fre
     walk.full = finish_tile(plan, tile, kRows);
     walk.unit_first = 0;
     walk.unit_last = max((tile.key_end - tile.key_begin + kKeys - 1) / kKeys, 1);
-    if (plan.batch_invariant) {
+    if (invariant) {
       walk.unit_first = part_of(tile.key_begin);
       walk.unit_last = tile.key_end == 0 ? walk.unit_first + 1 : part_of(tile.key_end - 1) + 1;
     }
-    walk.unit_begin = unit_at<kKeys>(plan, walk, walk.begin - walk.keys_start);
-    walk.unit_end = unit_at<kKeys>(plan, walk, walk.end - walk.keys_start);
+    walk.unit_begin = unit_at<kKeys>(plan, walk, walk.begin - walk.keys_start, invariant);
+    walk.unit_end = unit_at<kKeys>(plan, walk, walk.end - walk.keys_start, invariant);
     if (walk.unit_begin < walk.unit_end) break;
   }
   walk.all_see_the_same =
       p.mask == nullptr && plan.group.quotient(tile.row_begin) == plan.group.quotient(tile.row_begin + tile.num_rows - 1);
-  enter_part<kKeys>(plan, walk, walk.unit_begin);
+  enter_part<kKeys>(walk, walk.unit_begin, invariant);
 }
 
 /// Which CTAs have parts of the tile, if not one alone. One thread's work.
-__device__ __forceinline__ void find_ctas(const Plan& plan, Walk& walk) {
+__device__ __forceinline__ void find_ctas(const Plan& plan, Walk& walk, bool invariant) {
   const auto cta_at = [&](int place) { return static_cast<int>(static_cast<unsigned>(place) / static_cast<unsigned>(walk.stretch)); };
   walk.first_cta = cta_at(walk.keys_start);
-  const int length = plan.batch_invariant ? walk.length : ((walk.unit_last - 1) >> plan.line_shift) + 1;
+  const int length = invariant ? walk.length : ((walk.unit_last - 1) >> plan.line_shift) + 1;
   walk.last_cta = cta_at(walk.keys_start + length - 1);
 }
 

@@ -24,18 +24,42 @@ __device__ __forceinline__ Box locate_box(const Plan& plan, int keys_per_box, co
   return Box{location.slot, location.valid ? location.entry : -1, location.valid};
 }
 
-/// Starts the copy of one step's K or V, a lane's box each. A box whose block is -1 is outside the tensor: zeros.
+/// Starts the copy of one step's K or V, of which each lane knows a box. A box whose block is -1 is outside the tensor: zeros.
 template <typename Shape, int kPanels, int kPanelElements>
 __device__ __forceinline__ void copy_boxes(const CUtensorMap& map, int keys_per_box, std::uint32_t full, std::uint32_t slot, int kv_head,
                                            const Box& box) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  if (lane == 0) device::barrier_arrive_expect(full, kPanels * Shape::kKeyPanelBytes);
-  __syncwarp();
-  if (lane * keys_per_box >= Shape::kKeys) return;
-  const std::uint32_t dst = slot + static_cast<std::uint32_t>(lane * keys_per_box * device::kPanelRowBytes);
+  if constexpr (kPanels == 1) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (lane == 0) device::barrier_arrive_expect(full, Shape::kKeyPanelBytes);
+    __syncwarp();
+    const int key = lane * keys_per_box;
+    if (key < Shape::kKeys)
+      device::copy_box(slot + static_cast<std::uint32_t>(key * device::kPanelRowBytes), &map, full, 0, kv_head, box.slot, box.entry);
+    return;
+  }
+  // One lane starts them all: the compiler makes of copies by lanes a loop over lanes, one for each panel.
+  const bool elected = device::elect_lane();
+  if (elected) device::barrier_arrive_expect(full, kPanels * Shape::kKeyPanelBytes);
+  constexpr int kAtOnce = 2;
+#pragma unroll 1
+  for (int first = 0; first * keys_per_box < Shape::kKeys; first += kAtOnce) {
+    int slots[kAtOnce], entries[kAtOnce];
 #pragma unroll
-  for (int panel = 0; panel < kPanels; ++panel)
-    device::copy_box(dst + panel * Shape::kKeyPanelBytes, &map, full, panel * kPanelElements, kv_head, box.slot, box.entry);
+    for (int i = 0; i < kAtOnce; ++i) {
+      slots[i] = __shfl_sync(kAllLanes, box.slot, first + i);
+      entries[i] = __shfl_sync(kAllLanes, box.entry, first + i);
+    }
+    if (!elected) continue;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int key = (first + i) * keys_per_box;
+      if (key >= Shape::kKeys) break;
+      const std::uint32_t dst = slot + static_cast<std::uint32_t>(key * device::kPanelRowBytes);
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel)
+        device::copy_box(dst + panel * Shape::kKeyPanelBytes, &map, full, panel * kPanelElements, kv_head, slots[i], entries[i]);
+    }
+  }
 }
 
 /// Warp 0: finds tiles and hands them to all others.

@@ -52,9 +52,6 @@ __device__ __forceinline__ void store_cluster_16(std::uint32_t mapped, float4 va
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(mapped), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
                : "memory");
 }
-__device__ __forceinline__ void store_cluster_8(std::uint32_t mapped, float2 value) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};\n" ::"r"(mapped), "f"(value.x), "f"(value.y) : "memory");
-}
 
 /// Writes 16 bytes to any CTA's shared memory, and counts them at a barrier of that CTA. Addresses are address_in_cta.
 __device__ __forceinline__ void cluster_store_16(std::uint32_t mapped, std::uint32_t mapped_barrier, float a, float b, float c, float d) {
@@ -65,6 +62,13 @@ __device__ __forceinline__ void cluster_store_16(std::uint32_t mapped, std::uint
 __device__ __forceinline__ void cluster_store_16(std::uint32_t mapped, std::uint32_t mapped_barrier, int a, int b, int c, int d) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(mapped), "r"(a), "r"(b),
                "r"(c), "r"(d), "r"(mapped_barrier)
+               : "memory");
+}
+
+/// The same of 8 bytes.
+__device__ __forceinline__ void cluster_store_8(std::uint32_t mapped, std::uint32_t mapped_barrier, float a, float b) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];\n" ::"r"(mapped), "f"(a), "f"(b),
+               "r"(mapped_barrier)
                : "memory");
 }
 

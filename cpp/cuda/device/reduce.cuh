@@ -35,15 +35,20 @@ __device__ __forceinline__ float cta_sum(float value, float* scratch) {
   return warp_sum(lane < num_warps ? scratch[lane] : 0.0f);
 }
 
+/// The maximum over a warp of values that are not negative, whose bits have their order, in one instruction.
+__device__ __forceinline__ float warp_max_of_bits(float value) {
+  return __int_as_float(__reduce_max_sync(kFullMask, __float_as_int(value)));
+}
+
 /// The maximum of values that are not negative, likewise.
 __device__ __forceinline__ float cta_max(float value, float* scratch) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
-  value = warp_max(value);
+  value = warp_max_of_bits(value);
   if (num_warps == 1) return value;
   if (lane == 0) scratch[static_cast<int>(threadIdx.x) / kWarpSize] = value;
   __syncthreads();
-  return warp_max(lane < num_warps ? scratch[lane] : 0.0f);
+  return warp_max_of_bits(lane < num_warps ? scratch[lane] : 0.0f);
 }
 
 }  // namespace quire::cuda

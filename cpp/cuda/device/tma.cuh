@@ -41,6 +41,18 @@ __device__ __forceinline__ void barrier_arrive_after_copies(std::uint32_t barrie
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\n" ::"r"(barrier) : "memory");
 }
 
+/// True for one lane of a warp that is all here. The compiler knows that it is one, and so needs no loop over lanes around what starts a copy.
+__device__ __forceinline__ bool elect_lane() {
+  std::uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.b32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
 /// Copies a box of a tensor to shared memory, zero where the tensor has nothing; its bytes are counted at the barrier in any case.
 __device__ __forceinline__ void copy_box(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1, int c2, int c3) {
   asm volatile(
@@ -73,6 +85,14 @@ __device__ __forceinline__ void copy_box_once(std::uint32_t dst, const void* ten
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], "
       "%5;\n" ::"r"(dst),
       "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void copy_box_once(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1, int c2,
+                                              int c3, std::uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], "
+      "%7;\n" ::"r"(dst),
+      "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
       : "memory");
 }
 /// The same to every CTA of the cluster whose rank's bit is set in `ctas`: to the same place, counted at its own barrier in the same place.

@@ -20,6 +20,8 @@ __device__ __forceinline__ std::uint32_t matrix_descriptor(std::uint32_t address
 }
 /// The upper half: eight rows are contiguous, and chunks exchanged by the 128-byte pattern.
 constexpr std::uint32_t kDescriptorHigh = (8 * kPanelRowBytes) >> 4 | 1u << 30;
+/// The upper half where an operand is not in panels: eight rows of 16 bytes one after the other; those of the next columns begin at panel_bytes from there.
+constexpr std::uint32_t kPlainDescriptorHigh = 128 >> 4;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -57,6 +59,9 @@ __device__ __forceinline__ void pin_registers(float (&values)[kCount]) {
 #define QUIRE_WGMMA_O8(d, i)                                                                                                              \
   "+f"((d)[(i)]), "+f"((d)[(i) + 1]), "+f"((d)[(i) + 2]), "+f"((d)[(i) + 3]), "+f"((d)[(i) + 4]), "+f"((d)[(i) + 5]), "+f"((d)[(i) + 6]), \
       "+f"((d)[(i) + 7])
+#define QUIRE_WGMMA_D_4 "%0, %1, %2, %3"
+#define QUIRE_WGMMA_D_8 QUIRE_WGMMA_D0
+#define QUIRE_WGMMA_D_16 QUIRE_WGMMA_D0 ", " QUIRE_WGMMA_D8
 #define QUIRE_WGMMA_D_32 QUIRE_WGMMA_D0 ", " QUIRE_WGMMA_D8 ", " QUIRE_WGMMA_D16 ", " QUIRE_WGMMA_D24
 #define QUIRE_WGMMA_D_40 QUIRE_WGMMA_D_32 ", " QUIRE_WGMMA_D32
 #define QUIRE_WGMMA_D_48 QUIRE_WGMMA_D_40 ", " QUIRE_WGMMA_D40
@@ -65,6 +70,9 @@ __device__ __forceinline__ void pin_registers(float (&values)[kCount]) {
 #define QUIRE_WGMMA_D_80 QUIRE_WGMMA_D_64 ", " QUIRE_WGMMA_D64 ", " QUIRE_WGMMA_D72
 #define QUIRE_WGMMA_D_96 QUIRE_WGMMA_D_80 ", " QUIRE_WGMMA_D80 ", " QUIRE_WGMMA_D88
 #define QUIRE_WGMMA_D_128 QUIRE_WGMMA_D_96 ", " QUIRE_WGMMA_D96 ", " QUIRE_WGMMA_D104 ", " QUIRE_WGMMA_D112 ", " QUIRE_WGMMA_D120
+#define QUIRE_WGMMA_O_4(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
+#define QUIRE_WGMMA_O_8(d) QUIRE_WGMMA_O8(d, 0)
+#define QUIRE_WGMMA_O_16(d) QUIRE_WGMMA_O8(d, 0), QUIRE_WGMMA_O8(d, 8)
 #define QUIRE_WGMMA_O_32(d) QUIRE_WGMMA_O8(d, 0), QUIRE_WGMMA_O8(d, 8), QUIRE_WGMMA_O8(d, 16), QUIRE_WGMMA_O8(d, 24)
 #define QUIRE_WGMMA_O_40(d) QUIRE_WGMMA_O_32(d), QUIRE_WGMMA_O8(d, 32)
 #define QUIRE_WGMMA_O_48(d) QUIRE_WGMMA_O_40(d), QUIRE_WGMMA_O8(d, 40)
@@ -84,6 +92,9 @@ struct WgmmaShared8;
 /// d += a b: a [64, 16] in registers, as mma.sync has it, and b [16, N] in shared memory.
 template <int kN, bool kBf16>
 struct WgmmaRegisters;
+/// d += a b^T, or d = it: a [64, 16] in registers, b [N, 16] in shared memory.
+template <int kN, bool kBf16, std::uint32_t kHigh = kDescriptorHigh>
+struct WgmmaRegistersRows;
 
 #define QUIRE_WGMMA_SHARED(N, COUNT, BF16, TYPE, A, B, ACCUMULATE, HIGH)                                                  \
   template <>                                                                                                             \
@@ -125,6 +136,18 @@ struct WgmmaRegisters;
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate), "n"(kDescriptorHigh));                      \
     }                                                                                                                                 \
   };
+#define QUIRE_WGMMA_REGISTERS_ROWS(N, COUNT, BF16, TYPE, A0, A1, A2, A3, B, ACCUMULATE, HIGH)                                         \
+  template <std::uint32_t kHigh>                                                                                                      \
+  struct WgmmaRegistersRows<N, BF16, kHigh> {                                                                                         \
+    __device__ __forceinline__ static void product(float (&d)[COUNT], const std::uint32_t (&a)[4], std::uint32_t b, int accumulate) { \
+      asm volatile("{\n.reg .pred p;\n.reg .b64 db;\nsetp.ne.b32 p, " ACCUMULATE ", 0;\nmov.b64 db, {" B ", " HIGH                    \
+                   "};\n"                                                                                                             \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" QUIRE_WGMMA_D_##COUNT                         \
+                   "}, {" A0 ", " A1 ", " A2 ", " A3 "}, db, p, 1, 1, 0;\n}\n"                                                        \
+                   : QUIRE_WGMMA_O_##COUNT(d)                                                                                         \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate), "n"(kHigh));                                \
+    }                                                                                                                                 \
+  };
 
 QUIRE_WGMMA_SHARED(64, 32, true, "bf16", "%32", "%33", "%34", "%35")
 QUIRE_WGMMA_SHARED(64, 32, false, "f16", "%32", "%33", "%34", "%35")
@@ -148,6 +171,18 @@ QUIRE_WGMMA_REGISTERS(192, 96, true, "bf16", "%96", "%97", "%98", "%99", "%100",
 QUIRE_WGMMA_REGISTERS(192, 96, false, "f16", "%96", "%97", "%98", "%99", "%100", "%101", "%102")
 QUIRE_WGMMA_REGISTERS(256, 128, true, "bf16", "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 QUIRE_WGMMA_REGISTERS(256, 128, false, "f16", "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+QUIRE_WGMMA_REGISTERS_ROWS(8, 4, true, "bf16", "%4", "%5", "%6", "%7", "%8", "%9", "%10")
+QUIRE_WGMMA_REGISTERS_ROWS(8, 4, false, "f16", "%4", "%5", "%6", "%7", "%8", "%9", "%10")
+QUIRE_WGMMA_REGISTERS_ROWS(16, 8, true, "bf16", "%8", "%9", "%10", "%11", "%12", "%13", "%14")
+QUIRE_WGMMA_REGISTERS_ROWS(16, 8, false, "f16", "%8", "%9", "%10", "%11", "%12", "%13", "%14")
+QUIRE_WGMMA_REGISTERS_ROWS(32, 16, true, "bf16", "%16", "%17", "%18", "%19", "%20", "%21", "%22")
+QUIRE_WGMMA_REGISTERS_ROWS(32, 16, false, "f16", "%16", "%17", "%18", "%19", "%20", "%21", "%22")
+QUIRE_WGMMA_REGISTERS_ROWS(64, 32, true, "bf16", "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+QUIRE_WGMMA_REGISTERS_ROWS(64, 32, false, "f16", "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+QUIRE_WGMMA_REGISTERS_ROWS(128, 64, true, "bf16", "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+QUIRE_WGMMA_REGISTERS_ROWS(128, 64, false, "f16", "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+QUIRE_WGMMA_REGISTERS_ROWS(256, 128, true, "bf16", "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+QUIRE_WGMMA_REGISTERS_ROWS(256, 128, false, "f16", "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 

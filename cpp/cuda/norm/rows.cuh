@@ -7,6 +7,7 @@
 
 #include "core/dispatch.h"
 #include "core/explain_vectors.h"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/quantize.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
@@ -49,19 +50,28 @@ __device__ __forceinline__ void normalise(float (&v)[kVec], const float (&weight
   }
 }
 
-// Weight (its offset added) and bias of kVectors vectors, `stride` elements apart.
-template <NormKind kKind, int kVectors, int kVec>
-__device__ __forceinline__ void load_weights(float (&weight)[kVectors][kVec], float (&bias)[kVectors][kVec], const NormParams& p,
-                                             std::int64_t first, std::int64_t stride) {
-  load_parameter(weight, p.weight, p.weight_dtype, first, stride, p.hidden);
+// Weight (its offset added) and bias of one vector.
+template <NormKind kKind, int kVec>
+__device__ __forceinline__ void load_weights(float (&weight)[kVec], float (&bias)[kVec], const NormParams& p, std::int64_t at) {
+  load_parameter(reinterpret_cast<float (&)[1][kVec]>(weight), p.weight, p.weight_dtype, at, 0, p.hidden);
   if constexpr (kKind == NormKind::kLayer) {
-    if (p.bias != nullptr) load_parameter(bias, p.bias, p.bias_dtype, first, stride, p.hidden);
-  } else {
+    if (p.bias != nullptr) load_parameter(reinterpret_cast<float (&)[1][kVec]>(bias), p.bias, p.bias_dtype, at, 0, p.hidden);
+  } else if (p.weight_offset != 0.0f) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
+    for (int e = 0; e < kVec; ++e) weight[e] += p.weight_offset;
+  }
+}
+
+// The same of vectors whose bits are there.
+template <NormKind kKind, int kVec>
+__device__ __forceinline__ void unpack_weights(float (&weight)[kVec], float (&bias)[kVec], const NormParams& p,
+                                               const ParameterBits<kVec>& weight_bits, const ParameterBits<kVec>& bias_bits) {
+  weight_bits.unpack_to(weight, p.weight_dtype);
+  if constexpr (kKind == NormKind::kLayer) {
+    bias_bits.unpack_to(bias, p.bias_dtype);
+  } else if (p.weight_offset != 0.0f) {
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) weight[i][e] += p.weight_offset;
-    }
+    for (int e = 0; e < kVec; ++e) weight[e] += p.weight_offset;
   }
 }
 
@@ -83,6 +93,7 @@ __device__ __forceinline__ std::int64_t row_offset(const RowLayout& rows, std::u
 // lie in as many neighbouring lanes, a power of two up to 32 that divides blockDim.x.
 template <NormKind kKind, bool kQuantizes, typename T, int kVec, int kVectors, bool kManyRows, int kRegisters>
 __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ NormParams p) {
+  device::wait_for_predecessor();
   constexpr bool kAdds = kKind == NormKind::kAddRms, kIsLayer = kKind == NormKind::kLayer;
   __shared__ float scratch[kIsLayer ? 2 : 1][kWarpSize], max_scratch[kQuantizes ? kWarpSize : 1];
   const int num_vectors = static_cast<int>(p.hidden) / kVec;
@@ -105,8 +116,14 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
     if constexpr (kAdds) addend[i] = load_packed<T, kVec>(residual + i * width * kVec);
   }
   constexpr int kHeld = kManyRows ? 1 : kVectors;
-  float weight[kHeld][kVec], bias[kHeld][kVec] = {};
-  if constexpr (!kManyRows) load_weights<kKind>(weight, bias, p, lane * kVec, width * kVec);
+  ParameterBits<kVec> weight_bits[kHeld], bias_bits[kIsLayer ? kHeld : 1];
+  if constexpr (!kManyRows) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      weight_bits[i].load(p.weight, p.weight_dtype, (lane + i * width) * kVec, p.hidden);
+      if constexpr (kIsLayer) bias_bits[i].load(p.bias, p.bias_dtype, (lane + i * width) * kVec, p.bias == nullptr ? 0 : p.hidden);
+    }
+  }
 
   if constexpr (kAdds) {
 #pragma unroll
@@ -144,9 +161,14 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
   const float inverse = __frsqrt_rn(variance + p.eps);
 
   const auto normalised = [&](float (&v)[kVec], int i) {
-    if constexpr (kManyRows) load_weights<kKind>(weight, bias, p, (lane + i * width) * kVec, 0);
+    float weight[kVec], bias[kVec] = {};
+    if constexpr (kManyRows) {
+      load_weights<kKind>(weight, bias, p, (lane + i * width) * kVec);
+    } else {
+      unpack_weights<kKind>(weight, bias, p, weight_bits[i], bias_bits[kIsLayer ? i : 0]);
+    }
     unpack<T, kVec>(v, current[i]);
-    normalise<kKind>(v, weight[kManyRows ? 0 : i], bias[kManyRows ? 0 : i], mean, inverse);
+    normalise<kKind>(v, weight, bias, mean, inverse);
   };
   if constexpr (!kQuantizes) {
     // Output.
@@ -204,6 +226,7 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
 // layout has no vectors: each warp takes whole groups, whose elements others may have written.
 template <NormKind kKind, bool kQuantizes, typename T, int kVec>
 __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __grid_constant__ NormParams p) {
+  device::wait_for_predecessor();
   __shared__ float scratch[3][kWarpSize];
   const std::int64_t lane = static_cast<std::int64_t>(threadIdx.x) * kVec, step = static_cast<std::int64_t>(blockDim.x) * kVec;
   for (std::int64_t row = blockIdx.x; row < p.num_rows; row += gridDim.x) {
@@ -244,10 +267,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __g
     const float inverse = __frsqrt_rn(variance + p.eps);
 
     const auto normalised = [&](float (&v)[kVec], std::int64_t at) {
-      float weight[1][kVec], bias[1][kVec] = {};
+      float weight[kVec], bias[kVec] = {};
       load_floats(v, x + at);
-      load_weights<kKind>(weight, bias, p, at, 0);
-      normalise<kKind>(v, weight[0], bias[0], mean, inverse);
+      load_weights<kKind>(weight, bias, p, at);
+      normalise<kKind>(v, weight, bias, mean, inverse);
     };
     if constexpr (!kQuantizes) {
       // Output.
@@ -313,8 +336,7 @@ using NormKernel = void (*)(NormParams);
 
 inline void launch_long_rows(NormKernel kernel, std::int64_t num_threads, const NormParams& p, const char* name, Stream stream) {
   const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(p.num_rows, 0x7fffffff));
-  kernel<<<num_ctas, static_cast<unsigned>(num_threads), 0, cuda_stream(stream)>>>(p);
-  QUIRE_CHECK_LAUNCH(name, stream);
+  launch_waiting(name, kernel, num_ctas, static_cast<unsigned>(num_threads), stream, p);
 }
 
 template <NormKind kKind, bool kQuantizes, typename T, int kVec>
@@ -332,8 +354,7 @@ inline void launch_rows_of(NormKernel kernel, int vec, int vectors, const NormPa
                                                   : ceil_div(threads, kWarpSize) * kWarpSize;
   const std::int64_t rows_per_cta = width > kWarpSize ? 1 : kNarrowThreads / width;
   const auto num_ctas = static_cast<unsigned>(ceil_div(p.num_rows, rows_per_cta));
-  kernel<<<num_ctas, dim3(static_cast<unsigned>(width), static_cast<unsigned>(rows_per_cta)), 0, cuda_stream(stream)>>>(p);
-  QUIRE_CHECK_LAUNCH(name, stream);
+  launch_waiting(name, kernel, num_ctas, dim3(static_cast<unsigned>(width), static_cast<unsigned>(rows_per_cta)), stream, p);
 }
 
 template <NormKind kKind, bool kQuantizes, typename T, int kVec, int kVectors, bool kManyRows, int kRegisters>
@@ -368,18 +389,14 @@ void launch_rows(const NormParams& p, const char* name, Stream stream) {
           return launch_rows_of<kKind, true, T, 2 * kVec, 1, true, 64>(p, name, stream);
       }
       if (vectors == 1) return launch_rows_of<kKind, true, T, kVec, 1, true, 48>(p, name, stream);
-      if constexpr (kIsLayer) {
-        // As many registers as it wants, where a CTA has threads for which there are as many.
-        if (num_vectors <= kMaxThreads) return launch_rows_of<kKind, true, T, kVec, 2, true, 80>(p, name, stream);
-      }
-      launch_rows_of<kKind, true, T, kVec, 2, true, 64>(p, name, stream);
+      launch_rows_of<kKind, true, T, kVec, 2, true, kKind == NormKind::kRms ? 56 : 64>(p, name, stream);
     } else {
       if (!many_rows && vectors == 1) return launch_rows_of<kKind, false, T, kVec, 1, false, 64>(p, name, stream);
       if (!many_rows && vectors == 2) return launch_rows_of<kKind, false, T, kVec, 2, false, 64>(p, name, stream);
-      // CTAs of more than 512 threads leave parts of an SM empty, and the second sum of a layer norm is cheaper over fewer threads.
-      if (num_vectors > (kIsLayer ? 512 : 1024)) return launch_rows_of<kKind, false, T, kVec, 4, true, 64>(p, name, stream);
+      // CTAs of many threads wait longer for their sums, of which a layer norm has two.
+      if (num_vectors > (kIsLayer ? 256 : 512)) return launch_rows_of<kKind, false, T, kVec, 4, true, 64>(p, name, stream);
       if (vectors == 1) return launch_rows_of<kKind, false, T, kVec, 1, true, 40>(p, name, stream);
-      launch_rows_of<kKind, false, T, kVec, 2, true, 40>(p, name, stream);
+      launch_rows_of<kKind, false, T, kVec, 2, true, kKind == NormKind::kAddRms ? 48 : 40>(p, name, stream);
     }
   }
 }

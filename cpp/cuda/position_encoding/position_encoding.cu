@@ -5,6 +5,7 @@
 
 #include "core/dispatch.h"
 #include "core/explain_vectors.h"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/divisor.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/position_encoding/shared.cuh"
@@ -28,6 +29,7 @@ template <typename T, RopeStyle kStyle, int kVec>
 __global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
     rotary_embedding_kernel(const __grid_constant__ RotaryParams p, ErrorWord* const error_word, const std::int64_t num_head_chunks,
                             const std::int64_t num_angle_chunks, const std::int64_t num_items) {
+  device::wait_for_predecessor();
   const std::int64_t half = p.rotary_dim / 2;
   const std::int64_t num_all_heads = p.num_heads + p.num_kv_heads;
   const std::int64_t per_token = num_head_chunks * num_angle_chunks;
@@ -105,9 +107,8 @@ void launch_rotary(const RotaryParams& p, Stream stream) {
   const std::int64_t num_items = ceil_div(p.num_tokens, tokens_per_cta) * num_head_chunks * num_angle_chunks;
   const dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(head_lanes), static_cast<unsigned>(tokens_per_cta));
   const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(num_items, 0x7fffffff));
-  rotary_embedding_kernel<T, kStyle, kVec>
-      <<<num_ctas, block, 0, cuda_stream(stream)>>>(p, error_word(), num_head_chunks, num_angle_chunks, num_items);
-  QUIRE_CHECK_LAUNCH("rotary_embedding", stream);
+  launch_waiting("rotary_embedding", rotary_embedding_kernel<T, kStyle, kVec>, num_ctas, block, stream, p, error_word(), num_head_chunks,
+                 num_angle_chunks, num_items);
 }
 
 // ---- A norm of each head, rotation, and the write to the cache, for layouts that have no vectors ----
@@ -197,6 +198,7 @@ __device__ __forceinline__ void store_converted(void* cache, DType dtype, std::i
 // square or the one that rotates it, and written only by the latter, after the sum.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) rope_element_kernel(const __grid_constant__ RopeParams p, ErrorWord* const error_word) {
+  device::wait_for_predecessor();
   const RotaryParams& r = p.rotary;
   const int head_dim = static_cast<int>(r.head_dim), half = static_cast<int>(r.rotary_dim) / 2;
   const int num_all_heads = static_cast<int>(r.num_heads + (p.kv.v == nullptr ? 1 : 2) * p.kv.num_kv_heads);
@@ -260,9 +262,8 @@ template <typename T>
 void launch_rope_elements(const RopeParams& p, const char* name, Stream stream) {
   const std::int64_t num_heads = p.rotary.num_heads + (p.kv.v == nullptr ? 1 : 2) * p.kv.num_kv_heads;
   const std::int64_t num_ctas = ceil_div(p.rotary.num_tokens * num_heads, kThreads / kWarpSize);
-  rope_element_kernel<T>
-      <<<static_cast<unsigned>(std::min<std::int64_t>(num_ctas, 0x7fffffff)), kThreads, 0, cuda_stream(stream)>>>(p, error_word());
-  QUIRE_CHECK_LAUNCH(name, stream);
+  launch_waiting(name, rope_element_kernel<T>, static_cast<unsigned>(std::min<std::int64_t>(num_ctas, 0x7fffffff)), kThreads, stream, p,
+                 error_word());
 }
 
 }  // namespace
@@ -282,6 +283,7 @@ void rotary_embedding(const RotaryParams& params, Stream stream) {
                                                                                                                                  : nullptr;
     if (explain_vectors(obstacle)) return;
     const bool neox = params.style == RopeStyle::kNeox;
+    if (obstacle == nullptr && rotate_few_tokens(params, stream)) return;
     if (obstacle == nullptr) {
       neox ? launch_rotary<T, RopeStyle::kNeox, kVec>(params, stream) : launch_rotary<T, RopeStyle::kGptj, kVec>(params, stream);
     } else {

@@ -5,13 +5,14 @@
 #include <type_traits>
 
 #include "core/dispatch.h"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/position_encoding/shared.cuh"
 
 namespace quire::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 // Tokens per SM below which a row is one head.
 constexpr int kManyTokensPerSm = 8;
 
@@ -32,6 +33,7 @@ struct AnyFloat {};
 template <bool kNorms, typename CacheT, typename T, int kVec, int kHeads, int kRegisters>
 __global__ void __maxnreg__(kRegisters)
     rope_kernel(const __grid_constant__ RopeParams p, const __grid_constant__ RopeRows rows, ErrorWord* const error_word) {
+  device::wait_for_predecessor();
   constexpr bool kWrites = !std::is_same_v<CacheT, NoCache>;
   const RotaryParams& r = p.rotary;
   const KvParams& kv = p.kv;
@@ -44,6 +46,14 @@ __global__ void __maxnreg__(kRegisters)
 
   // The row's heads.
   const HeadKind kind = row < rows.query_rows ? HeadKind::kQuery : row < rows.query_rows + rows.kv_rows ? HeadKind::kKey : HeadKind::kValue;
+  std::int64_t position = -1, slot = -1;
+  const auto read_indices = [&] {
+    if (kind != HeadKind::kValue || is_first_row) position = read_index(r.positions, r.position_dtype, token * r.position_stride);
+    if (kWrites && (kind != HeadKind::kQuery || is_first_row)) slot = read_index(kv.slot_mapping, kv.slot_dtype, token * kv.slot_stride);
+  };
+  // One head leaves registers for what has a latency of its own: the position, which the angles wait for, and the weights of its norm.
+  constexpr bool kOneHead = kHeads == 1;
+  if constexpr (kOneHead) read_indices();
   const T* source;
   std::int64_t head_stride;
   int num_heads = static_cast<int>(kv.num_kv_heads);
@@ -86,35 +96,37 @@ __global__ void __maxnreg__(kRegisters)
   const std::int64_t scale_stride = kind == HeadKind::kKey ? kv.k_scale_stride : kv.v_scale_stride;
   float head_scale = 1.0f;
   if (kIs8Bit && kind != HeadKind::kQuery && scale != nullptr) head_scale = scale[head * scale_stride];
-  // One head leaves registers for the weights of its norm from the start.
-  constexpr bool kEarlyWeights = kHeads == 1;
-  float first_weight[1][kVec], second_weight[1][kVec];
+  ParameterBits<kVec> first_bits, second_bits;
+  const bool is_query = kind == HeadKind::kQuery;
+  const DType weight_dtype = is_query ? p.norm.q_weight_dtype : p.norm.k_weight_dtype;
   const auto load_weights = [&] {
-    const bool is_query = kind == HeadKind::kQuery;
     const void* const weight = is_query ? p.norm.q_weight : p.norm.k_weight;
-    const DType weight_dtype = is_query ? p.norm.q_weight_dtype : p.norm.k_weight_dtype;
-    load_parameter(first_weight, weight, weight_dtype, first_at, 0, head_dim);
-    load_parameter(second_weight, weight, weight_dtype, second_at, 0, head_dim);
+    first_bits.load(weight, weight_dtype, first_at, head_dim);
+    second_bits.load(weight, weight_dtype, second_at, head_dim);
   };
-  if constexpr (kNorms && kEarlyWeights) {
+  if constexpr (kNorms && kOneHead) {
     if (kind != HeadKind::kValue) load_weights();
   }
-  std::int64_t position = -1, slot = -1;
-  if (kind != HeadKind::kValue || is_first_row) position = read_index(r.positions, r.position_dtype, token * r.position_stride);
-  if (kWrites && (kind != HeadKind::kQuery || is_first_row)) slot = read_index(kv.slot_mapping, kv.slot_dtype, token * kv.slot_stride);
+  if constexpr (!kOneHead) read_indices();
   const bool known = is_known(p, position) && kind != HeadKind::kValue;
   const bool in_cache = kWrites && kind != HeadKind::kQuery && slot >= 0 && slot < kv.num_blocks * kv.block_size;
   if (is_first_row && threadIdx.x == 0) record_bad_indices(p, error_word, token, position, slot);
 
   if (known) {
     float cos_sin[2][kVec];
-    if (rotates)
-      load_parameter(cos_sin, r.cos_sin_cache, r.cache_dtype, position * r.rotary_dim + angle, half, r.max_position * r.rotary_dim);
+    ParameterBits<kVec> cos_bits, sin_bits;
+    const std::int64_t angle_at = position * r.rotary_dim + angle, num_angles = rotates ? r.max_position * r.rotary_dim : 0;
+    if constexpr (kOneHead) {
+      cos_bits.load(r.cos_sin_cache, r.cache_dtype, angle_at, num_angles);
+      sin_bits.load(r.cos_sin_cache, r.cache_dtype, angle_at + half, num_angles);
+    } else {
+      if (rotates) load_parameter(cos_sin, r.cos_sin_cache, r.cache_dtype, angle_at, half, num_angles);
+    }
 
     // Normalise.
-    float inverse[kHeads];
+    float inverse[kHeads], first_weight[kVec], second_weight[kVec];
     if constexpr (kNorms) {
-      if constexpr (!kEarlyWeights) load_weights();
+      if constexpr (!kOneHead) load_weights();
 #pragma unroll
       for (int i = 0; i < kHeads; ++i) {
         float x[kVec], y[kVec];
@@ -135,11 +147,19 @@ __global__ void __maxnreg__(kRegisters)
       }
 #pragma unroll
       for (int i = 0; i < kHeads; ++i) inverse[i] = __frsqrt_rn(fmaf(inverse[i], 1.0f / static_cast<float>(head_dim), p.norm.eps));
+      first_bits.unpack_to(first_weight, weight_dtype);
+      second_bits.unpack_to(second_weight, weight_dtype);
+      if (p.norm.weight_offset != 0.0f) {
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) {
-        first_weight[0][e] += p.norm.weight_offset;
-        second_weight[0][e] += p.norm.weight_offset;
+        for (int e = 0; e < kVec; ++e) {
+          first_weight[e] += p.norm.weight_offset;
+          second_weight[e] += p.norm.weight_offset;
+        }
       }
+    }
+    if constexpr (kOneHead) {
+      cos_bits.unpack_to(cos_sin[0], r.cache_dtype);
+      sin_bits.unpack_to(cos_sin[1], r.cache_dtype);
     }
 
     // Rotate.
@@ -151,8 +171,8 @@ __global__ void __maxnreg__(kRegisters)
       if constexpr (kNorms) {
 #pragma unroll
         for (int e = 0; e < kVec; ++e) {
-          x[e] = x[e] * inverse[i] * first_weight[0][e];
-          x[kVec + e] = x[kVec + e] * inverse[i] * second_weight[0][e];
+          x[e] = x[e] * inverse[i] * first_weight[e];
+          x[kVec + e] = x[kVec + e] * inverse[i] * second_weight[e];
         }
       }
       if (rotates) {
@@ -240,25 +260,43 @@ void launch_rope_of(const RopeKernel& choice, const RopeParams& p, const char* n
   for (; rows.first_token < r.num_tokens; rows.first_token += tokens_per_launch) {
     const std::int64_t num_rows = std::min(r.num_tokens - rows.first_token, tokens_per_launch) * rows_per_token;
     const auto num_ctas = static_cast<unsigned>(ceil_div(num_rows, rows_per_cta));
-    choice.kernel<<<num_ctas, block, 0, cuda_stream(stream)>>>(p, rows, error_word());
-    QUIRE_CHECK_LAUNCH(name, stream);
+    launch_waiting(name, choice.kernel, num_ctas, block, stream, p, rows, error_word());
   }
 }
+
+bool are_few(const RopeParams& p) { return p.rotary.num_tokens < kManyTokensPerSm * current_device_properties().num_sms; }
 
 template <bool kNorms, typename CacheT, typename T>
 void launch_rope(const RopeParams& p, const char* name, Stream stream) {
   // Registers are better spent on more heads, which share angles, than on longer vectors, unless those are to be quantized.
   constexpr bool kQuantizes = !std::is_same_v<CacheT, NoCache> && !std::is_same_v<CacheT, AnyFloat> && sizeof(CacheT) == 1;
-  constexpr bool kLong = kQuantizes && !kNorms;
   constexpr bool kWrites = !std::is_same_v<CacheT, NoCache>;
-  constexpr int kVec = kLong ? kElementsPer16Bytes<T> : 4, kHeads = kLong ? 2 : 4;
-  const bool few = p.rotary.num_tokens < kManyTokensPerSm * current_device_properties().num_sms;
-  launch_rope_of(few ? RopeKernel{rope_kernel<kNorms, CacheT, T, 4, 1, 48>, 4, 1, kWrites}
-                     : RopeKernel{rope_kernel<kNorms, CacheT, T, kVec, kHeads, 64>, kVec, kHeads, kWrites},
+  constexpr int kVec = kQuantizes ? kElementsPer16Bytes<T> : 4, kHeads = kQuantizes ? 2 : 4;
+  constexpr int kRegisters = kNorms && (kQuantizes || sizeof(T) == 4)                 ? 80
+                             : !kNorms && std::is_same_v<CacheT, T> && sizeof(T) == 2 ? 48
+                                                                                      : 64;
+  launch_rope_of(are_few(p) ? RopeKernel{rope_kernel<kNorms, CacheT, T, 4, 1, 48>, 4, 1, kWrites}
+                            : RopeKernel{rope_kernel<kNorms, CacheT, T, kVec, kHeads, kRegisters>, kVec, kHeads, kWrites},
                  p, name, stream);
 }
 
 }  // namespace
+
+bool rotate_few_tokens(const RotaryParams& params, Stream stream) {
+  RopeParams p;
+  p.rotary = params;
+  p.op = OpId::kRotaryEmbedding;
+  if (params.head_dim != params.rotary_dim || params.head_dim > 512 || !are_few(p)) return false;
+  p.kv.k = params.k;
+  p.kv.num_kv_heads = params.k == nullptr ? 0 : params.num_kv_heads;
+  p.kv.k_token_stride = params.k_token_stride;
+  p.kv.k_head_stride = params.k_head_stride;
+  dispatch_float(params.dtype, "rotary_embedding", [&](auto dtype) {
+    using T = Element<decltype(dtype)::value>;
+    launch_rope_of({rope_kernel<false, NoCache, T, 4, 1, 48>, 4, 1, false}, p, "rotary_embedding", stream);
+  });
+  return true;
+}
 
 void rope_vectors(const RopeParams& params, const char* name, Stream stream) {
   dispatch_float(params.rotary.dtype, name, [&](auto dtype) {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "core/dispatch.h"
-#include "cuda/launch.h"
 #include "cuda/quantization/w4a16_launch.h"
 
 namespace quire::cuda::w4a16 {
@@ -12,33 +11,15 @@ template <bool kBf16>
 void launch_few(const FewPlan& plan, const FewMaps& maps, int tokens, int num_ctas, int shared_bytes, Stream stream) {
   const auto launch = [&]<int kBits, bool kSmallGroups, int kTokens>() {
     const auto kernel = quantized_matmul_few_kernel<kBf16, kBits, kSmallGroups, kTokens>;
-    set_max_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(num_ctas));
-    config.blockDim = dim3(kFewThreads);
-    config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
-    config.stream = cuda_stream(stream);
-    cudaLaunchAttribute attributes[2] = {};
-    config.attrs = attributes;
-    if (plan.cluster_ctas > 1) {
-      cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
-      cluster.id = cudaLaunchAttributeClusterDimension;
-      cluster.val.clusterDim.x = static_cast<unsigned>(plan.cluster_ctas);
-      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    }
-    if (plan.waits) {
-      cudaLaunchAttribute& dependent = attributes[config.numAttrs++];
-      dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      dependent.val.programmaticStreamSerializationAllowed = 1;
-    }
-    QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, plan, maps));
-    QUIRE_CHECK_LAUNCH("quantized_matmul_few_kernel", stream);
+    launch_kernel("quantized_matmul_few_kernel", kernel, num_ctas, kFewThreads, shared_bytes, plan.cluster_ctas, plan.waits, stream, plan,
+                  maps);
   };
   dispatch_bool(plan.layout.bits == 4, [&](auto four) {
     dispatch_bool(plan.layout.group_size == 32 || plan.layout.group_size == 64, [&](auto small_groups) {
       constexpr int kBits = decltype(four)::value ? 4 : 8;
       constexpr bool kSmallGroups = decltype(small_groups)::value;
       switch (tokens) {
+        case 1: return launch.template operator()<kBits, kSmallGroups, 1>();
         case 8: return launch.template operator()<kBits, kSmallGroups, 8>();
         case 16: return launch.template operator()<kBits, kSmallGroups, 16>();
         case 32: return launch.template operator()<kBits, kSmallGroups, 32>();

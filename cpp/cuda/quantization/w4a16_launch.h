@@ -2,12 +2,37 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "cuda/launch.h"
 #include "cuda/quantization/w4a16_few.cuh"
 #include "cuda/quantization/w4a16_mma.cuh"
 #include "cuda/quantization/w4a16_wgmma.cuh"
 #include "quire/stream.h"
 
 namespace quire::cuda::w4a16 {
+
+/// At most so much of a workspace is for parts of sums, or for x in another order, where one slice of the tokens fits: more are worked on slice by slice.
+constexpr std::int64_t kMaxPartialBytes = std::int64_t{32} << 20, kMaxGatheredBytes = std::int64_t{64} << 20;
+/// Tokens that all SMs work on at a time: of their x and of the weight the L2 cache has a part that is read many times.
+constexpr int kBandTokens = 1024;
+
+inline std::int64_t round_up(std::int64_t value, std::int64_t unit) { return ceil_div(value, unit) * unit; }
+
+/// What tells this process's counts in a workspace from whatever else may be there; the lower 16 bits are for the count.
+std::uint64_t arrival_tag();
+
+/// x as a kernel reads it, and what is left of the workspace.
+struct Columns {
+  const void* x;
+  std::int64_t stride;
+  int alignment;  // of every row, in bytes
+  std::uint8_t* workspace;
+};
+
+inline std::int64_t gathered_bytes(std::int64_t num_tokens, const WeightFormat& format) {
+  return num_tokens * round_up(format.num_rows, 8) * 2;
+}
+/// Puts the columns of x in the order of the weight's, if that has one of its own.
+Columns order_columns(const QuantizedMatmulParams& params, Stream stream);
 
 /// How quantized_matmul_mma_kernel divides its work.
 struct MmaChoice {
@@ -38,11 +63,13 @@ struct WgmmaChoice {
 
 /// How quantized_matmul_few_kernel does.
 struct FewChoice {
-  int tokens = 8;  // of a tile: 8, 16, 32 or 64
+  int tokens = 8;  // of a tile: 1, 8, 16, 32 or 64
   int row_groups_log2 = 0;
   int num_tiles = 0, num_ctas = 0, cluster_ctas = 1;
   int chunk_steps = 0;
-  int num_stages = 0, stage_bytes = 0, sums_at = 0, shared_bytes = 0;
+  int num_helpers = 0, first_cut = 0, cut_step = 0;
+  std::int64_t partial_bytes = 0, arrival_bytes = 0;
+  int num_stages = 0, stage_bytes = 0, sums_at = 0, x_at = 0, source_at = 0, shared_bytes = 0;
   double cycles = 0.0;
 };
 
@@ -57,11 +84,42 @@ WgmmaChoice choose_wgmma(std::int64_t num_tokens, const Layout& layout, int num_
 void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, Stream stream);
 
 /// num_stages is 0 if shared memory has no room.
-FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int row_groups_log2, int cluster_ctas, int num_sms);
-FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int num_sms);
+/// cut_stages: how much of a tile is a helper's; 0: no tile is cut. source_columns: of x, if that is one token's and permuted.
+FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int source_columns, int row_groups_log2, int cluster_ctas,
+                          int cut_stages, int num_sms);
+FewChoice choose_few(std::int64_t num_tokens, const Layout& layout, int source_columns, int num_sms);
+/// The columns of x, if the kernel for few tokens puts them in order itself; else 0.
+int few_source_columns(std::int64_t num_tokens, const WeightFormat& format, bool has_permutation);
 /// Clusters of so many CTAs that the current device has room for at a time.
 int max_clusters(int cluster_ctas);
 void run_few(const QuantizedMatmulParams& params, const FewChoice& choice, Stream stream);
+
+/// Launches a kernel with so many CTAs to a cluster; one that `waits` for its predecessor may start before that has ended.
+template <typename Kernel, typename... Args>
+void launch_kernel(const char* name, Kernel kernel, std::int64_t num_ctas, int num_threads, int shared_bytes, int cluster_ctas, bool waits,
+                   Stream stream, const Args&... args) {
+  set_max_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(num_ctas));
+  config.blockDim = dim3(static_cast<unsigned>(num_threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+  config.stream = cuda_stream(stream);
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (cluster_ctas > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(cluster_ctas);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
+  if (waits) {
+    cudaLaunchAttribute& dependent = attributes[config.numAttrs++];
+    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    dependent.val.programmaticStreamSerializationAllowed = 1;
+  }
+  QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+  QUIRE_CHECK_LAUNCH(name, stream);
+}
 
 /// Launches the kernel for 8 * tiles tokens a CTA.
 template <bool kBf16>

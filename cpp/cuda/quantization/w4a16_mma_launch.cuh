@@ -2,7 +2,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "cuda/launch.h"
 #include "cuda/quantization/w4a16_launch.h"
 
 namespace quire::cuda::w4a16 {
@@ -15,20 +14,8 @@ void launch_mma(const MmaPlan& given, int tiles, Stream stream) {
     const auto kernel = quantized_matmul_mma_kernel<kBf16, kBits, kSmallGroups, kEntry, kTiles>;
     plan.stage_bytes = Shape::kCodeBytes + Shape::kUnits * 8 * plan.layout.entry_bytes * (kSmallGroups ? 2 : 1);
     const int shared_bytes = mma_shared_bytes<Shape>(plan);
-    set_max_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
-    const std::int64_t num_blocks = ceil_div(plan.num_tokens, Shape::kTokens);
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(num_blocks * plan.num_ctas));
-    config.blockDim = dim3(Shape::kThreads);
-    config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
-    config.stream = cuda_stream(stream);
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = plan.waits ? 1 : 0;
-    QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, plan));
-    QUIRE_CHECK_LAUNCH("quantized_matmul_mma_kernel", stream);
+    launch_kernel("quantized_matmul_mma_kernel", kernel, ceil_div(plan.num_tokens, Shape::kTokens) * plan.num_ctas, Shape::kThreads,
+                  shared_bytes, 1, plan.waits, stream, plan);
   };
   const auto with_tiles = [&]<int kBits, bool kSmallGroups>() {
     const auto with_entry = [&]<int kTiles>() {

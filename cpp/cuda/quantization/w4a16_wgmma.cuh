@@ -183,6 +183,7 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
     device::give_registers<Shape::kProducerRegisters>();
     if (thread != 0) return;
     const int bytes = Shape::kXBytes + kWarpgroups * (Shape::kCodeBytes + kGroups * entry_bytes);
+    const std::uint64_t policy = device::read_once_policy();
     if (plan.waits) device::wait_for_predecessor();
     while (work.next()) {
       const WgmmaPlan::Place place = plan.place_of(work.tile);
@@ -193,8 +194,14 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
                             ready = full + 8 * stage;
         device::barrier_wait(empty + 8 * stage, parity ^ 1);
         device::barrier_arrive_expect(ready, bytes);
-        device::copy_box(slot + Shape::kXBytes, &maps.codes, ready, 0, k * (Shape::kCodeBytes / kCodeRowBytes), block, 0);
-        device::copy_box(slot + Shape::kEntriesAt, &maps.entries, ready, 0, kSmallGroups ? 2 * k : k >> plan.group_shift, block, 0);
+        const int codes_row = k * (Shape::kCodeBytes / kCodeRowBytes), group = kSmallGroups ? 2 * k : k >> plan.group_shift;
+        if (plan.num_token_tiles == 1) {
+          device::copy_box_once(slot + Shape::kXBytes, &maps.codes, ready, 0, codes_row, block, 0, policy);
+          device::copy_box_once(slot + Shape::kEntriesAt, &maps.entries, ready, 0, group, block, 0, policy);
+        } else {
+          device::copy_box(slot + Shape::kXBytes, &maps.codes, ready, 0, codes_row, block, 0);
+          device::copy_box(slot + Shape::kEntriesAt, &maps.entries, ready, 0, group, block, 0);
+        }
         device::copy_box(slot, &maps.x, ready, k * device::kPanelRowBytes, token);
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
@@ -250,7 +257,7 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
       device::wgmma_fence();
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        WgmmaCodes<kTokens, kBf16>::product(acc, a[s], x + 2 * s, s == 0 ? accumulate : 1);
+        device::WgmmaRegistersRows<kTokens, kBf16>::product(acc, a[s], x + 2 * s, s == 0 ? accumulate : 1);
       }
       device::wgmma_commit();
       accumulate = 1;

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "core/dispatch.h"
-#include "cuda/launch.h"
 #include "cuda/quantization/w4a16_launch.h"
 
 namespace quire::cuda::w4a16 {
@@ -14,27 +13,8 @@ void launch_wgmma(const WgmmaPlan& plan, const WgmmaMaps& maps, int tokens, int 
     using Shape = WgmmaShape<kBits, kSmallGroups, kTokens>;
     static_assert(Shape::kSharedBytes <= 227 * 1024);
     const auto kernel = quantized_matmul_wgmma_kernel<kBf16, kBits, kSmallGroups, kTokens>;
-    set_max_shared_bytes(reinterpret_cast<const void*>(kernel), Shape::kSharedBytes);
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(num_ctas));
-    config.blockDim = dim3(Shape::kThreads);
-    config.dynamicSmemBytes = Shape::kSharedBytes;
-    config.stream = cuda_stream(stream);
-    cudaLaunchAttribute attributes[2] = {};
-    config.attrs = attributes;
-    if (plan.cluster_ctas > 1) {
-      cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
-      cluster.id = cudaLaunchAttributeClusterDimension;
-      cluster.val.clusterDim.x = static_cast<unsigned>(plan.cluster_ctas);
-      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    }
-    if (plan.waits) {
-      cudaLaunchAttribute& dependent = attributes[config.numAttrs++];
-      dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      dependent.val.programmaticStreamSerializationAllowed = 1;
-    }
-    QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, plan, maps));
-    QUIRE_CHECK_LAUNCH("quantized_matmul_wgmma_kernel", stream);
+    launch_kernel("quantized_matmul_wgmma_kernel", kernel, num_ctas, Shape::kThreads, Shape::kSharedBytes, plan.cluster_ctas, plan.waits,
+                  stream, plan, maps);
   };
   dispatch_bool(plan.layout.bits == 4, [&](auto four) {
     dispatch_bool(plan.layout.group_size == 32, [&](auto small_groups) {

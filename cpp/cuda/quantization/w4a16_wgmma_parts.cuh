@@ -1,4 +1,4 @@
-// What the kernels of quantized_matmul on wgmma share: products with A in registers, entries of any kind, how results are stored. sm_90a.
+// What the kernels of quantized_matmul on wgmma share: entries of any kind, how results are stored. sm_90a.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -15,41 +15,6 @@ namespace quire::cuda::w4a16 {
 constexpr int kStoreRowBytes = 48;  // 32 of a warp's 16 rows, and 16 that keep eight of them in different banks
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-/// d += a b^T: a [64, 16] in registers, b [N, 16] in shared memory.
-template <int kN, bool kBf16>
-struct WgmmaCodes;
-
-#define QUIRE_WGMMA_D_4 "%0, %1, %2, %3"
-#define QUIRE_WGMMA_D_8 QUIRE_WGMMA_D0
-#define QUIRE_WGMMA_D_16 QUIRE_WGMMA_D0 ", " QUIRE_WGMMA_D8
-#define QUIRE_WGMMA_O_4(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
-#define QUIRE_WGMMA_O_8(d) QUIRE_WGMMA_O8(d, 0)
-#define QUIRE_WGMMA_O_16(d) QUIRE_WGMMA_O8(d, 0), QUIRE_WGMMA_O8(d, 8)
-#define QUIRE_WGMMA_CODES(N, COUNT, BF16, TYPE, A0, A1, A2, A3, B, ACCUMULATE, HIGH)                                                  \
-  template <>                                                                                                                         \
-  struct WgmmaCodes<N, BF16> {                                                                                                        \
-    __device__ __forceinline__ static void product(float (&d)[COUNT], const std::uint32_t (&a)[4], std::uint32_t b, int accumulate) { \
-      asm volatile("{\n.reg .pred p;\n.reg .b64 db;\nsetp.ne.b32 p, " ACCUMULATE ", 0;\nmov.b64 db, {" B ", " HIGH                    \
-                   "};\n"                                                                                                             \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" QUIRE_WGMMA_D_##COUNT                         \
-                   "}, {" A0 ", " A1 ", " A2 ", " A3 "}, db, p, 1, 1, 0;\n}\n"                                                        \
-                   : QUIRE_WGMMA_O_##COUNT(d)                                                                                         \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(accumulate), "n"(device::kDescriptorHigh));              \
-    }                                                                                                                                 \
-  };
-QUIRE_WGMMA_CODES(8, 4, true, "bf16", "%4", "%5", "%6", "%7", "%8", "%9", "%10")
-QUIRE_WGMMA_CODES(8, 4, false, "f16", "%4", "%5", "%6", "%7", "%8", "%9", "%10")
-QUIRE_WGMMA_CODES(16, 8, true, "bf16", "%8", "%9", "%10", "%11", "%12", "%13", "%14")
-QUIRE_WGMMA_CODES(16, 8, false, "f16", "%8", "%9", "%10", "%11", "%12", "%13", "%14")
-QUIRE_WGMMA_CODES(32, 16, true, "bf16", "%16", "%17", "%18", "%19", "%20", "%21", "%22")
-QUIRE_WGMMA_CODES(32, 16, false, "f16", "%16", "%17", "%18", "%19", "%20", "%21", "%22")
-QUIRE_WGMMA_CODES(64, 32, true, "bf16", "%32", "%33", "%34", "%35", "%36", "%37", "%38")
-QUIRE_WGMMA_CODES(64, 32, false, "f16", "%32", "%33", "%34", "%35", "%36", "%37", "%38")
-QUIRE_WGMMA_CODES(128, 64, true, "bf16", "%64", "%65", "%66", "%67", "%68", "%69", "%70")
-QUIRE_WGMMA_CODES(128, 64, false, "f16", "%64", "%65", "%66", "%67", "%68", "%69", "%70")
-QUIRE_WGMMA_CODES(256, 128, true, "bf16", "%128", "%129", "%130", "%131", "%132", "%133", "%134")
-QUIRE_WGMMA_CODES(256, 128, false, "f16", "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 template <int kBits>
 __device__ __forceinline__ RowPair load_any_entry(const std::uint8_t* entry, const Layout& layout) {

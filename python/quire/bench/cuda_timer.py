@@ -15,6 +15,10 @@ from quire.bench.harness import Run, Timer
 
 __all__ = ["CudaTimer"]
 
+# The host's time for a call that writing the buffer once hides, and how often more it is written at most.
+_FILL_S = 30e-6
+_MAX_FILLS = 8
+
 
 class _Torch:
     """What the timer needs of torch."""
@@ -107,7 +111,7 @@ class _Cupy:
 
 
 class CudaTimer(Timer):
-    """Events around each run. Before it a buffer larger than L2 is written, which also hides the launch."""
+    """Events around each run. Before it a buffer larger than L2 is written, as often as it takes to hide the launch."""
 
     kind = "median"
 
@@ -121,21 +125,32 @@ class CudaTimer(Timer):
         """Waits for the device."""
         self.library.synchronize()
 
+    def check(self) -> None:
+        """A launch that failed leaves an error in the CUDA runtime, which the next library to ask takes for its own: we ask first."""
+        self.library.empty_kernel()()
+        self.settle()
+
     def times(self, runs: Mapping[str, Run], is_round: bool = False) -> tuple[dict[str, list[float]], int]:
         """Seconds of one run on the device, for at least 20 rounds (5 when quick)."""
         library = self.library
         times: dict[str, list[float]] = {name: [] for name in runs}
         start_time = time.perf_counter()
         num_rounds = 5 if self.quick else 20
-        for run in runs.values():
+        num_fills: dict[str, int] = {}
+        for name, run in runs.items():
             run()
+            self.settle()
+            begin = time.perf_counter()
+            run()
+            num_fills[name] = 1 + min(int((time.perf_counter() - begin) / _FILL_S), _MAX_FILLS)
         self.settle()
         while True:
             events = []
             for _ in range(num_rounds):
                 for name, run in runs.items():
                     start, end = library.event(), library.event()
-                    library.fill(self._flush)
+                    for _ in range(num_fills[name]):
+                        library.fill(self._flush)
                     start.record()
                     run()
                     end.record()

@@ -12,7 +12,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -178,6 +178,8 @@ class Context:
                 yield
         except Exception:
             self.wasted_s[peer] = self.wasted_s.get(peer, 0.0) + time.perf_counter() - start
+            with suppress(Exception):
+                self.timer.check()  # what it left behind is no matter of the next one
             raise
 
 
@@ -193,6 +195,9 @@ class Timer:
 
     def settle(self) -> None:
         """Waits until what was launched is done."""
+
+    def check(self) -> None:
+        """Raises what the calls so far have left behind as an error that nobody asked for."""
 
     def times(self, runs: Mapping[str, Run], is_round: bool = False) -> tuple[dict[str, list[float]], int]:
         """Seconds of one call, for each round and each run; and the calls of a round of the first."""
@@ -272,6 +277,7 @@ def measure(family: str, case: Case, context: Context, ceilings: Mapping[str, fl
                 with context.attempt(peer):
                     run()
                     context.timer.settle()
+                    context.timer.check()
                 runs[name] = run
             except GivenUp:
                 continue

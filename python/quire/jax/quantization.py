@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from quire import _core
 from quire._allocate import Array, dtype_name, shape_of
-from quire._packed_weight import BLOCK, Fields, PackedWeight, format_of
+from quire._packed_weight import BLOCK, TRACED_DEQUANTIZE, Fields, PackedWeight, format_of
 from quire._quantized import Granularity, check_given, scale_shape
 from quire.jax._batch import refuse_batched, rows
 from quire.jax._call import Attributes, Op, Result, Value, call
@@ -25,10 +25,10 @@ _FLOATS = ("float32", "float16", "bfloat16")
 jax.tree_util.register_pytree_node(PackedWeight, PackedWeight._flatten, PackedWeight._unflatten)
 
 
-def _float_name(op: str, dtype: object) -> str:
+def _float_name(op: str, dtype: object, arg: str = "out_dtype") -> str:
     name = dtype_name(dtype)
     if name not in _FLOATS:
-        raise TypeError(f"[{op}] out_dtype: expected float32, float16 or bfloat16, got {name}")
+        raise TypeError(f"[{op}] {arg}: expected float32, float16 or bfloat16, got {name}")
     return name
 
 
@@ -375,6 +375,21 @@ _QUANTIZED_MATMUL = Op(
     rows([0]),
     scratch_bytes=_packed_scratch,
 )
+
+
+def _dequantize_weight_rule(
+    op: Op, size: int, batched: list[bool], operands: list[Array], attributes: Attributes
+) -> list[Array]:
+    refuse_batched(op, batched, (0, 1))
+    return [_stack(size, False, call(op, operands, attributes)[0])]
+
+
+_DEQUANTIZE_WEIGHT = Op(
+    "dequantize_weight",
+    ("w", "permutation"),
+    lambda o, a: [((int(a["out_features"]), int(a["in_features"])), str(a["dtype"]))],
+    _dequantize_weight_rule,
+)
 _SCALED_MATMUL = Op(
     "scaled_matmul",
     ("a", "b", "scale_a", "scale_b", "zero_point", "column_sums", "bias"),
@@ -405,10 +420,31 @@ def quantized_matmul(
         raise TypeError(f"[quantized_matmul] w: expected a PackedWeight, got {type(w).__qualname__}")
     if w.weight is not None:
         return _quantize_and_multiply(x, w, bias, batch_invariant)
+    attributes = _packed_attributes(w) | {"batch_invariant": int(batch_invariant)}
+    return call(_QUANTIZED_MATMUL, [x, w._data, w._permutation, bias], attributes)[0]
+
+
+def _packed_attributes(w: PackedWeight) -> Attributes:
     assert w._fields is not None
     attributes: Attributes = dict(zip(_FIELDS, w._fields, strict=True))
-    attributes |= {"has_zeros": int(attributes["has_zeros"]), "batch_invariant": int(batch_invariant)}
-    return call(_QUANTIZED_MATMUL, [x, w._data, w._permutation, bias], attributes)[0]
+    return attributes | {"has_zeros": int(attributes["has_zeros"])}
+
+
+def _dequantize_traced(w: PackedWeight, dtype: object, out: Array | None, stream: object) -> Array:
+    """:meth:`PackedWeight.dequantize` of a weight whose tensors are traced."""
+    for arg, given in (("out", out), ("stream", stream)):
+        if given is not None:
+            raise ValueError(f"[dequantize] {arg}: expected none under a JAX transformation, got one")
+    name = _float_name("dequantize", dtype, "dtype")
+    if w.weight is not None:
+        scale = w.scale
+        assert scale is not None
+        of = "dequantize_fp8" if w.format == "fp8" else "dequantize_int8"
+        return _dequantize(of, w.weight, scale, None, w._granularity, 1, name)
+    return call(_DEQUANTIZE_WEIGHT, [w._data, w._permutation], {**_packed_attributes(w), "dtype": name})[0]
+
+
+TRACED_DEQUANTIZE.append((lambda x: isinstance(x, jax.core.Tracer), _dequantize_traced))
 
 
 def _quantize_and_multiply(x: Array, w: PackedWeight, bias: Array | None, batch_invariant: bool) -> Array:
