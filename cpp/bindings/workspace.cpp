@@ -22,8 +22,8 @@ struct Workspace {
   std::vector<std::shared_ptr<Buffer>> buffers;  // the last one is in use
 };
 
-// Leaked on purpose: the driver may be gone at exit. Device, stream, thread (per-thread default stream only), capture.
-using Key = std::tuple<int, void*, std::size_t, unsigned long long>;
+// Leaked on purpose: the driver may be gone at exit. Kind and index of the device, stream, thread (per-thread default stream only), capture.
+using Key = std::tuple<DeviceType, int, void*, std::size_t, unsigned long long>;
 
 Workspace& find(const Key& key) {
   static auto* const mutex = new std::mutex;
@@ -38,7 +38,7 @@ WorkspaceLease shared_workspace(std::int64_t num_bytes, Device device, Stream st
   constexpr std::int64_t kFirstBytes = std::int64_t{1} << 22;
   // What this thread used last needs no look; a workspace stays where it is.
   struct Recent {
-    int device = -1;
+    Device device;
     void* stream = nullptr;
     Workspace* workspace = nullptr;
   };
@@ -47,13 +47,13 @@ WorkspaceLease shared_workspace(std::int64_t num_bytes, Device device, Stream st
   if constexpr (kHasCuda) {
     if (capturing) capture = cuda::capture_id(stream);
   }
-  if (capture != 0 || recent.workspace == nullptr || recent.device != device.index || recent.stream != stream.handle()) {
+  if (capture != 0 || recent.workspace == nullptr || recent.device != device || recent.stream != stream.handle()) {
     const bool per_thread = stream.handle() == reinterpret_cast<void*>(std::uintptr_t{2});
     const std::size_t thread = per_thread ? std::hash<std::thread::id>{}(std::this_thread::get_id()) : 0;
-    recent = {device.index, stream.handle(), &find({device.index, stream.handle(), thread, capture})};
-    if (capture != 0) recent.device = -1;
+    recent = {device, stream.handle(), &find({device.type, device.index, stream.handle(), thread, capture})};
   }
   Workspace& workspace = *recent.workspace;
+  if (capture != 0) recent.workspace = nullptr;
   std::unique_lock lock(workspace.mutex);
   std::vector<std::shared_ptr<Buffer>>& buffers = workspace.buffers;
   if (buffers.empty() || buffers.back()->num_bytes() < num_bytes) {

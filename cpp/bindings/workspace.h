@@ -16,8 +16,9 @@ struct WorkspaceLease {
   std::unique_lock<std::mutex> lock;
 };
 
-/// A uint8 workspace of at least num_bytes > 0; `capturing`: whether `stream` is being captured. Call without the GIL, and keep the lease until the last launch is made.
-/// Each stream has its own, each thread where `stream` is the per-thread default stream, and each capture of a CUDA graph. Smaller ones are
+/// A uint8 workspace of at least num_bytes > 0; `capturing`: whether `stream` is being captured. Call without the GIL, and keep the lease
+/// until the last launch is made.
+/// Each stream of a device has its own, each thread where `stream` is the per-thread default stream, and each capture of a CUDA graph. Smaller ones are
 /// kept when it grows, because work in flight or a captured graph may still use them; sizes at least double, so all of them
 /// together take less than twice the newest.
 WorkspaceLease shared_workspace(std::int64_t num_bytes, Device device, Stream stream, bool capturing);

@@ -671,9 +671,17 @@ std::int64_t scaled_matmul_workspace_size(std::int64_t m, std::int64_t n, std::i
          (computes_sums ? n * std::int64_t{sizeof(std::int32_t)} : 0);
 }
 
-void scaled_matmul(const TensorView& out, const TensorView& a, const TensorView& b, const MatmulScales& scales, const TensorView* bias,
-                   const TensorView* workspace, const MatmulOptions& options, Stream stream) {
-  const Check check("scaled_matmul");
+namespace {
+
+struct ScaledMatmulCall {
+  ScaledMatmulParams params;
+  std::int32_t* sums_to_compute = nullptr;  // of b's rows, in the workspace
+};
+
+// All that may be refused, before anything is launched.
+ScaledMatmulCall check_scaled_matmul(const Check& check, const TensorView& out, const TensorView& a, const TensorView& b,
+                                     const MatmulScales& scales, const TensorView* bias, const TensorView* workspace,
+                                     const MatmulOptions& options) {
   check.dtype(a, "a", {DType::kFloat8E4M3FN, DType::kInt8});
   check.same_dtype(b, "b", a, "a");
   check.rank(a, "a", 1, kMaxRank);
@@ -683,7 +691,8 @@ void scaled_matmul(const TensorView& out, const TensorView& a, const TensorView&
     check.inner_contiguous(*t, arg);
     check.accessible(*t, arg);
   }
-  ScaledMatmulParams p;
+  ScaledMatmulCall call;
+  ScaledMatmulParams& p = call.params;
   p.dtype = a.dtype;
   p.n = b.size(0);
   p.k = a.size(-1);
@@ -723,7 +732,7 @@ void scaled_matmul(const TensorView& out, const TensorView& a, const TensorView&
   p.a = a.data;
   p.b = b.data;
   p.batch_invariant = options.batch_invariant;
-  if (p.m == 0 || p.n == 0) return;
+  if (p.m == 0 || p.n == 0) return call;
   const bool computes_sums = p.zero_point != nullptr && p.column_sums == nullptr;
   const std::int64_t own_bytes =
       scaled_workspace_size(check, p.m, p.n, p.k, p.dtype, p.granularity_b == ScaleGranularity::kGroup, options, a.device);
@@ -731,12 +740,26 @@ void scaled_matmul(const TensorView& out, const TensorView& a, const TensorView&
   p.workspace = check_workspace(check, workspace, num_bytes, inputs);
   if (num_bytes > 0) check.disjoint(*workspace, "workspace", out, "out", false);
   if (computes_sums) {
-    auto* const sums = reinterpret_cast<std::int32_t*>(static_cast<char*>(p.workspace) + own_bytes);
-    p.column_sums = sums;
-    if (explaining() == nullptr) run_column_sums(check, sums, b.as<const std::int8_t>(), p.n, p.k, p.b_stride, a.device, stream);
+    call.sums_to_compute = reinterpret_cast<std::int32_t*>(static_cast<char*>(p.workspace) + own_bytes);
+    p.column_sums = call.sums_to_compute;
   }
-  dispatch_device(
-      check.op(), a.device, stream, [&] { cpu::scaled_matmul(p); }, [&](auto s) { cuda::scaled_matmul(p, s); }, Explains::kBoth);
+  return call;
+}
+
+void run_scaled_matmul(const Check& check, const ScaledMatmulCall& call, Device device, Stream stream) {
+  const ScaledMatmulParams& p = call.params;
+  if (p.m == 0 || p.n == 0) return;
+  if (call.sums_to_compute != nullptr && explaining() == nullptr)
+    run_column_sums(check, call.sums_to_compute, static_cast<const std::int8_t*>(p.b), p.n, p.k, p.b_stride, device, stream);
+  dispatch_device(check.op(), device, stream, [&] { cpu::scaled_matmul(p); }, [&](auto s) { cuda::scaled_matmul(p, s); }, Explains::kBoth);
+}
+
+}  // namespace
+
+void scaled_matmul(const TensorView& out, const TensorView& a, const TensorView& b, const MatmulScales& scales, const TensorView* bias,
+                   const TensorView* workspace, const MatmulOptions& options, Stream stream) {
+  const Check check("scaled_matmul");
+  run_scaled_matmul(check, check_scaled_matmul(check, out, a, b, scales, bias, workspace, options), a.device, stream);
 }
 
 namespace {
@@ -820,8 +843,10 @@ void quantize_and_multiply(const TensorView& out, const TensorView& x, const Ten
     scale = *product.x_scale;
   }
   const TensorView space(memory, DType::kUInt8, {parts.product_bytes}, x.device);
+  const ScaledMatmulCall call =
+      check_scaled_matmul(check, out, a, w, {scale, product.w_scale, product.zero_point, product.column_sums}, bias, &space, options);
   quantize(a, scale, product.zero_point, x, product.granularity, kScaleBlock, computes, std::numeric_limits<double>::infinity(), stream);
-  scaled_matmul(out, a, w, {scale, product.w_scale, product.zero_point, product.column_sums}, bias, &space, options, stream);
+  run_scaled_matmul(check, call, x.device, stream);
 }
 
 void column_sums(const TensorView& sums, const TensorView& b, Stream stream) {

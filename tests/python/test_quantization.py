@@ -474,6 +474,28 @@ def test_product_of_quantized_activations(backend, rng, kind, shape):
             quire.quantized_matmul(x, weight, workspace=workspace[: num_bytes - 1])
 
 
+def test_products_on_two_devices_in_turn(backend, rng):
+    """Each device has a shared workspace of its own, also where both calls name the default stream."""
+    if not backend.device.startswith("cuda"):
+        pytest.skip("one device alone")
+    arrays = draw(rng, (136, 256)), draw(rng, (3, 256), "bfloat16")
+    sides = [[make(a) for a in arrays] for make in (np.asarray, backend.array)]
+    weights = [PackedWeight.quantize(weight, "w8a8") for weight, _ in sides]
+    for _ in range(2):
+        on_cpu, on_cuda = (quire.quantized_matmul(x, w) for (_, x), w in zip(sides, weights))
+        error = np.abs(as_float64(backend.numpy(on_cuda)) - as_float64(np.asarray(on_cpu)))
+        assert error.max() <= 2**-7 * np.abs(as_float64(np.asarray(on_cpu))).max()
+
+
+def test_product_of_quantized_activations_refuses_before_it_launches(rng):
+    """The workspace is as it was after a call that is refused for what only the product looks at."""
+    weight = PackedWeight.quantize(draw(rng, (16, 64)), "fp8")
+    workspace = np.full(quire.quantized_matmul_workspace_size(2, weight), 77, np.uint8)
+    with pytest.raises(ValueError, match=r"^\[quantized_matmul\] bias: expected "):
+        quire.quantized_matmul(draw(rng, (2, 64)), weight, bias=np.zeros(15, np.float32), workspace=workspace)
+    assert (workspace == 77).all()
+
+
 def test_product_of_quantized_activations_refuses(rng):
     weight = PackedWeight.quantize(draw(rng, (16, 64)), "fp8")
     x, out = draw(rng, (2, 64)), np.zeros((2, 16), np.float32)
