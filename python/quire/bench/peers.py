@@ -1,5 +1,7 @@
 """Other libraries, timed beside ours: torch, FlashInfer, vLLM, FlashAttention-3, and those of a user's file.
 
+SPDX-License-Identifier: Apache-2.0
+
 A peer is a factory for an op. It takes the op's tensors as torch tensors by keyword, and returns a callable
 without arguments. Where it cannot (library absent, dtype or shape not supported) it raises anything, and is
 left out with that reason.
@@ -28,8 +30,6 @@ Ops and their keywords (shapes as in quire's functions of the same name):
 - quantize_fp8_tensor, _token, _group and quantize_int8_...: out, scale, x (scales are computed; groups of 128)
 - attention_prefill: out, q, k, v ``[batch * length, heads, head_dim]``, query_start_loc, batch, length,
   causal
-
-SPDX-License-Identifier: Apache-2.0
 """
 
 from __future__ import annotations
