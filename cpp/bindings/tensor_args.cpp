@@ -434,7 +434,8 @@ class Importer {
 
   // Not under no_grad and inference_mode, where no tensor need be asked whether it requires gradients. The mode is a call's.
   bool records_gradients(const AutogradFlags& flags) {
-    if (flags.requires_grad == nullptr) return true;  // no type of PyTorch's: its tensors are asked
+    // A type with an attribute of its own is asked without PyTorch, and with it only where that records.
+    if (flags.requires_grad == nullptr && !nb::steal(PyImport_GetModule(nb::str("torch").ptr())).is_valid()) return true;
     if (!records_gradients_) {
       static const GradMode* const mode = new GradMode;
       nb::object answer = nb::bool_(true);
@@ -505,6 +506,7 @@ class Importer {
       view.dtype = known->dtype;
       view.device = Device{DeviceType::kCUDA, static_cast<int>(device)};
       view.ndim = static_cast<int>(ndim);
+      tame_strides(view, numel > 0);
       return true;
     }();
     if (!done) {

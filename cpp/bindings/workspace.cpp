@@ -22,8 +22,8 @@ struct Workspace {
   std::vector<std::shared_ptr<Buffer>> buffers;  // the last one is in use
 };
 
-// Leaked on purpose: the driver may be gone at exit. Kind and index of the device, stream, thread (per-thread default stream only), capture.
-using Key = std::tuple<DeviceType, int, void*, std::size_t, unsigned long long>;
+// Leaked on purpose: the driver may be gone at exit. CUDA device, stream, thread (per-thread default stream only), capture.
+using Key = std::tuple<int, void*, std::size_t, unsigned long long>;
 
 Workspace& find(const Key& key) {
   static auto* const mutex = new std::mutex;
@@ -35,10 +35,15 @@ Workspace& find(const Key& key) {
 }  // namespace
 
 WorkspaceLease shared_workspace(std::int64_t num_bytes, Device device, Stream stream, bool capturing) {
+  if (device.type == DeviceType::kCPU) {
+    std::shared_ptr<Buffer> buffer = Buffer::allocate(num_bytes, device);
+    const TensorView view(buffer->data(), DType::kUInt8, {num_bytes}, device);
+    return {view, std::unique_lock<std::mutex>(), std::move(buffer)};
+  }
   constexpr std::int64_t kFirstBytes = std::int64_t{1} << 22;
   // What this thread used last needs no look; a workspace stays where it is.
   struct Recent {
-    Device device;
+    int device = -1;
     void* stream = nullptr;
     Workspace* workspace = nullptr;
   };
@@ -47,10 +52,10 @@ WorkspaceLease shared_workspace(std::int64_t num_bytes, Device device, Stream st
   if constexpr (kHasCuda) {
     if (capturing) capture = cuda::capture_id(stream);
   }
-  if (capture != 0 || recent.workspace == nullptr || recent.device != device || recent.stream != stream.handle()) {
+  if (capture != 0 || recent.workspace == nullptr || recent.device != device.index || recent.stream != stream.handle()) {
     const bool per_thread = stream.handle() == reinterpret_cast<void*>(std::uintptr_t{2});
     const std::size_t thread = per_thread ? std::hash<std::thread::id>{}(std::this_thread::get_id()) : 0;
-    recent = {device, stream.handle(), &find({device.type, device.index, stream.handle(), thread, capture})};
+    recent = {device.index, stream.handle(), &find({device.index, stream.handle(), thread, capture})};
   }
   Workspace& workspace = *recent.workspace;
   if (capture != 0) recent.workspace = nullptr;
@@ -60,7 +65,7 @@ WorkspaceLease shared_workspace(std::int64_t num_bytes, Device device, Stream st
     const std::int64_t grown = !buffers.empty() ? 2 * buffers.back()->num_bytes() : capture == 0 ? kFirstBytes : 0;
     buffers.push_back(Buffer::allocate(std::max(num_bytes, grown), device));
   }
-  return {TensorView(buffers.back()->data(), DType::kUInt8, {buffers.back()->num_bytes()}, device), std::move(lock)};
+  return {TensorView(buffers.back()->data(), DType::kUInt8, {buffers.back()->num_bytes()}, device), std::move(lock), nullptr};
 }
 
 }  // namespace quire::bindings

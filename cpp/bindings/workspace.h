@@ -1,10 +1,12 @@
-// The workspace that ops get when the caller passes none: grow-only, one for each device and stream.
+// The workspace that ops get when the caller passes none: on CUDA grow-only, one for each device and stream.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
 
+#include "quire/runtime.h"
 #include "quire/stream.h"
 #include "quire/tensor.h"
 
@@ -14,13 +16,14 @@ namespace quire::bindings {
 struct WorkspaceLease {
   TensorView view;
   std::unique_lock<std::mutex> lock;
+  std::shared_ptr<Buffer> buffer;  // the call's own, on the CPU
 };
 
 /// A uint8 workspace of at least num_bytes > 0; `capturing`: whether `stream` is being captured. Call without the GIL, and keep the lease
-/// until the last launch is made.
-/// Each stream of a device has its own, each thread where `stream` is the per-thread default stream, and each capture of a CUDA graph. Smaller ones are
-/// kept when it grows, because work in flight or a captured graph may still use them; sizes at least double, so all of them
-/// together take less than twice the newest.
+/// until the last launch is made, on the CPU until the op returns.
+/// On the CPU each call has its own. On CUDA each stream of a device has one, each thread where `stream` is the per-thread default stream, and
+/// each capture of a CUDA graph. Smaller ones are kept when it grows, because work in flight or a captured graph may still use them; sizes at
+/// least double, so all of them together take less than twice the newest.
 WorkspaceLease shared_workspace(std::int64_t num_bytes, Device device, Stream stream, bool capturing);
 
 }  // namespace quire::bindings

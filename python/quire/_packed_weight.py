@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -63,17 +63,26 @@ def restore(static: Static, tensors: Sequence[Array | None]) -> PackedWeight:
     return PackedWeight._unflatten(static, tensors)
 
 
+#: What a call is refused with.
+REFUSALS = (TypeError, ValueError, IndexError, _core.UnsupportedError)
+
+
+def renamed(error: Exception, op: str, names: Mapping[str, str]) -> Exception:
+    """The error as one of ``op``, with its argument's name in ``names``, where it has the library's form."""
+    found = re.match(r"\[\w+\] (\w+)(.*)", str(error), re.DOTALL)
+    if found is None:
+        return error
+    arg, rest = found.groups()
+    return type(error)(f"[{op}] {names.get(arg, arg)}{rest}")
+
+
 @contextlib.contextmanager
 def _called_as(op: str, **names: str) -> Iterator[None]:
     """Errors of the core's functions name what the caller called, and its arguments: ``names`` has the caller's."""
     try:
         yield
-    except (TypeError, ValueError, IndexError, _core.UnsupportedError) as error:
-        found = re.match(r"\[\w+\] (\w+)(.*)", str(error), re.DOTALL)
-        if found is None:
-            raise
-        arg, rest = found.groups()
-        raise type(error)(f"[{op}] {names.get(arg, arg)}{rest}") from None
+    except REFUSALS as error:
+        raise renamed(error, op, names) from None
 
 
 def _nbytes(t: Array) -> int:

@@ -11,7 +11,7 @@ from typing import Literal, overload
 from quire import _core
 from quire._allocate import Array, dtype_name, empty, finish, shape_of
 from quire._packed_weight import BLOCK as BLOCK
-from quire._packed_weight import PackedWeight, device_of
+from quire._packed_weight import REFUSALS, PackedWeight, device_of, renamed
 from quire._quantized import Granularity, quantize
 from quire._weight_source import check_dtype, unexpected
 
@@ -26,6 +26,18 @@ __all__ = [
     "scaled_matmul",
     "scaled_matmul_workspace_size",
 ]
+
+#: What quantized_matmul's caller knows the arguments of quantize_* and scaled_matmul as.
+_ACTIVATION_NAMES = {
+    "a": "x",
+    "num_tokens": "x",
+    "b": "weight",
+    "scale_a": "input_scale",
+    "scales": "input_scale",
+    "scale_b": "scale",
+    "zero_point": "input_zero_point",
+    "zero_points": "input_zero_point",
+}
 
 # ---- Products ------------------------------------------------------------------------------------------------------------
 
@@ -83,10 +95,13 @@ def quantized_matmul(
             result, x, w._data, w._format, w._permutation, bias, workspace, batch_invariant, stream
         )
     else:
-        _core.quantize_and_multiply(
-            result, x, w.weight, w.scale, w._activation_granularity, w.input_scale, w.input_zero_point, w._column_sums, bias,
-            workspace, batch_invariant, stream,
-        )  # fmt: skip
+        try:
+            _core.quantize_and_multiply(
+                result, x, w.weight, w.scale, w._activation_granularity, w.input_scale, w.input_zero_point, w._column_sums, bias,
+                workspace, batch_invariant, stream,
+            )  # fmt: skip
+        except REFUSALS as error:
+            raise renamed(error, "quantized_matmul", _ACTIVATION_NAMES) from None
     return finish(result, x) if out is None else out
 
 

@@ -656,7 +656,7 @@ def _dequantize_traced(w: PackedWeight, dtype: object, out: Tensor | None, strea
     return result
 
 
-TRACED_DEQUANTIZE.append((_is_traced, _dequantize_traced))
+TRACED_DEQUANTIZE.append((lambda x: isinstance(x, torch.Tensor) and _is_traced(x), _dequantize_traced))
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------------

@@ -102,11 +102,14 @@ class _LastMask:
         None
     )
 
-    def get(self, mask: torch.Tensor, kv_length: int, stream: object) -> tuple[torch.Tensor, torch.Tensor]:
-        if mask.is_inference():  # which has no version to see a change by
+    def get(
+        self, mask: torch.Tensor, kv_length: int, stream: object, *, fresh: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``fresh``: a step begins. Not all that writes to a mask, such as a graph's replay, changes its version."""
+        if mask.is_inference():  # which has no version at all
             return _make_mask(mask, kv_length, stream)
         key, last = (mask._version, kv_length, stream), self._last
-        if last is not None and last[0]() is mask and last[1] == key:
+        if not fresh and last is not None and last[0]() is mask and last[1] == key:
             return last[2]
         bits = _make_mask(mask, kv_length, stream)
         self._last = weakref.ref(mask), key, bits
@@ -194,7 +197,9 @@ def attention_forward(
     mask = mask_start = None
     shared, stream = _sharing(query)
     if attention_mask is not None:
-        make_mask = _last_mask.get if shared else _make_mask
+        # A module that is in no stack of layers shares nothing.
+        fresh = getattr(module, "layer_idx", None) in (0, None)
+        make_mask = functools.partial(_last_mask.get, fresh=fresh) if shared else _make_mask
         mask, mask_start = make_mask(attention_mask, kv_length, stream)
         causal, window = False, None
     make_indices = _known_indices if shared else _make_indices

@@ -222,6 +222,7 @@ def test_layers_share_the_bits_of_their_mask(device, monkeypatch):
     pack = quire.transformers._pack
     monkeypatch.setattr(quire.transformers, "_pack", lambda mask: packed.append(1) or pack(mask))
     module = torch.nn.Identity()
+    module.layer_idx = 1
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 3, 16, device=device) for heads in (4, 2, 2))
 
@@ -241,3 +242,7 @@ def test_layers_share_the_bits_of_their_mask(device, monkeypatch):
     check(mask.clone(), 1)
     with torch.inference_mode():
         check(mask.clone(), 2)
+    check(mask, 1)
+    mask.data.copy_(~mask | torch.eye(3, dtype=torch.bool, device=device))  # which no version tells
+    module.layer_idx = 0  # but a step begins
+    check(mask, 2)

@@ -431,6 +431,7 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim, k
     selecting = true;
     for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kNoteWords<kHeadDim>; i += kThreads) notes[i] = 0;
     steps.look_up(first_key);
+    device::copy_async_wait<0>();  // for the zeros of steps beyond the last, which go to the same slots
     start_first();
   }
 

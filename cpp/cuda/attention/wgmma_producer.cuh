@@ -38,6 +38,7 @@ __device__ __forceinline__ void copy_boxes(const CUtensorMap& map, int keys_per_
     return;
   }
   // One lane starts them all: the compiler makes of copies by lanes a loop over lanes, one for each panel.
+  __syncwarp();  // what lane 0 wrote comes before that lane's arrival
   const bool elected = device::elect_lane();
   if (elected) device::barrier_arrive_expect(full, kPanels * Shape::kKeyPanelBytes);
   constexpr int kAtOnce = 2;

@@ -386,6 +386,8 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
           __stcg(partials + (j << plan.row_groups_log2 | row_group) * 128,
                  make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
         }
+        // Warps are counted, not which tile they are done with: none may be a tile ahead of another.
+        device::named_barrier_sync(1, 128 * kFewWarpgroups);
         hand_over();
         continue;
       }
