@@ -110,6 +110,8 @@ def quantized_matmul_workspace_size(
 ) -> int:
     """Bytes of workspace for ``num_tokens`` rows of x of this dtype on w's device.
 
+    For "fp8" and "w8a8" weights it holds the quantized activations, on the CPU too, and ``dtype`` does not matter.
+
     Raises:
         ValueError: A negative number of tokens.
         TypeError: A dtype that x may not have there.
