@@ -846,7 +846,7 @@ void quantize_and_multiply(const TensorView& out, const TensorView& x, const Ten
   const ScaledMatmulCall call =
       check_scaled_matmul(check, out, a, w, {scale, product.w_scale, product.zero_point, product.column_sums}, bias, &space, options);
   quantize(a, scale, product.zero_point, x, product.granularity, kScaleBlock, computes, std::numeric_limits<double>::infinity(), stream);
-  run_scaled_matmul(check, call, x.device, stream);
+  run_scaled_matmul(Check("scaled_matmul"), call, x.device, stream);  // what is explained
 }
 
 void column_sums(const TensorView& sums, const TensorView& b, Stream stream) {
