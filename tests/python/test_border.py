@@ -158,6 +158,19 @@ def test_torch_inference_mode_and_parameters(torch):
     assert quire.rms_norm(torch.randn(2, 8), parameter).shape == (2, 8)
 
 
+def test_torch_subclass_with_a_requires_grad_of_its_own(torch):
+    class Own(torch.Tensor):
+        @property
+        def requires_grad(self):
+            return True
+
+    x = torch.randn(2, 8).as_subclass(Own)
+    with torch.no_grad():
+        assert quire.rms_norm(x, torch.ones(8), out=torch.empty(2, 8)).shape == (2, 8)
+    with torch.enable_grad(), pytest.raises(ValueError, match="got one with requires_grad"):
+        quire.rms_norm(x, torch.ones(8), out=torch.empty(2, 8))
+
+
 def test_cupy_arrays_by_their_attributes():
     """A dtype's first array comes through DLPack, later ones by their attributes; nothing may tell the two apart."""
     framework = frameworks.make("cupy", "cuda:0")
