@@ -1345,6 +1345,24 @@ def test_quantized_matmul_in_a_graph(work, kind, count):
     assert_same(work, {"out": tensors["out"]}, want)
 
 
+@pytest.mark.parametrize("rows", [2048, 16384])
+def test_scale_of_a_large_tensor_in_a_graph(torch_work, rows):
+    """One launch whose CTAs wait for each other, or where x is too large for that, several."""
+    torch, work = torch_work.torch, torch_work
+    x, new = (torch.randn(rows, 8192, device="cuda").bfloat16() * scale for scale in (1, 3))
+    got = {
+        "q": torch.zeros(rows, 8192, dtype=torch.int8, device="cuda"),
+        "scale": torch.zeros(1, device="cuda"),
+    }
+    replay = work.capture(lambda: quire.quantize_int8(x, out=(got["q"], got["scale"])))
+    want = dict(zip(got, quire.quantize_int8(new)))
+    for _ in range(3):
+        x.copy_(new)
+        replay()
+        assert_same(work, got, want)
+        got["q"].zero_()
+
+
 # ---- JAX ---------------------------------------------------------------------------------------------------------------
 
 
