@@ -52,14 +52,6 @@ AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle caus
   return options;
 }
 
-// The caller's workspace, or a lease of the shared one in `lease`.
-const TensorView* choose_workspace(const Args& args, const TensorView* given, std::int64_t num_bytes, const TensorView& q, Stream stream,
-                                   WorkspaceLease& lease) {
-  if (given != nullptr || num_bytes == 0) return given;
-  lease = shared_workspace(num_bytes, q.device, stream, args.capturing());
-  return &lease.view;
-}
-
 // Bytes for this call; 0 for shapes that the op itself will refuse.
 template <typename Size>
 std::int64_t workspace_bytes(Size size, const TensorView& q, std::int64_t num_seqs) {
@@ -111,7 +103,7 @@ void bind_attention(nb::module_& m) {
         const std::int64_t num_bytes = workspace_bytes(&paged_attention_workspace_size, args[2], length(args[6]));
         args.run([&](Stream s) {
           WorkspaceLease lease;
-          const TensorView* const space = choose_workspace(args, args.optional(8), num_bytes, args[2], s, lease);
+          const TensorView* const space = choose_workspace(args, args.optional(8), num_bytes, args[2].device, s, lease);
           paged_attention(args[0], args.optional(1), args[2], args[3], args[4], args[5], args[6], args.optional(7), space, options, s);
         });
       },
@@ -158,7 +150,7 @@ void bind_attention(nb::module_& m) {
         const std::int64_t num_bytes = workspace_bytes(&shared_prefix_attention_workspace_size, args[2], length(args[7]));
         args.run([&](Stream s) {
           WorkspaceLease lease;
-          const TensorView* const space = choose_workspace(args, args.optional(9), num_bytes, args[2], s, lease);
+          const TensorView* const space = choose_workspace(args, args.optional(9), num_bytes, args[2].device, s, lease);
           shared_prefix_attention(args[0], args.optional(1), args[2], args[3], args[4], args[5], args[6], args[7], args.optional(8), space,
                                   options, s);
         });
@@ -204,7 +196,7 @@ void bind_attention(nb::module_& m) {
         const std::int64_t num_bytes = workspace_bytes(&attention_workspace_size, args[2], loc == nullptr ? 1 : length(*loc) - 1);
         args.run([&](Stream s) {
           WorkspaceLease lease;
-          const TensorView* const space = choose_workspace(args, args.optional(7), num_bytes, args[2], s, lease);
+          const TensorView* const space = choose_workspace(args, args.optional(7), num_bytes, args[2].device, s, lease);
           attention(args[0], args.optional(1), args[2], args[3], args[4], args.optional(5), args.optional(6), space, options, s);
         });
       },

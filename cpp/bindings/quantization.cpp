@@ -55,14 +55,6 @@ void check_layout(const char* op, const Format& format, const TensorView& data) 
                               (is_cuda ? "cpu" : "cuda"));
 }
 
-// The caller's workspace, or a lease of the shared one in `lease`.
-const TensorView* choose_workspace(const Args& args, const TensorView* given, std::int64_t num_bytes, Device device, Stream stream,
-                                   WorkspaceLease& lease) {
-  if (given != nullptr || num_bytes == 0) return given;
-  lease = shared_workspace(num_bytes, device, stream, args.capturing());
-  return &lease.view;
-}
-
 // The number of rows of [..., width]; 0 for shapes that the op itself refuses.
 std::int64_t rows_of(const TensorView& t) {
   if (t.ndim < 1 || t.size(-1) < 1) return 0;

@@ -32,9 +32,8 @@ Workspace& find(const Key& key) {
   return (*all)[key];
 }
 
-}  // namespace
-
-WorkspaceLease shared_workspace(std::int64_t num_bytes, Device device, Stream stream, bool capturing) {
+// `capturing`: whether the stream is being captured.
+WorkspaceLease lease_workspace(std::int64_t num_bytes, Device device, Stream stream, bool capturing) {
   if (device.type == DeviceType::kCPU) {
     std::shared_ptr<Buffer> buffer = Buffer::allocate(num_bytes, device);
     const TensorView view(buffer->data(), DType::kUInt8, {num_bytes}, device);
@@ -66,6 +65,15 @@ WorkspaceLease shared_workspace(std::int64_t num_bytes, Device device, Stream st
     buffers.push_back(Buffer::allocate(std::max(num_bytes, grown), device));
   }
   return {TensorView(buffers.back()->data(), DType::kUInt8, {buffers.back()->num_bytes()}, device), std::move(lock), nullptr};
+}
+
+}  // namespace
+
+const TensorView* choose_workspace(const Args& args, const TensorView* given, std::int64_t num_bytes, Device device, Stream stream,
+                                   WorkspaceLease& lease) {
+  if (given != nullptr || num_bytes == 0) return given;
+  lease = lease_workspace(num_bytes, device, stream, args.capturing());
+  return &lease.view;
 }
 
 }  // namespace quire::bindings

@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 
+#include "bindings/tensor_args.h"
 #include "quire/runtime.h"
 #include "quire/stream.h"
 #include "quire/tensor.h"
@@ -19,11 +20,12 @@ struct WorkspaceLease {
   std::shared_ptr<Buffer> buffer;  // the call's own, on the CPU
 };
 
-/// A uint8 workspace of at least num_bytes > 0; `capturing`: whether `stream` is being captured. Call without the GIL, and keep the lease
-/// until the last launch is made, on the CPU until the op returns.
+/// The caller's workspace, or else a uint8 one of at least num_bytes in `lease`; null if num_bytes is 0. Call without the GIL, and keep the
+/// lease until the last launch is made, on the CPU until the op returns.
 /// On the CPU each call has its own. On CUDA each stream of a device has one, each thread where `stream` is the per-thread default stream, and
 /// each capture of a CUDA graph. Smaller ones are kept when it grows, because work in flight or a captured graph may still use them; sizes at
 /// least double, so all of them together take less than twice the newest.
-WorkspaceLease shared_workspace(std::int64_t num_bytes, Device device, Stream stream, bool capturing);
+const TensorView* choose_workspace(const Args& args, const TensorView* given, std::int64_t num_bytes, Device device, Stream stream,
+                                   WorkspaceLease& lease);
 
 }  // namespace quire::bindings

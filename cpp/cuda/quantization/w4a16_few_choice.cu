@@ -152,13 +152,7 @@ void run_few(const QuantizedMatmulParams& params, const FewChoice& choice, Strea
   plan.num_source_columns = static_cast<int>(format.in_features);
   plan.x_at = choice.x_at;
   plan.source_at = choice.source_at;
-  plan.layout = Layout(params.weight.data, format);
-  plan.out = params.out;
-  plan.bias = params.bias;
-  plan.bias_dtype = params.bias_dtype;
-  plan.out_stride = params.out_stride;
-  plan.num_rows = format.out_features;
-  plan.num_tokens = static_cast<int>(params.num_tokens);
+  set_operands(plan, params, columns, choice);
   plan.row_groups_log2 = choice.row_groups_log2;
   plan.num_tiles = choice.num_tiles;
   plan.cluster_ctas = choice.cluster_ctas;
@@ -166,9 +160,6 @@ void run_few(const QuantizedMatmulParams& params, const FewChoice& choice, Strea
   plan.num_helpers = choice.num_helpers;
   plan.first_cut = choice.first_cut;
   plan.cut_step = choice.cut_step;
-  plan.partials = reinterpret_cast<float4*>(columns.workspace);
-  plan.arrivals = reinterpret_cast<std::uint64_t*>(columns.workspace + choice.partial_bytes);
-  plan.tag = arrival_tag();
   plan.num_stages = choice.num_stages;
   plan.stage_bytes = choice.stage_bytes;
   const int token_rows = static_cast<int>(round_up(params.num_tokens, 8));

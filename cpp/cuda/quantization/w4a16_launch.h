@@ -94,6 +94,21 @@ int few_source_columns(std::int64_t num_tokens, const WeightFormat& format, bool
 int max_clusters(int cluster_ctas);
 void run_few(const QuantizedMatmulParams& params, const FewChoice& choice, Stream stream);
 
+/// What the plans of all kernels have in common: the operands, and where CTAs leave parts of sums for each other.
+template <typename Plan, typename Choice>
+void set_operands(Plan& plan, const QuantizedMatmulParams& params, const Columns& columns, const Choice& choice) {
+  plan.layout = Layout(params.weight.data, params.weight.format);
+  plan.out = params.out;
+  plan.bias = params.bias;
+  plan.bias_dtype = params.bias_dtype;
+  plan.out_stride = params.out_stride;
+  plan.num_tokens = static_cast<decltype(plan.num_tokens)>(params.num_tokens);
+  plan.num_rows = static_cast<decltype(plan.num_rows)>(params.weight.format.out_features);
+  plan.partials = reinterpret_cast<decltype(plan.partials)>(columns.workspace);
+  plan.arrivals = reinterpret_cast<std::uint64_t*>(columns.workspace + choice.partial_bytes);
+  plan.tag = arrival_tag();
+}
+
 /// Launches a kernel with so many CTAs to a cluster; one that `waits` for its predecessor may start before that has ended.
 template <typename Kernel, typename... Args>
 void launch_kernel(const char* name, Kernel kernel, std::int64_t num_ctas, int num_threads, int shared_bytes, int cluster_ctas, bool waits,

@@ -122,16 +122,9 @@ void run_mma(const QuantizedMatmulParams& params, const MmaChoice& choice, Strea
   const WeightFormat& format = params.weight.format;
   const Columns columns = order_columns(params, stream);
   MmaPlan plan;
-  plan.layout = Layout(params.weight.data, format);
-  plan.bias = params.bias;
-  plan.bias_dtype = params.bias_dtype;
-  plan.partials = reinterpret_cast<float*>(columns.workspace);
-  plan.arrivals = reinterpret_cast<std::uint64_t*>(columns.workspace + choice.partial_bytes);
-  plan.tag = arrival_tag();
+  set_operands(plan, params, columns, choice);  // out and num_tokens become those of a slice below
   plan.x_stride = columns.stride;
   plan.x_alignment = columns.alignment;
-  plan.out_stride = params.out_stride;
-  plan.num_rows = static_cast<int>(format.out_features);
   plan.num_columns = static_cast<int>(format.num_rows);
   plan.num_tasks = choice.num_strips * choice.num_chunks;
   plan.num_ctas = choice.num_ctas;

@@ -91,16 +91,7 @@ void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, S
   const WeightFormat& format = params.weight.format;
   const Columns columns = order_columns(params, stream);
   WgmmaPlan plan;
-  plan.layout = Layout(params.weight.data, format);
-  plan.out = params.out;
-  plan.bias = params.bias;
-  plan.bias_dtype = params.bias_dtype;
-  plan.partials = reinterpret_cast<float*>(columns.workspace);
-  plan.arrivals = reinterpret_cast<std::uint64_t*>(columns.workspace + choice.partial_bytes);
-  plan.tag = arrival_tag();
-  plan.out_stride = params.out_stride;
-  plan.num_tokens = params.num_tokens;
-  plan.num_rows = format.out_features;
+  set_operands(plan, params, columns, choice);
   plan.num_shared_chunks = static_cast<int>(choice.num_shared_tiles * choice.num_chunks);
   plan.num_row_tiles = choice.num_row_tiles;
   plan.num_token_tiles = choice.num_token_tiles;
