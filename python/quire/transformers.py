@@ -229,7 +229,7 @@ def attention_forward(
         )
         return (out if value_dim == head_dim else out[..., :value_dim]), None
     q = query.transpose(1, 2).reshape(batch * q_length, num_heads, head_dim)
-    out = None if converts else torch.empty_like(q, memory_format=torch.contiguous_format)
+    space = None if converts else torch.empty_like(q, memory_format=torch.contiguous_format)
     out = quire.torch.paged_attention(
         q,
         key.transpose(1, 2),  # one block of kv_length slots for each sequence
@@ -244,7 +244,7 @@ def attention_forward(
         sinks=sinks,
         mask=mask,
         mask_start=mask_start,
-        out=out,
+        out=space,
     ).view(batch, q_length, num_heads, head_dim)
     return (out if value_dim == head_dim else out[..., :value_dim]), None
 

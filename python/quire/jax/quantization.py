@@ -339,11 +339,12 @@ def _scaled_scratch(operands: list[Array], attributes: Attributes) -> int:
 def _quantizing_scratch(operands: list[Array], attributes: Attributes) -> int:
     """As :func:`_scaled_scratch`."""
     x, weight = operands[0], operands[1]
+    n, k = weight.shape
     computes_sums = operands[4] is not None and operands[5] is None
     granularity, invariant = str(attributes["granularity"]), bool(attributes["batch_invariant"])
     return max(
         _core.quantize_and_multiply_workspace_size(
-            _num_rows(x), *weight.shape, weight.dtype, granularity, computes_sums, invariant, device
+            _num_rows(x), n, k, weight.dtype, granularity, computes_sums, invariant, device
         )
         for device in (("cpu", "cuda") if _has_gpu() else ("cpu",))
     )
