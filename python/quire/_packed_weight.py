@@ -98,7 +98,7 @@ class PackedWeight:
     Made by one of the constructors ``from_awq``, ``from_gptq``, ``from_compressed_tensors``, ``from_fp8``, ``from_int8`` and ``quantize``,
     which read the contents of scales and of ``g_idx`` on the host, once, to check them. Everything else happens on the device that
     the tensors live on, and stays there. They wait for their stream: before they read, and at the end, so that a weight may be used on
-    any stream once it is made. In a CUDA graph's capture they raise.
+    any stream once it is made. In a CUDA graph's capture they raise :class:`quire.UnsupportedError`.
 
     ``quire.jax`` makes it a pytree for JAX, ``quire.torch`` for PyTorch: its tensors are the leaves. It may be an argument of a jitted
     function or a part of one's closure, and is copied and pickled like its tensors (JAX unpickles to its default device, which must
@@ -257,11 +257,13 @@ class PackedWeight:
             scales: ``[num_groups, out_features]`` float16, bfloat16 or float32, finite and not negative.
             group_size: Input features to a group; -1: all of them; None: as many as the groups make. Multiples of 32
                 are fastest: others are filled up to the next.
-            stream: As everywhere.
+            stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
         Raises:
             ValueError: Shapes contradict each other, or a scale is negative or not finite.
             TypeError: A dtype does not fit.
+
+        Source: Lin et al., AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration, 2023.
         """
         op = "from_awq"
         in_features, words = shape_of_rank(op, "qweight", qweight, 2)
@@ -306,13 +308,15 @@ class PackedWeight:
             checkpoint_format: "gptq": zeros are stored less 1, modulo ``2**bits``; "gptq_v2": as they are. Some checkpoints name the wrong
                 one: a symmetric one has 4-bit zeros of 7 in "gptq" and of 8 in "gptq_v2".
             group_size: As in :meth:`from_awq`.
-            stream: As everywhere.
+            stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
         Raises:
             ValueError: Shapes contradict each other, or a scale is not finite.
             TypeError: A dtype does not fit.
             IndexError: g_idx names a group that is not there.
-            UnsupportedError: Such bits.
+            quire.UnsupportedError: Other bits.
+
+        Source: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, 2022.
         """
         op = "from_gptq"
         if checkpoint_format not in ("gptq", "gptq_v2"):
@@ -379,13 +383,13 @@ class PackedWeight:
             group_size: As in :meth:`from_awq`.
             input_scale: For ``weight``: float ``[1]``, or None: activations' scales are computed.
             input_zero_point: With input_scale, for int8: an integer ``[1]``, or None.
-            stream: As everywhere.
+            stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
         Raises:
             ValueError: Shapes contradict each other, or a scale is negative or not finite.
             TypeError: A dtype does not fit.
             IndexError: weight_g_idx names a group that is not there.
-            UnsupportedError: Such bits, or int8 weights with zero points.
+            quire.UnsupportedError: Other bits, or int8 weights with zero points.
         """
         op = "from_compressed_tensors"
         if (weight_packed is None) == (weight is None):
@@ -446,7 +450,7 @@ class PackedWeight:
             scale: ``[]`` or ``[1]``, ``[out_features]`` or ``[out_features, 1]``, or one for each 128 x 128 block,
                 ``[out_features / 128, in_features / 128]`` rounded up; float32, float16 or bfloat16, finite and not negative.
             input_scale: ``[]`` or ``[1]``: the scale of all activations, or None: computed scales.
-            stream: As everywhere.
+            stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
         Raises:
             ValueError: Shapes contradict each other, or a scale is negative or not finite.
@@ -505,7 +509,7 @@ class PackedWeight:
             scale: ``[]`` or ``[1]``, ``[out_features]`` or ``[out_features, 1]``; float32, float16 or bfloat16, finite and not negative.
             input_scale: ``[]`` or ``[1]``: the scale of all activations, or None: one is computed for each token.
             input_zero_point: ``[]`` or ``[1]``, an integer in [-128, 127], with input_scale.
-            stream: As everywhere.
+            stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
         Raises:
             ValueError: Shapes contradict each other, or a scale is negative or not finite.
@@ -577,7 +581,7 @@ class PackedWeight:
             group_size: For integer codes; -1: all of a row.
             symmetric: For integer codes: no zero points.
             granularity: For "fp8" and "w8a8": what a scale belongs to; "block" is 128 x 128, for "fp8" only.
-            stream: As everywhere.
+            stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
         Raises:
             ValueError: An argument does not fit.
@@ -678,7 +682,7 @@ class PackedWeight:
         Args:
             dtype: "float32", "float16", "bfloat16", or a framework's dtype of that name; ``out``'s own where that is given.
             out: Where to write, or None to allocate it in the framework of the tensors that the weight was made from.
-            stream: As everywhere.
+            stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
         Raises:
             ValueError: ``out`` does not fit.

@@ -22,7 +22,7 @@ def host(op: str, arg: str, x: Array, stream: object) -> np.ndarray[Any, Any]:
     """A tensor's contents in host memory, once the stream, and the framework's current one, are done with what they hold.
 
     Raises:
-        UnsupportedError: The stream is being captured.
+        quire.UnsupportedError: The stream is being captured.
     """
     if isinstance(x, np.ndarray):
         return x

@@ -214,17 +214,18 @@ def paged_attention(
         stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
     Returns:
-        ``out``, or ``(out, lse)`` with lse float32 ``[num_tokens, num_heads]``, natural log. A query that sees no key gives 0 and
-        -inf.
+        ``out``, or ``(out, lse)`` with lse float32 ``[num_tokens, num_heads]``, natural log, of the sink too. A query that sees no key
+        gives 0 and -inf, or its head's sink.
 
     Raises:
         ValueError: Shapes, strides, devices or scalars do not fit.
         TypeError: A dtype does not fit, or an argument is no tensor.
         IndexError: ``validate="full"`` found an index out of range.
-        quire.UnsupportedError: head_dim, a size over 32 bits, or a ``variant`` that cannot run the call.
+        quire.UnsupportedError: head_dim, a size over 32 bits, a ``variant`` that cannot run the call, or CUDA tensors in a CPU-only build.
 
     Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention, 2023; Dao, FlashAttention-2, 2023;
-    Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023.
+    Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023; Press, Smith and Lewis, Train Short, Test Long, 2021
+    (ALiBi); Gemma 2, 2024 (softcap).
 
     Example:
         >>> import numpy as np, quire
@@ -440,7 +441,9 @@ def attention(
         ValueError: Shapes, strides, devices or scalars do not fit.
         TypeError: A dtype does not fit, or an argument is no tensor.
         IndexError: ``validate="full"`` found an index out of range.
-        quire.UnsupportedError: head_dim, or a size over 32 bits.
+        quire.UnsupportedError: head_dim, a size over 32 bits, or a ``variant`` that cannot run the call.
+
+    Source: As :func:`paged_attention`.
 
     Example:
         >>> import numpy as np, quire
@@ -511,6 +514,8 @@ def merge_attention(
         ValueError: Shapes, strides or devices do not fit.
         TypeError: A dtype does not fit, or an argument is no tensor.
 
+    Source: Milakov and Gimelshein, Online Normalizer Calculation for Softmax, 2018.
+
     Example:
         >>> import numpy as np, quire
         >>> a, b = np.zeros((1, 1, 8), np.float32), np.ones((1, 1, 8), np.float32)
@@ -533,8 +538,25 @@ def paged_attention_workspace_size(
 ) -> int:
     """Bytes of workspace for a batch of at most this size on ``device``: 0 on the CPU. It depends on nothing else.
 
+    Args:
+        num_tokens: Queries of all sequences.
+        num_seqs: Sequences.
+        num_heads: Query heads.
+        head_dim: Elements of a head, 8 to 256.
+        device: "cpu", "cuda", "cuda:<index>", or a framework's device.
+
+    Returns:
+        Bytes, which grow with each argument: a workspace for the largest batch serves all smaller ones.
+
     Raises:
-        ValueError: A count is negative, or head_dim out of range.
+        ValueError: A count is negative, head_dim out of range, or the device none.
+        TypeError: A count is no integer.
+        quire.UnsupportedError: A count of 2**30 or more, or "cuda" in a CPU-only build.
+
+    Example:
+        >>> import quire
+        >>> quire.paged_attention_workspace_size(256, 256, 32, 128, "cpu")
+        0
     """
     return _core.paged_attention_workspace_size(num_tokens, num_seqs, num_heads, head_dim, device)
 
@@ -542,12 +564,18 @@ def paged_attention_workspace_size(
 def attention_workspace_size(
     num_tokens: int, num_seqs: int, num_heads: int, head_dim: int, device: object = "cuda"
 ) -> int:
-    """As :func:`paged_attention_workspace_size`, for :func:`attention`."""
+    """Bytes of workspace for :func:`attention`.
+
+    Arguments, result and exceptions are those of :func:`paged_attention_workspace_size`.
+    """
     return _core.attention_workspace_size(num_tokens, num_seqs, num_heads, head_dim, device)
 
 
 def shared_prefix_attention_workspace_size(
     num_tokens: int, num_seqs: int, num_heads: int, head_dim: int, device: object = "cuda"
 ) -> int:
-    """As :func:`paged_attention_workspace_size`, for :func:`shared_prefix_attention`."""
+    """Bytes of workspace for :func:`shared_prefix_attention`, of any prefix.
+
+    Arguments, result and exceptions are those of :func:`paged_attention_workspace_size`.
+    """
     return _core.shared_prefix_attention_workspace_size(num_tokens, num_seqs, num_heads, head_dim, device)

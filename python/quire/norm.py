@@ -143,6 +143,8 @@ def fused_add_rms_norm(
         ValueError: Shapes, strides, devices do not fit, x and residual overlap, or a scale is missing or too many.
         TypeError: A dtype is not one of those, or an argument is no tensor.
 
+    Source: As :func:`rms_norm`.
+
     Example:
         >>> import numpy as np, quire
         >>> x, residual = np.ones((1, 4), np.float32), np.ones((1, 4), np.float32)
