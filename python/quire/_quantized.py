@@ -71,6 +71,13 @@ class Quantized:
         return out, finish(self.scales, self._like)
 
 
+def without_out_dtype(op: str, scale: Array | None, granularity: str) -> ValueError:
+    """The error for arguments that mean something with ``out_dtype`` only: a scale, or else a granularity."""
+    if scale is not None:
+        return _unexpected(op, "scale", "none without out_dtype", "one")
+    return _unexpected(op, "granularity", '"tensor" without out_dtype', repr(granularity))
+
+
 def _unexpected(op: str, arg: str, expected: str, got: object) -> ValueError:
     return ValueError(f"[{op}] {arg}: expected {expected}, got {got}")
 

@@ -10,7 +10,7 @@ from typing import overload
 
 from quire import _core
 from quire._allocate import Array, empty, finish, shape_of
-from quire._quantized import Granularity, Quantized
+from quire._quantized import Granularity, Quantized, without_out_dtype
 
 __all__ = [
     "gelu_and_mul",
@@ -39,6 +39,8 @@ def _gated(
         q = Quantized(op.__name__, x, (*rows, width // 2), out_dtype, scale, granularity, group_size, out)
         quantized_op(q.out, q.scales, x, granularity, group_size, stream)
         return q.finish()
+    if scale is not None or granularity != "tensor":
+        raise without_out_dtype(op.__name__, scale, granularity)
     result = out
     if out is None:
         *rows, width = shape_of(op.__name__, "x", x) or (0,)
@@ -95,7 +97,7 @@ def silu_and_mul(
         ``out``; with ``out_dtype``, ``(out, scales)``.
 
     Raises:
-        ValueError: Shapes, strides or devices do not fit, out overlaps x, or a scale is missing or too many.
+        ValueError: Shapes, strides or devices do not fit, out overlaps x, or a scale is missing, too many, or without out_dtype.
         TypeError: A dtype is not one of those, or an argument is no tensor.
 
     Source: Shazeer, GLU Variants Improve Transformer, 2020.
