@@ -286,6 +286,15 @@ def _facts(**changes: object) -> dict:
         (NO_GPU, "ok", "no GPU"),
         ({"core": {"cuda_architectures": "80"}}, "warn", "PTX only"),
         ({"core": {"cuda_architectures": "120-real"}}, "fail", "no kernel of this build"),
+        (
+            {
+                "driver": {
+                    "devices": [{"index": 0, "name": "GPU", "memory_bytes": 1, "compute_capability": [7, 5]}]
+                }
+            },
+            "fail",
+            "need compute capability 8.0",
+        ),
         ({"core": {"has_cuda": False}}, "warn", "no CUDA kernels"),
         ({"core": {"num_cuda_devices": 0}}, "fail", "sees none"),
         ({"core": {"cuda_runtime_version": 14000, "num_cuda_devices": 0}}, "fail", "sees none"),

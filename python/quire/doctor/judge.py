@@ -14,6 +14,7 @@ from quire.doctor.facts import Facts
 
 # The oldest driver for each major version of the CUDA runtime (release notes of the CUDA toolkit).
 _OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
+_OLDEST_CAPABILITY = (8, 0)  # of which the kernels take mma.sync and cp.async
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,10 @@ def _judge_gpu(facts: Mapping[str, Any]) -> list[Verdict]:
         capability = tuple(device["compute_capability"])
         name = f"GPU {device['index']} ({device['name']}, {capability[0]}.{capability[1]})"
         support = architecture_support(core["cuda_architectures"], (capability[0], capability[1]))
+        if capability < _OLDEST_CAPABILITY:
+            text = f"{name}: quire's kernels need compute capability {_OLDEST_CAPABILITY[0]}.{_OLDEST_CAPABILITY[1]} or newer"
+            found.append(Verdict("fail", text, "use another GPU, or tensors on the CPU"))
+            continue
         build = f"pip install --force-reinstall -C quire.cuda-architectures={capability[0]}{capability[1]} ."
         if support == "machine code":
             found.append(Verdict("ok", f"{name}: kernels in machine code"))
