@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -62,6 +63,17 @@ def test_help_of_a_command(capsys: pytest.CaptureFixture[str], name: str) -> Non
     assert code == 0
     assert f"usage: quire {name}" in out
     assert not err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_on_the_page(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
+    if not page.exists():
+        pytest.skip("the source tree is not there")
+    options = set(re.findall(r"--[a-z][a-z-]*", run(capsys, name, "--help")[1])) - {"--help"}
+    named = set(re.findall(r"--[a-z][a-z-]*", page.read_text(encoding="utf-8")))
+    assert len(options) > 2
+    assert options - named == set()
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
