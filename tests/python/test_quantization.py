@@ -1281,9 +1281,9 @@ def test_groups_of_any_size(group_size):
         for groups in (0, 2):
             wrong = np.zeros((2, groups), np.float32)
             for call in (
-                lambda: op(x, out=(codes, wrong), **options),  # noqa: B023
-                lambda: op(x, scale=wrong, **options),  # noqa: B023
-                lambda: back(codes, wrong, **options),  # noqa: B023
+                lambda: op(x, out=(codes, wrong), **options),
+                lambda: op(x, scale=wrong, **options),
+                lambda: back(codes, wrong, **options),
             ):
                 with pytest.raises(ValueError, match=r"scales: expected float32 \[2, 1\], got float32 \[2, "):
                     call()

@@ -406,7 +406,7 @@ def _load_vllm(library: str) -> None:
     if library == "_C.abi3.so":
         import vllm._custom_ops
     else:
-        import vllm.vllm_flash_attn  # noqa: F401
+        import vllm.vllm_flash_attn  # noqa: F401  (loads the library)
 
 
 def _vllm_rms_norm(*, out: Any, x: Any, weight: Any, eps: float) -> Run:
