@@ -71,7 +71,7 @@ class Args {
  private:
   friend class Importer;
 
-  // Room for a view that is not zeroed before it is filled: a call uses few of the sixteen.
+  // Room for a view that is not zeroed before it is filled: a call uses few of them.
   class Slot {
    public:
     TensorView& get() { return *std::launder(reinterpret_cast<TensorView*>(storage_)); }

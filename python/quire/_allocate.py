@@ -127,7 +127,7 @@ def empty(like: Array, shape: Sequence[int], dtype: str | None = None) -> Array:
         return _core.empty(shape, like.dtype if dtype is None else dtype, like.device)
     if framework in ("jax", "jaxlib"):
         # JAX arrays cannot be written. The result is written to memory of ours, which finish() hands to JAX.
-        return _core.empty(shape, str(like.dtype) if dtype is None else dtype, _jax_device(like))
+        return _core.empty(shape, str(like.dtype) if dtype is None else dtype, device_of(like))
     raise _unknown_framework(like)
 
 
@@ -138,9 +138,10 @@ def _unknown_framework(like: Array) -> TypeError:
     )
 
 
-def _jax_device(x: Array) -> str:
+def device_of(x: Array) -> str:
+    """ "cpu" or "cuda:<index>"."""
     kind, index = x.__dlpack_device__()
-    return f"cuda:{index}" if int(kind) == 2 else "cpu"
+    return f"cuda:{index}" if int(kind) in (2, 13) else "cpu"  # kDLCUDA, kDLCUDAManaged
 
 
 def finish(out: Array, like: Array) -> Array:

@@ -5,17 +5,16 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 
 from quire import _core
-from quire._allocate import Array, dtype_name, empty, finish, from_numpy, numpy_dtype
+from quire._allocate import Array, device_of, dtype_name, empty, finish, from_numpy, numpy_dtype
 from quire._quantized import Granularity, quantize
+from quire._refusals import called_as
 from quire._weight_source import (
     Groups,
     check_bits,
@@ -52,37 +51,9 @@ def format_of(fields: Fields) -> _core.WeightFormat:
     return _core.WeightFormat(*fields)
 
 
-def device_of(x: Array) -> str:
-    """ "cpu" or "cuda:<index>"."""
-    kind, index = x.__dlpack_device__()
-    return f"cuda:{index}" if int(kind) in (2, 13) else "cpu"
-
-
 def restore(static: Static, tensors: Sequence[Array | None]) -> PackedWeight:
     """A weight of its parts, for copies and pickles."""
     return PackedWeight._unflatten(static, tensors)
-
-
-#: What a call is refused with.
-REFUSALS = (TypeError, ValueError, IndexError, _core.UnsupportedError)
-
-
-def renamed(error: Exception, op: str, names: Mapping[str, str]) -> Exception:
-    """The error as one of ``op``, with its argument's name in ``names``, where it has the library's form."""
-    found = re.match(r"\[\w+\] (\w+)(.*)", str(error), re.DOTALL)
-    if found is None:
-        return error
-    arg, rest = found.groups()
-    return type(error)(f"[{op}] {names.get(arg, arg)}{rest}")
-
-
-@contextlib.contextmanager
-def _called_as(op: str, **names: str) -> Iterator[None]:
-    """Errors of the core's functions name what the caller called, and its arguments: ``names`` has the caller's."""
-    try:
-        yield
-    except REFUSALS as error:
-        raise renamed(error, op, names) from None
 
 
 def _nbytes(t: Array) -> int:
@@ -226,12 +197,12 @@ class PackedWeight:
             shape[1], shape[0], bits, groups.group_size, groups.num_rows, dtype_of(op, "scales", scales), zeros is not None,
             self.layout,
         )  # fmt: skip
-        with _called_as(op):
+        with called_as(op):
             data = empty(codes, (_core.packed_weight_size(self._format, device),), "uint8")
         if groups.permutation is not None:
             self._permutation = from_numpy(groups.permutation, codes)
         sources = None if groups.groups is None else from_numpy(groups.groups, codes)
-        with _called_as(op):
+        with called_as(op):
             _core.pack_weight(
                 data, self._format, self._permutation, encoding, codes, scales, zeros, sources, stream
             )
@@ -556,7 +527,7 @@ class PackedWeight:
             if int(zero[0]) != 0:
                 self.input_zero_point = from_numpy(zero.astype(np.int32), weight)
                 sums = empty(weight, (out_features,), "int32")
-                with _called_as(op, b=weight_name):
+                with called_as(op, b=weight_name):
                     _core.column_sums(sums, weight, stream)
                 self._column_sums = finish(sums, weight)
         settle(op, weight_name, weight, stream)
@@ -615,7 +586,7 @@ class PackedWeight:
         codes = empty(weight, shape, "uint8")
         scales = empty(weight, (shape[0], num_groups), name)
         zeros = None if symmetric else empty(weight, (shape[0], num_groups), "uint8")
-        with _called_as(op, w="weight"):
+        with called_as(op, w="weight"):
             _core.quantize_weight(codes, scales, zeros, weight, bits, size, stream)
         codes, scales = finish(codes, weight), finish(scales, weight)
         zeros = None if zeros is None else finish(zeros, weight)
@@ -637,7 +608,7 @@ class PackedWeight:
         dtype = "float8_e4m3fn" if format == "fp8" else "int8"
 
         def codes(scaling: Granularity, scale: Array | None = None) -> tuple[Array, Array]:
-            with _called_as("quantize", x="weight"):
+            with called_as("quantize", x="weight"):
                 return quantize(
                     "quantize", dtype, weight, scale, None, True, scaling, BLOCK, None, None, stream
                 )[:2]
@@ -695,7 +666,7 @@ class PackedWeight:
         if out is None and name not in ("float32", "float16", "bfloat16"):
             raise TypeError(f"[dequantize] dtype: expected float32, float16 or bfloat16, got {name}")
         result = empty(self._like, self.shape, name) if out is None else out
-        with _called_as("dequantize", q="weight", scales="scale"):
+        with called_as("dequantize", q="weight", scales="scale"):
             if self.weight is None:
                 _core.dequantize_weight(result, self._data, self._format, self._permutation, stream)
             else:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from quire import _core
 from quire._allocate import Array, dtype_name, empty, finish, shape_of
+from quire._refusals import called_as
 from quire.kv_transfer import ITEM_BYTES, KVBlocks, KVCacheDescription, export_blocks, import_blocks
 
 __all__ = ["KVBlocks", "KVCache", "KVCacheDescription", "copy_blocks", "gather_kv", "swap_blocks", "write_kv"]
@@ -212,7 +213,8 @@ class KVCache:
     ) -> None:
         self._num_bytes = KVCache.num_bytes(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype)
         shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
-        self._pool = _core.empty(shape, dtype, device, pinned)
+        with called_as("KVCache"):
+            self._pool = _core.empty(shape, dtype, device, pinned)
 
     @staticmethod
     def num_bytes(

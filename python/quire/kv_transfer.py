@@ -16,6 +16,7 @@ import numpy as np
 
 from quire import _core
 from quire._allocate import Array
+from quire._refusals import called_as
 
 if TYPE_CHECKING:
     from quire.kv_cache import KVCache
@@ -329,7 +330,8 @@ def export_blocks(
     )  # fmt: skip
     width = cache.head_dim * ITEM_BYTES[cache.dtype]
     shape = (cache.num_layers, 2, num_blocks, cache.block_size, cache.num_kv_heads, width)
-    payload = _core.empty(shape, "uint8", cache.device if device is None else device, pinned)
+    with called_as(op):
+        payload = _core.empty(shape, "uint8", cache.device if device is None else device, pinned)
     pairs = _pairs(block_ids, range(num_blocks))
     for layer, kind, piece in _pieces(payload, shape):
         _core.swap_blocks(piece, cache.pool[layer, kind].bytes(), pairs, stream)

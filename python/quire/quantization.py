@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Literal, overload
 
 from quire import _core
-from quire._allocate import Array, dtype_name, empty, finish, shape_of
+from quire._allocate import Array, device_of, dtype_name, empty, finish, shape_of
 from quire._packed_weight import BLOCK as BLOCK
-from quire._packed_weight import REFUSALS, PackedWeight, device_of, renamed
+from quire._packed_weight import PackedWeight
 from quire._quantized import Granularity, quantize
+from quire._refusals import REFUSALS, renamed
 from quire._weight_source import check_dtype, unexpected
 
 __all__ = [

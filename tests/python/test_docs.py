@@ -179,6 +179,18 @@ def test_docstrings_are_complete(name):
         assert "\nRaises:\n" in text, where
 
 
+def test_the_message_of_the_guides():
+    """The one that README and guides show is what such a call says."""
+    tables = np.zeros((4, 12), np.int64)
+    q, cache = np.ones((4, 2, 8), np.float32), np.ones((12, 4, 1, 8), np.float32)
+    with pytest.raises(TypeError) as caught:
+        quire.paged_attention(q, cache, cache, tables, np.ones(4, np.int32))
+    for page in ("README.md", "docs/concepts/index.md", "docs/debugging.md"):
+        if (ROOT / page).exists():
+            assert str(caught.value) in (ROOT / page).read_text(encoding="utf-8")
+    assert str(caught.value) == "[paged_attention] block_tables: expected int32 [4, *], got int64 [4, 12]"
+
+
 def test_support_matrix():
     """The CPU table of the page is what running it gives, for the frameworks that are here."""
     page = ROOT / "docs" / "frameworks" / "index.md"

@@ -1082,6 +1082,7 @@ def test_bad_products(rng):
         (TypeError, "w: expected a PackedWeight", lambda: quire.quantized_matmul(x, x)),
         (ValueError, "x: expected a last dimension of 64", lambda: quire.quantized_matmul(x[:, :63], w)),
         (TypeError, "x: expected float32, float16 or bfloat16", lambda: quire.quantized_matmul(x.astype(np.int32), w)),
+        (TypeError, "dtype: expected float32, float16 or bfloat16, got int8", lambda: quire.quantized_matmul_workspace_size(3, w, dtype="int8")),
         (ValueError, "out: expected", lambda: quire.quantized_matmul(x, w, out=np.empty((3, 31), np.float16))),
         (TypeError, "out", lambda: quire.quantized_matmul(x, w, out=np.empty((3, 32), np.float32))),
         (ValueError, "bias", lambda: quire.quantized_matmul(x, w, bias=np.ones(31, np.float32))),
