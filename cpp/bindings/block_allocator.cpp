@@ -376,7 +376,7 @@ Example:
           nb::arg("hash_key").none() = nb::none(), nb::arg("_constant_hash") = false,
           nb::sig("def __init__(self, num_blocks: int, block_size: int = 16, *, num_host_blocks: int = 0, watermark: float = 0.01, "
                   "enable_prefix_cache: bool = True, enable_events: bool = False, max_events: int = 1048576, "
-                  "hash_key: int | None = None, _constant_hash: bool = False) -> None"))
+                  "hash_key: int | None = None) -> None"))
       .def("__repr__",
            [](const A& a) {
              const BlockAllocatorStats s = a.stats();

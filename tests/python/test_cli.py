@@ -6,6 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import io
 import json
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+from op_cases import ops_of_families
 
 from quire import doctor
 from quire.__main__ import main
@@ -63,6 +65,15 @@ def test_help_of_a_command(capsys: pytest.CaptureFixture[str], name: str) -> Non
     assert code == 0
     assert f"usage: quire {name}" in out
     assert not err
+
+
+def test_every_op_is_measured() -> None:
+    """On a CPU or a GPU, for which swap_blocks is; cases are made without one."""
+    contexts = [Context(d, NumpyArrays(), Timer(0.001, quick=True), quick=True) for d in ("cpu", "cuda:0")]
+    families = [importlib.import_module(f"quire.bench.{family}") for family in FAMILIES if family != "border"]
+    cases = [f"{c.op} {c.name}" for context in contexts for family in families for c in family.cases(context)]
+    missing = [op for op in ops_of_families() if not any(re.search(rf"\b{op}(_|\b)", case) for case in cases)]
+    assert missing == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -13,11 +13,11 @@ FAMILIES = {
     "border": "what a call costs before any arithmetic: importing tensors, one tiny op",
     "block_allocator": "the block allocator's hot paths",
     "norm": "rms_norm, fused_add_rms_norm, layer_norm, also with quantized results",
-    "activation": "gated activations, also with quantized results",
+    "activation": "gated activations, also with quantized results; plain ones",
     "position_encoding": "rotary_embedding, qk_norm_rope, rope_and_write_kv",
     "kv_cache": "writing, gathering, copying and swapping the paged cache",
-    "attention": "paged decode, mixed batches and prefill, shared prefixes",
-    "quantization": "products with quantized weights and activations, quantizing",
+    "attention": "paged decode, mixed batches and prefill, shared prefixes, merging",
+    "quantization": "products with quantized weights and activations, quantizing and undoing it",
     "ladder": "one attention, from a Python loop to the library's kernel; KV memory with and without paging",
 }
 

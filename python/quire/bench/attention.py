@@ -39,6 +39,7 @@ class _Sizes:
     invariant: list[Shape]  # with batch_invariant=True, and without beside it
     verify: list[tuple[int, int, int]]  # sequences, tokens and draft tokens of each; with and without a tree
     prefix: list[tuple[int, int, int]]  # sequences, tokens of the prefix that they share, own tokens of each
+    merge: list[int]  # rows of two partial results
     prefill: list[Shape]
     prefill_float8_keys: list[Shape]
     prefill_float8: list[Shape]
@@ -54,6 +55,7 @@ _QUICK = _Sizes(
     invariant=[(2, 100, 4, 2, 64)],
     verify=[(2, 100, 5)],
     prefix=[(3, 96, 16)],
+    merge=[16],
     prefill=[(1, 64, 4, 2, 64)],
     prefill_float8_keys=[(1, 64, 4, 2, 64)],
     prefill_float8=[(1, 64, 4, 2, 64)],
@@ -68,6 +70,7 @@ _CPU = _Sizes(
     invariant=[(1, 4096, 32, 8, 128), (8, 4096, 32, 8, 128)],
     verify=[(1, 4096, 8)],
     prefix=[(8, 4096, 128)],
+    merge=[64],
     prefill=[(1, 512, 32, 8, 128), (1, 2048, 32, 8, 128)],
     prefill_float8_keys=[],
     prefill_float8=[],
@@ -125,6 +128,7 @@ _CUDA = _Sizes(
     ],
     verify=[(1, 8192, 8), (32, 8192, 8), (32, 8192, 32)],
     prefix=[(256, 32768, 128), (64, 8192, 128)],
+    merge=[256, 16384],
     prefill=_PREFILL_CUDA,
     prefill_float8_keys=[(2, 8192, 32, 8, 128), (2, 8192, 32, 8, 64)],
     prefill_float8=_PREFILL_CUDA,
@@ -133,7 +137,7 @@ _CUDA = _Sizes(
 
 
 def cases(context: Context) -> Iterator[Case]:
-    """Decode over caches of three dtypes, of equal lengths and ragged; a mixed batch; drafts to verify; a shared prefix; prefill."""
+    """Decode over caches of three dtypes, of equal lengths and ragged; mixed batches; drafts; shared prefixes, merges; prefill."""
     sizes = _QUICK if context.quick else _CUDA if context.is_cuda else _CPU
     yield from _decode_cases(context, sizes)
     yield from _mixed_cases(context, sizes)
@@ -141,6 +145,7 @@ def cases(context: Context) -> Iterator[Case]:
         yield from _invariant_cases(context, sizes.invariant, cache_dtype)
     yield from _verify_cases(context, sizes.verify, sizes.heads)
     yield from _prefix_cases(context, sizes.prefix, sizes.heads)
+    yield from _merge_cases(context, sizes.merge, sizes.heads)
     for q_dtype, kv_dtype, shapes in (
         ("bfloat16", "bfloat16", sizes.prefill),
         ("bfloat16", "float8_e4m3fn", sizes.prefill_float8_keys),
@@ -263,6 +268,35 @@ def _prefix_cases(
             group="shared prefix",
             unranked=("quire, paged_attention",),
         )
+
+
+def _merge_cases(context: Context, sizes: list[int], heads: tuple[int, int, int]) -> Iterator[Case]:
+    num_heads, _, head_dim = heads
+    for tokens in sizes:
+        yield Case(
+            name=f"merge T{tokens} {num_heads} heads D{head_dim} bfloat16",
+            prepare=partial(_merge, context, (tokens, num_heads, head_dim)),
+            num_bytes=3 * tokens * num_heads * (2 * head_dim + 4),
+            bound="copy",
+            op="merge_attention",
+            group="merge",
+        )
+
+
+def _merge(context: Context, shape: tuple[int, int, int]) -> Work:
+    arrays = context.arrays
+    out_a, out_b, out = (
+        arrays.random(shape, "bfloat16"),
+        arrays.random(shape, "bfloat16"),
+        arrays.empty(shape, "bfloat16"),
+    )
+    lse_a, lse_b, lse = (
+        arrays.random(shape[:2], "float32"),
+        arrays.random(shape[:2], "float32"),
+        arrays.empty(shape[:2], "float32"),
+    )
+    tensors = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b, "out": out, "out_lse": lse}
+    return Work(partial(quire.merge_attention, **tensors), peers_of(context, "merge_attention", **tensors))
 
 
 def _decode_case(
