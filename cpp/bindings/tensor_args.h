@@ -102,6 +102,8 @@ class Args {
 double to_double(const char* op, const char* arg, nb::handle value);
 std::int64_t to_int(const char* op, const char* arg, nb::handle value);
 std::optional<double> to_optional_double(const char* op, const char* arg, nb::handle value);
+/// By Python's rules of truth.
+bool to_bool(nb::handle value);
 
 /// "tensor", "token" or "group".
 ScaleGranularity to_granularity(const char* op, nb::handle value);

@@ -41,12 +41,14 @@ def dtype_name(dtype: object) -> str:
             return str(dtype)
 
 
-def numpy_dtype(name: str) -> Any:
+@functools.cache
+def numpy_dtype(name: str) -> np.dtype[Any]:
     """NumPy's dtype of a name; bfloat16 and float8 come from ml_dtypes."""
     if name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
         import ml_dtypes
 
-        return getattr(ml_dtypes, name)
+        extended: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return extended
     return np.dtype(name)
 
 

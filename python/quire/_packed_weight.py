@@ -14,7 +14,7 @@ import numpy as np
 from quire import _core
 from quire._allocate import Array, device_of, dtype_name, empty, finish, from_numpy, numpy_dtype
 from quire._quantized import Granularity, quantize
-from quire._refusals import called_as
+from quire._refusals import called_as, unexpected
 from quire._weight_source import (
     Groups,
     check_bits,
@@ -28,7 +28,6 @@ from quire._weight_source import (
     public_group_size,
     settle,
     shape_of_rank,
-    unexpected,
     words_of,
 )
 
@@ -60,7 +59,7 @@ def _nbytes(t: Array) -> int:
     count = 1
     for n in t.shape:
         count *= int(n)
-    return count * int(np.dtype(numpy_dtype(dtype_name(t.dtype))).itemsize)
+    return count * numpy_dtype(dtype_name(t.dtype)).itemsize
 
 
 class PackedWeight:

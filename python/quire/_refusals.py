@@ -1,4 +1,4 @@
-"""Errors of the core's functions under the names of what the caller called.
+"""What a call is refused with: the library's message form, and the core's errors under the names of what the caller called.
 
 SPDX-License-Identifier: Apache-2.0
 """
@@ -13,6 +13,11 @@ from quire import _core
 
 #: What a call is refused with.
 REFUSALS = (TypeError, ValueError, IndexError, _core.UnsupportedError)
+
+
+def unexpected(op: str, arg: str, expected: str, got: object) -> ValueError:
+    """The error for a value that does not fit."""
+    return ValueError(f"[{op}] {arg}: expected {expected}, got {got}")
 
 
 def renamed(error: Exception, op: str, names: Mapping[str, str]) -> Exception:

@@ -13,6 +13,7 @@ import numpy as np
 
 from quire import _core
 from quire._allocate import Array, dtype_name, framework_of, from_numpy, numpy_dtype, shape_of
+from quire._refusals import unexpected
 
 MAX_EXTENT = 2**31 - 1
 _GROUP_SIZES = (128, 64, 32)
@@ -64,11 +65,6 @@ def dtype_of(op: str, arg: str, x: Array) -> str:
     """The name of a tensor's dtype."""
     shape_of(op, arg, x)
     return dtype_name(x.dtype)
-
-
-def unexpected(op: str, arg: str, expected: str, got: object) -> ValueError:
-    """The error for a value that does not fit."""
-    return ValueError(f"[{op}] {arg}: expected {expected}, got {got}")
 
 
 def shape_of_rank(op: str, arg: str, x: Array, rank: int) -> tuple[int, ...]:

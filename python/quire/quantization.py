@@ -13,8 +13,8 @@ from quire._allocate import Array, device_of, dtype_name, empty, finish, shape_o
 from quire._packed_weight import BLOCK as BLOCK
 from quire._packed_weight import PackedWeight
 from quire._quantized import Granularity, quantize
-from quire._refusals import REFUSALS, renamed
-from quire._weight_source import check_dtype, unexpected
+from quire._refusals import REFUSALS, renamed, unexpected
+from quire._weight_source import check_dtype
 
 __all__ = [
     "PackedWeight",

@@ -13,12 +13,11 @@ import numpy as np
 
 import quire
 from quire._quantized import Granularity
+from quire.bench.arrays import item_bytes
 from quire.bench.harness import Case, Context, Target, Work
 from quire.bench.peers import peers_of
 
 __all__ = ["cases"]
-
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def cases(context: Context) -> Iterator[Case]:
@@ -36,7 +35,7 @@ def cases(context: Context) -> Iterator[Case]:
                 yield Case(
                     name=f"{op} T{tokens} I{width} {dtype}",
                     prepare=partial(_prepare, context, op, (tokens, width), dtype),
-                    num_bytes=_ITEM_BYTES[dtype] * 3 * tokens * width,
+                    num_bytes=item_bytes(dtype) * 3 * tokens * width,
                     bound="copy",
                     target=Target(min_speedup=2.0) if held else None,
                     op=op,
