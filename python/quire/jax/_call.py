@@ -58,15 +58,25 @@ def fail_batched(op: str, name: str) -> NoReturn:
     )
 
 
+def ffi() -> Any:
+    """``jax.ffi``, which is ``jax.extend.ffi`` before 0.5."""
+    if jax.__version_info__ < (0, 4, 38):
+        raise ImportError(f"quire.jax: expected jax 0.4.38 or later, got {jax.__version__}")
+    if hasattr(jax, "ffi"):
+        return jax.ffi
+    from jax.extend import ffi as older
+
+    return older
+
+
 @functools.cache
 def _register() -> None:
-    if not hasattr(jax, "ffi"):
-        raise ImportError(f"quire.jax: expected jax 0.4.38 or later, got {jax.__version__}")
+    register = ffi().register_ffi_target
     # Behind the backend's start: a handler that a runtime refuses would otherwise keep JAX from starting at all.
     jax.devices()
     for name, cpu, cuda in _core.jax_targets():
-        jax.ffi.register_ffi_target(f"quire.{name}", cpu, platform="cpu")
-        jax.ffi.register_ffi_target(f"quire.{name}", cuda, platform="CUDA")
+        register(f"quire.{name}", cpu, platform="cpu")
+        register(f"quire.{name}", cuda, platform="CUDA")
 
 
 def _bits(present: Sequence[bool]) -> int:
@@ -114,7 +124,7 @@ def _compiled(
         described: Any = jax.ShapeDtypeStruct
         outputs = [described(shape, jnp.dtype(dtype)) for shape, dtype in results]
         outputs += [described((scratch,), jnp.uint8)] * (scratch > 0)
-        invoke = jax.ffi.ffi_call(
+        invoke = ffi().ffi_call(
             f"quire.{op.name}",
             outputs,
             input_output_aliases={operand: result for result, operand in aliases.items()},
