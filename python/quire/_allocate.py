@@ -154,7 +154,9 @@ def finish(out: Array, like: Array) -> Array:
         try:
             result = jax.dlpack.from_dlpack(out)
         except jax.errors.JaxRuntimeError as e:
-            raise TypeError(f"a result of {out.dtype}: JAX {jax.__version__} does not take it through DLPack: {e}") from e
+            raise TypeError(
+                f"a result of {out.dtype}: JAX {jax.__version__} does not take it through DLPack: {e}"
+            ) from e
         # DLPack knows one CPU, JAX may have several.
         return result if result.device == like.device else jax.device_put(result, like.device)
     return out
