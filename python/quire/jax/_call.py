@@ -6,6 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -64,9 +65,7 @@ def ffi() -> Any:
         raise ImportError(f"quire.jax: expected jax 0.4.38 or later, got {jax.__version__}")
     if hasattr(jax, "ffi"):
         return jax.ffi
-    from jax.extend import ffi as older
-
-    return older
+    return importlib.import_module("jax.extend.ffi")
 
 
 @functools.cache
