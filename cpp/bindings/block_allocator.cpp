@@ -19,7 +19,7 @@
 namespace quire::bindings {
 namespace {
 
-constexpr const char* kOp = "block_allocator";
+constexpr const char* kOp = "BlockAllocator";
 
 // Integers from Python: borrowed from a contiguous tensor of T, else converted.
 template <typename T>

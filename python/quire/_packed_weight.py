@@ -28,6 +28,7 @@ from quire._weight_source import (
     public_group_size,
     settle,
     shape_of_rank,
+    whole_number,
     words_of,
 )
 
@@ -546,7 +547,7 @@ class PackedWeight:
         """Quantizes a weight, each element to the nearest code: for users without a quantized checkpoint.
 
         Args:
-            weight: float32, float16 or bfloat16 ``[out_features, in_features]``.
+            weight: float32, float16 or bfloat16 ``[out_features, in_features]``, finite: infinities are refused, NaN is not looked for.
             format: "w2a16" to "w8a16": integer codes, 16-bit activations; "fp8": float8_e4m3fn; "w8a8": int8.
             group_size: For integer codes; -1: all of a row.
             symmetric: For integer codes: no zero points.
@@ -577,8 +578,9 @@ class PackedWeight:
                 op, "format", '"w2a16", "w3a16", "w4a16", "w8a16", "fp8" or "w8a8"', repr(format)
             )
         bits = int(format[1])
+        group_size = whole_number(op, "group_size", group_size)
         size = shape[1] if group_size == -1 else group_size
-        if not isinstance(size, int) or size < 1:
+        if size < 1:
             raise unexpected(op, "group_size", "1 or more, or -1 for one group", group_size)
         num_groups = -(-shape[1] // size)
         groups = Groups(op, shape[1], num_groups, group_size if num_groups > 1 else -1)

@@ -478,6 +478,8 @@ def _dequantize(
         if name not in ("float32", "float16", "bfloat16"):
             raise TypeError(f"[{op}] out_dtype: expected float32, float16 or bfloat16, got {name}")
         result = empty(q, shape, name)
+    if granularity not in ("tensor", "token", "group", "block"):
+        raise unexpected(op, "granularity", '"tensor", "token", "group" or "block"', repr(granularity))
     if granularity == "block" and zero_point is not None:
         raise unexpected(op, "zero_point", 'none with granularity "block"', "one")
     undo = _core.dequantize_fp8 if dtype == "float8_e4m3fn" else _core.dequantize_int8
