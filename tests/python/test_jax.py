@@ -846,7 +846,7 @@ def test_packed_weights_under_vmap(device):
         for each, own in zip(np.asarray(got), x):
             want = np.asarray(quire.quantized_matmul(own, w, batch_invariant=True))
             np.testing.assert_array_equal(bits(each), bits(want), err_msg=name)
-        argument = "b" if w.weight is not None else "w"
+        argument = "weight" if w.weight is not None else "w"
         stacked = jax.tree.map(lambda *t: jnp.stack(t), w, w)
         with pytest.raises(
             ValueError, match=rf"\] ({argument}|permutation): expected the same array .*jax\.lax\.map"

@@ -33,6 +33,7 @@ class Op:
     results: from the operands and attributes to its results, None for one that is not wanted.
     aliases: result to the operand whose memory it takes. donated: operands that an eager call gives up.
     scratch_bytes: of the workspace, the result behind the others, that XLA allocates.
+    function: what users call it, if that is not the name.
     """
 
     name: str
@@ -42,6 +43,12 @@ class Op:
     aliases: tuple[tuple[int, int], ...] = ()
     donated: tuple[int, ...] = ()
     scratch_bytes: Callable[[list[Array], dict[str, Value]], int] | None = None
+    function: str = ""
+
+    @property
+    def shown(self) -> str:
+        """As messages name it."""
+        return self.function or self.name.removesuffix("_quantized")
 
 
 def call(op: Op, operands: Sequence[Array], attributes: dict[str, Value]) -> tuple[Array, ...]:
@@ -150,7 +157,7 @@ def _compiled(
 
     def refuse(primals: Any, tangents: Any) -> NoReturn:
         raise _core.UnsupportedError(
-            f"[{op.name.removesuffix('_quantized')}] expected no differentiation, since quire is for inference only, got one "
+            f"[{op.shown}] expected no differentiation, since quire is for inference only, got one "
             "(jax.grad, jvp, vjp or linearize); put jax.lax.stop_gradient on its inputs"
         )
 
