@@ -86,6 +86,14 @@ inline void tame_strides(TensorView& t, bool has_elements) {
   }
 }
 
+/// From a tensor's first byte to behind its last; empty at 0 where it has no elements.
+struct ByteRange {
+  std::intptr_t begin, end;
+};
+ByteRange byte_range(const TensorView& t);
+/// True where no tensors in these ranges can share a byte.
+inline bool are_apart(ByteRange a, ByteRange b) { return a.end <= b.begin || b.end <= a.begin; }
+
 /// True if an element of a and an element of b may share a byte. Strided views that interleave without touching are told apart
 /// where they share their strides.
 bool may_overlap(const TensorView& a, const TensorView& b);

@@ -148,7 +148,12 @@ def finish(out: Array, like: Array) -> Array:
     if type(out) is _core.Tensor and framework_of(like) in ("jax", "jaxlib"):
         jax = sys.modules["jax"]
         _core.hand_over(out)
-        result = jax.dlpack.from_dlpack(out)
+        try:
+            result = jax.dlpack.from_dlpack(out)
+        except jax.errors.JaxRuntimeError as e:
+            raise TypeError(
+                f"a result of {out.dtype}: JAX {jax.__version__} does not take it through DLPack: {e}"
+            ) from e
         # DLPack knows one CPU, JAX may have several.
         return result if result.device == like.device else jax.device_put(result, like.device)
     return out

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 #: What quantized_matmul's caller knows the arguments of quantize_* and scaled_matmul as.
-_ACTIVATION_NAMES = {
+ACTIVATION_NAMES = {
     "a": "x",
     "num_tokens": "x",
     "b": "weight",
@@ -101,7 +101,7 @@ def quantized_matmul(
                 workspace, batch_invariant, stream,
             )  # fmt: skip
         except REFUSALS as error:
-            raise renamed(error, "quantized_matmul", _ACTIVATION_NAMES) from None
+            raise renamed(error, "quantized_matmul", ACTIVATION_NAMES) from None
     return finish(result, x) if out is None else out
 
 

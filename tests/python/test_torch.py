@@ -185,8 +185,8 @@ class Recorder:
 def recorded(monkeypatch, framework, op, arrays, options):
     operands, static = split_options(options)
     recorder = Recorder()
-    monkeypatch.setattr(quire.torch, "_ops", recorder)
-    monkeypatch.setattr(quire.torch, "_is_compiling", lambda: True)
+    monkeypatch.setattr(quire.torch._operators, "ops", recorder)
+    monkeypatch.setattr(quire.torch._operators, "is_compiling", lambda: True)
     tensors, named = tensors_of(framework, arrays, operands)
     got = call_of(framework)(op)(*tensors, **named, **static)
     return recorder.calls, got
