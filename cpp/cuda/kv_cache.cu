@@ -32,7 +32,7 @@ struct KvSide {
   void* cache;
   const float* scale;
   std::int64_t scale_stride, token_stride, head_stride, cache_block_stride, cache_slot_stride, cache_head_stride;
-  std::int64_t block_gap;  // from the end of a block's slots to the next block
+  std::int64_t block_gap = 0;  // from the end of a block's slots to the next block
 };
 
 struct KvKernelParams {

@@ -92,8 +92,10 @@ __device__ __forceinline__ std::int64_t row_offset(const RowLayout& rows, std::u
 // blockDim.x is a power of two up to 32, or whole warps with blockDim.y = 1. Quantized with a scale per group: a group's vectors
 // lie in as many neighbouring lanes, a power of two up to 32 that divides blockDim.x.
 template <NormKind kKind, bool kQuantizes, typename T, int kVec, int kVectors, bool kManyRows, int kRegisters>
-__global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ NormParams p, const float inverse_hidden) {
+__global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ NormParams p, const float given_inverse) {
   device::wait_for_predecessor();
+  // Few rows wait for nothing that the host has done. Many: with this division elsewhere, the compiler spills registers of quantized rows.
+  const float inverse_hidden = kManyRows ? 1.0f / static_cast<float>(p.hidden) : given_inverse;
   constexpr bool kAdds = kKind == NormKind::kAddRms, kIsLayer = kKind == NormKind::kLayer;
   __shared__ float scratch[kIsLayer ? 2 : 1][kWarpSize], max_scratch[kQuantizes ? kWarpSize : 1];
   const int num_vectors = static_cast<int>(p.hidden) / kVec;
