@@ -19,13 +19,8 @@ AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle caus
                                nb::handle variant, nb::handle batch_invariant, nb::handle validate) {
   AttentionOptions options;
   options.scale = to_optional_double(op, "scale", scale);
-  const auto truth = [](nb::handle value) {
-    const int answer = PyObject_IsTrue(value.ptr());
-    if (answer < 0) throw nb::python_error();
-    return answer == 1;
-  };
-  options.causal = truth(causal);
-  options.batch_invariant = truth(batch_invariant);
+  options.causal = to_bool(causal);
+  options.batch_invariant = to_bool(batch_invariant);
   if (nb::isinstance<nb::tuple>(window) || nb::isinstance<nb::list>(window)) {
     if (nb::len(window) != 2)
       throw std::invalid_argument(std::string("[") + op + "] window: expected an int or (left, right), got " + nb::str(window).c_str());

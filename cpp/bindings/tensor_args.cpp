@@ -822,6 +822,12 @@ std::optional<double> to_optional_double(const char* op, const char* arg, nb::ha
   return to_double(op, arg, value);
 }
 
+bool to_bool(nb::handle value) {
+  const int truth = PyObject_IsTrue(value.ptr());
+  if (truth < 0) throw nb::python_error();
+  return truth == 1;
+}
+
 std::int64_t to_int(const char* op, const char* arg, nb::handle value) {
   const nb::object index = nb::steal(PyNumber_Index(value.ptr()));
   if (!index.is_valid()) {

@@ -187,13 +187,36 @@ std::int64_t Check::scale(const TensorView* t, const char* arg, DType kv_dtype, 
   return t->size(0) == 1 ? 0 : 1;
 }
 
+void Check::tensor(const TensorView& t, const char* arg, DType dtype_, std::initializer_list<std::int64_t> shape_) const {
+  if (t.dtype != dtype_) fail_dtype(arg, std::string(name(dtype_)) + " " + shape_text(shape_.begin(), shape_.size()), describe(t));
+  shape(t, arg, shape_);
+}
+
 void Check::vector(const TensorView& t, const char* arg, DType dtype_, std::int64_t length, Device device_,
                    const char* reference_arg) const {
-  dtype(t, arg, {dtype_});
-  shape(t, arg, {length});
+  tensor(t, arg, dtype_, {length});
   device(t, arg, device_, reference_arg);
   contiguous(t, arg);
   accessible(t, arg);
+}
+
+void* Check::workspace(const TensorView* t, std::int64_t num_bytes, Device device_, const char* reference_arg,
+                       std::initializer_list<std::pair<const TensorView*, const char*>> others) const {
+  if (num_bytes == 0) return nullptr;
+  const char* const arg = "workspace";
+  const auto expected = [&] { return "uint8 [" + std::to_string(num_bytes) + "] or longer"; };
+  if (t == nullptr) fail_value(arg, expected(), "none");
+  dtype(*t, arg, {DType::kUInt8});
+  rank(*t, arg, 1, 1);
+  device(*t, arg, device_, reference_arg);
+  contiguous(*t, arg);
+  writable(*t, arg);
+  if (t->numel() < num_bytes) fail_value(arg, expected(), describe(*t));
+  const auto address = reinterpret_cast<std::uintptr_t>(t->data);
+  if (address % 16 != 0) fail_value(arg, "a 16-byte aligned address", std::to_string(address));
+  for (const auto& [other, other_arg] : others)
+    if (other != nullptr) disjoint(*t, arg, *other, other_arg, false);
+  return t->data;
 }
 
 ByteRange byte_range(const TensorView& t) {

@@ -41,9 +41,9 @@ import quire
 from quire import _core
 
 jax = pytest.importorskip("jax")
-import jax.numpy as jnp  # noqa: E402
+import jax.numpy as jnp
 
-import quire.jax  # noqa: E402
+import quire.jax
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,7 +111,6 @@ def test_scan(device, op, arrays, options):
 
 # ---- vmap ------------------------------------------------------------------------------------------------------------------
 
-CACHES = {"write_kv": (2, 3), "rope_and_write_kv": (5, 6), "copy_blocks": (0,)}
 #: What all batch elements share, by operand or name.
 SHARED = {
     "rms_norm": {1, "scale"},
@@ -826,7 +825,7 @@ def test_packed_weights(device):
         want = np.asarray(quire.quantized_matmul(x, w, bias=bias))
         for call in (
             jax.jit(quire.jax.quantized_matmul),
-            jax.jit(lambda x, w, bias: quire.jax.quantized_matmul(x, weights[name], bias=bias)),  # noqa: B023
+            jax.jit(lambda x, w, bias: quire.jax.quantized_matmul(x, weights[name], bias=bias)),
             quire.jax.quantized_matmul,
         ):
             got = np.asarray(call(x, w, bias=bias))
@@ -843,7 +842,7 @@ def test_packed_weights(device):
 def test_packed_weights_under_vmap(device):
     x = half(4, 3, 96)
     for name, w in weights_of_jax().items():
-        got = jax.vmap(lambda x: quire.jax.quantized_matmul(x, w, batch_invariant=True))(x)  # noqa: B023
+        got = jax.vmap(lambda x: quire.jax.quantized_matmul(x, w, batch_invariant=True))(x)
         for each, own in zip(np.asarray(got), x):
             want = np.asarray(quire.quantized_matmul(own, w, batch_invariant=True))
             np.testing.assert_array_equal(bits(each), bits(want), err_msg=name)
@@ -859,11 +858,14 @@ def test_scales_under_vmap(device):
     """Each batch element has a scale of its own, computed or given, one for all of it too."""
     x = jnp.asarray(normal(3, 2, 5, 64))
     for options in ({}, {"symmetric": False}):
-        q, *scales = jax.vmap(lambda x: quire.jax.quantize_int8(x, **options))(x)  # noqa: B023
+        q, *scales = jax.vmap(lambda x: quire.jax.quantize_int8(x, **options))(x)
         assert [s.shape for s in scales] == [(3, 1)] * len(scales)
         back = jax.vmap(quire.jax.dequantize_int8)(q, *scales)
         given = dict(zip(("scale", "zero_point"), scales))
-        quantize = lambda x, given: quire.jax.quantize_int8(x, **given, **options)[0]  # noqa: B023, E731
+
+        def quantize(x, given):
+            return quire.jax.quantize_int8(x, **given, **options)[0]
+
         again = jax.vmap(quantize)(x, given)
         for i in range(3):
             want_q, *want = quire.quantize_int8(np.asarray(x[i]), **options)
@@ -890,7 +892,7 @@ def test_dequantize_traced(device):
         want = np.asarray(w.dequantize("bfloat16"))
         traced = jax.jit(lambda w: w.dequantize("bfloat16"))
         assert "quire.dequantize" in traced.lower(w).as_text(), name
-        for got in (traced(w), jax.jit(lambda: w.dequantize("bfloat16"))()):  # noqa: B023
+        for got in (traced(w), jax.jit(lambda: w.dequantize("bfloat16"))()):
             assert got.dtype == jnp.bfloat16
             np.testing.assert_array_equal(np.asarray(got).view(np.uint8), want.view(np.uint8), err_msg=name)
     for arguments, error, text in (
@@ -899,7 +901,7 @@ def test_dequantize_traced(device):
         ({"stream": 1}, ValueError, "stream: expected none"),
     ):
         with pytest.raises(error, match=rf"^\[dequantize\] {text}"):
-            jax.jit(lambda w: w.dequantize(**arguments))(w)  # noqa: B023
+            jax.jit(lambda w: w.dequantize(**arguments))(w)
 
 
 def test_quantization_refusals():

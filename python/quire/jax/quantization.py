@@ -16,14 +16,13 @@ from quire import _core
 from quire._allocate import Array, dtype_name, shape_of
 from quire._packed_weight import (
     BLOCK,
-    REFUSALS,
     TRACED_DEQUANTIZE,
     Fields,
     PackedWeight,
     format_of,
-    renamed,
 )
 from quire._quantized import Granularity, check_given, scale_shape
+from quire._refusals import REFUSALS, renamed
 from quire.jax._batch import refuse_batched, rows
 from quire.jax._call import Attributes, Op, Result, Value, call
 from quire.quantization import ACTIVATION_NAMES, check_features, right_operand
