@@ -65,31 +65,37 @@ MmaChoice choose_mma_of(std::int64_t num_tokens, const Layout& layout, int tiles
   plan.num_tokens = tokens;
   plan.num_stages = num_stages;
   plan.stage_bytes = kMmaUnits * (unit_bytes(layout.bits) + 8 * layout.entry_bytes * (layout.group_size == 32 ? 2 : 1));
-  // What rings and sums leave, in columns of x: of one chunk, or of two.
   plan.chunk_steps = 0;
-  const int x_bytes = max_shared_bytes - (layout.bits == 4 ? shared_bytes<4>(plan, tiles) : shared_bytes<8>(plan, tiles)) + 16 * tokens;
-  const auto steps_in = [&](int bytes) { return (bytes / tokens - 16) / (kUnitColumns * 2); };
-  // Where x is read again for every strip, strips are of 128 rows at least; where sums of many tokens change hands, not of much more.
-  const int first = tiles == 1 ? 0 : tiles == 8 ? 1 : 2, last = tiles == 2 ? 2 : tiles == 1 ? 4 : 3;
-  const int preferred_steps = tiles == 1 ? layout.num_steps : tiles == 2 ? 16 : 8;
+  const bool streams_x = tiles > 1;
   MmaChoice best;
   double best_cycles = 0.0;
-  for (int row_warps_log2 = first; row_warps_log2 <= last; ++row_warps_log2) {
+  for (int row_warps_log2 = streams_x ? 1 : 0; row_warps_log2 <= 4 && 1 << row_warps_log2 <= warps_of(tiles); ++row_warps_log2) {
+    plan.row_warps_log2 = row_warps_log2;
     const int column_warps = warps_of(tiles) >> row_warps_log2;
-    for (int parts = 1; parts <= (tiles == 1 ? 8 : 1); parts *= 2) {
-      int steps = static_cast<int>(round_up(ceil_div(std::min(preferred_steps, layout.num_steps), parts), column_warps));
-      const int limit = steps_in(steps >= layout.num_steps ? x_bytes : x_bytes / 2);
-      if (steps > limit) steps = steps_in(x_bytes / 2) / column_warps * column_warps;
-      if (steps <= 0) continue;
+    // One tile: what rings and sums leave is for columns of x, of one chunk or of two.
+    const int left = max_shared_bytes - (layout.bits == 4 ? shared_bytes<4>(plan, tiles) : shared_bytes<8>(plan, tiles));
+    if (streams_x && left < 0) continue;
+    const auto steps_in = [&](int bytes) { return (bytes / tokens - 16) / (kUnitColumns * 2); };
+    for (int parts = 1; parts <= (streams_x ? 64 : 8); parts *= 2) {
+      int steps = static_cast<int>(round_up(ceil_div(layout.num_steps, parts), column_warps));
+      if (!streams_x) {
+        const int x_bytes = left + 16 * tokens, limit = steps_in(steps >= layout.num_steps ? x_bytes : x_bytes / 2);
+        if (steps > limit) steps = steps_in(x_bytes / 2) / column_warps * column_warps;
+        if (steps <= 0) continue;
+      }
       MmaChoice choice = make_mma_choice(num_tokens, layout, tiles, row_warps_log2, steps, num_sms);
       choice.num_stages = num_stages;
       const auto tasks = static_cast<double>(ceil_div(choice.num_strips * choice.num_chunks, choice.num_ctas));
       const double strip_rows = kMmaUnits * kUnitRows << row_warps_log2, columns = choice.chunk_steps * kUnitColumns;
       const double sums = strip_rows * tokens;
       const double code_bytes = tasks * strip_rows * columns * layout.bits / 8;
-      const double all_x_bytes = 2.0 * tokens * columns * (choice.num_chunks > 1 ? tasks : 1.0);
+      const double all_x_bytes = 2.0 * tokens * columns * (streams_x || choice.num_chunks > 1 ? tasks : 1.0);
       const double flushes = tasks / choice.num_chunks + (choice.num_chunks > 1 ? 1.0 : 0.0);
       double cycles = std::max({code_bytes / 18.0, (code_bytes + all_x_bytes) / 36.0, tasks * strip_rows * columns * 8 * tiles / 1200.0});
+      if (streams_x) {
+        const double units = tasks * strip_rows * columns / (kUnitRows * kUnitColumns);
+        cycles = std::max(cycles, units * (40.0 + 6.0 * tiles)) + 150.0 * tasks;
+      }
       cycles += flushes * (300.0 + sums * (column_warps + 4) / 256.0);
       if (choice.num_chunks > 1) cycles += 2500.0 + sums * 4 * choice.num_chunks / tasks / 36.0;
       if (best.num_ctas == 0 || cycles < best_cycles) {
