@@ -94,6 +94,25 @@ TEST(CudaAttentionConfig, hopper_takes_many_rows_unless_something_prevents_it) {
   changed([](AttentionParams& p) { p.out = static_cast<std::byte*>(p.out) + 2; });
 }
 
+TEST(CudaAttentionConfig, hopper_tiles_have_192_rows_where_three_warpgroups_fit) {
+  const auto rows = [](std::int64_t head_dim, DType kv_dtype, bool float8_queries) {
+    AttentionParams params = dense(ragged_queries(paged(4, 1024, 32, 8, head_dim), 4096));
+    params.kv_dtype = kv_dtype;
+    params.float8_queries = float8_queries;
+    const Config config = configure(params, kDevice, true);
+    EXPECT_EQ(config.variant, Variant::kWgmma);
+    EXPECT_EQ(config.num_tiles, 4096 * 4 / config.tile_rows + 4);
+    return config.tile_rows;
+  };
+  EXPECT_EQ(rows(64, DType::kBFloat16, false), 192);
+  EXPECT_EQ(rows(64, DType::kFloat8E4M3FN, false), 128);
+  EXPECT_EQ(rows(64, DType::kFloat8E4M3FN, true), 192);
+  EXPECT_EQ(rows(96, DType::kBFloat16, false), 192);
+  EXPECT_EQ(rows(96, DType::kFloat8E4M3FN, true), 128);
+  EXPECT_EQ(rows(128, DType::kBFloat16, false), 128);
+  EXPECT_EQ(rows(128, DType::kFloat8E4M3FN, true), 128);
+}
+
 TEST(CudaAttentionConfig, a_variant_that_is_asked_for_runs_or_is_refused) {
   AttentionParams params = dense(paged(4, 1024, 32, 8, 128));
   for (const Variant variant : {Variant::kMmaSplitKeys8, Variant::kMmaSplitKeys16, Variant::kMmaSplitRows, Variant::kMmaSplitRows128,

@@ -35,8 +35,10 @@ constexpr int tile_rows(Variant variant) {
   }
 }
 
-/// Rows of a tile of kWgmma.
-constexpr int wgmma_rows(int head_dim_bucket, bool narrow_kv) { return head_dim_bucket <= 96 && !narrow_kv ? 192 : 128; }
+/// Rows of a tile of kWgmma. Narrow: of 8 bits.
+constexpr int wgmma_rows(int head_dim_bucket, bool narrow_q, bool narrow_kv) {
+  return head_dim_bucket <= 96 && narrow_q == narrow_kv ? 192 : 128;
+}
 
 /// head_dim rounded up to what kernels are compiled for; the rest is zero in shared memory.
 constexpr int head_dim_bucket(Variant variant, std::int64_t head_dim) {
@@ -53,7 +55,7 @@ constexpr int wgmma_head_dim_bucket(std::int64_t head_dim, bool narrow_kv) {
 
 inline int wgmma_rows(const AttentionParams& params) {
   const bool narrow = itemsize(params.kv_dtype) == 1;
-  return wgmma_rows(wgmma_head_dim_bucket(params.head_dim, narrow), narrow);
+  return wgmma_rows(wgmma_head_dim_bucket(params.head_dim, narrow), params.float8_queries, narrow);
 }
 
 /// What the largest variants need; devices of compute capability 8.0 and 9.0 have it, 8.6, 8.9 and 12.0 have 99 KiB.

@@ -82,7 +82,7 @@ void launch_wgmma_shape(const Plan& plan, const Config& config, Stream stream) {
 
 template <DType kQ, bool kNarrowKv, int kHeadDim>
 void launch_wgmma(const Plan& plan, const Config& config, Stream stream) {
-  if constexpr (!kNarrowKv && kHeadDim == 64) {
+  if constexpr (kHeadDim == 64 && kNarrowKv == (itemsize(kQ) == 1)) {
     // Where most steps are under the causal mask's edge, smaller ones have less to hide.
     constexpr std::int64_t kShort = 2048;
     const AttentionParams& p = plan.params;
