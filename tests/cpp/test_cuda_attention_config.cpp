@@ -104,7 +104,7 @@ TEST(CudaAttentionConfig, hopper_has_kernels_of_their_own_for_short_sequences) {
   const auto is_short = [](const AttentionParams& params) {
     const Config config = configure(params, kDevice, true);
     EXPECT_EQ(config.variant, Variant::kWgmma);
-    EXPECT_EQ(config.tile_rows, wgmma_rows(config.head_dim_bucket, itemsize(params.kv_dtype) == 1, config.is_short));
+    EXPECT_EQ(config.tile_rows, wgmma_rows(config.head_dim_bucket, params.float8_queries, itemsize(params.kv_dtype) == 1, config.is_short));
     EXPECT_EQ(config.num_tiles, 4096 * 4 / config.tile_rows + 4);
     return config.is_short;
   };
@@ -139,6 +139,30 @@ TEST(CudaAttentionConfig, hopper_has_kernels_of_their_own_for_short_sequences) {
   static const std::uint8_t mask = 0;
   refuses([](AttentionParams& p) { p.mask = &mask; });
   refuses([](AttentionParams& p) { p.kv_dtype = DType::kFloat8E4M3FN; });
+  AttentionParams float8 = call(64, 512, true);
+  float8.kv_dtype = DType::kFloat8E4M3FN;
+  EXPECT_FALSE(is_short(float8));
+  float8.float8_queries = true;
+  EXPECT_TRUE(is_short(float8));
+}
+
+TEST(CudaAttentionConfig, hopper_tiles_have_192_rows_where_three_warpgroups_fit) {
+  const auto rows = [](std::int64_t head_dim, DType kv_dtype, bool float8_queries) {
+    AttentionParams params = dense(ragged_queries(paged(4, 1024, 32, 8, head_dim), 4096));
+    params.kv_dtype = kv_dtype;
+    params.float8_queries = float8_queries;
+    const Config config = configure(params, kDevice, true);
+    EXPECT_EQ(config.variant, Variant::kWgmma);
+    EXPECT_EQ(config.num_tiles, 4096 * 4 / config.tile_rows + 4);
+    return config.tile_rows;
+  };
+  EXPECT_EQ(rows(64, DType::kBFloat16, false), 192);
+  EXPECT_EQ(rows(64, DType::kFloat8E4M3FN, false), 128);
+  EXPECT_EQ(rows(64, DType::kFloat8E4M3FN, true), 192);
+  EXPECT_EQ(rows(96, DType::kBFloat16, false), 192);
+  EXPECT_EQ(rows(96, DType::kFloat8E4M3FN, true), 128);
+  EXPECT_EQ(rows(128, DType::kBFloat16, false), 128);
+  EXPECT_EQ(rows(128, DType::kFloat8E4M3FN, true), 128);
 }
 
 TEST(CudaAttentionConfig, a_variant_that_is_asked_for_runs_or_is_refused) {

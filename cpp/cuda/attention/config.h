@@ -44,13 +44,13 @@ inline std::int64_t key_capacity(const AttentionParams& params) {
 }
 
 /// Whether kWgmma has a kernel of its own for short sequences of a head_dim.
-constexpr bool wgmma_has_short(int head_dim_bucket, bool narrow_kv) {
-  return !narrow_kv && (head_dim_bucket <= 96 || head_dim_bucket == 256);
+constexpr bool wgmma_has_short(int head_dim_bucket, bool narrow_q, bool narrow_kv) {
+  return head_dim_bucket == 64 ? narrow_q == narrow_kv : !narrow_kv && (head_dim_bucket == 96 || head_dim_bucket == 256);
 }
 
-/// Rows of a tile of kWgmma.
-constexpr int wgmma_rows(int head_dim_bucket, bool narrow_kv, bool is_short) {
-  return head_dim_bucket <= 96 && !narrow_kv && !(is_short && head_dim_bucket == 96) ? 192 : 128;
+/// Rows of a tile of kWgmma. Narrow: of 8 bits.
+constexpr int wgmma_rows(int head_dim_bucket, bool narrow_q, bool narrow_kv, bool is_short) {
+  return head_dim_bucket <= 96 && narrow_q == narrow_kv && !(is_short && head_dim_bucket == 96) ? 192 : 128;
 }
 
 /// Keys of a step of kWgmma.
@@ -77,7 +77,7 @@ constexpr int wgmma_head_dim_bucket(std::int64_t head_dim, bool narrow_kv) {
 inline bool wgmma_is_short(const AttentionParams& p) {
   const bool narrow = itemsize(p.kv_dtype) == 1;
   const int bucket = wgmma_head_dim_bucket(p.head_dim, narrow);
-  if (!wgmma_has_short(bucket, narrow)) return false;
+  if (!wgmma_has_short(bucket, p.float8_queries, narrow)) return false;
   if (p.mask != nullptr || p.alibi_slopes != nullptr || p.softcap > 0.0f || !(p.scale > 0.0f)) return false;  // it has no code for these
   // Of ragged keys on average.
   const auto up_to = [&](std::int64_t keys) {
@@ -92,7 +92,7 @@ inline bool wgmma_is_short(const AttentionParams& p) {
 
 inline int wgmma_rows(const AttentionParams& params) {
   const bool narrow = itemsize(params.kv_dtype) == 1;
-  return wgmma_rows(wgmma_head_dim_bucket(params.head_dim, narrow), narrow, wgmma_is_short(params));
+  return wgmma_rows(wgmma_head_dim_bucket(params.head_dim, narrow), params.float8_queries, narrow, wgmma_is_short(params));
 }
 
 /// What the largest variants need; devices of compute capability 8.0 and 9.0 have it, 8.6, 8.9 and 12.0 have 99 KiB.

@@ -81,7 +81,7 @@ void launch_wgmma_shape(const Plan& plan, const Config& config, Stream stream) {
 
 template <DType kQ, bool kNarrowKv, int kHeadDim>
 void launch_wgmma(const Plan& plan, const Config& config, Stream stream) {
-  if constexpr (wgmma_has_short(kHeadDim, kNarrowKv)) {
+  if constexpr (wgmma_has_short(kHeadDim, itemsize(kQ) == 1, kNarrowKv)) {
     if (config.is_short) return launch_wgmma_shape<WgmmaShape<kQ, kNarrowKv, kHeadDim, true>, false>(plan, config, stream);
   }
   launch_wgmma_shape<WgmmaShape<kQ, kNarrowKv, kHeadDim>, true>(plan, config, stream);
