@@ -116,10 +116,10 @@ TEST(CudaAttentionConfig, hopper_has_kernels_of_their_own_for_short_sequences) {
   EXPECT_FALSE(is_short(call(96, 512, true)));
   EXPECT_FALSE(is_short(call(128, 512, true)));
   EXPECT_FALSE(is_short(call(192, 512, true)));
-  for (const bool causal : {false, true}) {
-    EXPECT_TRUE(is_short(call(256, 1024, causal)));
-    EXPECT_FALSE(is_short(call(256, 1040, causal)));
-  }
+  EXPECT_TRUE(is_short(call(256, 2048, true)));
+  EXPECT_FALSE(is_short(call(256, 2064, true)));
+  EXPECT_TRUE(is_short(call(256, 768, false)));
+  EXPECT_FALSE(is_short(call(256, 784, false)));
   AttentionParams ragged = call(96, 768, false);
   ragged.block_tables = nullptr;
   ragged.num_kv_tokens = 4 * 768;

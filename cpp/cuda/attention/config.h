@@ -86,7 +86,7 @@ inline bool wgmma_is_short(const AttentionParams& p) {
   switch (bucket) {
     case 64: return p.causal && up_to(2048);  // smaller steps hide less under the causal mask's edge
     case 96: return !p.causal && up_to(768);  // smaller tiles of fewer, larger steps
-    default: return up_to(1024);              // smaller steps: less of the last one is past the end, or under the edge
+    default: return up_to(p.causal ? 2048 : 768);  // smaller steps: less of the last one is past the end, or under the edge
   }
 }
 
