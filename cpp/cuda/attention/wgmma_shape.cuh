@@ -49,7 +49,11 @@ struct WgmmaShape {
   /// ptxas counts 128 registers for a thread of four warpgroups, too few for one product with all columns.
   static constexpr int kOutputParts = kNarrowKv && kDim > 128 ? 2 : 1;
 
-  static constexpr int kKeys = kDim == 96 || kFewKeys ? 96 : kDim <= 128 ? 128 : kNarrowKv ? 64 : kDim == 192 ? 112 : 80;  // per step
+  static constexpr int kKeys = kDim == 96 || kFewKeys        ? 96  // per step
+                               : kWidenBeside || kDim == 192 ? 112
+                               : kDim <= 128                 ? 128
+                               : kNarrowKv                   ? 64
+                                                             : 80;
   static constexpr int kKeyUnit = kKeys & -kKeys;  // the largest box
   static constexpr int kStages = kWidenBeside ? 3 : 2;
   static constexpr int kNarrowStages = kWidenK && kDim > 64 ? 1 : 2;
