@@ -21,9 +21,8 @@ struct WgmmaInputs {
 };
 
 /// kQ is what q is stored as: 16 bits, or float8_e4m3fn, whose K is of it too. K and V have 16 bits, of kQ then, or kNarrowKv: 8. Products of
-/// weights and values are of 16 bits: narrow values are widened before, and so are narrow keys of wide queries. kFewKeys: fewer keys to a
-/// step, for short causal sequences.
-template <DType kQ, bool kNarrowKv, int kDim, bool kFewKeys = false>
+/// weights and values are of 16 bits: narrow values are widened before, and so are narrow keys of wide queries. kShort: for short sequences.
+template <DType kQ, bool kNarrowKv, int kDim, bool kShort = false>
 struct WgmmaShape {
   static_assert(itemsize(kQ) == 2 || kNarrowKv);
   static constexpr int kHeadDim = kDim;
@@ -31,7 +30,7 @@ struct WgmmaShape {
   static constexpr bool kBf16 = kQ == DType::kBFloat16;  // of weights and values; else float16
   static constexpr bool kWidenV = kNarrowKv, kWidenK = kNarrowKv && !kNarrowQ;
 
-  static constexpr int kRows = wgmma_rows(kDim, kNarrowQ, kNarrowKv);
+  static constexpr int kRows = wgmma_rows(kDim, kNarrowQ, kNarrowKv, kShort);
   static constexpr int kConsumers = kRows / 64;  // warpgroups with 64 rows each
   static constexpr int kConsumerWarps = 4 * kConsumers;
   /// Warps 2 and 3 widen values, instead of a warpgroup of its own, for which three consumers leave no registers.
@@ -49,11 +48,7 @@ struct WgmmaShape {
   /// ptxas counts 128 registers for a thread of four warpgroups, too few for one product with all columns.
   static constexpr int kOutputParts = kNarrowKv && kDim > 128 ? 2 : 1;
 
-  static constexpr int kKeys = kDim == 96 || kFewKeys        ? 96  // per step
-                               : kWidenBeside || kDim == 192 ? 112
-                               : kDim <= 128                 ? 128
-                               : kNarrowKv                   ? 64
-                                                             : 80;
+  static constexpr int kKeys = wgmma_keys(kDim, kNarrowQ, kNarrowKv, kShort);  // per step
   static constexpr int kKeyUnit = kKeys & -kKeys;  // the largest box
   static constexpr int kStages = kWidenBeside ? 3 : 2;
   static constexpr int kNarrowStages = kWidenK && kDim > 64 ? 1 : 2;
