@@ -54,9 +54,10 @@ constexpr int wgmma_rows(int head_dim_bucket, bool narrow_q, bool narrow_kv, boo
 }
 
 /// Keys of a step of kWgmma.
-constexpr int wgmma_keys(int head_dim_bucket, bool narrow_kv, bool is_short) {
+constexpr int wgmma_keys(int head_dim_bucket, bool narrow_q, bool narrow_kv, bool is_short) {
   if (is_short) return head_dim_bucket == 64 ? 96 : head_dim_bucket == 96 ? 128 : 64;
   if (head_dim_bucket == 96) return 96;
+  if (head_dim_bucket == 64 && narrow_q) return 112;
   return head_dim_bucket <= 128 ? 128 : narrow_kv ? 64 : head_dim_bucket == 192 ? 112 : 80;
 }
 

@@ -48,7 +48,7 @@ struct WgmmaShape {
   /// ptxas counts 128 registers for a thread of four warpgroups, too few for one product with all columns.
   static constexpr int kOutputParts = kNarrowKv && kDim > 128 ? 2 : 1;
 
-  static constexpr int kKeys = wgmma_keys(kDim, kNarrowKv, kShort);  // per step
+  static constexpr int kKeys = wgmma_keys(kDim, kNarrowQ, kNarrowKv, kShort);  // per step
   static constexpr int kKeyUnit = kKeys & -kKeys;  // the largest box
   static constexpr int kStages = kWidenBeside ? 3 : 2;
   static constexpr int kNarrowStages = kWidenK && kDim > 64 ? 1 : 2;
