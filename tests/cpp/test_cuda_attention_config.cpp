@@ -275,6 +275,22 @@ TEST(CudaAttentionConfig, neighbouring_heads_are_pairs) {
   EXPECT_EQ(pairing(dense(paged(64, 1024, 72, 8, 128))), Pairing::kNone);
   EXPECT_EQ(pairing(dense(paged(64, 1024, 28, 7, 128))), Pairing::kNone);
   EXPECT_EQ(pairing(dense(paged(64, 1024, 32, 8, 256))), Pairing::kNone);
+  const auto narrow = [](std::int64_t num_seqs, std::int64_t head_dim) {
+    AttentionParams params = dense(paged(num_seqs, 8192, 16, 2, head_dim));
+    params.kv_dtype = DType::kFloat8E4M3FN;
+    return configure(params, kDevice, true);
+  };
+  EXPECT_EQ(narrow(256, 256).pairing, Pairing::kWarps);  // a pair's tile to each CTA, all at once
+  EXPECT_EQ(narrow(256, 256).ctas_per_tile, 1);
+  EXPECT_EQ(narrow(256, 256).tiles_per_cta, 1);
+  EXPECT_EQ(narrow(132, 256).pairing, Pairing::kNone);  // as many tiles as places
+  EXPECT_EQ(narrow(132, 192).pairing, Pairing::kWarps);
+  EXPECT_EQ(narrow(66, 192).pairing, Pairing::kNone);
+  for (std::int64_t num_seqs = 1; num_seqs < 600; ++num_seqs)
+    for (const std::int64_t head_dim : {136, 192, 256}) {
+      const Config config = narrow(num_seqs, head_dim);
+      EXPECT_FALSE(config.pairing == Pairing::kWarps && (config.wide || config.cluster > 0));  // there is no such kernel
+    }
   AttentionParams params = dense(paged(64, 1024, 32, 8, 128));
   params.k_head_stride *= 16;  // heads are not side by side
   EXPECT_EQ(pairing(params), Pairing::kNone);

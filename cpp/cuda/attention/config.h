@@ -321,8 +321,8 @@ constexpr int choose_cluster(std::int64_t num_tiles, std::int64_t num_sms, std::
   return long_rows && num_tiles * size * 10 >= places * 9 ? static_cast<int>(size) : 0;
 }
 
-/// How decode takes two neighbouring kv heads as one.
-inline Pairing choose_pairing(const AttentionParams& params) {
+/// How decode takes two neighbouring kv heads as one. `num_head_tiles` are those of heads one by one.
+inline Pairing choose_pairing(const AttentionParams& params, std::int64_t num_head_tiles, std::int64_t num_sms) {
   const std::int64_t group = params.num_heads / params.num_kv_heads;
   if (params.num_kv_heads % 2 != 0 || params.k_head_stride != params.head_dim || params.v_head_stride != params.head_dim ||
       params.block_tables == nullptr || params.query_start_loc != nullptr || params.shared_queries > 0 || params.batch_invariant ||
@@ -330,9 +330,12 @@ inline Pairing choose_pairing(const AttentionParams& params) {
     return Pairing::kNone;
   if (params.head_dim == 64 && group <= 4) return Pairing::kColumns;
   const std::int64_t row_bytes = params.head_dim * itemsize(params.kv_dtype);
-  return group <= 8 && params.head_dim > 64 && params.head_dim <= 128 && row_bytes <= kPairedRowBytes && params.mask == nullptr
-             ? Pairing::kWarps
-             : Pairing::kNone;
+  if (group > 8 || params.head_dim <= 64 || row_bytes > kPairedRowBytes || params.mask != nullptr) return Pairing::kNone;
+  // Whole lines are long enough by themselves; but half of the tiles may be few enough for all to run at once. While tiles are few, clusters and
+  // CTAs of more warps have them one by one.
+  if (params.head_dim > 128 && num_head_tiles <= (row_bytes % 128 == 0 ? ctas_per_sm(Variant::kMmaSplitKeys8, 256) : 1) * num_sms)
+    return Pairing::kNone;
+  return Pairing::kWarps;
 }
 
 /// `why`, unless null, gets the reasons for the variant. `rows_of_sequence` is what to choose for; 0: the mean.
@@ -361,7 +364,7 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
     config.cluster = choose_cluster(num_head_tiles, device.num_sms, ctas_per_sm(config.variant, config.head_dim_bucket) / 2,
                                     params.head_dim * itemsize(params.kv_dtype) % 128 == 0);
   }
-  if (config.variant == Variant::kMmaSplitKeys8) config.pairing = choose_pairing(params);
+  if (config.variant == Variant::kMmaSplitKeys8) config.pairing = choose_pairing(params, num_head_tiles, device.num_sms);
   if (config.pairing == Pairing::kColumns) config.head_dim_bucket = 128;
   if (config.pairing == Pairing::kWarps) config.tile_rows = 16;
   const std::int64_t num_ctas = config.num_tiles * (config.pairing != Pairing::kNone ? params.num_kv_heads / 2 : params.num_kv_heads);

@@ -121,8 +121,12 @@ void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
       if (config.pairing == Pairing::kColumns) return paired.template operator()<Pairing::kColumns>();
       if (config.pairing == Pairing::kWarps) return paired.template operator()<Pairing::kWarps>();
     }
-    if constexpr (kHeadDim == 256)
+    if constexpr (kHeadDim == 256) {
+      // Pairs are many tiles, which have no wide CTAs; and their rows are of 8 bits.
+      if constexpr (itemsize(kKvDType) == 1)
+        if (config.pairing == Pairing::kWarps) return launch.template operator()<256, Variant::kMmaSplitKeys8, false, Pairing::kWarps>();
       if (config.variant == Variant::kMmaSplitKeys8Small) return launch.template operator()<256, Variant::kMmaSplitKeys8Small, false>();
+    }
     if (config.variant == Variant::kMmaSplitKeys16) {
       return config.wide ? launch.template operator()<kHeadDim, Variant::kMmaSplitKeys16, true>()
                          : launch.template operator()<kHeadDim, Variant::kMmaSplitKeys16, false>();
