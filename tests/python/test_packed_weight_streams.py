@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from frameworks import as_float64
 from gpu_work import SHORT_DELAY, CuPyWork, assert_same, busy
 from op_list import draw
+from test_quantization import HELPED, assert_helped, skip_unless_helped
+from tolerances import assert_product_close
 
 import quire
 
@@ -157,3 +160,51 @@ def test_quantized_matmul_in_a_graph(work, kind, count):
         quire.quantized_matmul(tensors["x"], weight, out=tensors["out"])
         assert is_busy()
     assert_same(work, {"out": tensors["out"]}, want)
+
+
+@pytest.mark.parametrize("count", [1, 16, 64])
+def test_helpers_of_products(work, count):
+    """CTAs that wait for other CTAs' sums: on two streams at a time, call after call, and as replays of a graph; what is left in a workspace is never taken
+    for sums."""
+    skip_unless_helped(work.framework)
+    bits, out_features, in_features, _ = HELPED[0]
+    rng = np.random.default_rng(3)
+    source = work.upload({"w": draw(rng, (out_features, in_features), "float16")})["w"]
+    weight = quire.PackedWeight.quantize(source, f"w{bits}a16", 128)
+    draws_of_x = {str(i): draw(rng, (count, in_features), "float16") for i in range(3)}
+    xs = list(work.upload(draws_of_x).values())
+    assert_helped(xs[0], weight)
+    wants = [quire.quantized_matmul(x, weight) for x in xs]
+    work.synchronize()
+    wide = as_float64(work.framework.numpy(weight.dequantize("float32")))
+    x = as_float64(draws_of_x["0"])
+    assert_product_close(work.framework.numpy(wants[0]), x @ wide.T, np.abs(x) @ np.abs(wide).T)
+
+    streams = [work.stream() for _ in range(2)]
+    got: list[tuple[Any, Any]] = []
+    for stream in streams:
+        with work.use(stream):
+            work.delay(SHORT_DELAY)  # until both have all of their calls
+    for i in range(12):
+        for j, stream in enumerate(streams):
+            with work.use(stream):
+                got.append((quire.quantized_matmul(xs[(i + j) % 3], weight), wants[(i + j) % 3]))
+    work.synchronize()
+    for out, want in got:
+        assert_same(work, {"out": out}, {"out": want})
+
+    tensors = work.copy({"x": xs[0], "y": xs[1], "x_out": wants[2], "y_out": wants[2]})
+
+    def two_products() -> None:
+        quire.quantized_matmul(tensors["x"], weight, out=tensors["x_out"])
+        quire.quantized_matmul(tensors["y"], weight, out=tensors["y_out"])
+
+    replay = work.capture(two_products)
+    for i in range(6):
+        for stream in streams[: 1 + i % 2]:
+            with work.use(stream):
+                work.assign(tensors, {"x": xs[i % 3], "y": xs[(i + 1) % 3]})
+                replay()
+                quire.quantized_matmul(xs[2], weight)
+            work.synchronize()
+        assert_same(work, tensors, {"x_out": wants[i % 3], "y_out": wants[(i + 1) % 3]})
