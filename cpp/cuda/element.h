@@ -96,15 +96,12 @@ template <int kCount>
 struct ParameterBits {
   Packed<float, kCount> bits;
 
-  /// Elements [index, index + kCount), or zeros past `limit`. No branches, around which the compiler would arrange what waits: the first half of
-  /// the bytes of a float32 parameter is read as those of a 16-bit one are.
+  /// Elements [index, index + kCount), or zeros past `limit`. Eight and more without branches, around which the compiler would arrange what waits:
+  /// the first half of the bytes of a float32 parameter is read as those of a 16-bit one are.
   __device__ __forceinline__ void load(const void* src, DType dtype, std::int64_t index, std::int64_t limit) {
     bits = {};
     const bool is_inside = index < limit, is_wide = dtype == DType::kFloat32;
-    if constexpr (kCount == 1) {
-      if (!is_inside) return;
-      bits.words[0] = is_wide ? static_cast<const std::uint32_t*>(src)[index] : static_cast<const std::uint16_t*>(src)[index];
-    } else {
+    if constexpr (kCount >= 8) {
       constexpr int kHalf = kCount / 2;
       const auto* const words = static_cast<const std::uint32_t*>(src) + (is_wide ? index : index / 2);
       RawVector<4 * kHalf> first{}, second{};
@@ -114,6 +111,16 @@ struct ParameterBits {
       for (int i = 0; i < kHalf; ++i) {
         bits.words[i] = first.words[i];
         bits.words[kHalf + i] = second.words[i];
+      }
+    } else if (is_inside && is_wide) {
+      bits = load_packed<float, kCount>(static_cast<const float*>(src) + index);
+    } else if (is_inside) {
+      const auto half = load_packed<std::uint16_t, kCount>(static_cast<const std::uint16_t*>(src) + index);
+      if constexpr (kCount == 1) {
+        bits.words[0] = half.half_word;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) bits.words[i] = half.words[i];
       }
     }
   }

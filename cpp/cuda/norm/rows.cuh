@@ -147,9 +147,11 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
     for (int e = 0; e < kVec; ++e) vector_sum = kIsLayer ? vector_sum + v[e] : fmaf(v[e], v[e], vector_sum);
     sum += vector_sum;
   }
-  float mean = 0.0f, variance = row_sum(sum, scratch[0]) * inverse_hidden;
+  const float total = row_sum(sum, scratch[0]);
+  float mean = 0.0f, variance = total * inverse_hidden;
   if constexpr (kIsLayer) {
-    mean = variance;
+    // Rounded: fused with the subtractions, as the compiler does where the factor is a parameter, few rows would not get the bits of many.
+    mean = __fmul_rn(total, inverse_hidden);
     float squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {

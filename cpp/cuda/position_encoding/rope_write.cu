@@ -30,8 +30,7 @@ struct RopeRows {
 struct NoCache {};
 struct AnyFloat {};
 
-// Grid: CTAs of blockDim.y rows; the rows of all tokens are one list, but those of one head, which are for few tokens, have a token to each
-// gridDim.y, which saves a division before the first load. A row is up to kHeads heads of one of q, k and v of one token, a
+// Grid: CTAs of blockDim.y rows; the rows of all tokens are one list. A row is up to kHeads heads of one of q, k and v of one token, a
 // thread of which has two vectors of kVec elements of each head: those that rotate with each other, and past rotary_dim those that
 // follow each other. blockDim.x, a power of two, covers a head; with norms it is at most 32. Every load of a row comes first.
 template <bool kNorms, typename CacheT, typename T, int kVec, int kHeads, int kRegisters>
@@ -42,12 +41,10 @@ __global__ void __maxnreg__(kRegisters)
   const RotaryParams& r = p.rotary;
   const KvParams& kv = p.kv;
   const std::uint32_t rows_per_token = rows.query_rows + (kWrites ? 2 : 1) * rows.kv_rows;
-  // One head leaves registers for what has a latency of its own: the position, which the angles wait for, and the weights of its norm.
-  constexpr bool kOneHead = kHeads == 1;
-  const std::uint32_t item = blockIdx.x * blockDim.y + threadIdx.y, token_of_launch = kOneHead ? blockIdx.y : item / rows_per_token;
-  std::uint32_t row = kOneHead ? item : item - token_of_launch * rows_per_token;
+  const std::uint32_t item = blockIdx.x * blockDim.y + threadIdx.y, token_of_launch = item / rows_per_token;
+  std::uint32_t row = item - token_of_launch * rows_per_token;
   const std::int64_t token = rows.first_token + token_of_launch;
-  if (kOneHead ? row >= rows_per_token : token >= r.num_tokens) return;
+  if (token >= r.num_tokens) return;
   const bool is_first_row = row == 0;
 
   // The row's heads.
@@ -57,12 +54,9 @@ __global__ void __maxnreg__(kRegisters)
     if (kind != HeadKind::kValue || is_first_row) position = read_index(r.positions, r.position_dtype, token * r.position_stride);
     if (kWrites && (kind != HeadKind::kQuery || is_first_row)) slot = read_index(kv.slot_mapping, kv.slot_dtype, token * kv.slot_stride);
   };
-  const bool positions_are_int64 = r.position_dtype == DType::kInt64, slots_are_int64 = kv.slot_dtype == DType::kInt64;
-  IndexBits given_position, given_slot;
-  if constexpr (kOneHead) {
-    if (kind != HeadKind::kValue || is_first_row) given_position.load(r.positions, positions_are_int64, token * r.position_stride);
-    if (kWrites && (kind != HeadKind::kQuery || is_first_row)) given_slot.load(kv.slot_mapping, slots_are_int64, token * kv.slot_stride);
-  }
+  // One head leaves registers for what has a latency of its own: the position, which the angles wait for, and the weights of its norm.
+  constexpr bool kOneHead = kHeads == 1;
+  if constexpr (kOneHead) read_indices();
   const T* source;
   std::int64_t head_stride;
   int num_heads = static_cast<int>(kv.num_kv_heads);
@@ -116,18 +110,10 @@ __global__ void __maxnreg__(kRegisters)
   if constexpr (kNorms && kOneHead) {
     if (kind != HeadKind::kValue) load_weights();
   }
-  if constexpr (kOneHead) {
-    position = given_position.value(positions_are_int64);
-    slot = given_slot.value(slots_are_int64);
-  } else {
-    read_indices();
-  }
+  if constexpr (!kOneHead) read_indices();
   const bool known = is_known(p, position) && kind != HeadKind::kValue;
   const bool in_cache = kWrites && kind != HeadKind::kQuery && slot >= 0 && slot < kv.num_blocks * kv.block_size;
-  const auto record = [&] {
-    if (is_first_row && threadIdx.x == 0) record_bad_indices(p, error_word, token, position, slot);
-  };
-  if constexpr (!kOneHead) record();
+  if (is_first_row && threadIdx.x == 0) record_bad_indices(p, error_word, token, position, slot);
 
   if (known) {
     float cos_sin[2][kVec];
@@ -206,9 +192,6 @@ __global__ void __maxnreg__(kRegisters)
       seconds[i] = pack<T, kVec>(reinterpret_cast<const float (&)[kVec]>(x[kVec]));
     }
   }
-
-  // The angles were on their way first.
-  if constexpr (kOneHead) record();
 
   // Store.
   T* target = nullptr;
@@ -401,14 +384,11 @@ void launch_rope_of(const RopeKernel& choice, const RopeParams& p, const char* n
   const std::int64_t rows_per_token = query_rows + (choice.writes ? 2 : 1) * kv_rows, rows_per_cta = kThreads / lanes;
   RopeRows rows = rows_of(p, query_rows, kv_rows);
   const dim3 block(static_cast<unsigned>(lanes), static_cast<unsigned>(rows_per_cta));
-  const bool one_head = choice.heads == 1;
-  // gridDim.y has 16 bits.
-  const std::int64_t tokens_per_launch = one_head ? 0xffff : std::max<std::int64_t>(0x7fffffff / rows_per_token, 1);
+  const std::int64_t tokens_per_launch = std::max<std::int64_t>(0x7fffffff / rows_per_token, 1);
   for (; rows.first_token < r.num_tokens; rows.first_token += tokens_per_launch) {
-    const std::int64_t num_tokens = std::min(r.num_tokens - rows.first_token, tokens_per_launch);
-    const auto num_ctas = static_cast<unsigned>(ceil_div((one_head ? 1 : num_tokens) * rows_per_token, rows_per_cta));
-    launch_waiting(name, choice.kernel, dim3(num_ctas, one_head ? static_cast<unsigned>(num_tokens) : 1), block, stream, p, rows,
-                   error_word());
+    const std::int64_t num_rows = std::min(r.num_tokens - rows.first_token, tokens_per_launch) * rows_per_token;
+    const auto num_ctas = static_cast<unsigned>(ceil_div(num_rows, rows_per_cta));
+    launch_waiting(name, choice.kernel, num_ctas, block, stream, p, rows, error_word());
   }
 }
 
