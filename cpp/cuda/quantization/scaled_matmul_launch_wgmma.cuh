@@ -82,6 +82,8 @@ void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream
   plan.reads_rows_once = !kTokenRows && (plan.num_column_tiles == 1 || plan.num_items <= num_clusters);
   config.gridDim.x = static_cast<unsigned>(num_clusters * cluster_size);
   config.numAttrs = 2;
+  // Clusters of one are slower than none.
+  if (cluster_size == 1) config.attrs = attributes + 1, config.numAttrs = 1;
   QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, plan));
   QUIRE_CHECK_LAUNCH("scaled_matmul_wgmma_kernel", stream);
 }
