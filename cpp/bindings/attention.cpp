@@ -4,10 +4,12 @@
 
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "bindings/bindings.h"
 #include "bindings/tensor_args.h"
 #include "bindings/workspace.h"
+#include "core/check.h"
 
 namespace quire::bindings {
 namespace {
@@ -17,13 +19,8 @@ AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle caus
                                nb::handle variant, nb::handle batch_invariant, nb::handle validate) {
   AttentionOptions options;
   options.scale = to_optional_double(op, "scale", scale);
-  const auto truth = [](nb::handle value) {
-    const int answer = PyObject_IsTrue(value.ptr());
-    if (answer < 0) throw nb::python_error();
-    return answer == 1;
-  };
-  options.causal = truth(causal);
-  options.batch_invariant = truth(batch_invariant);
+  options.causal = to_bool(causal);
+  options.batch_invariant = to_bool(batch_invariant);
   if (nb::isinstance<nb::tuple>(window) || nb::isinstance<nb::list>(window)) {
     if (nb::len(window) != 2)
       throw std::invalid_argument(std::string("[") + op + "] window: expected an int or (left, right), got " + nb::str(window).c_str());
@@ -44,7 +41,7 @@ AttentionOptions parse_options(const char* op, nb::handle scale, nb::handle caus
       throw std::invalid_argument(std::string("[") + op + "] variant: expected None or one of " + names + ", got \"" + wanted + '"');
   }
   static PyObject* const shape = PyUnicode_InternFromString("shape");  // the default, which Python passes as this very object
-  if (validate.ptr() == shape) return options;
+  if (!validate.is_valid() || validate.ptr() == shape) return options;
   const std::string text = nb::str(validate).c_str();
   if (text != "shape" && text != "full")
     throw std::invalid_argument(std::string("[") + op + "] validate: expected \"shape\" or \"full\", got \"" + text + "\"");
@@ -59,6 +56,20 @@ std::int64_t workspace_bytes(Size size, const TensorView& q, std::int64_t num_se
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max() / 2;  // what the op takes; more it refuses by its own name
   if (num_seqs > kMost || q.size(0) > kMost / q.size(1)) return 0;
   return size(q.size(0), num_seqs, q.size(1), q.size(2), q.device);
+}
+
+// A view with two dimensions exchanged.
+TensorView transposed(TensorView t, std::size_t a, std::size_t b) {
+  std::swap(t.shape[a], t.shape[b]);
+  std::swap(t.strides[a], t.strides[b]);
+  return t;
+}
+
+// [num_seqs, num_heads, head_dim] of [num_seqs, num_heads, 1, head_dim] or, with `of_one` 1, [num_seqs, 1, num_heads, head_dim].
+TensorView without_queries(TensorView t, std::size_t of_one) {
+  for (std::size_t i = of_one; i < 3; ++i) t.shape[i] = t.shape[i + 1], t.strides[i] = t.strides[i + 1];
+  t.ndim = 3;
+  return t;
 }
 
 // The extent of a vector, if it is one that an op takes: no workspace is made for what will be refused.
@@ -113,6 +124,45 @@ void bind_attention(nb::module_& m) {
       nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("q_scale").none(), nb::arg("k_scale").none(),
       nb::arg("v_scale").none(), nb::arg("mask").none(), nb::arg("mask_start").none(), nb::arg("variant").none(),
       nb::arg("batch_invariant").none(), nb::arg("validate").none(), nb::arg("stream").none());
+
+  m.def(
+      "decode_by_heads",
+      [](nb::handle out, nb::handle q, nb::handle k, nb::handle v, nb::handle block_tables, nb::handle seq_lens, nb::handle scale,
+         nb::handle causal, nb::handle window, nb::handle softcap, nb::handle sinks, nb::handle mask, nb::handle mask_start) {
+        const char* const op = "paged_attention";
+        AttentionOptions options = parse_options(op, scale, causal, window, softcap, nb::none(), nb::bool_(false), nb::handle());
+        Args args(op, nb::none(),
+                  {{out, "out", Access::kWrite},
+                   {q, "q"},
+                   {k, "k_cache"},
+                   {v, "v_cache"},
+                   {block_tables, "block_tables"},
+                   {seq_lens, "seq_lens"},
+                   {sinks, "sinks", Access::kRead, true},
+                   {mask, "mask", Access::kRead, true},
+                   {mask_start, "mask_start", Access::kRead, true}});
+        const Check check(op);
+        check.shape(args[0], "out", {kAny, 1, kAny, kAny});
+        check.shape(args[1], "q", {kAny, kAny, 1, kAny});
+        check.rank(args[2], "k_cache", 4, 4);
+        check.rank(args[3], "v_cache", 4, 4);
+        const TensorView result = without_queries(args[0], 1), query = without_queries(args[1], 2);
+        const TensorView keys = transposed(args[2], 1, 2), values = transposed(args[3], 1, 2);
+        options.sinks = args.optional(6);
+        options.mask = args.optional(7);
+        options.mask_start = args.optional(8);
+        const std::int64_t num_bytes = workspace_bytes(&paged_attention_workspace_size, query, length(args[5]));
+        args.run([&](Stream s) {
+          WorkspaceLease lease;
+          const TensorView* const space = choose_workspace(args, nullptr, num_bytes, query.device, s, lease);
+          paged_attention(result, nullptr, query, keys, values, args[4], args[5], nullptr, space, options, s);
+        });
+      },
+      nb::arg("out").none(), nb::arg("q").none(), nb::arg("k").none(), nb::arg("v").none(), nb::arg("block_tables").none(),
+      nb::arg("seq_lens").none(), nb::arg("scale").none(), nb::arg("causal").none(), nb::arg("window").none(), nb::arg("softcap").none(),
+      nb::arg("sinks").none(), nb::arg("mask").none(), nb::arg("mask_start").none(),
+      "paged_attention of one query of each sequence, as models have them: q [num_seqs, num_heads, 1, head_dim], k and v [num_seqs, "
+      "num_kv_heads, num_keys, head_dim], a block to each sequence, out [num_seqs, 1, num_heads, head_dim]. On the current stream.");
 
   m.def(
       "shared_prefix_attention",

@@ -19,7 +19,7 @@
 namespace quire::bindings {
 namespace {
 
-constexpr const char* kOp = "block_allocator";
+constexpr const char* kOp = "BlockAllocator";
 
 // Integers from Python: borrowed from a contiguous tensor of T, else converted.
 template <typename T>
@@ -229,14 +229,14 @@ void bind_records(nb::module_& m) {
   nb::class_<BlockAllocatorStats>(m, "BlockAllocatorStats",
                                   "Counts of a BlockAllocator at one moment. "
                                   "``num_live + num_cached + num_free == num_blocks``.")
-      .def_ro("num_blocks", &BlockAllocatorStats::num_blocks)
+      .def_ro("num_blocks", &BlockAllocatorStats::num_blocks, "Blocks of the device pool.")
       .def_ro("num_live", &BlockAllocatorStats::num_live, "Blocks that somebody holds.")
       .def_ro("num_cached", &BlockAllocatorStats::num_cached, "Blocks that nobody holds but that can be hit; evicted when needed.")
       .def_ro("num_free", &BlockAllocatorStats::num_free, "Blocks that hold nothing.")
       .def_ro("num_pinned", &BlockAllocatorStats::num_pinned, "Pinned blocks, a part of the live ones.")
-      .def_ro("num_host_blocks", &BlockAllocatorStats::num_host_blocks)
-      .def_ro("num_host_free", &BlockAllocatorStats::num_host_free)
-      .def_ro("num_sequences", &BlockAllocatorStats::num_sequences)
+      .def_ro("num_host_blocks", &BlockAllocatorStats::num_host_blocks, "Blocks of the host tier.")
+      .def_ro("num_host_free", &BlockAllocatorStats::num_host_free, "Of these, those that hold nothing.")
+      .def_ro("num_sequences", &BlockAllocatorStats::num_sequences, "Sequences, swapped out ones included.")
       .def_ro("num_lookup_tokens", &BlockAllocatorStats::num_lookup_tokens, "Tokens that the prefix cache was asked for, ever.")
       .def_ro("num_hit_tokens", &BlockAllocatorStats::num_hit_tokens, "Of these, found.")
       .def_ro("num_evictions", &BlockAllocatorStats::num_evictions, "Cached blocks given to somebody else, ever.")
@@ -265,9 +265,10 @@ void bind_records(nb::module_& m) {
       .def_prop_ro(
           "kind", [](const BlockEvent& e) { return kind_name(e.kind); }, nb::sig("def kind(self) -> str"),
           "\"stored\", \"removed\", \"cleared\", or \"lost\" where events were dropped because nobody took them in time.")
-      .def_ro("block_id", &BlockEvent::block_id)
+      .def_ro("block_id", &BlockEvent::block_id, "The block; -1 where the event is of none.")
       .def_prop_ro(
-          "hash", [](const BlockEvent& e) { return to_python(e.hash); }, nb::sig("def hash(self) -> int"))
+          "hash", [](const BlockEvent& e) { return to_python(e.hash); }, nb::sig("def hash(self) -> int"),
+          "The 128-bit hash of the block and of everything before it.")
       .def_prop_ro(
           "parent_hash", [](const BlockEvent& e) { return to_python(e.parent_hash); }, nb::sig("def parent_hash(self) -> int"),
           "0 for the first block of a sequence.")
@@ -375,7 +376,7 @@ Example:
           nb::arg("hash_key").none() = nb::none(), nb::arg("_constant_hash") = false,
           nb::sig("def __init__(self, num_blocks: int, block_size: int = 16, *, num_host_blocks: int = 0, watermark: float = 0.01, "
                   "enable_prefix_cache: bool = True, enable_events: bool = False, max_events: int = 1048576, "
-                  "hash_key: int | None = None, _constant_hash: bool = False) -> None"))
+                  "hash_key: int | None = None) -> None"))
       .def("__repr__",
            [](const A& a) {
              const BlockAllocatorStats s = a.stats();
@@ -385,9 +386,9 @@ Example:
            })
 
       // Counts.
-      .def_prop_ro("num_blocks", &A::num_blocks)
-      .def_prop_ro("block_size", &A::block_size)
-      .def_prop_ro("num_host_blocks", &A::num_host_blocks)
+      .def_prop_ro("num_blocks", &A::num_blocks, "Blocks of the device pool.")
+      .def_prop_ro("block_size", &A::block_size, "Tokens of a block.")
+      .def_prop_ro("num_host_blocks", &A::num_host_blocks, "Blocks of the host tier.")
       .def_prop_ro("watermark_blocks", &A::watermark_blocks, "The blocks that ``keep_watermark`` keeps back.")
       .def("stats", &A::stats, "All counts, of one moment.")
       .def("usage", &A::usage, "The share of blocks that are live, in [0, 1].")
@@ -452,8 +453,8 @@ Returns:
           nb::sig("def num_cached_tokens(self, token_ids: collections.abc.Iterable[int], *, salt: str | bytes | None = None, "
                   "extra_keys: collections.abc.Iterable[tuple[int, str | bytes]] | None = None) -> int"),
           "What ``add_sequence`` would return, changing nothing.")
-      .def("has_sequence", &A::has_sequence, nb::arg("seq_id"))
-      .def("__contains__", &A::has_sequence, nb::arg("seq_id"))
+      .def("has_sequence", &A::has_sequence, nb::arg("seq_id"), "Whether there is such a sequence.")
+      .def("__contains__", &A::has_sequence, nb::arg("seq_id"), "As ``has_sequence``.")
       .def(
           "__len__", [](const A& a) { return a.stats().num_sequences; }, "The number of sequences.")
       .def("sequence_ids", &A::sequence_ids, "In no particular order.")
@@ -507,8 +508,9 @@ Returns:
           "How many leading blocks all of these sequences share.")
 
       // Host tier.
-      .def("can_swap_out", &A::can_swap_out, nb::arg("seq_id"))
-      .def("can_swap_in", &A::can_swap_in, nb::arg("seq_id"), nb::kw_only(), nb::arg("keep_watermark") = false)
+      .def("can_swap_out", &A::can_swap_out, nb::arg("seq_id"), "Whether the host tier has room for the sequence.")
+      .def("can_swap_in", &A::can_swap_in, nb::arg("seq_id"), nb::kw_only(), nb::arg("keep_watermark") = false,
+           "Whether ``swap_in`` would find its blocks (and the watermark be kept).")
       .def(
           "swap_out", [](A& a, SequenceId id) { return to_python(a.swap_out(id)); }, nb::arg("seq_id"),
           nb::sig("def swap_out(self, seq_id: int) -> list[tuple[int, int]]"),

@@ -12,12 +12,6 @@
 namespace quire::bindings {
 namespace {
 
-bool to_bool(nb::handle value) {
-  const int truth = PyObject_IsTrue(value.ptr());
-  if (truth < 0) throw nb::python_error();
-  return truth == 1;
-}
-
 WeightEncoding to_encoding(const char* op, nb::handle value) {
   const std::string text = nb::str(value).c_str();
   if (text == "awq") return WeightEncoding::kAwq;

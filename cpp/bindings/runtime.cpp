@@ -34,19 +34,24 @@ void bind_runtime(nb::module_& m) {
       nullptr);
 
   m.def("version", &version, "The library's version.");
-  m.def("has_cuda", &has_cuda, "True if this build contains CUDA kernels.");
+  m.def("has_cuda", &has_cuda, "Whether this build contains CUDA kernels.");
   m.def("num_cuda_devices", &num_cuda_devices, "CUDA devices that the driver shows; 0 without one. Never raises.");
-  m.def("cuda_architectures", &cuda_architectures, "Architectures of the CUDA kernels; empty in a CPU-only build.");
+  m.def("cuda_architectures", &cuda_architectures,
+        "The architectures that the CUDA kernels were compiled for, as CMake spells them; empty in a CPU-only build.");
   m.def("cuda_runtime_version", &cuda_runtime_version, "The CUDA runtime of this build, 1000 * major + 10 * minor; 0 in a CPU-only build.");
-  m.def("cpu_isa", &cpu_isa, "The instruction set that the CPU kernels use.");
+  m.def("cpu_isa", &cpu_isa,
+        "The instruction set that the CPU kernels use: \"scalar\", \"avx2\", \"avx512\" or \"avx512_amx\". The environment variable "
+        "QUIRE_CPU_ISA lowers it.");
   m.def(
       "set_num_threads",
       [](nb::handle n) {
         const std::int64_t count = to_int("set_num_threads", "num_threads", n);
         set_num_threads(static_cast<int>(count < 0 ? 0 : count > 4096 ? 4096 : count));
       },
-      nb::arg("num_threads").none(), "Sets the number of threads that CPU ops use, the caller included.");
-  m.def("num_threads", &num_threads, "The number of threads that CPU ops use.");
+      nb::arg("num_threads").none(), nb::sig("def set_num_threads(num_threads: int) -> None"),
+      "Sets the number of threads that CPU ops use, the caller included: 1 to 1024, else ValueError.");
+  m.def("num_threads", &num_threads,
+        "The number of threads that CPU ops use. It starts as the number of cores in the process's affinity mask, or QUIRE_NUM_THREADS.");
   m.def(
       "check_errors",
       [](nb::handle device) {
@@ -61,8 +66,16 @@ void bind_runtime(nb::module_& m) {
         for (const Device d : devices) check_errors(d);
       },
       nb::arg("device") = nb::none(),
-      "Raises IndexError if an op on the device met an index value out of range since the last call; None looks at every device. "
-      "Waits for the work of a CUDA device.");
+      R"doc(Raises IndexError if an op on the device met an index value out of range since the last call. Waits for a CUDA device's work.
+
+Args:
+    device: "cpu", "cuda", "cuda:<index>", or a framework's device; None: every device.
+
+Raises:
+    IndexError: There was one; the text names op, argument and value.
+    ValueError: That is no device.
+    quire.UnsupportedError: "cuda" in a CPU-only build.
+)doc");
   m.def(
       "synchronize",
       [](const std::string& op, const std::string& arg, nb::handle x, nb::handle stream) {

@@ -184,7 +184,7 @@ Tensor narrow(const Tensor& self, nb::handle dim, nb::handle start, nb::handle l
 // A view of the same memory as uint8; the last dimension, which is dense, grows by the size of an element.
 Tensor bytes(const Tensor& self) {
   if (self.view.ndim == 0 || self.view.stride(-1) != 1)
-    throw std::invalid_argument("[Tensor.bytes] strides: expected a last dimension with stride 1, got " + describe(self.view));
+    throw std::invalid_argument("[Tensor.bytes] strides: expected a last dimension with stride 1, got " + describe_strides(self.view));
   Tensor result = self;
   const std::int64_t item_bytes = itemsize(self.view.dtype);
   for (int i = 0; i + 1 < result.view.ndim; ++i) result.view.strides[static_cast<std::size_t>(i)] *= item_bytes;
@@ -257,6 +257,8 @@ Tensor empty(nb::handle shape, nb::handle dtype, nb::handle device, bool pinned)
   view.device = to_device("empty", device);
   const std::int64_t numel = set_shape("empty", shape, view);
   const std::int64_t num_bytes = checked_mul(numel, itemsize(view.dtype), "empty", "shape");
+  if (!kHasCuda && view.device.type == DeviceType::kCUDA) throw_cpu_only_build("empty");
+  if (!kHasCuda && pinned) throw_cpu_only_build("empty", "pinned: expected False, got True");
   if (pinned && view.device.type != DeviceType::kCPU)
     throw std::invalid_argument("[empty] pinned: expected device cpu, got " + describe(view.device));
   const GilRelease release;
@@ -274,29 +276,40 @@ void bind_tensor(nb::module_& m) {
       "A tensor over memory that quire owns. Any framework takes it through DLPack without a copy; the memory lives until the last "
       "view of it, wherever that is, is gone. Device memory whose last view another framework drops is freed at the next allocation.")
       .def_prop_ro(
-          "shape", [](const Tensor& t) { return to_tuple(t.view.shape, t.view.ndim); }, nb::sig("def shape(self) -> tuple[int, ...]"))
+          "shape", [](const Tensor& t) { return to_tuple(t.view.shape, t.view.ndim); }, "The extents.",
+          nb::sig("def shape(self) -> tuple[int, ...]"))
       .def_prop_ro(
           "strides", [](const Tensor& t) { return to_tuple(t.view.strides, t.view.ndim); }, "In elements.",
           nb::sig("def strides(self) -> tuple[int, ...]"))
-      .def_prop_ro("ndim", [](const Tensor& t) { return t.view.ndim; })
+      .def_prop_ro(
+          "ndim", [](const Tensor& t) { return t.view.ndim; }, "The number of dimensions, at most 8.")
       .def_prop_ro(
           "dtype", [](const Tensor& t) { return name(t.view.dtype); }, "The dtype's name, as NumPy and ml_dtypes spell it.")
       .def_prop_ro(
           "device", [](const Tensor& t) { return describe(t.view.device); }, "\"cpu\" or \"cuda:<index>\".")
-      .def_prop_ro("nbytes", [](const Tensor& t) { return t.view.numel() * itemsize(t.view.dtype); })
-      .def_prop_ro("data_ptr", [](const Tensor& t) { return reinterpret_cast<std::uintptr_t>(t.view.data); })
-      .def_prop_ro("pinned", [](const Tensor& t) { return t.buffer->is_pinned(); })
-      .def("__len__",
-           [](const Tensor& t) {
-             if (t.view.ndim == 0) throw TypeError("[Tensor] len: expected a rank of 1 or more, got 0");
-             return t.view.size(0);
-           })
-      .def("__getitem__", &select, nb::arg("index"), "Integer indices: a view of lower rank.")
-      .def("transpose", &transpose, nb::arg("dim0"), nb::arg("dim1"), "A view with two dimensions exchanged.")
-      .def("narrow", &narrow, nb::arg("dim"), nb::arg("start"), nb::arg("length"), "A view of a part of a dimension.")
-      .def("reshape", &reshape, nb::arg("shape"), "A view of a contiguous tensor in another shape.")
-      .def("bytes", &bytes, "A view of the same memory as uint8; the last dimension grows by the size of an element.")
-      .def("numpy", &numpy, "A NumPy view of a tensor on the CPU (bfloat16 and float8 need ml_dtypes).")
+      .def_prop_ro(
+          "nbytes", [](const Tensor& t) { return t.view.numel() * itemsize(t.view.dtype); }, "Bytes of the elements.")
+      .def_prop_ro(
+          "data_ptr", [](const Tensor& t) { return reinterpret_cast<std::uintptr_t>(t.view.data); }, "Address of the first element.")
+      .def_prop_ro(
+          "pinned", [](const Tensor& t) { return t.buffer->is_pinned(); }, "Whether the memory is page-locked host memory.")
+      .def(
+          "__len__",
+          [](const Tensor& t) {
+            if (t.view.ndim == 0) throw TypeError("[Tensor] len: expected a rank of 1 or more, got 0");
+            return t.view.size(0);
+          },
+          "The first extent.")
+      .def("__getitem__", &select, nb::arg("index"),
+           "Integer indices: a view of lower rank. Negative ones count from the end. Raises IndexError, for what is no integer TypeError.")
+      .def("transpose", &transpose, nb::arg("dim0"), nb::arg("dim1"), "A view with two dimensions exchanged. Raises IndexError.")
+      .def("narrow", &narrow, nb::arg("dim"), nb::arg("start"), nb::arg("length"), "A view of a part of a dimension. Raises IndexError.")
+      .def("reshape", &reshape, nb::arg("shape"), "A view of a contiguous tensor in another shape. Raises ValueError.")
+      .def("bytes", &bytes,
+           "A view of the same memory as uint8; the last dimension, which is to have stride 1, grows by the size of an element. Raises "
+           "ValueError.")
+      .def("numpy", &numpy,
+           "A NumPy view of a tensor on the CPU (bfloat16 and float8 need ml_dtypes). Raises ValueError for one elsewhere.")
       .def("__repr__", [](const Tensor& t) { return "quire.Tensor(" + describe(t.view) + " on " + describe(t.view.device) + ")"; })
       .def(
           "__dlpack_device__",
@@ -312,7 +325,26 @@ void bind_tensor(nb::module_& m) {
       "dtype_name", [](nb::handle dtype) { return name(to_dtype("dtype_name", "dtype", dtype)); }, nb::arg("dtype"),
       "The name of a dtype, given as a name or as a framework's dtype.");
   m.def("empty", &empty, nb::arg("shape"), nb::arg("dtype"), nb::arg("device"), nb::arg("pinned") = false,
-        "A new tensor with undefined contents. Raises MemoryError when the memory cannot be had.");
+        R"doc(A new tensor with undefined contents, row-major.
+
+Args:
+    shape: The extents, at most 8.
+    dtype: "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "int32", "int64" or "bool", or a framework's dtype
+        of that name.
+    device: "cpu", "cuda", "cuda:<index>", or a framework's device.
+    pinned: On the CPU: page-locked memory, which :func:`swap_blocks` moves at the link's rate.
+
+Raises:
+    MemoryError: The memory cannot be had; the text says how many bytes.
+    ValueError: An extent is negative, the sizes multiply beyond 64 bits, that is no device, or ``pinned`` is not for the CPU.
+    TypeError: Another dtype, or a shape that is not made of integers.
+    quire.UnsupportedError: "cuda" or ``pinned`` in a CPU-only build.
+
+Example:
+    >>> import quire
+    >>> quire.empty((2, 3), "float32", "cpu").nbytes
+    24
+)doc");
 }
 
 }  // namespace quire::bindings

@@ -316,15 +316,17 @@ class Importer {
 
   void run(std::initializer_list<TensorArg> tensors) {
     if (tensors.size() > Args::kMaxTensors) throw UnsupportedError("[dlpack] tensors: expected at most 20, got more");
-    args_.count_ = tensors.size();
+    // Options that are left out stand at the end.
+    const TensorArg *const begin = tensors.begin(), *end = tensors.end();
+    while (end != begin && end[-1].optional && end[-1].object.is_none()) --end;
+    args_.count_ = static_cast<std::size_t>(end - begin);
     // First pass: whatever needs no stream, and the devices of the rest. Inputs come first, as an output is often made like one: what is
     // wrong with both is said of the input.
     bool pending = false;
     for (const Access access : {Access::kRead, Access::kWrite}) {
-      std::size_t i = 0;
-      for (const TensorArg& tensor : tensors) {
+      for (std::size_t i = 0; i < args_.count_; ++i) {
+        const TensorArg& tensor = begin[i];
         if (tensor.access == access && !(tensor.optional && tensor.object.is_none())) pending = first_pass(tensor, i) || pending;
-        ++i;
       }
     }
     if (args_.device_index_ < 0) {
@@ -334,11 +336,8 @@ class Importer {
     choose_stream();
     if (!pending) return;
     // Second pass: CUDA tensors that come through __dlpack__.
-    std::size_t i = 0;
-    for (const TensorArg& tensor : tensors) {
-      if (pending_[i]) import_cuda_protocol(tensor, i);
-      ++i;
-    }
+    for (std::size_t i = 0; i < args_.count_; ++i)
+      if (pending_[i]) import_cuda_protocol(begin[i], i);
   }
 
  private:
@@ -410,8 +409,10 @@ class Importer {
     DLTensor t;
     if (api->dltensor_from_py_object_no_sync(object, &t) != 0)
       throw_torch_refusal(args_.op_, tensor.name, tensor.object, take_python_error());
-    // Integers are outside autograd, and are no view of a complex tensor.
-    if (t.dtype.code != kDLInt && t.dtype.code != kDLUInt) check_autograd_flags(tensor, info.flags);
+    // Integers are outside autograd.
+    if (t.dtype.code != kDLInt && t.dtype.code != kDLUInt) check_requires_grad(tensor, info.flags);
+    // What is negated is the imaginary part of a conjugate: bfloat16 and float8 have no complex type. The question costs more than all else here.
+    if (t.dtype.code == kDLFloat) check_is_neg(tensor, info.flags);
     if (t.data == nullptr && truthy_attribute(tensor.object, "is_meta"))
       throw TypeError(message(args_.op_, tensor.name, "a tensor with data", "a meta tensor; materialize it first"));
     fill_view(args_.op_, tensor.name, t, false, args_.views_[i].emplace());
@@ -449,18 +450,21 @@ class Importer {
     return *records_gradients_;
   }
 
-  // The exchange API looks at neither of these, and both change what the bytes mean.
-  void check_autograd_flags(const TensorArg& tensor, const AutogradFlags& flags) {
+  // The exchange API looks neither at this nor at the next, and both change what the bytes mean.
+  void check_requires_grad(const TensorArg& tensor, const AutogradFlags& flags) {
+    if (!records_gradients(flags)) return;
     PyObject* const object = tensor.object.ptr();
-    if (records_gradients(flags)) {
-      PyObject* const grad = flags.requires_grad != nullptr ? flags.requires_grad(object, flags.requires_grad_closure)
-                                                            : PyObject_GetAttr(object, names().requires_grad);
-      if (grad == nullptr) drop_python_error();
-      Py_XDECREF(grad);
-      if (grad == Py_True)
-        throw std::invalid_argument(message(args_.op_, tensor.name, "a tensor outside autograd (quire is for inference)",
-                                            "one with requires_grad; call .detach() first, or use torch.no_grad()"));
-    }
+    PyObject* const grad = flags.requires_grad != nullptr ? flags.requires_grad(object, flags.requires_grad_closure)
+                                                          : PyObject_GetAttr(object, names().requires_grad);
+    if (grad == nullptr) drop_python_error();
+    Py_XDECREF(grad);
+    if (grad == Py_True)
+      throw std::invalid_argument(message(args_.op_, tensor.name, "a tensor outside autograd (quire is for inference)",
+                                          "one with requires_grad; call .detach() first, or use torch.no_grad()"));
+  }
+
+  void check_is_neg(const TensorArg& tensor, const AutogradFlags& flags) {
+    PyObject* const object = tensor.object.ptr();
     PyObject* const negated = flags.is_neg != nullptr
                                   ? flags.is_neg(object, nullptr)
                                   : PyObject_VectorcallMethod(names().is_neg, &object, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
@@ -816,6 +820,12 @@ double to_double(const char* op, const char* arg, nb::handle value) {
 std::optional<double> to_optional_double(const char* op, const char* arg, nb::handle value) {
   if (value.is_none()) return std::nullopt;
   return to_double(op, arg, value);
+}
+
+bool to_bool(nb::handle value) {
+  const int truth = PyObject_IsTrue(value.ptr());
+  if (truth < 0) throw nb::python_error();
+  return truth == 1;
 }
 
 std::int64_t to_int(const char* op, const char* arg, nb::handle value) {

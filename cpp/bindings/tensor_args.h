@@ -71,7 +71,7 @@ class Args {
  private:
   friend class Importer;
 
-  // Room for a view that is not zeroed before it is filled: a call uses few of the sixteen.
+  // Room for a view that is not zeroed before it is filled: a call uses few of them.
   class Slot {
    public:
     TensorView& get() { return *std::launder(reinterpret_cast<TensorView*>(storage_)); }
@@ -102,6 +102,8 @@ class Args {
 double to_double(const char* op, const char* arg, nb::handle value);
 std::int64_t to_int(const char* op, const char* arg, nb::handle value);
 std::optional<double> to_optional_double(const char* op, const char* arg, nb::handle value);
+/// By Python's rules of truth.
+bool to_bool(nb::handle value);
 
 /// "tensor", "token" or "group".
 ScaleGranularity to_granularity(const char* op, nb::handle value);

@@ -11,9 +11,8 @@ BlockAllocator::BlockAllocator(BlockAllocatorOptions options) {
   try {
     impl_ = std::make_unique<Impl>(std::move(options));
   } catch (const std::bad_alloc&) {
-    throw OutOfMemoryError(
-        "[block_allocator] BlockAllocator: num_blocks, num_host_blocks: expected as many as host memory has room for, got " +
-        std::to_string(num_blocks) + " and " + std::to_string(num_host_blocks));
+    throw OutOfMemoryError("[BlockAllocator] num_blocks, num_host_blocks: expected as many as host memory has room for, got " +
+                           std::to_string(num_blocks) + " and " + std::to_string(num_host_blocks));
   }
 }
 BlockAllocator::~BlockAllocator() = default;

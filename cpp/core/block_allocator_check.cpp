@@ -7,7 +7,7 @@ namespace quire {
 namespace {
 
 void require(bool condition, const char* what, std::int64_t id) {
-  if (!condition) throw std::logic_error(std::string("[block_allocator] check: ") + what + " (" + text(id) + ")");
+  if (!condition) throw std::logic_error(std::string("[BlockAllocator.check] ") + what + " (" + text(id) + ")");
 }
 
 }  // namespace

@@ -30,8 +30,10 @@ inline constexpr std::size_t to_index(std::int64_t i) { return static_cast<std::
 
 inline std::string text(std::int64_t value) { return std::to_string(value); }
 
+// `function` is null for the constructor.
 inline std::string message(const char* function, const char* argument, const std::string& expected, const std::string& got) {
-  return std::string("[block_allocator] ") + function + ": " + argument + ": expected " + expected + ", got " + got;
+  const std::string where = function == nullptr ? "[BlockAllocator] " : std::string("[BlockAllocator.") + function + "] ";
+  return where + argument + ": expected " + expected + ", got " + got;
 }
 
 [[noreturn]] inline void fail(const char* function, const char* argument, const std::string& expected, const std::string& got) {
@@ -96,7 +98,7 @@ inline std::vector<ExtraBytes> encode_extras(const char* function, std::string_v
 }
 
 inline BlockAllocatorOptions checked(BlockAllocatorOptions options) {
-  const char* const f = "BlockAllocator";
+  const char* const f = nullptr;
   const auto check_range = [f](const char* argument, std::int64_t value, std::int64_t lowest, std::int64_t highest) {
     if (value < lowest || value > highest) fail(f, argument, text(lowest) + " to " + text(highest), text(value));
   };

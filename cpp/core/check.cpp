@@ -24,22 +24,6 @@ std::string message(const char* op, const char* arg, const std::string& expected
   return std::string("[") + op + "] " + arg + ": expected " + expected + ", got " + got;
 }
 
-struct ByteRange {
-  std::intptr_t begin, end;
-};
-
-ByteRange byte_range(const TensorView& t) {
-  if (t.numel() == 0) return {0, 0};  // and its strides may be anything
-  const std::int64_t item_bytes = itemsize(t.dtype);
-  std::intptr_t low = 0, high = 0;
-  for (int i = 0; i < t.ndim; ++i) {
-    const std::int64_t span = (t.size(i) - 1) * t.stride(i) * item_bytes;
-    (span < 0 ? low : high) += span;
-  }
-  const auto base = reinterpret_cast<std::intptr_t>(t.data);
-  return {base + low, base + high + item_bytes};
-}
-
 // True if distinct index tuples may name one element. Exact for layouts where each dimension steps over all smaller ones.
 bool overlaps_itself(const TensorView& t) {
   int order[kMaxRank];
@@ -174,7 +158,7 @@ void Check::writable(const TensorView& t, const char* arg) const {
 
 void Check::disjoint(const TensorView& a, const char* a_arg, const TensorView& b, const char* b_arg, bool same_is_fine) const {
   const ByteRange ra = byte_range(a), rb = byte_range(b);
-  if (ra.end <= rb.begin || rb.end <= ra.begin || a.numel() == 0 || b.numel() == 0) return;
+  if (are_apart(ra, rb) || a.numel() == 0 || b.numel() == 0) return;
   if (same_is_fine && a.data == b.data && a.dtype == b.dtype && a.ndim == b.ndim) {
     bool same = true;
     for (int i = 0; i < a.ndim; ++i) same = same && a.size(i) == b.size(i) && (a.size(i) == 1 || a.stride(i) == b.stride(i));
@@ -203,19 +187,54 @@ std::int64_t Check::scale(const TensorView* t, const char* arg, DType kv_dtype, 
   return t->size(0) == 1 ? 0 : 1;
 }
 
+void Check::tensor(const TensorView& t, const char* arg, DType dtype_, std::initializer_list<std::int64_t> shape_) const {
+  if (t.dtype != dtype_) fail_dtype(arg, std::string(name(dtype_)) + " " + shape_text(shape_.begin(), shape_.size()), describe(t));
+  shape(t, arg, shape_);
+}
+
 void Check::vector(const TensorView& t, const char* arg, DType dtype_, std::int64_t length, Device device_,
                    const char* reference_arg) const {
-  dtype(t, arg, {dtype_});
-  shape(t, arg, {length});
+  tensor(t, arg, dtype_, {length});
   device(t, arg, device_, reference_arg);
   contiguous(t, arg);
   accessible(t, arg);
 }
 
+void* Check::workspace(const TensorView* t, std::int64_t num_bytes, Device device_, const char* reference_arg,
+                       std::initializer_list<std::pair<const TensorView*, const char*>> others) const {
+  if (num_bytes == 0) return nullptr;
+  const char* const arg = "workspace";
+  const auto expected = [&] { return "uint8 [" + std::to_string(num_bytes) + "] or longer"; };
+  if (t == nullptr) fail_value(arg, expected(), "none");
+  dtype(*t, arg, {DType::kUInt8});
+  rank(*t, arg, 1, 1);
+  device(*t, arg, device_, reference_arg);
+  contiguous(*t, arg);
+  writable(*t, arg);
+  if (t->numel() < num_bytes) fail_value(arg, expected(), describe(*t));
+  const auto address = reinterpret_cast<std::uintptr_t>(t->data);
+  if (address % 16 != 0) fail_value(arg, "a 16-byte aligned address", std::to_string(address));
+  for (const auto& [other, other_arg] : others)
+    if (other != nullptr) disjoint(*t, arg, *other, other_arg, false);
+  return t->data;
+}
+
+ByteRange byte_range(const TensorView& t) {
+  if (t.numel() == 0) return {0, 0};  // and its strides may be anything
+  const std::int64_t item_bytes = itemsize(t.dtype);
+  std::intptr_t low = 0, high = 0;
+  for (int i = 0; i < t.ndim; ++i) {
+    const std::int64_t span = (t.size(i) - 1) * t.stride(i) * item_bytes;
+    (span < 0 ? low : high) += span;
+  }
+  const auto base = reinterpret_cast<std::intptr_t>(t.data);
+  return {base + low, base + high + item_bytes};
+}
+
 bool may_overlap(const TensorView& a, const TensorView& b) {
   if (!(a.device == b.device) || a.numel() == 0 || b.numel() == 0) return false;
   ByteRange ra = byte_range(a), rb = byte_range(b);
-  if (ra.end <= rb.begin || rb.end <= ra.begin) return false;
+  if (are_apart(ra, rb)) return false;
   if (a.ndim != b.ndim || itemsize(a.dtype) != itemsize(b.dtype)) return true;
   // Both views step through memory with a common period: if what remains of both within one period fits side by side, they interleave
   // without touching. That holds for a stride only if all larger strides are multiples of it.

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <utility>
 
 #include "core/layout.h"
 #include "quire/dtype.h"
@@ -14,8 +15,9 @@
 
 namespace quire {
 
-/// "float32 [4, 12]", "int64 [3] on cuda:0": a tensor as messages show it.
+/// "float32 [4, 12]": a tensor as messages show it.
 std::string describe(const TensorView& t);
+/// "cpu", "cuda:0".
 std::string describe(Device device);
 /// "strides [24, 2] for shape [4, 12]".
 std::string describe_strides(const TensorView& t);
@@ -66,8 +68,14 @@ class Check {
   /// Returns its stride: 0 or 1.
   std::int64_t scale(const TensorView* t, const char* arg, DType kv_dtype, std::int64_t num_kv_heads, Device device,
                      const char* reference_arg) const;
+  /// TypeError unless t has this dtype, ValueError unless it has this shape; either message names both.
+  void tensor(const TensorView& t, const char* arg, DType dtype, std::initializer_list<std::int64_t> shape) const;
   /// Checks a vector of known length and dtype: contiguous, on `device`.
   void vector(const TensorView& t, const char* arg, DType dtype, std::int64_t length, Device device, const char* reference_arg) const;
+  /// Checks scratch memory: uint8 of `num_bytes` or more, contiguous, 16-byte aligned, on `device`, apart from each of `others` (which may be
+  /// null). Returns its address; null where no bytes are needed, of whatever was given.
+  void* workspace(const TensorView* t, std::int64_t num_bytes, Device device, const char* reference_arg,
+                  std::initializer_list<std::pair<const TensorView*, const char*>> others) const;
 
  private:
   const char* op_;
@@ -85,6 +93,14 @@ inline void tame_strides(TensorView& t, bool has_elements) {
       t.strides[at] = std::clamp(t.strides[at], -kLargest, kLargest);
   }
 }
+
+/// From a tensor's first byte to behind its last; empty at 0 where it has no elements.
+struct ByteRange {
+  std::intptr_t begin, end;
+};
+ByteRange byte_range(const TensorView& t);
+/// True where no tensors in these ranges can share a byte.
+inline bool are_apart(ByteRange a, ByteRange b) { return a.end <= b.begin || b.end <= a.begin; }
 
 /// True if an element of a and an element of b may share a byte. Strided views that interleave without touching are told apart
 /// where they share their strides.

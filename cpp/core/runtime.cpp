@@ -74,8 +74,8 @@ void set_num_threads(int num_threads) {
 
 int num_threads() { return cpu::num_threads(); }
 
-void throw_cpu_only_build(const char* op) {
-  throw UnsupportedError(std::string("[") + op + "] device: expected cpu, got cuda: this build of quire contains no CUDA kernels; " +
+void throw_cpu_only_build(const char* op, const char* what) {
+  throw UnsupportedError(std::string("[") + op + "] " + what + ": this build of quire contains no CUDA kernels; " +
                          "reinstall with -C quire.cuda=on (or quire.cuda=pypi, where there is no CUDA toolkit)");
 }
 
@@ -155,7 +155,7 @@ std::shared_ptr<Buffer> Buffer::allocate_pinned(std::int64_t num_bytes) {
   if constexpr (kHasCuda) {
     return std::shared_ptr<Buffer>(new Buffer(cuda::allocate_pinned(num_bytes), num_bytes, Device{}, true));
   } else {
-    throw_cpu_only_build("Buffer");
+    throw_cpu_only_build("Buffer", "pinned: expected pageable memory, got page-locked");
   }
 }
 

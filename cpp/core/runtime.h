@@ -21,7 +21,7 @@ inline constexpr bool kHasCuda = true;
 inline constexpr bool kHasCuda = false;
 #endif
 
-[[noreturn]] void throw_cpu_only_build(const char* op);
+[[noreturn]] void throw_cpu_only_build(const char* op, const char* what = "device: expected cpu, got cuda");
 
 /// cpu(), or cuda_call(stream) with the device current. The one place that switches on the device. `cuda_call` is a generic lambda, so that a
 /// CPU-only build neither compiles its body nor links what it names.

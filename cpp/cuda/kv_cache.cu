@@ -309,6 +309,7 @@ static_assert(sizeof(SwapKernelParams) <= 4096);
 
 // Grid: CTAs walk the pieces of all blocks. One of the two memories may be the host's.
 __global__ void __launch_bounds__(kSwapThreads) swap_blocks_kernel(const __grid_constant__ SwapKernelParams p) {
+  device::wait_for_predecessor();
   for (std::uint32_t piece = blockIdx.x; piece < p.num_pieces; piece += gridDim.x) {
     const std::uint32_t pair = piece / p.pieces_per_block;
     const std::uint32_t first = (piece - pair * p.pieces_per_block) * (kSwapThreads * kSwapVectors) + threadIdx.x;
@@ -387,8 +388,7 @@ bool swap_blocks(const SwapBlocksParams& params, Stream stream) {
     const std::int64_t count = std::min(pairs_per_launch, params.num_pairs - first);
     for (std::int64_t i = 0; i < 2 * count; ++i) p.pairs[i / 2][i % 2] = static_cast<std::uint32_t>(params.pairs[2 * first + i]);
     p.num_pieces = static_cast<std::uint32_t>(count * pieces_per_block);
-    swap_blocks_kernel<<<std::min<unsigned>(p.num_pieces, kSwapCtas), kSwapThreads, 0, cuda_stream(stream)>>>(p);
-    QUIRE_CHECK_LAUNCH("swap_blocks", stream);
+    launch_waiting("swap_blocks", swap_blocks_kernel, std::min<unsigned>(p.num_pieces, kSwapCtas), kSwapThreads, stream, p);
   }
   return true;
 }

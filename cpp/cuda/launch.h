@@ -45,15 +45,31 @@ void* allocate_zeroed(std::size_t num_bytes);
 /// Raises a kernel's dynamic shared memory limit, once per kernel and device; `Kernel` is the kernel itself.
 void set_max_shared_bytes(const void* kernel, int shared_bytes);
 
-void launch_waiting(const char* name, const void* kernel, dim3 grid, dim3 block, Stream stream, void** arguments);
+/// What a launch is, besides its kernel.
+struct LaunchShape {
+  dim3 grid, block;
+  int shared_bytes = 0;  // dynamic; the kernel's limit is raised to it
+  int cluster_ctas = 0;  // 0: no clusters
+};
 
-/// Launches a kernel that calls device::wait_for_predecessor() before it reads or writes memory: the device prepares it while the kernel
-/// before it ends, which takes the host less time, too.
+/// Clusters of the shape that run on the current device at once.
+int max_active_clusters(const void* kernel, const LaunchShape& shape);
+
+void launch_waiting(const char* name, const void* kernel, const LaunchShape& shape, Stream stream, void** arguments);
+
+/// Launches a kernel whose CTAs all call device::wait_for_predecessor() before they read or write memory: the device prepares it while the
+/// kernel before it ends, which takes the host less time, too.
+template <typename... Parameters>
+void launch_waiting(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream,
+                    const std::type_identity_t<Parameters>&... arguments) {
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  launch_waiting(name, reinterpret_cast<const void*>(kernel), shape, stream, pointers);
+}
+
 template <typename... Parameters>
 void launch_waiting(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
                     const std::type_identity_t<Parameters>&... arguments) {
-  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-  launch_waiting(name, reinterpret_cast<const void*>(kernel), grid, block, stream, pointers);
+  launch_waiting(name, kernel, LaunchShape{grid, block}, stream, arguments...);
 }
 
 inline cudaStream_t cuda_stream(Stream stream) { return static_cast<cudaStream_t>(stream.handle()); }

@@ -112,17 +112,48 @@ DeviceScope::~DeviceScope() {
   if (previous_ >= 0) static_cast<void>(cudaSetDevice(previous_));
 }
 
-void launch_waiting(const char* name, const void* kernel, dim3 grid, dim3 block, Stream stream, void** arguments) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.stream = cuda_stream(stream);
-  config.attrs = &early;
-  config.numAttrs = has_dependent_launch_code() ? 1 : 0;
-  finish_launch(cudaLaunchKernelExC(&config, kernel, arguments), name, stream, __FILE__, __LINE__);
+namespace {
+
+struct LaunchConfig {
+  cudaLaunchConfig_t value{};
+  cudaLaunchAttribute attributes[2];
+
+  explicit LaunchConfig(const LaunchShape& shape) {
+    value.gridDim = shape.grid;
+    value.blockDim = shape.block;
+    value.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
+    value.attrs = attributes;
+    if (shape.cluster_ctas > 0) {
+      cudaLaunchAttribute& cluster = attributes[value.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster_ctas);
+      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    }
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+};
+
+}  // namespace
+
+int max_active_clusters(const void* kernel, const LaunchShape& shape) {
+  set_max_shared_bytes(kernel, shape.shared_bytes);
+  const LaunchConfig config(shape);
+  int clusters = 0;
+  QUIRE_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config.value));
+  return clusters;
+}
+
+void launch_waiting(const char* name, const void* kernel, const LaunchShape& shape, Stream stream, void** arguments) {
+  set_max_shared_bytes(kernel, shape.shared_bytes);
+  LaunchConfig config(shape);
+  config.value.stream = cuda_stream(stream);
+  if (has_dependent_launch_code()) {
+    cudaLaunchAttribute& dependent = config.attributes[config.value.numAttrs++];
+    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    dependent.val.programmaticStreamSerializationAllowed = 1;
+  }
+  finish_launch(cudaLaunchKernelExC(&config.value, kernel, arguments), name, stream, __FILE__, __LINE__);
 }
 
 int current_device() {

@@ -24,8 +24,8 @@ void check_below(const Check& check, const char* arg, const char* what, std::int
   if (value > kMaxIndex) check.fail_unsupported(arg, std::string(what) + " of at most " + std::to_string(kMaxIndex), std::to_string(value));
 }
 
-// What both ops share: q, out, lse, options.
-AttentionParams check_query(const Check& check, const TensorView& out, const TensorView* lse, const TensorView& q,
+// What both ops share: q, out, lse, options. `k_arg` is the keys' name.
+AttentionParams check_query(const Check& check, const TensorView& out, const TensorView* lse, const TensorView& q, const char* k_arg,
                             std::int64_t num_kv_heads, std::int64_t kv_head_dim, const AttentionOptions& options) {
   const bool float8_queries = q.dtype == DType::kFloat8E4M3FN;
   if (!float8_queries) check.dtype(q, "q", {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat8E4M3FN});
@@ -35,7 +35,7 @@ AttentionParams check_query(const Check& check, const TensorView& out, const Ten
   const std::int64_t num_tokens = q.size(0), num_heads = q.size(1), head_dim = q.size(2);
   if (head_dim % 8 != 0 || head_dim < 8 || head_dim > kMaxHeadDim)
     check.fail_unsupported("q", "a head_dim that is a multiple of 8, from 8 to 256", std::to_string(head_dim));
-  if (kv_head_dim != head_dim) check.fail_value("k", "head_dim " + std::to_string(head_dim) + " like q", std::to_string(kv_head_dim));
+  if (kv_head_dim != head_dim) check.fail_value(k_arg, "head_dim " + std::to_string(head_dim) + " like q", std::to_string(kv_head_dim));
   if (num_heads == 0 || num_kv_heads == 0 || num_heads % num_kv_heads != 0)
     check.fail_value("q", "a num_heads that is a positive multiple of num_kv_heads " + std::to_string(num_kv_heads),
                      std::to_string(num_heads));
@@ -53,8 +53,7 @@ AttentionParams check_query(const Check& check, const TensorView& out, const Ten
   check.disjoint(out, "out", q, "q", false);
   AttentionParams params;
   if (lse != nullptr) {
-    check.dtype(*lse, "lse", {DType::kFloat32});
-    check.shape(*lse, "lse", {num_tokens, num_heads});
+    check.tensor(*lse, "lse", DType::kFloat32, {num_tokens, num_heads});
     check.device(*lse, "lse", q.device, "q");
     check.contiguous(*lse, "lse");
     check.writable(*lse, "lse");
@@ -127,8 +126,7 @@ void check_mask(const Check& check, const AttentionOptions& options, const Tenso
     return;
   }
   const TensorView& mask = *options.mask;
-  check.dtype(mask, "mask", {DType::kUInt8});
-  check.shape(mask, "mask", {params.num_tokens, kAny});
+  check.tensor(mask, "mask", DType::kUInt8, {params.num_tokens, kAny});
   check.device(mask, "mask", q.device, "q");
   check.inner_contiguous(mask, "mask");
   check.accessible(mask, "mask");
@@ -159,31 +157,17 @@ const std::int32_t* check_start_loc(const Check& check, const TensorView& t, con
 // Nothing that is written may be what kernels still read.
 void check_outputs_apart(const Check& check, const TensorView& out, const TensorView* lse, const TensorView* workspace,
                          std::initializer_list<std::pair<const TensorView*, const char*>> inputs) {
+  // Nearly all calls' tensors have ranges of their own.
+  const auto range_of = [](const TensorView* t) { return t != nullptr ? byte_range(*t) : ByteRange{0, 0}; };
+  const ByteRange of_out = byte_range(out), of_lse = range_of(lse), of_workspace = range_of(workspace);
   for (const auto& [input, arg] : inputs) {
     if (input == nullptr) continue;
-    check.disjoint(out, "out", *input, arg, false);
-    if (lse != nullptr) check.disjoint(*lse, "lse", *input, arg, false);
-    if (workspace != nullptr) check.disjoint(*workspace, "workspace", *input, arg, false);
+    const ByteRange of_input = byte_range(*input);
+    if (!are_apart(of_out, of_input)) check.disjoint(out, "out", *input, arg, false);
+    if (!are_apart(of_lse, of_input)) check.disjoint(*lse, "lse", *input, arg, false);
+    if (!are_apart(of_workspace, of_input)) check.disjoint(*workspace, "workspace", *input, arg, false);
   }
   if (workspace != nullptr && lse != nullptr) check.disjoint(*workspace, "workspace", *lse, "lse", false);
-}
-
-void check_workspace(const Check& check, const TensorView* workspace, std::int64_t num_bytes, const TensorView& q, const TensorView& out,
-                     AttentionParams& params) {
-  if (num_bytes == 0) return;
-  const std::string expected = "uint8 [" + std::to_string(num_bytes) + "] or longer";
-  if (workspace == nullptr) check.fail_value("workspace", expected, "none");
-  check.dtype(*workspace, "workspace", {DType::kUInt8});
-  check.rank(*workspace, "workspace", 1, 1);
-  check.device(*workspace, "workspace", q.device, "q");
-  check.contiguous(*workspace, "workspace");
-  check.writable(*workspace, "workspace");
-  if (workspace->numel() < num_bytes) check.fail_value("workspace", expected, describe(*workspace));
-  if (reinterpret_cast<std::uintptr_t>(workspace->data) % 16 != 0)
-    check.fail_value("workspace", "a 16-byte aligned address", std::to_string(reinterpret_cast<std::uintptr_t>(workspace->data)));
-  check.disjoint(*workspace, "workspace", q, "q", false);
-  check.disjoint(*workspace, "workspace", out, "out", false);
-  params.workspace = workspace->data;
 }
 
 // validate="full": index tensors on the host, a CUDA tensor's after a copy that waits.
@@ -272,16 +256,14 @@ AttentionParams check_paged(const Check& check, const TensorView& out, const Ten
                             const TensorView& seq_lens, const TensorView* query_start_loc, const TensorView* workspace,
                             const AttentionOptions& options) {
   check.shape(k_cache, "k_cache", {kAny, kAny, kAny, kAny});
-  AttentionParams params = check_query(check, out, lse, q, k_cache.size(2), k_cache.size(3), options);
+  AttentionParams params = check_query(check, out, lse, q, "k_cache", k_cache.size(2), k_cache.size(3), options);
   check_kv(check, k_cache, "k_cache", v_cache, "v_cache", q, options, params);
   if (k_cache.size(1) < 1) check.fail_value("k_cache", "a block_size of 1 or more", describe(k_cache));
 
-  check.dtype(seq_lens, "seq_lens", {DType::kInt32});
-  check.rank(seq_lens, "seq_lens", 1, 1);
+  check.tensor(seq_lens, "seq_lens", DType::kInt32, {kAny});
   const std::int64_t num_seqs = seq_lens.size(0);
   check.vector(seq_lens, "seq_lens", DType::kInt32, num_seqs, q.device, "q");
-  check.dtype(block_tables, "block_tables", {DType::kInt32});
-  check.shape(block_tables, "block_tables", {num_seqs, kAny});
+  check.tensor(block_tables, "block_tables", DType::kInt32, {num_seqs, kAny});
   check.device(block_tables, "block_tables", q.device, "q");
   check.inner_contiguous(block_tables, "block_tables");
   check.accessible(block_tables, "block_tables");
@@ -351,9 +333,9 @@ void paged_attention(const TensorView& out, const TensorView* lse, const TensorV
   AttentionParams params = check_paged(check, out, lse, q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, workspace, options);
   params.op = OpId::kPagedAttention;
   if (params.num_tokens == 0 || params.num_seqs == 0) return;
-  check_workspace(check, workspace,
-                  paged_attention_workspace_size(params.num_tokens, params.num_seqs, params.num_heads, params.head_dim, q.device), q, out,
-                  params);
+  params.workspace = check.workspace(
+      workspace, paged_attention_workspace_size(params.num_tokens, params.num_seqs, params.num_heads, params.head_dim, q.device), q.device,
+      "q", {{&q, "q"}, {&out, "out"}});
   if (options.validate == Validate::kFull) check_paged_contents(check, params, q.device, stream);
   dispatch_device(
       "paged_attention", q.device, stream, [&] { cpu::attention(params); }, [&](auto s) { cuda::attention(params, s); }, Explains::kBoth);
@@ -399,8 +381,7 @@ void shared_prefix_attention(const TensorView& out, const TensorView* lse, const
   SharedPrefixParams params;
   params.own = check_paged(check, out, lse, q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, workspace, options);
   params.own.op = OpId::kSharedPrefixAttention;
-  check.dtype(prefix_blocks, "prefix_blocks", {DType::kInt32});
-  check.rank(prefix_blocks, "prefix_blocks", 1, 1);
+  check.tensor(prefix_blocks, "prefix_blocks", DType::kInt32, {kAny});
   params.num_prefix_blocks = prefix_blocks.size(0);
   check.vector(prefix_blocks, "prefix_blocks", DType::kInt32, params.num_prefix_blocks, q.device, "q");
   check_below(check, "prefix_blocks", "num_prefix_blocks * block_size",
@@ -409,8 +390,9 @@ void shared_prefix_attention(const TensorView& out, const TensorView* lse, const
   params.prefix_blocks = prefix_blocks.as<const std::int32_t>();
   AttentionParams& own = params.own;
   if (own.num_tokens == 0 || own.num_seqs == 0) return;
-  check_workspace(check, workspace,
-                  shared_prefix_attention_workspace_size(own.num_tokens, own.num_seqs, own.num_heads, own.head_dim, q.device), q, out, own);
+  own.workspace = check.workspace(
+      workspace, shared_prefix_attention_workspace_size(own.num_tokens, own.num_seqs, own.num_heads, own.head_dim, q.device), q.device, "q",
+      {{&q, "q"}, {&out, "out"}});
   if (options.validate == Validate::kFull) {
     check_paged_contents(check, own, q.device, stream);
     const IndexReader reader(check, q.device, stream);
@@ -432,7 +414,7 @@ void attention(const TensorView& out, const TensorView* lse, const TensorView& q
                const AttentionOptions& options, Stream stream) {
   const Check check("attention");
   check.shape(k, "k", {kAny, kAny, kAny});
-  AttentionParams params = check_query(check, out, lse, q, k.size(1), k.size(2), options);
+  AttentionParams params = check_query(check, out, lse, q, "k", k.size(1), k.size(2), options);
   check_kv(check, k, "k", v, "v", q, options, params);
   if (query_start_loc == nullptr && kv_start_loc != nullptr)
     check.fail_value("query_start_loc", "int32 [num_seqs + 1] with kv_start_loc", "none");
@@ -470,8 +452,9 @@ void attention(const TensorView& out, const TensorView* lse, const TensorView& q
                        {options.mask, "mask"},
                        {options.mask_start, "mask_start"}});
   if (params.num_tokens == 0 || num_seqs == 0) return;
-  check_workspace(check, workspace, attention_workspace_size(params.num_tokens, num_seqs, params.num_heads, params.head_dim, q.device), q,
-                  out, params);
+  params.workspace =
+      check.workspace(workspace, attention_workspace_size(params.num_tokens, num_seqs, params.num_heads, params.head_dim, q.device),
+                      q.device, "q", {{&q, "q"}, {&out, "out"}});
   if (options.validate == Validate::kFull) {
     const IndexReader reader(check, q.device, stream);
     if (params.query_start_loc != nullptr) {
@@ -500,8 +483,7 @@ void merge_attention(const TensorView& out, const TensorView* out_lse, const Ten
     check.device(t, arg, out_a.device, "out_a");
     check.inner_contiguous(t, arg);
     check.accessible(t, arg);
-    check.dtype(l, lse_arg, {DType::kFloat32});
-    check.shape(l, lse_arg, {out_a.size(0), out_a.size(1)});
+    check.tensor(l, lse_arg, DType::kFloat32, {out_a.size(0), out_a.size(1)});
     check.device(l, lse_arg, out_a.device, "out_a");
     check.contiguous(l, lse_arg);
     check.accessible(l, lse_arg);

@@ -476,25 +476,6 @@ void check_bias(const Check& check, const TensorView* bias, std::int64_t n, cons
   dtype = bias->dtype;
 }
 
-// The first of `others` is the one whose device the workspace shares.
-void* check_workspace(const Check& check, const TensorView* workspace, std::int64_t num_bytes,
-                      std::initializer_list<std::pair<const TensorView*, const char*>> others) {
-  if (num_bytes == 0) return nullptr;
-  const auto expected = [&] { return "uint8 [" + std::to_string(num_bytes) + "] or longer"; };
-  if (workspace == nullptr) check.fail_value("workspace", expected(), "none");
-  check.dtype(*workspace, "workspace", {DType::kUInt8});
-  check.rank(*workspace, "workspace", 1, 1);
-  check.device(*workspace, "workspace", others.begin()->first->device, others.begin()->second);
-  check.contiguous(*workspace, "workspace");
-  check.writable(*workspace, "workspace");
-  if (workspace->numel() < num_bytes) check.fail_value("workspace", expected(), describe(*workspace));
-  if (reinterpret_cast<std::uintptr_t>(workspace->data) % 16 != 0)
-    check.fail_value("workspace", "a 16-byte aligned address", std::to_string(reinterpret_cast<std::uintptr_t>(workspace->data)));
-  for (const auto& [t, arg] : others)
-    if (t != nullptr) check.disjoint(*workspace, "workspace", *t, arg, false);
-  return workspace->data;
-}
-
 void check_product(const Check& check, const TensorView& out, const TensorView& x, const char* x_arg, std::int64_t n) {
   check.rank(out, "out", x.ndim, x.ndim);
   TensorView expected = x;
@@ -519,10 +500,10 @@ std::int64_t matmul_workspace_size(const Check& check, std::int64_t num_tokens, 
   return num_bytes;
 }
 
-void check_activation_dtype(const Check& check, DType dtype, Device device) {
+void check_activation_dtype(const Check& check, const char* arg, DType dtype, Device device) {
   const bool is_cpu = device.type == DeviceType::kCPU;
   if (dtype != DType::kFloat16 && dtype != DType::kBFloat16 && !(is_cpu && dtype == DType::kFloat32))
-    check.fail_dtype("x", is_cpu ? "float32, float16 or bfloat16" : "float16 or bfloat16", name(dtype));
+    check.fail_dtype(arg, is_cpu ? "float32, float16 or bfloat16" : "float16 or bfloat16", name(dtype));
 }
 
 void check_count(const Check& check, const char* arg, std::int64_t value, std::int64_t low) {
@@ -535,7 +516,7 @@ std::int64_t quantized_matmul_workspace_size(std::int64_t num_tokens, const Weig
                                              const MatmulOptions& options, Device device) {
   const Check check("quantized_matmul_workspace_size");
   check_format(check, format);
-  check_activation_dtype(check, dtype, device);
+  check_activation_dtype(check, "dtype", dtype, device);
   check_count(check, "num_tokens", num_tokens, 0);
   return num_tokens == 0 ? 0 : matmul_workspace_size(check, num_tokens, format, has_permutation, dtype, options, device);
 }
@@ -546,7 +527,7 @@ void quantized_matmul(const TensorView& out, const TensorView& x, const PackedWe
   QuantizedMatmulParams params;
   params.weight = check_packed(check, weight);
   const WeightFormat& f = weight.format;
-  check_activation_dtype(check, x.dtype, x.device);
+  check_activation_dtype(check, "x", x.dtype, x.device);
   check.rank(x, "x", 1, kMaxRank);
   check.device(x, "x", weight.data.device, "weight");
   if (x.size(-1) != f.in_features) check.fail_value("x", "a last dimension of " + std::to_string(f.in_features), describe(x));
@@ -570,7 +551,7 @@ void quantized_matmul(const TensorView& out, const TensorView& x, const PackedWe
   const std::int64_t num_bytes =
       matmul_workspace_size(check, params.num_tokens, f, weight.permutation != nullptr, x.dtype, options, x.device);
   params.workspace =
-      check_workspace(check, workspace, num_bytes,
+      check.workspace(workspace, num_bytes, x.device, "x",
                       {{&x, "x"}, {&out, "out"}, {&weight.data, "weight"}, {weight.permutation, "permutation"}, {bias, "bias"}});
   dispatch_device(
       check.op(), x.device, stream, [&] { cpu::quantized_matmul(params); }, [&](auto s) { cuda::quantized_matmul(params, s); },
@@ -737,7 +718,7 @@ ScaledMatmulCall check_scaled_matmul(const Check& check, const TensorView& out, 
   const std::int64_t own_bytes =
       scaled_workspace_size(check, p.m, p.n, p.k, p.dtype, p.granularity_b == ScaleGranularity::kGroup, options, a.device);
   const std::int64_t num_bytes = own_bytes + (computes_sums ? p.n * std::int64_t{sizeof(std::int32_t)} : 0);
-  p.workspace = check_workspace(check, workspace, num_bytes, inputs);
+  p.workspace = check.workspace(workspace, num_bytes, a.device, "a", inputs);
   if (num_bytes > 0) check.disjoint(*workspace, "workspace", out, "out", false);
   if (computes_sums) {
     call.sums_to_compute = reinterpret_cast<std::int32_t*>(static_cast<char*>(p.workspace) + own_bytes);
@@ -823,7 +804,7 @@ void quantize_and_multiply(const TensorView& out, const TensorView& x, const Ten
   const bool computes_sums = product.zero_point != nullptr && product.column_sums == nullptr;
   const QuantizedActivations parts =
       divide_workspace(num_tokens, w.size(0), w.size(1), w.dtype, product.granularity, computes_sums, options, x.device);
-  void* const memory = check_workspace(check, workspace, parts.num_bytes(),
+  void* const memory = check.workspace(workspace, parts.num_bytes(), x.device, "x",
                                        {{&x, "x"},
                                         {&out, "out"},
                                         {&w, "weight"},

@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / ".ci"))
 
-from mkdocs.plugins import event_priority  # noqa: E402
-from package_tree import copy_tree  # noqa: E402
+from mkdocs.plugins import event_priority
+from package_tree import copy_tree
 
 
 @event_priority(100)  # before mkdocstrings looks for the folder

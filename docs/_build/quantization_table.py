@@ -73,7 +73,8 @@ def rounded(**kwargs: object) -> Model:
     model = Model(read_config(MODEL), Checkpoint(MODEL), Backend(), "fp32")
     for layer in model.layers:
         for name in ("qkv", "output", "gate_up", "down"):
-            setattr(layer, name, (quire.PackedWeight.quantize(getattr(layer, name), **kwargs),))  # type: ignore[arg-type]
+            packed = quire.PackedWeight.quantize(getattr(layer, name), **kwargs)  # type: ignore[arg-type]  # of several types
+            setattr(layer, name, (packed,))
     return model
 
 

@@ -3,7 +3,7 @@
 //
 // Every function: tensors are float32, float16 or bfloat16, out and x share dtype and device, rank 1 to 4, unit inner
 // stride, any outer strides. Work is enqueued on `stream`; nothing synchronises.
-// Throws std::invalid_argument (shape, layout, alias), TypeError (dtype), CudaError.
+// Throws std::invalid_argument (shape, layout, alias), TypeError (dtype), UnsupportedError (no CUDA in this build), CudaError.
 #pragma once
 
 #include <cstdint>

@@ -95,14 +95,14 @@ struct AttentionOptions {
 ///   workspace        contiguous uint8 of at least paged_attention_workspace_size(...) bytes on q's device, 16-byte
 ///                    aligned; its contents do not matter. Null is right when that size is 0 (always on the CPU).
 ///
-/// Nothing synchronises. Throws std::invalid_argument, TypeError, UnsupportedError, CudaError.
+/// No aliases. kFull alone synchronises. Throws std::invalid_argument, TypeError, UnsupportedError, CudaError, with kFull IndexError.
 QUIRE_API void paged_attention(const TensorView& out, const TensorView* lse, const TensorView& q, const TensorView& k_cache,
                                const TensorView& v_cache, const TensorView& block_tables, const TensorView& seq_lens,
                                const TensorView* query_start_loc, const TensorView* workspace, const AttentionOptions& options,
                                Stream stream);
 
-/// Bytes of workspace that paged_attention needs for a batch of at most this size on this device. It depends on nothing else, so
-/// one workspace serves every batch up to it.
+/// Bytes of workspace that paged_attention needs for a batch of at most this size on this device: 0 on the CPU. It depends on nothing
+/// else, so one workspace serves every batch up to it. Throws std::invalid_argument, UnsupportedError.
 QUIRE_API std::int64_t paged_attention_workspace_size(std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads,
                                                       std::int64_t head_dim, Device device);
 
@@ -145,7 +145,7 @@ QUIRE_API std::int64_t attention_workspace_size(std::int64_t num_tokens, std::in
 ///
 ///   out, out_a, out_b        one dtype of float32, float16, bfloat16: [num_tokens, num_heads, head_dim], unit inner stride
 ///   out_lse, lse_a, lse_b    float32 [num_tokens, num_heads], contiguous; out_lse may be null
-/// out may be out_a or out_b, and out_lse lse_a or lse_b (same memory, same strides).
+/// out may be out_a or out_b, and out_lse lse_a or lse_b (same memory, same strides); no other aliases. Throws as paged_attention.
 QUIRE_API void merge_attention(const TensorView& out, const TensorView* out_lse, const TensorView& out_a, const TensorView& lse_a,
                                const TensorView& out_b, const TensorView& lse_b, Stream stream);
 

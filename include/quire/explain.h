@@ -11,10 +11,10 @@
 namespace quire {
 
 struct Explanation {
-  std::string op;
-  std::string device;                // "cpu" or "cuda:0"
-  std::string variant;               // of the kernel; empty if there is nothing to run
-  std::vector<std::string> reasons;  // one sentence each
+  std::string op;                    ///< Empty if there is nothing to run.
+  std::string device;                ///< "cpu" or "cuda:0"; empty likewise.
+  std::string variant;               ///< The kernel; empty likewise. Python's quire.Explanation lists what there is.
+  std::vector<std::string> reasons;  ///< Why that one, and why not a faster one; a clause each.
 };
 
 /// Calls `call` on this thread. Ops in it validate, throw as ever, and choose their kernels, but run nothing and write nothing. Returns what the

@@ -5,6 +5,9 @@
 // float32, float16, bfloat16, float8_e4m3fn, float8_e5m2 or int8. A slot is block_id * block_size + offset.
 // Quantized caches hold stored = saturate(x / scale), rounded to nearest even, and are read as stored * scale; k_scale and
 // v_scale are float32 [1] or [num_kv_heads], on the same device; null means 1, and it is what a float cache takes.
+//
+// Work is enqueued on `stream`; nothing synchronises. What is written is apart from all that is read.
+// Throws std::invalid_argument (shape, layout, alias), TypeError (dtype), UnsupportedError, CudaError.
 #pragma once
 
 #include "quire/export.h"

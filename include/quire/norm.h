@@ -4,7 +4,7 @@
 // Every function: tensors are float32, float16 or bfloat16; x, out and residual share dtype, device and shape
 // [..., hidden] with unit inner stride (rank 1 to 4, any outer strides); weight and bias are [hidden], contiguous, of any
 // of the three dtypes, on the same device. Work is enqueued on `stream`; nothing synchronises.
-// Throws std::invalid_argument (shape, layout, alias), TypeError (dtype), CudaError.
+// Throws std::invalid_argument (shape, layout, alias), TypeError (dtype), UnsupportedError (no CUDA in this build), CudaError.
 #pragma once
 
 #include <cstdint>

@@ -24,14 +24,14 @@ enum class RopeStyle {
 ///   k              null, or as q with num_kv_heads; must not overlap q
 ///   cos_sin_cache  float32, float16 or bfloat16 [max_position, rotary_dim], contiguous: cos in the first half, sin in the second
 ///
-/// rotary_dim is even and at most head_dim. Nothing synchronises.
-/// Throws std::invalid_argument, TypeError, CudaError.
+/// rotary_dim is even and at most head_dim. q and k are apart from all else. Nothing synchronises.
+/// Throws std::invalid_argument (shape, layout, alias), TypeError (dtype), UnsupportedError, CudaError.
 QUIRE_API void rotary_embedding(const TensorView& positions, const TensorView& q, const TensorView* k, const TensorView& cos_sin_cache,
                                 RopeStyle style, Stream stream);
 
 /// In place: every head of q and of k is RMS-normalised with its tensor's weight, then rotated as by rotary_embedding:
 ///   x = x / sqrt(mean(x^2) + eps) * (weight + weight_offset) over head_dim.
-/// Both steps are done in float32 and rounded once. A token whose position is skipped stays as it is. Qwen3, Gemma 3.
+/// Both steps are done in float32 and rounded once. A skipped position leaves its token as it is. Throws likewise. Qwen3, Gemma 3.
 ///
 ///   positions, q, k, cos_sin_cache  as in rotary_embedding; k may be null
 ///   q_weight, k_weight              float32, float16 or bfloat16 [head_dim], contiguous; k_weight is null if k is
@@ -49,7 +49,7 @@ QUIRE_API void qk_norm_rope(const TensorView& positions, const TensorView& q, co
 ///   k_out                           null, or as k: the rotated k is written there too; it may be k itself
 ///   q_weight, k_weight              both null, or both as in qk_norm_rope
 ///
-/// A token with slot -1 still has its q (and k_out) rotated; one with position -1 is written as it is.
+/// A token with slot -1 still has its q (and k_out) rotated; one with position -1 is written as it is. Throws as rotary_embedding.
 QUIRE_API void rope_and_write_kv(const TensorView& positions, const TensorView& q, const TensorView& k, const TensorView& v,
                                  const TensorView& cos_sin_cache, const TensorView& k_cache, const TensorView& v_cache,
                                  const TensorView& slot_mapping, const TensorView* k_scale, const TensorView* v_scale,

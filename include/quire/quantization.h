@@ -99,7 +99,7 @@ struct WeightTensors {
   const TensorView* groups = nullptr;
 };
 
-/// Bytes of PackedWeight::data.
+/// Bytes of PackedWeight::data, whose layout is that of the device's kind.
 QUIRE_API std::int64_t packed_weight_size(const WeightFormat& format, Device device);
 
 /// Fills weight.data from a checkpoint's tensors. Scales are copied bit by bit. Contents of `permutation` and `groups` that are out of range

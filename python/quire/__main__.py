@@ -53,7 +53,8 @@ COMMANDS = {
         "  quire bench norm attention --quick     a smoke test in seconds\n"
         "  quire bench attention --device cuda --format json --output attention.json --plot attention.png\n\n"
         "QUIRE_BENCH_PEERS=FILE.py adds peers of your own: the file defines register(add) and calls\n"
-        "add(op, name, factory); see quire/bench/peers.py for the ops and their tensors.\n\n"
+        "add(op, name, factory); see quire/bench/peers.py for the ops and their tensors.\n"
+        "QUIRE_BENCH_PEERS=FOLDER names the shared objects of an unpacked vLLM wheel, where vLLM cannot be imported.\n\n"
         "exit code: 0 ok, 1 when a case failed (or, with --check, missed its target), 2 for a wrong argument",
     ),
     "demo": Command(
@@ -94,7 +95,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Callable[[argparse.
     parser = argparse.ArgumentParser(
         prog="quire",
         description="Kernels for LLM inference on any DLPack tensor, on CPU and CUDA.",
-        epilog="`quire COMMAND --help` tells about a command. Exit codes: 0 ok, 1 failed, 2 wrong argument.",
+        epilog="`quire COMMAND --help` tells about a command. Exit codes: 0 ok, 1 failed, 2 a wrong argument or a user's "
+        "mistake, 130 interrupted.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

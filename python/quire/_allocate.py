@@ -41,12 +41,14 @@ def dtype_name(dtype: object) -> str:
             return str(dtype)
 
 
-def numpy_dtype(name: str) -> Any:
+@functools.cache
+def numpy_dtype(name: str) -> np.dtype[Any]:
     """NumPy's dtype of a name; bfloat16 and float8 come from ml_dtypes."""
     if name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
         import ml_dtypes
 
-        return getattr(ml_dtypes, name)
+        extended: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return extended
     return np.dtype(name)
 
 
@@ -127,7 +129,7 @@ def empty(like: Array, shape: Sequence[int], dtype: str | None = None) -> Array:
         return _core.empty(shape, like.dtype if dtype is None else dtype, like.device)
     if framework in ("jax", "jaxlib"):
         # JAX arrays cannot be written. The result is written to memory of ours, which finish() hands to JAX.
-        return _core.empty(shape, str(like.dtype) if dtype is None else dtype, _jax_device(like))
+        return _core.empty(shape, str(like.dtype) if dtype is None else dtype, device_of(like))
     raise _unknown_framework(like)
 
 
@@ -138,9 +140,10 @@ def _unknown_framework(like: Array) -> TypeError:
     )
 
 
-def _jax_device(x: Array) -> str:
+def device_of(x: Array) -> str:
+    """ "cpu" or "cuda:<index>"."""
     kind, index = x.__dlpack_device__()
-    return f"cuda:{index}" if int(kind) == 2 else "cpu"
+    return f"cuda:{index}" if int(kind) in (2, 13) else "cpu"  # kDLCUDA, kDLCUDAManaged
 
 
 def finish(out: Array, like: Array) -> Array:
@@ -148,7 +151,12 @@ def finish(out: Array, like: Array) -> Array:
     if type(out) is _core.Tensor and framework_of(like) in ("jax", "jaxlib"):
         jax = sys.modules["jax"]
         _core.hand_over(out)
-        result = jax.dlpack.from_dlpack(out)
+        try:
+            result = jax.dlpack.from_dlpack(out)
+        except jax.errors.JaxRuntimeError as e:
+            raise TypeError(
+                f"a result of {out.dtype}: JAX {jax.__version__} does not take it through DLPack: {e}"
+            ) from e
         # DLPack knows one CPU, JAX may have several.
         return result if result.device == like.device else jax.device_put(result, like.device)
     return out

@@ -5,17 +5,16 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 
 from quire import _core
-from quire._allocate import Array, dtype_name, empty, finish, from_numpy, numpy_dtype
+from quire._allocate import Array, device_of, dtype_name, empty, finish, from_numpy, numpy_dtype
 from quire._quantized import Granularity, quantize
+from quire._refusals import called_as, unexpected
 from quire._weight_source import (
     Groups,
     check_bits,
@@ -29,7 +28,7 @@ from quire._weight_source import (
     public_group_size,
     settle,
     shape_of_rank,
-    unexpected,
+    whole_number,
     words_of,
 )
 
@@ -52,44 +51,16 @@ def format_of(fields: Fields) -> _core.WeightFormat:
     return _core.WeightFormat(*fields)
 
 
-def device_of(x: Array) -> str:
-    """ "cpu" or "cuda:<index>"."""
-    kind, index = x.__dlpack_device__()
-    return f"cuda:{index}" if int(kind) in (2, 13) else "cpu"
-
-
 def restore(static: Static, tensors: Sequence[Array | None]) -> PackedWeight:
     """A weight of its parts, for copies and pickles."""
     return PackedWeight._unflatten(static, tensors)
-
-
-#: What a call is refused with.
-REFUSALS = (TypeError, ValueError, IndexError, _core.UnsupportedError)
-
-
-def renamed(error: Exception, op: str, names: Mapping[str, str]) -> Exception:
-    """The error as one of ``op``, with its argument's name in ``names``, where it has the library's form."""
-    found = re.match(r"\[\w+\] (\w+)(.*)", str(error), re.DOTALL)
-    if found is None:
-        return error
-    arg, rest = found.groups()
-    return type(error)(f"[{op}] {names.get(arg, arg)}{rest}")
-
-
-@contextlib.contextmanager
-def _called_as(op: str, **names: str) -> Iterator[None]:
-    """Errors of the core's functions name what the caller called, and its arguments: ``names`` has the caller's."""
-    try:
-        yield
-    except REFUSALS as error:
-        raise renamed(error, op, names) from None
 
 
 def _nbytes(t: Array) -> int:
     count = 1
     for n in t.shape:
         count *= int(n)
-    return count * int(np.dtype(numpy_dtype(dtype_name(t.dtype))).itemsize)
+    return count * numpy_dtype(dtype_name(t.dtype)).itemsize
 
 
 class PackedWeight:
@@ -98,7 +69,7 @@ class PackedWeight:
     Made by one of the constructors ``from_awq``, ``from_gptq``, ``from_compressed_tensors``, ``from_fp8``, ``from_int8`` and ``quantize``,
     which read the contents of scales and of ``g_idx`` on the host, once, to check them. Everything else happens on the device that
     the tensors live on, and stays there. They wait for their stream: before they read, and at the end, so that a weight may be used on
-    any stream once it is made. In a CUDA graph's capture they raise.
+    any stream once it is made. In a CUDA graph's capture they raise :class:`quire.UnsupportedError`.
 
     ``quire.jax`` makes it a pytree for JAX, ``quire.torch`` for PyTorch: its tensors are the leaves. It may be an argument of a jitted
     function or a part of one's closure, and is copied and pickled like its tensors (JAX unpickles to its default device, which must
@@ -226,12 +197,12 @@ class PackedWeight:
             shape[1], shape[0], bits, groups.group_size, groups.num_rows, dtype_of(op, "scales", scales), zeros is not None,
             self.layout,
         )  # fmt: skip
-        with _called_as(op):
+        with called_as(op):
             data = empty(codes, (_core.packed_weight_size(self._format, device),), "uint8")
         if groups.permutation is not None:
             self._permutation = from_numpy(groups.permutation, codes)
         sources = None if groups.groups is None else from_numpy(groups.groups, codes)
-        with _called_as(op):
+        with called_as(op):
             _core.pack_weight(
                 data, self._format, self._permutation, encoding, codes, scales, zeros, sources, stream
             )
@@ -257,11 +228,13 @@ class PackedWeight:
             scales: ``[num_groups, out_features]`` float16, bfloat16 or float32, finite and not negative.
             group_size: Input features to a group; -1: all of them; None: as many as the groups make. Multiples of 32
                 are fastest: others are filled up to the next.
-            stream: As everywhere.
+            stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
         Raises:
             ValueError: Shapes contradict each other, or a scale is negative or not finite.
             TypeError: A dtype does not fit.
+
+        Source: Lin et al., AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration, 2023.
         """
         op = "from_awq"
         in_features, words = shape_of_rank(op, "qweight", qweight, 2)
@@ -306,13 +279,15 @@ class PackedWeight:
             checkpoint_format: "gptq": zeros are stored less 1, modulo ``2**bits``; "gptq_v2": as they are. Some checkpoints name the wrong
                 one: a symmetric one has 4-bit zeros of 7 in "gptq" and of 8 in "gptq_v2".
             group_size: As in :meth:`from_awq`.
-            stream: As everywhere.
+            stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
         Raises:
             ValueError: Shapes contradict each other, or a scale is not finite.
             TypeError: A dtype does not fit.
             IndexError: g_idx names a group that is not there.
-            UnsupportedError: Such bits.
+            quire.UnsupportedError: Other bits.
+
+        Source: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, 2022.
         """
         op = "from_gptq"
         if checkpoint_format not in ("gptq", "gptq_v2"):
@@ -379,13 +354,13 @@ class PackedWeight:
             group_size: As in :meth:`from_awq`.
             input_scale: For ``weight``: float ``[1]``, or None: activations' scales are computed.
             input_zero_point: With input_scale, for int8: an integer ``[1]``, or None.
-            stream: As everywhere.
+            stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
         Raises:
             ValueError: Shapes contradict each other, or a scale is negative or not finite.
             TypeError: A dtype does not fit.
             IndexError: weight_g_idx names a group that is not there.
-            UnsupportedError: Such bits, or int8 weights with zero points.
+            quire.UnsupportedError: Other bits, or int8 weights with zero points.
         """
         op = "from_compressed_tensors"
         if (weight_packed is None) == (weight is None):
@@ -446,7 +421,7 @@ class PackedWeight:
             scale: ``[]`` or ``[1]``, ``[out_features]`` or ``[out_features, 1]``, or one for each 128 x 128 block,
                 ``[out_features / 128, in_features / 128]`` rounded up; float32, float16 or bfloat16, finite and not negative.
             input_scale: ``[]`` or ``[1]``: the scale of all activations, or None: computed scales.
-            stream: As everywhere.
+            stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
         Raises:
             ValueError: Shapes contradict each other, or a scale is negative or not finite.
@@ -505,7 +480,7 @@ class PackedWeight:
             scale: ``[]`` or ``[1]``, ``[out_features]`` or ``[out_features, 1]``; float32, float16 or bfloat16, finite and not negative.
             input_scale: ``[]`` or ``[1]``: the scale of all activations, or None: one is computed for each token.
             input_zero_point: ``[]`` or ``[1]``, an integer in [-128, 127], with input_scale.
-            stream: As everywhere.
+            stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
         Raises:
             ValueError: Shapes contradict each other, or a scale is negative or not finite.
@@ -552,7 +527,7 @@ class PackedWeight:
             if int(zero[0]) != 0:
                 self.input_zero_point = from_numpy(zero.astype(np.int32), weight)
                 sums = empty(weight, (out_features,), "int32")
-                with _called_as(op, b=weight_name):
+                with called_as(op, b=weight_name):
                     _core.column_sums(sums, weight, stream)
                 self._column_sums = finish(sums, weight)
         settle(op, weight_name, weight, stream)
@@ -572,12 +547,12 @@ class PackedWeight:
         """Quantizes a weight, each element to the nearest code: for users without a quantized checkpoint.
 
         Args:
-            weight: float32, float16 or bfloat16 ``[out_features, in_features]``.
+            weight: float32, float16 or bfloat16 ``[out_features, in_features]``, finite: infinities are refused, NaN is not looked for.
             format: "w2a16" to "w8a16": integer codes, 16-bit activations; "fp8": float8_e4m3fn; "w8a8": int8.
             group_size: For integer codes; -1: all of a row.
             symmetric: For integer codes: no zero points.
             granularity: For "fp8" and "w8a8": what a scale belongs to; "block" is 128 x 128, for "fp8" only.
-            stream: As everywhere.
+            stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
         Raises:
             ValueError: An argument does not fit.
@@ -603,15 +578,16 @@ class PackedWeight:
                 op, "format", '"w2a16", "w3a16", "w4a16", "w8a16", "fp8" or "w8a8"', repr(format)
             )
         bits = int(format[1])
+        group_size = whole_number(op, "group_size", group_size)
         size = shape[1] if group_size == -1 else group_size
-        if not isinstance(size, int) or size < 1:
+        if size < 1:
             raise unexpected(op, "group_size", "1 or more, or -1 for one group", group_size)
         num_groups = -(-shape[1] // size)
         groups = Groups(op, shape[1], num_groups, group_size if num_groups > 1 else -1)
         codes = empty(weight, shape, "uint8")
         scales = empty(weight, (shape[0], num_groups), name)
         zeros = None if symmetric else empty(weight, (shape[0], num_groups), "uint8")
-        with _called_as(op, w="weight"):
+        with called_as(op, w="weight"):
             _core.quantize_weight(codes, scales, zeros, weight, bits, size, stream)
         codes, scales = finish(codes, weight), finish(scales, weight)
         zeros = None if zeros is None else finish(zeros, weight)
@@ -633,7 +609,7 @@ class PackedWeight:
         dtype = "float8_e4m3fn" if format == "fp8" else "int8"
 
         def codes(scaling: Granularity, scale: Array | None = None) -> tuple[Array, Array]:
-            with _called_as("quantize", x="weight"):
+            with called_as("quantize", x="weight"):
                 return quantize(
                     "quantize", dtype, weight, scale, None, True, scaling, BLOCK, None, None, stream
                 )[:2]
@@ -678,7 +654,7 @@ class PackedWeight:
         Args:
             dtype: "float32", "float16", "bfloat16", or a framework's dtype of that name; ``out``'s own where that is given.
             out: Where to write, or None to allocate it in the framework of the tensors that the weight was made from.
-            stream: As everywhere.
+            stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
         Raises:
             ValueError: ``out`` does not fit.
@@ -691,7 +667,7 @@ class PackedWeight:
         if out is None and name not in ("float32", "float16", "bfloat16"):
             raise TypeError(f"[dequantize] dtype: expected float32, float16 or bfloat16, got {name}")
         result = empty(self._like, self.shape, name) if out is None else out
-        with _called_as("dequantize", q="weight", scales="scale"):
+        with called_as("dequantize", q="weight", scales="scale"):
             if self.weight is None:
                 _core.dequantize_weight(result, self._data, self._format, self._permutation, stream)
             else:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from quire import _core
 from quire._allocate import Array, dtype_name, empty, finish, shape_of
+from quire._refusals import unexpected
 
 Granularity = Literal["tensor", "token", "group"]
 
@@ -71,8 +72,11 @@ class Quantized:
         return out, finish(self.scales, self._like)
 
 
-def _unexpected(op: str, arg: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"[{op}] {arg}: expected {expected}, got {got}")
+def without_out_dtype(op: str, scale: Array | None, granularity: str) -> ValueError:
+    """The error for arguments that mean something with ``out_dtype`` only: a scale, or else a granularity."""
+    if scale is not None:
+        return unexpected(op, "scale", "none without out_dtype", "one")
+    return unexpected(op, "granularity", '"tensor" without out_dtype', repr(granularity))
 
 
 def scale_shape(op: str, shape: tuple[int, ...], granularity: str, group_size: int) -> tuple[int, ...]:
@@ -86,9 +90,9 @@ def scale_shape(op: str, shape: tuple[int, ...], granularity: str, group_size: i
     if granularity == "token":
         return (*shape[:-1], 1)
     if granularity != "group":
-        raise _unexpected(op, "granularity", '"tensor", "token" or "group"', repr(granularity))
+        raise unexpected(op, "granularity", '"tensor", "token" or "group"', repr(granularity))
     if not isinstance(group_size, int) or group_size < 1:
-        raise _unexpected(op, "group_size", "1 or more", group_size)
+        raise unexpected(op, "group_size", "1 or more", group_size)
     return (*shape[:-1], -(-shape[-1] // group_size))
 
 
@@ -102,11 +106,11 @@ def check_given(
     """
     computes = scale is None
     if symmetric and zero_point is not None:
-        raise _unexpected(op, "zero_point", "none, as symmetric is set", "one")
+        raise unexpected(op, "zero_point", "none, as symmetric is set", "one")
     if not symmetric and computes != (zero_point is None):
-        raise _unexpected(op, "zero_point", "one with scale, and none without", "one" if computes else "none")
+        raise unexpected(op, "zero_point", "one with scale, and none without", "one" if computes else "none")
     if not computes and scale_ub is not None:
-        raise _unexpected(op, "scale_ub", "none with a given scale", scale_ub)
+        raise unexpected(op, "scale_ub", "none with a given scale", scale_ub)
 
 
 def split_out(op: str, out: Array | tuple[Array, ...], symmetric: bool) -> tuple[Array, Array, Array | None]:
@@ -117,7 +121,7 @@ def split_out(op: str, out: Array | tuple[Array, ...], symmetric: bool) -> tuple
     """
     if not isinstance(out, tuple) or len(out) != (2 if symmetric else 3):
         names = "(out, scale)" if symmetric else "(out, scale, zero_point)"
-        raise _unexpected(op, "out", f"{names}, as scales are computed", type(out).__qualname__)
+        raise unexpected(op, "out", f"{names}, as scales are computed", type(out).__qualname__)
     return out[0], out[1], None if symmetric else out[2]
 
 
@@ -137,7 +141,7 @@ def quantize(
     """``(out, scale, zero_point)`` of :func:`quire.quantize_fp8` and :func:`quire.quantize_int8`."""
     shape = shape_of(op, "x", x)
     if not shape:
-        raise _unexpected(op, "x", "rank 1 to 4", list(shape))
+        raise unexpected(op, "x", "rank 1 to 4", list(shape))
     wanted = scale_shape(op, shape, granularity, group_size)
     check_given(op, symmetric, scale, zero_point, scale_ub)
     computes, fresh = scale is None, out is None

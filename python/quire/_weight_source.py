@@ -6,6 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from quire import _core
 from quire._allocate import Array, dtype_name, framework_of, from_numpy, numpy_dtype, shape_of
+from quire._refusals import unexpected
 
 MAX_EXTENT = 2**31 - 1
 _GROUP_SIZES = (128, 64, 32)
@@ -22,7 +24,7 @@ def host(op: str, arg: str, x: Array, stream: object) -> np.ndarray[Any, Any]:
     """A tensor's contents in host memory, once the stream, and the framework's current one, are done with what they hold.
 
     Raises:
-        UnsupportedError: The stream is being captured.
+        quire.UnsupportedError: The stream is being captured.
     """
     if isinstance(x, np.ndarray):
         return x
@@ -66,11 +68,6 @@ def dtype_of(op: str, arg: str, x: Array) -> str:
     return dtype_name(x.dtype)
 
 
-def unexpected(op: str, arg: str, expected: str, got: object) -> ValueError:
-    """The error for a value that does not fit."""
-    return ValueError(f"[{op}] {arg}: expected {expected}, got {got}")
-
-
 def shape_of_rank(op: str, arg: str, x: Array, rank: int) -> tuple[int, ...]:
     """The shape of a tensor that must have this rank and no zero size."""
     shape = shape_of(op, arg, x)
@@ -96,9 +93,16 @@ def check_dtype(op: str, arg: str, x: Array, expected: str) -> None:
         raise TypeError(f"[{op}] {arg}: expected {expected}, got {name}")
 
 
+def whole_number(op: str, arg: str, value: int) -> int:
+    """An argument that counts something; True is no number here."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"[{op}] {arg}: expected an integer, got {type(value).__qualname__}")
+    return operator.index(value)
+
+
 def check_bits(op: str, bits: int, known: tuple[int, ...]) -> None:
     """Refuses codes of other bits."""
-    if bits not in known or isinstance(bits, bool):
+    if whole_number(op, "bits", bits) not in known:
         text = ", ".join(map(str, known[:-1])) + f" or {known[-1]}"
         raise _core.UnsupportedError(f"[{op}] bits: expected {text}, got {bits}")
 
@@ -160,7 +164,9 @@ class Groups:
         self.group_size, self.num_rows = 0, in_features
         self.permutation: np.ndarray[Any, Any] | None = None
         self.groups: np.ndarray[Any, Any] | None = None
-        if group_size is not None and group_size != -1 and not 0 < group_size <= MAX_EXTENT:
+        if group_size is not None:
+            group_size = whole_number(op, "group_size", group_size)
+        if group_size not in (None, -1) and not 0 < group_size <= MAX_EXTENT:
             raise unexpected(op, "group_size", "1 or more, or -1 for one group", group_size)
         order = (
             None if g_idx is None else self._read_g_idx(op, names[1], g_idx, in_features, num_groups, stream)
@@ -244,7 +250,7 @@ def public_group_size(in_features: int, num_groups: int, group_size: int | None)
     """What a weight says its group size is."""
     if num_groups == 1:
         return -1
-    return -(-in_features // num_groups) if group_size is None else group_size
+    return -(-in_features // num_groups) if group_size is None else int(group_size)
 
 
 def is_symmetric(qzeros: np.ndarray[Any, Any], bits: int, checkpoint_format: str) -> bool:

@@ -10,7 +10,7 @@ from typing import overload
 
 from quire import _core
 from quire._allocate import Array, empty, finish, shape_of
-from quire._quantized import Granularity, Quantized
+from quire._quantized import Granularity, Quantized, without_out_dtype
 
 __all__ = [
     "gelu_and_mul",
@@ -39,6 +39,8 @@ def _gated(
         q = Quantized(op.__name__, x, (*rows, width // 2), out_dtype, scale, granularity, group_size, out)
         quantized_op(q.out, q.scales, x, granularity, group_size, stream)
         return q.finish()
+    if scale is not None or granularity != "tensor":
+        raise without_out_dtype(op.__name__, scale, granularity)
     result = out
     if out is None:
         *rows, width = shape_of(op.__name__, "x", x) or (0,)
@@ -95,7 +97,7 @@ def silu_and_mul(
         ``out``; with ``out_dtype``, ``(out, scales)``.
 
     Raises:
-        ValueError: Shapes, strides or devices do not fit, out overlaps x, or a scale is missing or too many.
+        ValueError: Shapes, strides or devices do not fit, out overlaps x, or a scale is missing, too many, or without out_dtype.
         TypeError: A dtype is not one of those, or an argument is no tensor.
 
     Source: Shazeer, GLU Variants Improve Transformer, 2020.
@@ -147,7 +149,7 @@ def gelu_and_mul(
 
     Arguments, result and exceptions are those of :func:`silu_and_mul`.
 
-    Source: Hendrycks and Gimpel, Gaussian Error Linear Units, 2016.
+    Source: Hendrycks and Gimpel, Gaussian Error Linear Units, 2016; Shazeer, GLU Variants Improve Transformer, 2020.
     """
     return _gated(
         _core.gelu_and_mul,
@@ -190,6 +192,8 @@ def gelu_tanh_and_mul(
     """``gelu_tanh(gate) * up`` with ``gelu_tanh(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g**3)))``; Gemma's.
 
     Arguments, result and exceptions are those of :func:`silu_and_mul`.
+
+    Source: Hendrycks and Gimpel, Gaussian Error Linear Units, 2016; Shazeer, GLU Variants Improve Transformer, 2020.
     """
     return _gated(
         _core.gelu_tanh_and_mul,
@@ -219,6 +223,8 @@ def gelu_new(x: Array, *, out: Array | None = None, stream: object = None) -> Ar
         ValueError: Shapes, strides or devices do not fit, or out overlaps x in part.
         TypeError: The dtype is not one of the three, or an argument is no tensor.
 
+    Source: Hendrycks and Gimpel, Gaussian Error Linear Units, 2016.
+
     Example:
         >>> import numpy as np, quire
         >>> quire.gelu_new(np.array([[0.0, 1.0]], np.float32)).round(4)
@@ -230,7 +236,7 @@ def gelu_new(x: Array, *, out: Array | None = None, stream: object = None) -> Ar
 def gelu_fast(x: Array, *, out: Array | None = None, stream: object = None) -> Array:
     """``x / 2 * (1 + tanh(0.7978845608 x (1 + 0.044715 x**2)))``: gelu_new in another order of operations.
 
-    Arguments, result and exceptions are those of :func:`gelu_new`.
+    Arguments, result, source and exceptions are those of :func:`gelu_new`.
     """
     return _plain(_core.gelu_fast, x, out, stream)
 
@@ -238,7 +244,7 @@ def gelu_fast(x: Array, *, out: Array | None = None, stream: object = None) -> A
 def gelu_quick(x: Array, *, out: Array | None = None, stream: object = None) -> Array:
     """``x / (1 + exp(-1.702 x))``; CLIP's GELU.
 
-    Arguments, result and exceptions are those of :func:`gelu_new`.
+    Arguments, result, source and exceptions are those of :func:`gelu_new`.
     """
     return _plain(_core.gelu_quick, x, out, stream)
 

@@ -214,17 +214,18 @@ def paged_attention(
         stream: An int, an object with ``__cuda_stream__``, or None for the framework's current stream.
 
     Returns:
-        ``out``, or ``(out, lse)`` with lse float32 ``[num_tokens, num_heads]``, natural log. A query that sees no key gives 0 and
-        -inf.
+        ``out``, or ``(out, lse)`` with lse float32 ``[num_tokens, num_heads]``, natural log, of the sink too. A query that sees no key
+        gives 0 and -inf, or its head's sink.
 
     Raises:
         ValueError: Shapes, strides, devices or scalars do not fit.
         TypeError: A dtype does not fit, or an argument is no tensor.
         IndexError: ``validate="full"`` found an index out of range.
-        quire.UnsupportedError: head_dim, a size over 32 bits, or a ``variant`` that cannot run the call.
+        quire.UnsupportedError: head_dim, a size over 32 bits, a ``variant`` that cannot run the call, or CUDA tensors in a CPU-only build.
 
     Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention, 2023; Dao, FlashAttention-2, 2023;
-    Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023.
+    Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023; Press, Smith and Lewis, Train Short, Test Long, 2021
+    (ALiBi); Gemma 2, 2024 (softcap).
 
     Example:
         >>> import numpy as np, quire
@@ -268,6 +269,87 @@ def paged_attention(
     return (result, finish(lse, q)) if return_lse else result
 
 
+@overload
+def shared_prefix_attention(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    prefix_blocks: Array,
+    block_tables: Array,
+    seq_lens: Array,
+    *,
+    query_start_loc: Array | None = ...,
+    scale: float | None = ...,
+    causal: bool = ...,
+    window: Window = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Array | None = ...,
+    sinks: Array | None = ...,
+    q_scale: Array | None = ...,
+    k_scale: Array | None = ...,
+    v_scale: Array | None = ...,
+    mask: Array | None = ...,
+    mask_start: Array | None = ...,
+    out: Array | None = ...,
+    return_lse: Literal[False] = ...,
+    workspace: Array | None = ...,
+    validate: Literal["shape", "full"] = ...,
+    stream: object = ...,
+) -> Array: ...
+@overload
+def shared_prefix_attention(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    prefix_blocks: Array,
+    block_tables: Array,
+    seq_lens: Array,
+    *,
+    query_start_loc: Array | None = ...,
+    scale: float | None = ...,
+    causal: bool = ...,
+    window: Window = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Array | None = ...,
+    sinks: Array | None = ...,
+    q_scale: Array | None = ...,
+    k_scale: Array | None = ...,
+    v_scale: Array | None = ...,
+    mask: Array | None = ...,
+    mask_start: Array | None = ...,
+    out: Array | None = ...,
+    return_lse: Literal[True],
+    workspace: Array | None = ...,
+    validate: Literal["shape", "full"] = ...,
+    stream: object = ...,
+) -> tuple[Array, Array]: ...
+@overload
+def shared_prefix_attention(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    prefix_blocks: Array,
+    block_tables: Array,
+    seq_lens: Array,
+    *,
+    query_start_loc: Array | None = ...,
+    scale: float | None = ...,
+    causal: bool = ...,
+    window: Window = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Array | None = ...,
+    sinks: Array | None = ...,
+    q_scale: Array | None = ...,
+    k_scale: Array | None = ...,
+    v_scale: Array | None = ...,
+    mask: Array | None = ...,
+    mask_start: Array | None = ...,
+    out: Array | None = ...,
+    return_lse: bool,
+    workspace: Array | None = ...,
+    validate: Literal["shape", "full"] = ...,
+    stream: object = ...,
+) -> Array | tuple[Array, Array]: ...
 def shared_prefix_attention(
     q: Array,
     k_cache: Array,
@@ -380,6 +462,87 @@ def shared_prefix_attention(
     return (result, finish(lse, q)) if return_lse else result
 
 
+@overload
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    query_start_loc: Array | None = ...,
+    kv_start_loc: Array | None = ...,
+    scale: float | None = ...,
+    causal: bool = ...,
+    window: Window = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Array | None = ...,
+    sinks: Array | None = ...,
+    q_scale: Array | None = ...,
+    k_scale: Array | None = ...,
+    v_scale: Array | None = ...,
+    mask: Array | None = ...,
+    mask_start: Array | None = ...,
+    out: Array | None = ...,
+    return_lse: Literal[False] = ...,
+    workspace: Array | None = ...,
+    variant: Variant | None = ...,
+    batch_invariant: bool = ...,
+    validate: Literal["shape", "full"] = ...,
+    stream: object = ...,
+) -> Array: ...
+@overload
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    query_start_loc: Array | None = ...,
+    kv_start_loc: Array | None = ...,
+    scale: float | None = ...,
+    causal: bool = ...,
+    window: Window = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Array | None = ...,
+    sinks: Array | None = ...,
+    q_scale: Array | None = ...,
+    k_scale: Array | None = ...,
+    v_scale: Array | None = ...,
+    mask: Array | None = ...,
+    mask_start: Array | None = ...,
+    out: Array | None = ...,
+    return_lse: Literal[True],
+    workspace: Array | None = ...,
+    variant: Variant | None = ...,
+    batch_invariant: bool = ...,
+    validate: Literal["shape", "full"] = ...,
+    stream: object = ...,
+) -> tuple[Array, Array]: ...
+@overload
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    query_start_loc: Array | None = ...,
+    kv_start_loc: Array | None = ...,
+    scale: float | None = ...,
+    causal: bool = ...,
+    window: Window = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Array | None = ...,
+    sinks: Array | None = ...,
+    q_scale: Array | None = ...,
+    k_scale: Array | None = ...,
+    v_scale: Array | None = ...,
+    mask: Array | None = ...,
+    mask_start: Array | None = ...,
+    out: Array | None = ...,
+    return_lse: bool,
+    workspace: Array | None = ...,
+    variant: Variant | None = ...,
+    batch_invariant: bool = ...,
+    validate: Literal["shape", "full"] = ...,
+    stream: object = ...,
+) -> Array | tuple[Array, Array]: ...
 def attention(
     q: Array,
     k: Array,
@@ -440,7 +603,9 @@ def attention(
         ValueError: Shapes, strides, devices or scalars do not fit.
         TypeError: A dtype does not fit, or an argument is no tensor.
         IndexError: ``validate="full"`` found an index out of range.
-        quire.UnsupportedError: head_dim, or a size over 32 bits.
+        quire.UnsupportedError: head_dim, a size over 32 bits, or a ``variant`` that cannot run the call.
+
+    Source: As :func:`paged_attention`.
 
     Example:
         >>> import numpy as np, quire
@@ -511,6 +676,8 @@ def merge_attention(
         ValueError: Shapes, strides or devices do not fit.
         TypeError: A dtype does not fit, or an argument is no tensor.
 
+    Source: Milakov and Gimelshein, Online Normalizer Calculation for Softmax, 2018.
+
     Example:
         >>> import numpy as np, quire
         >>> a, b = np.zeros((1, 1, 8), np.float32), np.ones((1, 1, 8), np.float32)
@@ -533,8 +700,25 @@ def paged_attention_workspace_size(
 ) -> int:
     """Bytes of workspace for a batch of at most this size on ``device``: 0 on the CPU. It depends on nothing else.
 
+    Args:
+        num_tokens: Queries of all sequences.
+        num_seqs: Sequences.
+        num_heads: Query heads.
+        head_dim: Elements of a head, 8 to 256.
+        device: "cpu", "cuda", "cuda:<index>", or a framework's device.
+
+    Returns:
+        Bytes, which grow with each argument: a workspace for the largest batch serves all smaller ones.
+
     Raises:
-        ValueError: A count is negative, or head_dim out of range.
+        ValueError: A count is negative, head_dim out of range, or the device none.
+        TypeError: A count is no integer.
+        quire.UnsupportedError: A count of 2**30 or more, or "cuda" in a CPU-only build.
+
+    Example:
+        >>> import quire
+        >>> quire.paged_attention_workspace_size(256, 256, 32, 128, "cpu")
+        0
     """
     return _core.paged_attention_workspace_size(num_tokens, num_seqs, num_heads, head_dim, device)
 
@@ -542,12 +726,18 @@ def paged_attention_workspace_size(
 def attention_workspace_size(
     num_tokens: int, num_seqs: int, num_heads: int, head_dim: int, device: object = "cuda"
 ) -> int:
-    """As :func:`paged_attention_workspace_size`, for :func:`attention`."""
+    """Bytes of workspace for :func:`attention`.
+
+    Arguments, result and exceptions are those of :func:`paged_attention_workspace_size`.
+    """
     return _core.attention_workspace_size(num_tokens, num_seqs, num_heads, head_dim, device)
 
 
 def shared_prefix_attention_workspace_size(
     num_tokens: int, num_seqs: int, num_heads: int, head_dim: int, device: object = "cuda"
 ) -> int:
-    """As :func:`paged_attention_workspace_size`, for :func:`shared_prefix_attention`."""
+    """Bytes of workspace for :func:`shared_prefix_attention`, of any prefix.
+
+    Arguments, result and exceptions are those of :func:`paged_attention_workspace_size`.
+    """
     return _core.shared_prefix_attention_workspace_size(num_tokens, num_seqs, num_heads, head_dim, device)

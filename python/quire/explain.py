@@ -19,14 +19,22 @@ class Explanation:
     """What :func:`explain` found. ``str()`` makes a readable paragraph of it.
 
     Attributes:
-        op: The op's name.
-        device: "cpu" or "cuda:0"; empty like ``variant``.
-        variant: The kernel, empty where a zero size leaves nothing to run. Attention on CUDA: what its ``variant=`` takes. Products with
-            quantized weights on CUDA: "few" (tokens), "wgmma" or "mma". Quantizing there: "rows" in registers, or "groups", behind
-            "range+" where a scale of the whole tensor is computed; dequantizing: "rows" or "elements". Other ops on CUDA: "vector" or
-            "element" for 16-byte or single accesses, "only" where there is one kernel. On the CPU: the instruction set,
-            for attention behind "decode" or "prefill", for products behind the kernel. An op that is two calls tells of the
-            second: quantized_matmul with an "fp8" or "w8a8" weight of the product.
+        op: The op's name; of a call that is several (quantized_matmul with an "fp8" or "w8a8" weight, a constructor of ``PackedWeight``)
+            that of the last.
+        device: "cpu" or "cuda:<index>"; empty like ``variant``.
+        variant: The kernel; empty where a zero size leaves nothing to run. On the CPU the instruction set, such as "avx2", behind the
+            kernel where there are several: "decode", "prefill", "decode_and_prefill" for attention, "fixed_point", "unpacked" for
+            quantized_matmul, "rows", "int32", "float32" for scaled_matmul, as in "decode_avx2". On CUDA:
+
+            - attention: one of the names that its ``variant=`` takes, or two with "+" between, which are two launches;
+            - quantized_matmul: "few" (tokens), "wgmma" or "mma"; scaled_matmul: "wgmma" or "mma";
+            - quantize_fp8, quantize_int8: "rows", which stay in registers, or "groups"; of a computed scale for the whole tensor
+              "tensor", or "range+rows", "range+groups", where x is read twice; dequantize_fp8, dequantize_int8: "rows" or "elements";
+            - norms, activations, rotations, write_kv, gather_kv, copy_blocks: "vector" or "element", for accesses of 16 bytes or of one
+              element;
+            - the rest: "only", as there is one kernel.
+
+            shared_prefix_attention has that of the prefix, "+", and that of what follows.
         reasons: Why that one, and why not a faster one; a clause each.
     """
 

@@ -10,18 +10,10 @@ from collections.abc import Sequence
 
 from quire import _core
 from quire._allocate import Array, dtype_name, empty, finish, shape_of
-from quire.kv_transfer import KVBlocks, KVCacheDescription, export_blocks, import_blocks
+from quire._refusals import called_as
+from quire.kv_transfer import ITEM_BYTES, KVBlocks, KVCacheDescription, export_blocks, import_blocks
 
 __all__ = ["KVBlocks", "KVCache", "KVCacheDescription", "copy_blocks", "gather_kv", "swap_blocks", "write_kv"]
-
-_ITEM_BYTES = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "int8": 1,
-}
 
 
 def write_kv(
@@ -54,6 +46,9 @@ def write_kv(
     Raises:
         ValueError: Shapes, strides or devices do not fit, a cache is read-only, or memory overlaps.
         TypeError: A dtype does not fit, or an argument is no tensor.
+
+    Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention, 2023; Micikevicius et al., FP8 Formats for Deep
+    Learning, 2022.
 
     Example:
         >>> import numpy as np, quire
@@ -109,7 +104,7 @@ def gather_kv(
             )
         num_tokens = shape_of("gather_kv", "slot_mapping", slot_mapping)[:1] or (0,)
         name = str(k_cache.dtype).rpartition(".")[2]
-        dtype = "float32" if _ITEM_BYTES.get(name) == 1 else None
+        dtype = "float32" if ITEM_BYTES.get(name) == 1 else None
         shape = (*num_tokens, *cache_shape[2:])
         k, v = empty(k_cache, shape, dtype), empty(k_cache, shape, dtype)
     else:
@@ -193,8 +188,9 @@ class KVCache:
 
     Raises:
         MemoryError: The memory cannot be had; the message says how many bytes.
-        ValueError: A size is not positive, or the sizes multiply beyond 64 bits.
-        TypeError: The dtype is none of those.
+        ValueError: A size is not positive, the sizes multiply beyond 64 bits, the device is none, or ``pinned`` is not for the CPU.
+        TypeError: A size is no integer, or the dtype is none of those.
+        quire.UnsupportedError: "cuda" or ``pinned`` in a CPU-only build.
 
     Example:
         >>> import quire
@@ -217,13 +213,22 @@ class KVCache:
     ) -> None:
         self._num_bytes = KVCache.num_bytes(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype)
         shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
-        self._pool = _core.empty(shape, dtype, device, pinned)
+        with called_as("KVCache"):
+            self._pool = _core.empty(shape, dtype, device, pinned)
 
     @staticmethod
     def num_bytes(
         num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: object
     ) -> int:
         """Bytes that a cache of this size takes, without allocating it.
+
+        Args:
+            num_layers: Layers, 1 or more.
+            num_blocks: Blocks of each layer, 1 or more.
+            block_size: Slots (tokens) of a block.
+            num_kv_heads: Heads of K and of V.
+            head_dim: Elements of a head.
+            dtype: As of :class:`KVCache`.
 
         Raises:
             ValueError: A size is not positive, or the product does not fit in 63 bits.
@@ -253,7 +258,20 @@ class KVCache:
     def num_blocks_for(
         num_bytes: int, num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: object
     ) -> int:
-        """The most blocks that a cache of at most ``num_bytes`` can have; 0 if not even one fits."""
+        """The most blocks that a cache of at most ``num_bytes`` can have; 0 if not even one fits.
+
+        Args:
+            num_bytes: Bytes for the whole cache, all layers, K and V.
+            num_layers: Layers, 1 or more.
+            block_size: Slots (tokens) of a block.
+            num_kv_heads: Heads of K and of V.
+            head_dim: Elements of a head.
+            dtype: As of :class:`KVCache`.
+
+        Raises:
+            ValueError: A size is not positive.
+            TypeError: A size or ``num_bytes`` is no integer, or the dtype is none that a cache may have.
+        """
         if not hasattr(num_bytes, "__index__"):
             raise TypeError(f"[KVCache] num_bytes: expected an integer, got {type(num_bytes).__name__}")
         return max(0, operator.index(num_bytes)) // KVCache.num_bytes(
@@ -261,15 +279,20 @@ class KVCache:
         )
 
     def k(self, layer: int) -> _core.Tensor:
-        """Layer's keys, ``[num_blocks, block_size, num_kv_heads, head_dim]``. Raises IndexError for a layer out of range."""
+        """Layer's keys, a view ``[num_blocks, block_size, num_kv_heads, head_dim]``; a negative number counts from the last layer.
+
+        Raises:
+            IndexError: No such layer.
+            TypeError: ``layer`` is no integer.
+        """
         return self._pool[layer, 0]
 
     def v(self, layer: int) -> _core.Tensor:
-        """Layer's values, as :meth:`k`."""
+        """Layer's values, as :meth:`k`; so are the exceptions."""
         return self._pool[layer, 1]
 
     def layer(self, layer: int) -> _core.Tensor:
-        """Layer's K and V in one tensor, ``[2, num_blocks, block_size, num_kv_heads, head_dim]``."""
+        """Layer's K and V in one tensor, ``[2, num_blocks, block_size, num_kv_heads, head_dim]``; exceptions are those of :meth:`k`."""
         return self._pool[layer]
 
     @property
@@ -318,15 +341,30 @@ class KVCache:
         return self._num_bytes
 
     def copy_blocks(self, pairs: Array, *, stream: object = None) -> None:
-        """Copies blocks of every layer's K and V, as :func:`copy_blocks`, in one launch."""
+        """Copies blocks of every layer's K and V, as :func:`copy_blocks`, in one launch.
+
+        Args:
+            pairs: As in :func:`copy_blocks`.
+            stream: Likewise.
+
+        Raises:
+            ValueError: The shape, strides or device of ``pairs`` do not fit.
+            TypeError: ``pairs`` is no tensor of int32 or int64.
+        """
         copy_blocks(self._blocks(), pairs, stream=stream)
 
     def swap_blocks_from(self, src: KVCache, pairs: Array, *, stream: object = None) -> None:
         """Copies blocks of every layer's K and V from another cache, as :func:`swap_blocks`; a run of adjacent pairs is one transfer.
 
+        Args:
+            src: The other cache, of the same layers, block shape and dtype, on any device.
+            pairs: As in :func:`swap_blocks`.
+            stream: Likewise.
+
         Raises:
-            ValueError: The caches differ in layers or block shape.
-            TypeError: The caches differ in dtype, or src is no KVCache.
+            ValueError: The caches differ in layers or block shape, or are one.
+            TypeError: The caches differ in dtype, src is no KVCache, or ``pairs`` is no int64 tensor.
+            IndexError: A pair is out of range; nothing is copied.
         """
         if not isinstance(src, KVCache):
             raise TypeError(f"[KVCache] src: expected a quire.KVCache, got {type(src).__qualname__}")
@@ -342,7 +380,7 @@ class KVCache:
             device=self.device,
             dtype=self.dtype,
             shape=self._pool.shape,
-            strides_bytes=tuple(s * _ITEM_BYTES[self.dtype] for s in self._pool.strides),
+            strides_bytes=tuple(s * ITEM_BYTES[self.dtype] for s in self._pool.strides),
         )
 
     def export_blocks(
@@ -374,7 +412,9 @@ class KVCache:
 
         Raises:
             ValueError: The heads do not fit into the model's, or there are more or fewer keys than blocks.
+            TypeError: An id, key or number of heads is no integer.
             IndexError: A block is out of range.
+            MemoryError: The buffer's memory cannot be had.
 
         Example:
             >>> import quire
@@ -412,7 +452,7 @@ class KVCache:
         Raises:
             ValueError: The buffer is truncated, altered or foreign, of another model or block size, or has none of this cache's
                 heads. Nothing was written.
-            TypeError: The dtypes differ.
+            TypeError: The dtypes differ, or ``blocks`` is no such buffer.
             IndexError: A block is out of range. Nothing was written.
         """
         return import_blocks(self, blocks, block_ids, head_start, total_kv_heads, stream)
@@ -430,6 +470,6 @@ class KVCache:
 
 def _item_bytes(dtype: object) -> int:
     name = dtype_name(dtype)
-    if name not in _ITEM_BYTES:
-        raise TypeError(f"[KVCache] dtype: expected one of {', '.join(_ITEM_BYTES)}, got {name}")
-    return _ITEM_BYTES[name]
+    if name not in ITEM_BYTES:
+        raise TypeError(f"[KVCache] dtype: expected one of {', '.join(ITEM_BYTES)}, got {name}")
+    return ITEM_BYTES[name]

@@ -16,6 +16,7 @@ import numpy as np
 
 from quire import _core
 from quire._allocate import Array
+from quire._refusals import called_as
 
 if TYPE_CHECKING:
     from quire.kv_cache import KVCache
@@ -31,7 +32,8 @@ _ALIGNMENT = 64
 _MAX_HEADER_BYTES = 1 << 30
 #: Never renumbered.
 _DTYPES = {"float32": 1, "float16": 2, "bfloat16": 3, "float8_e4m3fn": 4, "float8_e5m2": 5, "int8": 6}
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
+#: Of an element of a cache; these are the dtypes that one may have.
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,14 @@ class KVCacheDescription:
     def regions(self, block_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
         """(address, bytes) of every piece of these blocks: by layer, K before V, then in the order of the blocks.
 
+        Args:
+            block_ids: The blocks, each in [0, num_blocks).
+
         Raises:
             IndexError: A block is out of range.
+            TypeError: An id is no integer.
         """
+        block_ids = _integers("KVCacheDescription", "block_ids", block_ids)
         for block_id in block_ids:
             if not 0 <= block_id < self.shape[2]:
                 raise IndexError(
@@ -126,7 +133,7 @@ class KVBlocks:
         return int(np.prod(self._shape(), dtype=object))
 
     def _shape(self) -> tuple[int, ...]:
-        width = self.head_dim * _ITEM_BYTES[self.dtype]
+        width = self.head_dim * ITEM_BYTES[self.dtype]
         return (self.num_layers, 2, self.num_blocks, self.block_size, self.num_heads, width)
 
     def to_bytes(self) -> bytes:
@@ -142,8 +149,12 @@ class KVBlocks:
     def from_bytes(buffer: bytes | bytearray | memoryview | Array) -> KVBlocks:
         """What :meth:`to_bytes` made; the payload is a view of the buffer.
 
+        Args:
+            buffer: Contiguous bytes on the host: bytes, bytearray, memoryview, or a NumPy array.
+
         Raises:
             ValueError: The buffer is truncated, too long, altered in its header, or something else altogether.
+            TypeError: It is no contiguous host memory.
         """
         try:
             data = np.frombuffer(buffer, np.uint8)
@@ -158,11 +169,18 @@ class KVBlocks:
 
     @staticmethod
     def from_parts(header: bytes, payload: Array) -> KVBlocks:
-        """Header and payload that travelled apart; the payload, a contiguous uint8 tensor, may be on any device.
+        """Header and payload that travelled apart.
+
+        Args:
+            header: The bytes of :attr:`header`.
+            payload: :attr:`payload`: a contiguous uint8 tensor of any framework and rank, on any device.
 
         Raises:
             ValueError: One of them is truncated, altered, or of something else.
+            TypeError: ``header`` is no bytes.
         """
+        if not isinstance(header, (bytes, bytearray, memoryview)):
+            raise TypeError(f"[KVBlocks] header: expected bytes, got {type(header).__qualname__}")
         fields, keys = _read_header(bytes(header))
         blocks = KVBlocks(bytes(header), payload, *fields, keys)
         blocks._check_payload()
@@ -185,7 +203,7 @@ def _make_header(blocks: tuple[str, int, int, int, int, int, int, int], keys: Se
     dtype, num_layers, num_blocks, block_size, head_dim, total, start, count = blocks
     key_bytes = b"".join(key.to_bytes(16, "little") for key in keys or ())
     header_bytes = -(-(_FIXED.size + len(key_bytes) + 4) // _ALIGNMENT) * _ALIGNMENT
-    payload_bytes = num_layers * 2 * num_blocks * block_size * count * head_dim * _ITEM_BYTES[dtype]
+    payload_bytes = num_layers * 2 * num_blocks * block_size * count * head_dim * ITEM_BYTES[dtype]
     fixed = _FIXED.pack(
         _MAGIC, _VERSION, header_bytes, _DTYPES[dtype], num_layers, block_size, head_dim, total, start, count, keys is not None,
         num_blocks, payload_bytes,
@@ -218,7 +236,7 @@ def _read_header(
             f"dtype {dtype}, heads {start} to {start + count} of {total}",
         )
     name = names[dtype]
-    if payload_bytes != num_layers * 2 * num_blocks * block_size * count * head_dim * _ITEM_BYTES[name]:
+    if payload_bytes != num_layers * 2 * num_blocks * block_size * count * head_dim * ITEM_BYTES[name]:
         raise refuse("sizes that multiply to the payload's", f"{payload_bytes} bytes")
     keys = None
     if has_keys:
@@ -310,9 +328,10 @@ def export_blocks(
     fields = (
         cache.dtype, cache.num_layers, num_blocks, cache.block_size, cache.head_dim, total, head_start, cache.num_kv_heads
     )  # fmt: skip
-    width = cache.head_dim * _ITEM_BYTES[cache.dtype]
+    width = cache.head_dim * ITEM_BYTES[cache.dtype]
     shape = (cache.num_layers, 2, num_blocks, cache.block_size, cache.num_kv_heads, width)
-    payload = _core.empty(shape, "uint8", cache.device if device is None else device, pinned)
+    with called_as(op):
+        payload = _core.empty(shape, "uint8", cache.device if device is None else device, pinned)
     pairs = _pairs(block_ids, range(num_blocks))
     for layer, kind, piece in _pieces(payload, shape):
         _core.swap_blocks(piece, cache.pool[layer, kind].bytes(), pairs, stream)

@@ -9,7 +9,7 @@ from typing import overload
 
 from quire import _core
 from quire._allocate import Array, empty, finish, shape_of
-from quire._quantized import Granularity, Quantized
+from quire._quantized import Granularity, Quantized, without_out_dtype
 
 __all__ = ["fused_add_rms_norm", "layer_norm", "rms_norm"]
 
@@ -76,7 +76,7 @@ def rms_norm(
         ``out``; with ``out_dtype``, ``(out, scales)``.
 
     Raises:
-        ValueError: Shapes, strides or devices do not fit, out overlaps x in part, or a scale is missing or too many.
+        ValueError: Shapes, strides or devices do not fit, out overlaps x in part, or a scale is missing, too many, or without out_dtype.
         TypeError: A dtype is not one of those, or an argument is no tensor.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
@@ -97,6 +97,8 @@ def rms_norm(
             q.out, q.scales, x, weight, eps, weight_offset, granularity, group_size, stream
         )
         return q.finish()
+    if scale is not None or granularity != "tensor":
+        raise without_out_dtype("rms_norm", scale, granularity)
     if out is not None:
         _core.rms_norm(out, x, weight, eps, weight_offset, stream)
         return out
@@ -140,8 +142,10 @@ def fused_add_rms_norm(
         ``(x, residual)``, the tensors that were passed; with ``out_dtype``, ``(out, scales)``.
 
     Raises:
-        ValueError: Shapes, strides, devices do not fit, x and residual overlap, or a scale is missing or too many.
+        ValueError: Shapes, strides, devices do not fit, x and residual overlap, or a scale is missing, too many, or without out_dtype.
         TypeError: A dtype is not one of those, or an argument is no tensor.
+
+    Source: As :func:`rms_norm`.
 
     Example:
         >>> import numpy as np, quire
@@ -156,6 +160,8 @@ def fused_add_rms_norm(
             q.out, q.scales, x, residual, weight, eps, weight_offset, granularity, group_size, stream
         )
         return q.finish()
+    if scale is not None or granularity != "tensor":
+        raise without_out_dtype("fused_add_rms_norm", scale, granularity)
     if out is not None:
         raise ValueError(
             "[fused_add_rms_norm] out: expected none without out_dtype, got one: x is overwritten"
@@ -220,7 +226,7 @@ def layer_norm(
         ``out``; with ``out_dtype``, ``(out, scales)``.
 
     Raises:
-        ValueError: Shapes, strides or devices do not fit, out overlaps x in part, or a scale is missing or too many.
+        ValueError: Shapes, strides or devices do not fit, out overlaps x in part, or a scale is missing, too many, or without out_dtype.
         TypeError: A dtype is not one of those, or an argument is no tensor.
 
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
@@ -235,6 +241,8 @@ def layer_norm(
         q = Quantized("layer_norm", x, shape, out_dtype, scale, granularity, group_size, out)
         _core.layer_norm_quantized(q.out, q.scales, x, weight, bias, eps, granularity, group_size, stream)
         return q.finish()
+    if scale is not None or granularity != "tensor":
+        raise without_out_dtype("layer_norm", scale, granularity)
     result = empty(x, shape_of("layer_norm", "x", x)) if out is None else out
     _core.layer_norm(result, x, weight, bias, eps, stream)
     return finish(result, x) if out is None else out

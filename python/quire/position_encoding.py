@@ -171,6 +171,8 @@ def rope_and_write_kv(
         ValueError: Shapes, strides or devices do not fit, a tensor to be written is read-only, or memory overlaps.
         TypeError: A dtype does not fit, or an argument is no tensor.
 
+    Source: As :func:`rotary_embedding` and :func:`quire.write_kv`.
+
     Example:
         >>> import numpy as np, quire
         >>> cache = np.zeros((2, 2, 4, 1, 2), np.float32)

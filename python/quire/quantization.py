@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from typing import Literal, overload
 
 from quire import _core
-from quire._allocate import Array, dtype_name, empty, finish, shape_of
+from quire._allocate import Array, device_of, dtype_name, empty, finish, shape_of
 from quire._packed_weight import BLOCK as BLOCK
-from quire._packed_weight import REFUSALS, PackedWeight, device_of, renamed
+from quire._packed_weight import PackedWeight
 from quire._quantized import Granularity, quantize
-from quire._weight_source import check_dtype, unexpected
+from quire._refusals import REFUSALS, renamed, unexpected
+from quire._weight_source import check_dtype
 
 __all__ = [
     "PackedWeight",
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 #: What quantized_matmul's caller knows the arguments of quantize_* and scaled_matmul as.
-_ACTIVATION_NAMES = {
+ACTIVATION_NAMES = {
     "a": "x",
     "num_tokens": "x",
     "b": "weight",
@@ -73,8 +74,10 @@ def quantized_matmul(
         ``out``.
 
     Raises:
-        ValueError: Shapes, strides or devices do not fit, or out overlaps an input.
+        ValueError: Shapes, strides or devices do not fit, the weight was packed for another kind of device, or out overlaps an input.
         TypeError: A dtype is not one of those, or w is no PackedWeight.
+
+    Source: Frantar et al., MARLIN: Mixed-Precision Auto-Regressive Parallel Inference on Large Language Models, 2024.
 
     Example:
         >>> import numpy as np, quire
@@ -101,7 +104,7 @@ def quantized_matmul(
                 workspace, batch_invariant, stream,
             )  # fmt: skip
         except REFUSALS as error:
-            raise renamed(error, "quantized_matmul", _ACTIVATION_NAMES) from None
+            raise renamed(error, "quantized_matmul", ACTIVATION_NAMES) from None
     return finish(result, x) if out is None else out
 
 
@@ -111,6 +114,15 @@ def quantized_matmul_workspace_size(
     """Bytes of workspace for ``num_tokens`` rows of x of this dtype on w's device.
 
     For "fp8" and "w8a8" weights it holds the quantized activations, on the CPU too, and ``dtype`` does not matter.
+
+    Args:
+        num_tokens: Rows of x.
+        w: The weight.
+        dtype: Of x: "float16", "bfloat16", on the CPU also "float32", or a framework's dtype of that name.
+        batch_invariant: As in :func:`quantized_matmul`.
+
+    Returns:
+        Bytes for this number of rows. Another number may need more, a smaller one too, since it may run on another kernel.
 
     Raises:
         ValueError: A negative number of tokens.
@@ -166,7 +178,9 @@ def scaled_matmul(
     Raises:
         ValueError: Shapes, strides or devices do not fit, or out overlaps an input.
         TypeError: A dtype is not one of those.
-        UnsupportedError: A zero point with scales of blocks, or int8 with k above 65536.
+        quire.UnsupportedError: A zero point with scales of blocks, or int8 with k above 65536.
+
+    Source: Xiao et al., SmoothQuant, 2022 (int8); DeepSeek-AI, DeepSeek-V3 Technical Report, 2024 (scales of blocks).
 
     Example:
         >>> import numpy as np, quire
@@ -223,7 +237,7 @@ def scaled_matmul_workspace_size(
     batch_invariant: bool = False,
     device: object = "cuda",
 ) -> int:
-    """Bytes of workspace for ``m`` rows of a.
+    """Bytes of workspace of :func:`scaled_matmul`.
 
     Args:
         m: Rows of a.
@@ -233,11 +247,15 @@ def scaled_matmul_workspace_size(
         has_blocks: Scales are those of blocks.
         computes_sums: There is a zero_point, and no column_sums.
         batch_invariant: As in :func:`scaled_matmul`.
-        device: "cpu", "cuda", "cuda:1", or a framework's device.
+        device: "cpu", "cuda", "cuda:<index>", or a framework's device.
+
+    Returns:
+        Bytes.
 
     Raises:
         ValueError: An extent does not fit.
         TypeError: Another dtype.
+        quire.UnsupportedError: "cuda" in a CPU-only build.
     """
     return _core.scaled_matmul_workspace_size(
         m, n, k, dtype, has_blocks, computes_sums, batch_invariant, device
@@ -275,6 +293,8 @@ def quantize_fp8(
     Raises:
         ValueError: Shapes, strides or devices do not fit, or out overlaps an input.
         TypeError: A dtype is not one of those.
+
+    Source: Micikevicius et al., FP8 Formats for Deep Learning, 2022.
 
     Example:
         >>> import numpy as np, quire
@@ -343,6 +363,8 @@ def quantize_int8(
     Raises:
         ValueError: Shapes, strides or devices do not fit, out overlaps an input, or scale and zero_point do not go together.
         TypeError: A dtype is not one of those.
+
+    Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference, 2018.
 
     Example:
         >>> import numpy as np, quire
@@ -456,6 +478,8 @@ def _dequantize(
         if name not in ("float32", "float16", "bfloat16"):
             raise TypeError(f"[{op}] out_dtype: expected float32, float16 or bfloat16, got {name}")
         result = empty(q, shape, name)
+    if granularity not in ("tensor", "token", "group", "block"):
+        raise unexpected(op, "granularity", '"tensor", "token", "group" or "block"', repr(granularity))
     if granularity == "block" and zero_point is not None:
         raise unexpected(op, "zero_point", 'none with granularity "block"', "one")
     undo = _core.dequantize_fp8 if dtype == "float8_e4m3fn" else _core.dequantize_int8

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
 import quire.torch
+from quire import _core
 
 __all__ = ["attention_forward", "attention_mask"]
 
@@ -204,13 +205,31 @@ def attention_forward(
         causal, window = False, None
     make_indices = _known_indices if shared else _make_indices
     tables, lens, starts = make_indices(batch, q_length, kv_length, query.device, stream)
-    # Every call into PyTorch is a microsecond of each layer's and token's: a decoding step takes views that are one.
-    if q_length == 1:
-        q = query.squeeze(2)
-    else:
-        q = query.transpose(1, 2).reshape(batch * q_length, num_heads, head_dim)
-    # float32 may become another dtype in torch.autocast.
-    out = None if q.dtype is torch.float32 else torch.empty_like(q, memory_format=torch.contiguous_format)
+    sinks = None if s_aux is None else s_aux.detach().float()
+    limits = window if causal or window is None else (window, window)
+    # In torch.autocast, float32 may become another dtype.
+    converts = query.dtype is torch.float32 and torch.is_autocast_enabled(query.device.type)
+    if shared and q_length == 1 and not converts:
+        # A view in PyTorch is a microsecond of each layer's and token's.
+        out = query.new_empty((batch, 1, num_heads, head_dim))
+        _core.decode_by_heads(
+            out,
+            query,
+            key,
+            value,
+            tables,
+            lens,
+            scaling,
+            bool(causal),
+            limits,
+            softcap,
+            sinks,
+            mask,
+            mask_start,
+        )
+        return (out if value_dim == head_dim else out[..., :value_dim]), None
+    q = query.transpose(1, 2).reshape(batch * q_length, num_heads, head_dim)
+    space = None if converts else torch.empty_like(q, memory_format=torch.contiguous_format)
     out = quire.torch.paged_attention(
         q,
         key.transpose(1, 2),  # one block of kv_length slots for each sequence
@@ -220,14 +239,13 @@ def attention_forward(
         query_start_loc=starts,
         scale=scaling,
         causal=bool(causal),
-        window=window if causal or window is None else (window, window),
+        window=limits,
         softcap=softcap,
-        sinks=None if s_aux is None else s_aux.detach().float(),
+        sinks=sinks,
         mask=mask,
         mask_start=mask_start,
-        out=out,
-    )
-    out = out.unsqueeze(1) if q_length == 1 else out.view(batch, q_length, num_heads, head_dim)
+        out=space,
+    ).view(batch, q_length, num_heads, head_dim)
     return (out if value_dim == head_dim else out[..., :value_dim]), None
 
 

@@ -93,7 +93,7 @@ void expect_error(F&& f, const std::string& part) {
     ADD_FAILURE() << "nothing thrown; expected: " << part;
   } catch (const Error& error) {
     EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
-    EXPECT_EQ(std::string(error.what()).rfind("[block_allocator] ", 0), 0U) << error.what();
+    EXPECT_EQ(std::string(error.what()).rfind("[BlockAllocator", 0), 0U) << error.what();
   }
 }
 
@@ -154,7 +154,7 @@ TEST(RawBlocks, ExhaustionTakesNothing) {
     EXPECT_NE(dynamic_cast<const std::bad_alloc*>(&error), nullptr);
   }
   EXPECT_THROW(a.allocate(std::numeric_limits<std::int64_t>::max()), OutOfBlocksError);
-  expect_error<std::invalid_argument>([&] { a.allocate(-1); }, "allocate: num_blocks: expected at least 0, got -1");
+  expect_error<std::invalid_argument>([&] { a.allocate(-1); }, "allocate] num_blocks: expected at least 0, got -1");
   EXPECT_TRUE(a.allocate(0).empty());
   expect_states(a, 3, 0, 1);
 }
@@ -174,7 +174,7 @@ TEST(RawBlocks, CanAllocateKeepsTheWatermark) {
 TEST(RawBlocks, DoubleFreeIsRefusedWhole) {
   BlockAllocator a(small(4));
   const Ids ids = a.allocate(2);
-  expect_error<std::invalid_argument>([&] { a.free(Ids{0, 1, 0}); }, "free: block_ids: expected blocks that are held");
+  expect_error<std::invalid_argument>([&] { a.free(Ids{0, 1, 0}); }, "free] block_ids: expected blocks that are held");
   expect_states(a, 2, 0, 2);
   a.free(ids);
   EXPECT_THROW(a.free(ids), std::invalid_argument);
@@ -457,8 +457,8 @@ TEST(Sequences, WrongUseIsRefused) {
   BlockAllocator a(small(4));
   a.add_sequence(1, range(0, 8));
   expect_error<std::invalid_argument>([&] { a.add_sequence(1, range(0, 4)); },
-                                      "add_sequence: seq_id: expected an id that is not in use, got 1");
-  expect_error<IndexError>([&] { a.grow(2, 1); }, "grow: seq_id");
+                                      "add_sequence] seq_id: expected an id that is not in use, got 1");
+  expect_error<IndexError>([&] { a.grow(2, 1); }, "grow] seq_id");
   EXPECT_THROW(a.free_sequence(2), IndexError);
   EXPECT_THROW(a.preempt(2), IndexError);
   EXPECT_THROW(a.sequence(2), IndexError);
@@ -727,7 +727,7 @@ TEST(Swap, FullHostTierIsRefused) {
   BlockAllocator a(small(8, 4, 2));
   add_computed(a, 1, range(0, 12));
   EXPECT_FALSE(a.can_swap_out(1));
-  expect_error<OutOfBlocksError>([&] { a.swap_out(1); }, "swap_out: host blocks: expected at most 2 available, got 3");
+  expect_error<OutOfBlocksError>([&] { a.swap_out(1); }, "swap_out] host blocks: expected at most 2 available, got 3");
   expect_states(a, 3, 0, 5);
 }
 

@@ -41,10 +41,31 @@ TEST(Check, MessagesNameOpArgumentExpectedAndGot) {
                             "[op] x: expected int32 or int64, got float32 [4, 12]");
   expect_message<std::invalid_argument>([&] { check.shape(t, "x", {4, kAny, 3}); },
                                         "[op] x: expected float32 [4, *, 3], got float32 [4, 12]");
+  expect_message<TypeError>([&] { check.tensor(t, "x", DType::kInt32, {4, kAny}); }, "[op] x: expected int32 [4, *], got float32 [4, 12]");
+  expect_message<std::invalid_argument>([&] { check.tensor(t, "x", DType::kFloat32, {kAny}); },
+                                        "[op] x: expected float32 [*], got float32 [4, 12]");
   expect_message<std::invalid_argument>([&] { check.device(t, "x", Device{DeviceType::kCUDA, 1}, "q"); },
                                         "[op] x: expected cuda:1 like q, got cpu");
   expect_message<std::invalid_argument>([&] { check.contiguous(view(memory, {4, 2}, {-3, 1}), "x"); },
                                         "[op] x: expected a contiguous tensor, got strides [-3, 1] for shape [4, 2]");
+}
+
+TEST(Check, Workspace) {
+  const Check check("op");
+  alignas(16) static std::uint8_t bytes[64];
+  const TensorView x = view(memory, {4, 12}, {12, 1}), space(bytes, DType::kUInt8, {48});
+  const auto checked = [&](const TensorView* t, std::int64_t num_bytes) {
+    return check.workspace(t, num_bytes, Device{}, "x", {{&x, "x"}, {nullptr, "bias"}});
+  };
+  EXPECT_EQ(checked(nullptr, 0), nullptr);
+  EXPECT_EQ(checked(&space, 0), nullptr);
+  EXPECT_EQ(checked(&space, 48), bytes);
+  expect_message<std::invalid_argument>([&] { checked(nullptr, 48); }, "[op] workspace: expected uint8 [48] or longer, got none");
+  expect_message<std::invalid_argument>([&] { checked(&space, 49); }, "[op] workspace: expected uint8 [49] or longer, got uint8 [48]");
+  expect_message<TypeError>([&] { checked(&x, 48); }, "[op] workspace: expected uint8, got float32 [4, 12]");
+  const TensorView odd(bytes + 1, DType::kUInt8, {48}), shared(memory, DType::kUInt8, {48});
+  EXPECT_THROW(checked(&odd, 16), std::invalid_argument);
+  EXPECT_THROW(checked(&shared, 16), std::invalid_argument);
 }
 
 TEST(Check, OutputsMustNotOverlapThemselves) {

@@ -202,18 +202,19 @@ def split_options(options):
     return arrays, {name: value for name, value in options.items() if name not in arrays}
 
 
-def packed_weights(array, out_features=48, in_features=96):
-    """Weights of each kind, by name: of arrays that `array` makes from NumPy's."""
+def packed_weights(array, out_features=48, in_features=96, float8=True):
+    """Weights of each kind, by name: of arrays that `array` makes from NumPy's, whose framework may lack float8."""
     w = normal(out_features, in_features)
     make = quire.PackedWeight
     weights = {
         "w4a16": make.quantize(array(w), "w4a16", 32),
         "w8a16 with zeros": make.quantize(array(w), "w8a16", 32, symmetric=False),
         "w3a16 of odd groups": make.quantize(array(w), "w3a16", 20),
-        "fp8": make.quantize(array(w), "fp8"),
-        "fp8 of blocks": make.quantize(array(w), "fp8", granularity="block"),
         "w8a8": make.quantize(array(w), "w8a8"),
     }
+    if float8:
+        weights["fp8"] = make.quantize(array(w), "fp8")
+        weights["fp8 of blocks"] = make.quantize(array(w), "fp8", granularity="block")
     int8, scale = quire.quantize_int8(w, granularity="token")
     given = {"input_scale": array(one), "input_zero_point": array(three)}
     weights["w8a8 with a zero point"] = make.from_int8(array(int8), array(scale), **given)

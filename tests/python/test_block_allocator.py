@@ -91,7 +91,7 @@ def test_the_docstring_example_runs():
     ],
 )
 def test_bad_options(options, argument):
-    with pytest.raises(ValueError, match=rf"^\[block_allocator\].*{argument}: expected .*, got "):
+    with pytest.raises(ValueError, match=rf"^\[BlockAllocator\] {argument}: expected .*, got "):
         BlockAllocator(**({"num_blocks": 8} | options))
 
 
@@ -196,7 +196,7 @@ def test_torch_tensors():
 )
 def test_bad_tokens(tokens, error):
     a = make()
-    with pytest.raises(error, match=r"^\[block_allocator\] token_ids: expected "):
+    with pytest.raises(error, match=r"^\[BlockAllocator\] token_ids: expected "):
         a.add_sequence(1, tokens)
     assert 1 not in a
 
@@ -214,7 +214,7 @@ def test_empty_inputs():
 def test_errors():
     a = make(4)
     with pytest.raises(
-        IndexError, match=r"^\[block_allocator\] grow: seq_id: expected the id of a sequence, got 9$"
+        IndexError, match=r"^\[BlockAllocator.grow\] seq_id: expected the id of a sequence, got 9$"
     ):
         a.grow(9, 1)
     with pytest.raises(IndexError, match=r"expected a block id in \[0, 4\), got 4"):
@@ -242,7 +242,7 @@ def test_salts_and_extra_keys():
     assert a.num_cached_tokens(tokens) == 0
     assert a.num_cached_tokens(tokens, salt="") == 0
     for keys in (5, [5], [(1, 2, 3)], [("a", "b")], [(1, 5)]):
-        with pytest.raises(TypeError, match=r"\[block_allocator\] extra_keys: expected .*, got "):
+        with pytest.raises(TypeError, match=r"\[BlockAllocator\] extra_keys: expected .*, got "):
             a.num_cached_tokens(tokens, extra_keys=keys)
     with pytest.raises(ValueError, match="extra_keys"):
         a.num_cached_tokens(tokens, extra_keys=[(-1, "x")])
@@ -346,7 +346,7 @@ def test_bad_arrays(change, error, text):
     arrays = Arrays(2, 4, 8)
     for name, value in change.items():
         setattr(arrays, name, value)
-    with pytest.raises(error, match=rf"^\[block_allocator\].*{text}"):
+    with pytest.raises(error, match=rf"^\[BlockAllocator.*{text}"):
         a.grow_and_write_batch([1], [6], **vars(arrays))
     assert states(a) == (0, 0, 16)
 

@@ -106,6 +106,16 @@ def sparse_rows(torch):
         return torch.eye(4).to_sparse_csr()
 
 
+def test_only_floats_with_complex_types_are_negated(torch):
+    """What the importer asks of these alone: PyTorch makes no bfloat16 or float8 view of a negated tensor, and a copy is none."""
+    negated = torch.randn(4, dtype=torch.complex64).conj().imag, torch._neg_view(torch.zeros(4))
+    for x in negated:
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+            assert not x.to(dtype).is_neg()
+            with pytest.raises(RuntimeError):
+                x.view(dtype)
+
+
 def test_torch_refusals(torch):
     weight, out = torch.ones(4), torch.zeros(4)
     cases = [

@@ -6,16 +6,19 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from op_cases import ops_of_families
 
 from quire import doctor
 from quire.__main__ import main
@@ -62,6 +65,26 @@ def test_help_of_a_command(capsys: pytest.CaptureFixture[str], name: str) -> Non
     assert code == 0
     assert f"usage: quire {name}" in out
     assert not err
+
+
+def test_every_op_is_measured() -> None:
+    """On a CPU or a GPU, for which swap_blocks is; cases are made without one."""
+    contexts = [Context(d, NumpyArrays(), Timer(0.001, quick=True), quick=True) for d in ("cpu", "cuda:0")]
+    families = [importlib.import_module(f"quire.bench.{family}") for family in FAMILIES if family != "border"]
+    cases = [f"{c.op} {c.name}" for context in contexts for family in families for c in family.cases(context)]
+    missing = [op for op in ops_of_families() if not any(re.search(rf"\b{op}(_|\b)", case) for case in cases)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_on_the_page(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
+    if not page.exists():
+        pytest.skip("the source tree is not there")
+    options = set(re.findall(r"--[a-z][a-z-]*", run(capsys, name, "--help")[1])) - {"--help"}
+    named = set(re.findall(r"--[a-z][a-z-]*", page.read_text(encoding="utf-8")))
+    assert len(options) > 2
+    assert options - named == set()
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,11 +309,28 @@ def _facts(**changes: object) -> dict:
         (NO_GPU, "ok", "no GPU"),
         ({"core": {"cuda_architectures": "80"}}, "warn", "PTX only"),
         ({"core": {"cuda_architectures": "120-real"}}, "fail", "no kernel of this build"),
+        (
+            {
+                "driver": {
+                    "devices": [{"index": 0, "name": "GPU", "memory_bytes": 1, "compute_capability": [7, 5]}]
+                }
+            },
+            "fail",
+            "need compute capability 8.0",
+        ),
         ({"core": {"has_cuda": False}}, "warn", "no CUDA kernels"),
         ({"core": {"num_cuda_devices": 0}}, "fail", "sees none"),
         ({"core": {"cuda_runtime_version": 14000, "num_cuda_devices": 0}}, "fail", "sees none"),
         ({"core": {"error": "ImportError: version `GLIBC_2.40' not found"}}, "fail", "GLIBC_2.40"),
         ({"core": {"cpu_isa": "scalar"}}, "warn", "no vector instructions"),
+        ({"environment": {"variables": {"QUIRE_CPU_ISA": "avx2"}}}, "warn", "holds the CPU kernels at avx2"),
+        ({"environment": {"variables": {"QUIRE_CPU_ISA": "avx512"}}}, "ok", "CPU kernels: avx2"),
+        ({"environment": {"variables": {"QUIRE_CPU_ISA": "sse"}}}, "warn", "'sse' is none of scalar, avx2"),
+        (
+            {"environment": {"variables": {"QUIRE_NUM_THREADS": "two"}}},
+            "warn",
+            "'two' is no number of threads",
+        ),
         ({"cpu": {"core_quota": 2.0, "cores_in_affinity": 64}}, "warn", "may use 2"),
         ({"environment": {"python": "3.9.1"}}, "fail", "too old"),
         ({"environment": {"variables": {"QUIRE_SYNC": "1"}}}, "warn", "QUIRE_SYNC"),

@@ -75,6 +75,47 @@ def test_c_consumer(prefix, tmp_path):
     ]
 
 
+def blocks(page, language):
+    """The fenced code of a page that is in this language and not a file's."""
+    found = re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [code for code in found if "--8<--" not in code]
+
+
+def test_the_c_guides_program(prefix, tmp_path):
+    program, step = blocks("docs/c.md", "c")
+    tensors = ", ".join(
+        f"QuireTensor {t}"
+        for t in ["out", "q", "k_cache", "v_cache", "block_tables", "seq_lens", "workspace"]
+    )
+    shutil.copytree(C_CONSUMER, tmp_path / "source")
+    (tmp_path / "source" / "main.c").write_text(
+        f"{program}\nint step({tensors}, void* stream);\nint step({tensors}, void* stream) {{\n{step}return 0;\n}}\n"
+    )
+    run(CMAKE, "-S", tmp_path / "source", "-B", tmp_path, *GENERATOR, f"-DCMAKE_PREFIX_PATH={prefix}")
+    run(CMAKE, "--build", tmp_path)
+    assert run(tmp_path / "c_consumer") == "0.8485 1.1314\n"
+
+
+@pytest.mark.parametrize("page", ["docs/cpp.md", "README.md"])
+def test_the_cpp_guides_code_compiles(page, tmp_path):
+    """Each block in a scope of its own, with what it takes for granted as arguments."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no c++")
+    code = blocks(page, "cpp")
+    assert code
+    bodies = [re.sub(r"^#include.*$", "", block, flags=re.MULTILINE) for block in code]
+    source = tmp_path / "guide.cpp"
+    source.write_text(
+        "#include <quire/quire.h>\n"
+        "void guide(quire::TensorView out, quire::TensorView x, quire::TensorView weight, quire::TensorView qweight,\n"
+        "           quire::TensorView scales, const quire::TensorView* workspace, quire::Stream stream, quire::Device device,\n"
+        "           std::int64_t num_tokens, std::int64_t num_seqs, std::int64_t num_heads, std::int64_t head_dim, std::int64_t k,\n"
+        "           std::int64_t n) {\n" + "".join(f"{{\n{body}}}\n" for body in bodies) + "}\n"
+    )
+    run(compiler, "-std=c++20", "-fsyntax-only", "-I", ROOT / "include", source)
+
+
 def test_contents(prefix):
     files = {str(path.relative_to(prefix)) for path in prefix.rglob("*") if path.is_file()}
     expected = {f"include/quire/{path.name}" for path in (ROOT / "include" / "quire").iterdir()}

@@ -311,7 +311,7 @@ def test_produced_layers(backend: Backend, tmp_path: Path, path: Path) -> None:
     def raw(name: str) -> np.ndarray:
         return checkpoint.raw(f"{LAYER}.{name}")
 
-    raw.names = {key.removeprefix(f"{LAYER}.") for key in header}  # type: ignore[attr-defined]
+    raw.names = {key.removeprefix(f"{LAYER}.") for key in header}  # type: ignore[attr-defined]  # of a function
     wide = dequantized_layer(raw_config, raw)
 
     def host(

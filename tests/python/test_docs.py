@@ -9,6 +9,7 @@ import contextlib
 import doctest
 import importlib
 import importlib.util
+import inspect
 import io
 import re
 import sys
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     "README.md",
     "docs/quickstart.md",
+    "docs/concepts/block_allocator.md",
     "docs/concepts/index.md",
     "docs/concepts/kv_transfer.md",
     "docs/building.md",
@@ -116,7 +118,9 @@ def test_blocks_run(blocks, namespace):
 def test_every_page_is_found():
     if not (ROOT / "docs").exists():
         pytest.skip("the source tree is not there")
-    assert [page for page in PAGES if not sections(page)] == []
+    with_code = ["README.md", "CONTRIBUTING.md", "SECURITY.md"]
+    with_code += [str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(page for page in with_code if sections(page)) == sorted(PAGES)
 
 
 NAMES = [f"quire.{name}" for name in quire.__all__ if not name.startswith("__")]
@@ -129,16 +133,62 @@ def names_of(module):
     return [f"{module}.{name}" for name in importlib.import_module(module).__all__]
 
 
+def members_of(item):
+    """(name, function) of what a class of ours offers, itself not among them."""
+    if not inspect.isclass(item):
+        return []
+    public = {name: value for name, value in vars(item).items() if not name.startswith("_")}
+    unwrapped = {
+        name: getattr(value, "__func__", getattr(value, "fget", value)) for name, value in public.items()
+    }
+    return [(name, value) for name, value in unwrapped.items() if callable(value)]
+
+
 @pytest.mark.parametrize("name", NAMES + names_of("quire.jax"))
 def test_docstring_examples(name):
     module, _, attribute = name.rpartition(".")
     item = getattr(importlib.import_module(module), attribute)
-    assert item.__doc__, f"{name} has no docstring"
-    examples = doctest.DocTestParser().get_doctest(item.__doc__, {}, name, None, 0)
-    printed = io.StringIO()
-    with np.printoptions(legacy=False):
-        doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(examples, out=printed.write)
-    assert printed.getvalue() == ""
+    for where, member in [("", item), *members_of(item)]:
+        assert member.__doc__, f"{name}.{where} has no docstring"
+        examples = doctest.DocTestParser().get_doctest(member.__doc__, {}, f"{name}.{where}", None, 0)
+        printed = io.StringIO()
+        with np.printoptions(legacy=False):
+            doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(examples, out=printed.write)
+        assert printed.getvalue() == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstrings_are_complete(name):
+    """Each argument, in order, and what is raised; or the function that both are as in."""
+    item = getattr(quire, name.rpartition(".")[2])
+    functions = [(name, item)] if inspect.isfunction(item) or item is quire.KVCache else []
+    functions += [
+        (f"{name}.{where}", member) for where, member in members_of(item) if inspect.isfunction(member)
+    ]
+    for where, function in functions:
+        arguments = [
+            argument for argument in inspect.signature(function).parameters if argument not in ("self", "cls")
+        ]
+        text = inspect.getdoc(function)
+        if not arguments or re.search(r"[Ee]xceptions are those of|so are the exceptions", text):
+            continue
+        described = re.search(r"^Args:\n((?:    .*\n|\n)+)", text, re.MULTILINE)
+        if described is not None or len(arguments) > 1:
+            assert described, f"{where} says nothing of {arguments}"
+            assert re.findall(r"^    (\w+):", described[1], re.MULTILINE) == arguments, where
+        assert "\nRaises:\n" in text, where
+
+
+def test_the_message_of_the_guides():
+    """The one that README and guides show is what such a call says."""
+    tables = np.zeros((4, 12), np.int64)
+    q, cache = np.ones((4, 2, 8), np.float32), np.ones((12, 4, 1, 8), np.float32)
+    with pytest.raises(TypeError) as caught:
+        quire.paged_attention(q, cache, cache, tables, np.ones(4, np.int32))
+    for page in ("README.md", "docs/concepts/index.md", "docs/debugging.md"):
+        if (ROOT / page).exists():
+            assert str(caught.value) in (ROOT / page).read_text(encoding="utf-8")
+    assert str(caught.value) == "[paged_attention] block_tables: expected int32 [4, *], got int64 [4, 12]"
 
 
 def test_support_matrix():
@@ -173,3 +223,21 @@ def test_api_pages_are_complete():
         for members in re.findall(r"members: \[(.*)\]", text):
             documented |= {member.strip() for member in members.split(",")}
     assert {name for name in quire.__all__ if not name.startswith("__")} - documented == set()
+
+
+@pytest.mark.parametrize(("page", "module"), [("index.md", "quire"), ("torch.md", "quire.torch")])
+def test_api_pages_list_what_there_is(page, module):
+    """Those that are lists by hand; of `index.md` the table."""
+    path = ROOT / "docs" / "api" / page
+    if not path.exists():
+        pytest.skip("the source tree is not there")
+    if not frameworks.has_module(module.rpartition(".")[2]):
+        pytest.skip(f"{module} has no framework here")
+    there = set(importlib.import_module(module).__all__)
+    table = [
+        line
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if page == "torch.md" or line.startswith("|")
+    ]
+    listed = set(re.findall(r"`(\w+)`", "\n".join(table)))
+    assert listed == there

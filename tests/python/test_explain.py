@@ -4,6 +4,7 @@ SPDX-License-Identifier: Apache-2.0
 """
 
 import re
+import typing
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from test_streams import OPS
 from tolerances import assert_close
 
 import quire
+from quire.attention import Variant
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_amx")
 
@@ -92,8 +94,10 @@ def test_cpu_knows_no_variants(rng):
             call(x, x, x, variant="simt")
     with pytest.raises(
         ValueError, match=r'variant: expected None or one of "mma_split_keys_8", .*, got "fast"'
-    ):
+    ) as caught:
         quire.attention(x, x, x, variant="fast")
+    known = re.findall(r'"(\w+)"', str(caught.value))[:-1]
+    assert tuple(known) == VARIANTS == typing.get_args(Variant)
 
 
 def shape(q_lens, **changes):

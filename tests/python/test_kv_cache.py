@@ -549,6 +549,28 @@ def test_gather_kv_refuses_what_is_no_pair():
             quire.gather_kv(cache, cache, np.zeros(1, np.int64), out=given)
 
 
+def test_kv_cache_refusals_name_it():
+    with pytest.raises(
+        ValueError, match=r"\[KVCache\] device: expected \"cpu\", \"cuda\" or \"cuda:<index>\", got x"
+    ):
+        quire.KVCache(1, 1, 1, 1, 8, "float32", "x")
+    with pytest.raises(ValueError, match=r"\[KVCache.export_blocks\] device: expected"):
+        quire.KVCache(1, 1, 1, 1, 8, "float32").export_blocks([0], device="x")
+    if not quire.has_cuda():
+        with pytest.raises(
+            quire.UnsupportedError, match=r"\[KVCache\] device: expected cpu, got cuda: this build"
+        ):
+            quire.KVCache(1, 1, 1, 1, 8, "float32", "cuda")
+        with pytest.raises(
+            quire.UnsupportedError, match=r"\[KVCache\] pinned: expected False, got True: this build"
+        ):
+            quire.KVCache(1, 1, 1, 1, 8, "float32", pinned=True)
+        with pytest.raises(
+            quire.UnsupportedError, match=r"\[empty\] device: expected cpu, got cuda: this build"
+        ):
+            quire.empty((1,), "float32", "cuda")
+
+
 def test_kv_cache_beyond_available_memory():
     """More than is available, less than there is: refused at once, not when the memory is touched."""
     with open("/proc/meminfo") as file:

@@ -233,6 +233,9 @@ def test_damaged_buffers():
             cache.import_blocks(foreign, [3, 4])
     with pytest.raises(ValueError, match="expected a uint8 tensor"):
         quire.KVBlocks.from_parts(exported.header, np.zeros(4, np.float32))
+    for header in ("text", 64, None):
+        with pytest.raises(TypeError, match=r"\[KVBlocks\] header: expected bytes, got"):
+            quire.KVBlocks.from_parts(header, exported.payload)
     np.testing.assert_array_equal(host(cache), values)
 
 
@@ -312,6 +315,8 @@ def test_description(device):
         assert got == values[:, :, [4, 2]].tobytes()
     with pytest.raises(IndexError):
         list(description.regions([BLOCKS]))
+    with pytest.raises(TypeError, match="block_ids: expected integers"):
+        list(description.regions(["1"]))
 
 
 def test_views_of_tensors():

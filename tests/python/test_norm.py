@@ -554,6 +554,22 @@ def test_quantized_refuses(options, error, text):
         quire.fused_add_rms_norm(x, x.copy(), weight, out=x.copy())
 
 
+@pytest.mark.parametrize(
+    "op", ["rms_norm", "layer_norm", "fused_add_rms_norm", "silu_and_mul", "gelu_and_mul"]
+)
+def test_quantization_without_out_dtype(op):
+    """Refused, not ignored."""
+    x = np.ones((2, 16), np.float32)
+    weight = [np.ones(16, np.float32)] if "norm" in op else []
+    arguments = [x, x.copy(), *weight] if op == "fused_add_rms_norm" else [x, *weight]
+    with pytest.raises(ValueError, match=rf"\[{op}\] scale: expected none without out_dtype, got one"):
+        getattr(quire, op)(*arguments, scale=np.ones(1, np.float32))
+    with pytest.raises(
+        ValueError, match=rf"\[{op}\] granularity: expected \"tensor\" without out_dtype, got 'token'"
+    ):
+        getattr(quire, op)(*arguments, granularity="token")
+
+
 def test_quantized_refuses_overlaps():
     pool = np.ones((4, 64), np.float32)
     out = pool[2:].view(np.int8)[:, :64]

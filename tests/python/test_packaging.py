@@ -78,6 +78,8 @@ x = np.ones((2, 8), np.float32)
 y = quire.rms_norm(x, x[0], eps=1e-5, out=x)
 out, lse = quire.paged_attention(x, x, x, x, x, window=(128, 0), return_lse=True)
 either = quire.paged_attention(x, x, x, x, x, return_lse=len(x) > 1)
+shapes = [quire.attention(x, x, x).shape, quire.shared_prefix_attention(x, x, x, x, x, x).shape]
+out, lse = quire.attention(x, x, x, return_lse=True)
 blocks: list[int] = quire.BlockAllocator(8, 4).allocate(2)
 size: int = quire.KVCache.num_bytes(2, 8, 16, 1, 64, "float32")
 """
@@ -88,9 +90,10 @@ WRONG = {
     "quire.rms_norm(x)": "call-overload",
     "quire.rms_norm(x, x, 1e-5, 1.0)": "call-overload",
     'quire.paged_attention(x, x, x, x, x, validate="half")': "call-overload",
-    'quire.attention(x, x, x, validate="half")': "arg-type",
+    'quire.attention(x, x, x, validate="half")': "call-overload",
+    "quire.shared_prefix_attention(x, x, x, x, x, x, return_lse=True).shape": "attr-defined",
     "quire.merge_attention(x)": "call-arg",
-    "quire.attention(x, x, x, 1.0)": "call-arg|misc",
+    "quire.attention(x, x, x, 1.0)": "call-overload",
     "blocks: list[str] = quire.BlockAllocator(8, 4).allocate(2)": "assignment",
     "quire.no_such_op(x)": "attr-defined",
 }

@@ -993,6 +993,7 @@ def gptq_tensors(in_features=64, out_features=32, groups=2, bits=4):
         ({"group_size": 128}, ValueError, "scales: expected 1 groups of 128, got 2"),
         ({"group_size": 16}, ValueError, "scales: expected 4 groups of 16, got 2"),
         ({"group_size": 0}, ValueError, "group_size: expected 1 or more"),
+        ({"group_size": "32"}, TypeError, "group_size: expected an integer, got str"),
         ({"group_size": -1}, ValueError, "scales: expected one group, as group_size is -1, got 2"),
         ({"group_size": 2**62}, ValueError, "group_size"),
         ({"qweight": "text"}, TypeError, "qweight: expected a tensor"),
@@ -1007,6 +1008,7 @@ def test_bad_awq(changes, kind, text):
     ("changes", "kind", "text"),
     [
         ({"bits": 5}, quire.UnsupportedError, "bits: expected 2, 3, 4 or 8, got 5"),
+        ({"bits": "4"}, TypeError, "bits: expected an integer, got str"),
         ({"bits": 8}, ValueError, "qzeros: expected"),
         ({"checkpoint_format": "gptq_v3"}, ValueError, "checkpoint_format"),
         ({"g_idx": np.zeros(65, np.int32)}, ValueError, "qweight: expected 9 rows for a g_idx of 65, got 8"),
@@ -1106,12 +1108,15 @@ def test_bad_products(rng):
         (TypeError, "w: expected a PackedWeight", lambda: quire.quantized_matmul(x, x)),
         (ValueError, "x: expected a last dimension of 64", lambda: quire.quantized_matmul(x[:, :63], w)),
         (TypeError, "x: expected float32, float16 or bfloat16", lambda: quire.quantized_matmul(x.astype(np.int32), w)),
+        (TypeError, "dtype: expected float32, float16 or bfloat16, got int8", lambda: quire.quantized_matmul_workspace_size(3, w, dtype="int8")),
         (ValueError, "out: expected", lambda: quire.quantized_matmul(x, w, out=np.empty((3, 31), np.float16))),
         (TypeError, "out", lambda: quire.quantized_matmul(x, w, out=np.empty((3, 32), np.float32))),
         (ValueError, "bias", lambda: quire.quantized_matmul(x, w, bias=np.ones(31, np.float32))),
         (TypeError, "use from_awq", lambda: PackedWeight()),
         (ValueError, "format", lambda: PackedWeight.quantize(x, "w5a16")),
         (ValueError, "granularity", lambda: PackedWeight.quantize(x, "w8a8", granularity="block")),
+        (TypeError, "group_size: expected an integer, got bool", lambda: PackedWeight.quantize(x, "w4a16", True)),
+        (ValueError, 'granularity: expected "tensor", "token", "group" or "block"', lambda: quire.dequantize_int8(x.astype(np.int8), x, granularity="row")),
         (ValueError, "expected finite", lambda: PackedWeight.quantize(np.full((2, 64), np.inf, np.float32), "w4a16", 32)),
         (ValueError, "granularity", lambda: quire.quantize_fp8(x, granularity="row")),
         (ValueError, "zero_point", lambda: quire.quantize_int8(x, scale=np.ones(1, np.float32), symmetric=False)),
@@ -1305,9 +1310,9 @@ def test_groups_of_any_size(group_size):
         for groups in (0, 2):
             wrong = np.zeros((2, groups), np.float32)
             for call in (
-                lambda: op(x, out=(codes, wrong), **options),  # noqa: B023
-                lambda: op(x, scale=wrong, **options),  # noqa: B023
-                lambda: back(codes, wrong, **options),  # noqa: B023
+                lambda: op(x, out=(codes, wrong), **options),
+                lambda: op(x, scale=wrong, **options),
+                lambda: back(codes, wrong, **options),
             ):
                 with pytest.raises(ValueError, match=r"scales: expected float32 \[2, 1\], got float32 \[2, "):
                     call()

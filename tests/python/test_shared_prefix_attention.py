@@ -204,7 +204,11 @@ def test_shared_prefix_guards(backend, rng):
             quire.UnsupportedError,
             r"alibi_slopes: expected none, since",
         ),
-        ({"prefix_blocks": np.zeros(2, np.int64)}, TypeError, r"prefix_blocks: expected int32, got int64"),
+        (
+            {"prefix_blocks": np.zeros(2, np.int64)},
+            TypeError,
+            r"prefix_blocks: expected int32 \[\*\], got int64",
+        ),
         ({"prefix_blocks": np.zeros((2, 1), np.int32)}, ValueError, r"prefix_blocks: expected"),
         ({"prefix_blocks": np.zeros(4, np.int32)[::2]}, ValueError, r"prefix_blocks: expected"),
         ({"seq_lens": np.full(3, 4, np.int32)}, ValueError, r"block_tables: expected int32 \[3, \*\]"),

@@ -786,6 +786,49 @@ def test_what_may_start_early_waits(torch_work, captured):
         "write_kv": (lambda: quire.write_kv(heads, heads, *caches, slots), caches[0]),
         "rotary_embedding": (lambda: quire.rotary_embedding(slots, heads, None, table), heads),
     }
+
+    def attend(name: str, sequences: int, keys: int, **options: Any) -> None:
+        """The last rows, which are written last, are queries, keys and values."""
+        cache, q = product.view(rows // 16, 16, 16, 128), heads[-sequences:]
+        tables = torch.arange(rows // 16 - 1, -1, -1, dtype=torch.int32, device="cuda").expand(sequences, -1)
+        lens, out = torch.full((sequences,), keys, dtype=torch.int32, device="cuda"), torch.empty_like(q)
+        call = functools.partial(quire.paged_attention, q, cache, cache, tables, lens, out=out, **options)
+        readers[f"attention, {name}"] = call, out
+
+    attend("one sequence", 1, 300)
+    attend("eight sequences", 8, 300)
+    attend("many sequences", 200, 40)
+    attend("batch-invariant", 3, 700, batch_invariant=True)
+    for variant in ("mma_split_keys_8", "mma_split_keys_16", "mma_split_rows", "mma_split_rows_128", "wgmma"):
+        attend(variant, 2, 1000, variant=variant)
+    tokens, starts = heads[-300:], torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda")
+    prefilled, merged = torch.empty_like(tokens), torch.empty_like(tokens)
+    lse, new_lse = torch.zeros(300, 16, device="cuda"), torch.empty(300, 16, device="cuda")
+    single = product.view(torch.float32).view(rows, 8, 128)[-40:]
+    exact = torch.empty_like(single)
+    scales = torch.empty(rows, 1, device="cuda")
+    quantized = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device="cuda")
+    readers |= {
+        "prefill": (
+            lambda: quire.attention(tokens, tokens, tokens, query_start_loc=starts, out=prefilled),
+            prefilled,
+        ),
+        "float32": (lambda: quire.attention(single, single, single, out=exact), exact),
+        "merge_attention": (
+            lambda: quire.merge_attention(tokens, lse, heads[-600:-300], lse, out=merged, out_lse=new_lse),
+            merged,
+        ),
+        "quantize_fp8": (
+            lambda: quire.quantize_fp8(product, granularity="token", out=(quantized, scales)),
+            scales,
+        ),
+    }
+    for kind in ("w4a16", "w8a8"):
+        packed = quire.PackedWeight.quantize(torch.randn(256, width, device="cuda"), kind)
+        for count in (1, 16, 300):
+            out = torch.empty(count, 256, dtype=torch.bfloat16, device="cuda")
+            call = functools.partial(quire.quantized_matmul, product[-count:], packed, out=out)
+            readers[f"{kind}, {count} tokens"] = call, out
     for name, (read, result) in readers.items():
 
         def chain(synchronize: Callable[[], None], read: Callable[[], object] = read) -> None:

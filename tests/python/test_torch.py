@@ -30,7 +30,7 @@ import quire
 
 torch = pytest.importorskip("torch")
 
-import quire.torch  # noqa: E402
+import quire.torch
 
 E4M3 = ml_dtypes.float8_e4m3fn
 
@@ -185,8 +185,8 @@ class Recorder:
 def recorded(monkeypatch, framework, op, arrays, options):
     operands, static = split_options(options)
     recorder = Recorder()
-    monkeypatch.setattr(quire.torch, "_ops", recorder)
-    monkeypatch.setattr(quire.torch, "_is_compiling", lambda: True)
+    monkeypatch.setattr(quire.torch._operators, "ops", recorder)
+    monkeypatch.setattr(quire.torch._operators, "is_compiling", lambda: True)
     tensors, named = tensors_of(framework, arrays, operands)
     got = call_of(framework)(op)(*tensors, **named, **static)
     return recorder.calls, got
@@ -445,8 +445,8 @@ def test_packed_weights_compiled(framework):
         given = torch.empty_like(want)
         for call in (
             lambda x, w: quire.torch.quantized_matmul(x, w, bias=bias),
-            lambda x, _: quire.torch.quantized_matmul(x, w, bias=bias),  # noqa: B023
-            lambda x, w: quire.torch.quantized_matmul(x, w, bias=bias, out=given) + 0,  # noqa: B023
+            lambda x, _: quire.torch.quantized_matmul(x, w, bias=bias),
+            lambda x, w: quire.torch.quantized_matmul(x, w, bias=bias, out=given) + 0,
         ):
             torch._dynamo.reset()
             compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -490,9 +490,9 @@ def test_dequantize_traced(framework):
         want, x = w.dequantize(dtype), framework.array(np.ones(1, np.float32))
         given = torch.empty_like(want)
         for call in (
-            lambda x, w: w.dequantize("bfloat16") + (x - 1).to(want.dtype),  # noqa: B023
-            lambda x, _: w.dequantize(dtype) + (x - 1).to(want.dtype),  # noqa: B023
-            lambda x, w: w.dequantize(out=given) + (x - 1).to(want.dtype),  # noqa: B023
+            lambda x, w: w.dequantize("bfloat16") + (x - 1).to(want.dtype),
+            lambda x, _: w.dequantize(dtype) + (x - 1).to(want.dtype),
+            lambda x, w: w.dequantize(out=given) + (x - 1).to(want.dtype),
         ):
             torch._dynamo.reset()
             assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(x, w), want), name

@@ -12,10 +12,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-import quire  # noqa: E402
-import quire.transformers  # noqa: E402
+import quire
+import quire.transformers
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -127,14 +127,19 @@ def test_greedy_tokens(device, name):
 
 def test_kernel_sees_the_cache_without_a_copy(monkeypatch):
     """Keys go in as a view, and nothing is masked by bits where a window says it."""
-    seen = []
-    attend = quire.torch.paged_attention
+    seen, decoded = [], []
+    attend, decode = quire.torch.paged_attention, quire.transformers._core.decode_by_heads
 
     def record(q, k_cache, v_cache, *args, **options):
         seen.append((k_cache, options))
         return attend(q, k_cache, v_cache, *args, **options)
 
+    def record_decode(out, query, key, value, *args):
+        decoded.append((key, args))
+        return decode(out, query, key, value, *args)
+
     monkeypatch.setattr(quire.torch, "paged_attention", record)
+    monkeypatch.setattr(quire.transformers._core, "decode_by_heads", record_decode)
     model = model_of("mistral", "cpu")
     model.set_attn_implementation("quire")
     ids, masks = ids_of("cpu")
@@ -147,11 +152,51 @@ def test_kernel_sees_the_cache_without_a_copy(monkeypatch):
         seen.clear()
         forward = inspect.signature(model.forward).parameters
         model(ids[:, :1], **{"cache" if "cache" in forward else "past_key_values": out.past_key_values})
-    for layer, (k_cache, options) in zip(out.past_key_values.layers, seen):
-        assert not k_cache.is_contiguous()
-        assert options["mask"] is None
-        assert k_cache.shape[0] == 3
-        assert k_cache.shape[1] >= layer.keys.shape[2]
+    assert not seen
+    assert len(decoded) == 3
+    for layer, (key, (*_, mask, mask_start)) in zip(out.past_key_values.layers, decoded):
+        assert mask is None
+        assert mask_start is None
+        assert key.shape[0] == 3
+        # A window's layer keeps a part of what the kernel saw.
+        assert key.untyped_storage().data_ptr() == layer.keys.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_is_the_paged_attention_of_views(device, dtype):
+    """One query of each sequence without PyTorch's views of it: the same bits, of every layout that keys may have."""
+    module = torch.nn.Identity()
+    torch.manual_seed(3)
+    q = torch.randn(3, 1, 4, 16, device=device).to(dtype).transpose(1, 2)
+    long = torch.randn(2, 3, 40, 2, 16, device=device).to(dtype).transpose(2, 3)
+    for k, v in (long, long[..., 4:25, :], long.contiguous()):
+        length = k.shape[2]
+        tables, lens, _ = quire.transformers._make_indices(3, 1, length, q.device)
+        seen = torch.rand(3, 1, 1, length, device=device) < 0.7
+        bits = dict(zip(("mask", "mask_start"), quire.transformers._make_mask(seen, length, None)))
+        for mask, options, same in (
+            (None, {}, {}),
+            (None, {"sliding_window": 7, "softcap": 5.0}, {"window": 6, "softcap": 5.0}),
+            (seen, {"scaling": 0.3}, {"scale": 0.3, "causal": False, **bits}),
+        ):
+            got, _ = quire.transformers.attention_forward(module, q, k, v, mask, **options)
+            views = q[:, :, 0], k.transpose(1, 2), v.transpose(1, 2)
+            want = quire.torch.paged_attention(*views, tables, lens, **same)
+            assert got.shape == (3, 1, 4, 16)
+            assert torch.equal(got[:, 0], want)
+
+
+def test_shapes_of_decode():
+    out, keys = torch.empty(3, 1, 4, 16), torch.empty(3, 2, 5, 16)
+    indices = quire.transformers._make_indices(3, 1, 5, torch.device("cpu"))[:2]
+    decode = quire.transformers._core.decode_by_heads
+    options = None, True, None, None, None, None, None
+    for q, k, message in (
+        (out[:, 0], keys, r"q: expected float32 \[\*, \*, 1, \*\], got float32 \[3, 4, 16\]"),
+        (out.transpose(1, 2), keys[0], "k_cache: expected rank 4"),
+    ):
+        with pytest.raises(ValueError, match=rf"\[paged_attention\] {message}"):
+            decode(out, q, k, keys, *indices, *options)
 
 
 def test_compiled_model():

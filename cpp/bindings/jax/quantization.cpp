@@ -108,11 +108,21 @@ void multiply_scaled(const Call& call) {
                 call.optional_operand(6), validates() ? &untouched : call.optional_result(1), options, call.stream());
 }
 
+// Operands: x, weight, scale, input_scale, input_zero_point, column_sums, bias. Results: out, workspace.
+void multiply_quantizing(const Call& call) {
+  const MatmulOptions options{call.integer("batch_invariant") != 0};
+  const TensorView untouched = untouched_workspace(call.operand(0).device);
+  quantize_and_multiply(
+      call.result(0), call.operand(0), call.operand(1),
+      {granularity_of(call), call.operand(2), call.optional_operand(3), call.optional_operand(4), call.optional_operand(5)},
+      call.optional_operand(6), validates() ? &untouched : call.optional_result(1), options, call.stream());
+}
+
 constexpr Target kTargets[] = {
     target<"quantize_fp8", &quantize_rows>(),          target<"quantize_int8", &quantize_rows>(),
     target<"dequantize_fp8", &dequantize_rows>(),      target<"dequantize_int8", &dequantize_rows>(),
     target<"quantized_matmul", &multiply_packed>(),    target<"scaled_matmul", &multiply_scaled>(),
-    target<"dequantize_weight", &dequantize_packed>(),
+    target<"dequantize_weight", &dequantize_packed>(), target<"quantize_and_multiply", &multiply_quantizing>(),
 };
 
 }  // namespace

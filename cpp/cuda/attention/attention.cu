@@ -14,6 +14,7 @@
 #include "cuda/attention/plan.cuh"
 #include "cuda/device_code.h"
 #include "cuda/launch.h"
+#include "cuda/runtime.h"
 #include "ops/attention.h"
 
 namespace quire::cuda {
@@ -110,37 +111,33 @@ unsigned* counters_of(const void* workspace) {
     unsigned* next = nullptr;
     int num_left = 0;
   };
+  // What this thread asked for last needs no look.
+  struct Recent {
+    int device = -1;
+    const void* workspace = nullptr;
+    unsigned* counters = nullptr;
+  };
+  thread_local Recent recent;
+  const int device = current_device();
+  if (recent.device == device && recent.workspace == workspace) return recent.counters;
   static std::mutex mutex;
   static std::unordered_map<int, Counters>& of_device = *new std::unordered_map<int, Counters>;  // outlives whoever calls at exit
-  int device = 0;
-  QUIRE_CUDA_CHECK(cudaGetDevice(&device));
   const std::lock_guard lock(mutex);
   Counters& counters = of_device[device];
-  const auto known = counters.of.find(workspace);
-  if (known != counters.of.end()) return known->second;
+  unsigned*& mine = counters.of[workspace];
+  if (mine != nullptr) {
+    recent = {device, workspace, mine};
+    return mine;
+  }
   if (counters.num_left == 0) {
     counters.next = static_cast<unsigned*>(allocate_zeroed(std::size_t{kPerAllocation} * kEach * sizeof(unsigned)));
     counters.num_left = kPerAllocation;
   }
   --counters.num_left;
-  unsigned* const mine = counters.next;
+  mine = counters.next;
   counters.next += kEach;
-  counters.of.emplace(workspace, mine);
+  recent = {device, workspace, mine};
   return mine;
-}
-
-void launch_combine(const Plan& plan, dim3 grid, Stream stream) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(kThreads);
-  config.stream = cuda_stream(stream);
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = has_dependent_launch_code() ? 1 : 0;
-  QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, attention_combine_kernel, plan));
-  QUIRE_CHECK_LAUNCH("attention_combine_kernel", stream);
 }
 
 }  // namespace
@@ -197,7 +194,9 @@ void launch(const AttentionParams& params, const Config& config, Stream stream) 
     // Paged and without query_start_loc there is one query per sequence, but in the pass over a shared prefix.
     const bool one_query = config.tiles_per_seq == 1 && params.block_tables != nullptr && params.shared_queries == 0;
     const std::int64_t rows = one_query ? group : config.tile_rows;
-    launch_combine(plan, dim3(static_cast<unsigned>(config.num_tiles * params.num_kv_heads), static_cast<unsigned>(rows)), stream);
+    launch_waiting("attention_combine_kernel", attention_combine_kernel,
+                   dim3(static_cast<unsigned>(config.num_tiles * params.num_kv_heads), static_cast<unsigned>(rows)), kThreads, stream,
+                   plan);
   }
 }
 
@@ -226,6 +225,7 @@ __device__ __forceinline__ float widen(T value) {
 /// Grid: a warp per (token, head).
 template <typename T>
 __global__ void __launch_bounds__(kThreads) merge_attention_kernel(const __grid_constant__ MergeParams p) {
+  device::wait_for_predecessor();
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::int64_t row = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
   if (row >= p.num_tokens * p.num_heads) return;
@@ -270,6 +270,7 @@ __global__ void __launch_bounds__(kThreads) merge_prefix_kernel(const __grid_con
   struct alignas(4 * sizeof(T)) Four {
     T values[4];
   };
+  device::wait_for_predecessor();
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::int64_t row = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
   const std::int64_t num_rows = p.num_tokens * p.num_heads;
@@ -405,10 +406,7 @@ void shared_prefix_attention(const SharedPrefixParams& params, Stream stream) {
                                       divides(static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(own.out))) &&
                                           divides(own.out_token_stride * item) && divides(own.out_head_stride * item)};
   const auto num_ctas = static_cast<unsigned>(ceil_div(own.num_tokens * own.num_heads, attn::kWarps));
-  const auto launch = [&](auto kernel) {
-    kernel<<<num_ctas, attn::kThreads, 0, cuda_stream(stream)>>>(merge);
-    QUIRE_CHECK_LAUNCH("merge_prefix_kernel", stream);
-  };
+  const auto launch = [&](auto kernel) { launch_waiting("merge_prefix_kernel", kernel, num_ctas, attn::kThreads, stream, merge); };
   switch (own.dtype) {
     case DType::kFloat32: return launch(attn::merge_prefix_kernel<float>);
     case DType::kFloat16: return launch(attn::merge_prefix_kernel<__half>);
@@ -444,8 +442,7 @@ void merge_attention(const MergeParams& params, Stream stream) {
   if (num_ctas > std::numeric_limits<std::int32_t>::max())
     throw UnsupportedError("[merge_attention] num_tokens * num_heads: expected less than 2^33 rows in one call");
   const auto launch = [&](auto kernel) {
-    kernel<<<static_cast<unsigned>(num_ctas), attn::kThreads, 0, cuda_stream(stream)>>>(params);
-    QUIRE_CHECK_LAUNCH("merge_attention_kernel", stream);
+    launch_waiting("merge_attention_kernel", kernel, static_cast<unsigned>(num_ctas), attn::kThreads, stream, params);
   };
   switch (params.dtype) {
     case DType::kFloat32: return launch(attn::merge_attention_kernel<float>);

@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(kThreads) attention_combine_kernel(const __gri
   const int kv_head = static_cast<int>(blockIdx.x) - tile_idx * num_kv_heads;
   const int row = static_cast<int>(blockIdx.y);
 
+  // Lengths may be read: the kernel before this one starts it behind its own wait.
   Tile tile;
   const bool exists = locate_tile(plan, tile_idx, tile) && row < tile.num_rows;
   // Every CTA waits, so that this kernel never ends before its predecessor.

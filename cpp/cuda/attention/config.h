@@ -222,8 +222,9 @@ inline const char* obstacle(Variant variant, const AttentionParams& params, cons
 /// The variant for a call, and in `why`, unless null, the reasons. `rows` is the number of packed rows of a sequence.
 inline Variant choose_variant(const AttentionParams& params, const DeviceProperties& device, bool has_wgmma, std::int64_t rows,
                               std::vector<std::string>* why) {
-  const auto because = [&](const std::string& reason) {
-    if (why != nullptr) why->push_back(reason);
+  // No text is made where nobody asks.
+  const auto because = [&](const auto&... parts) {
+    if (why != nullptr) why->push_back((std::string() + ... + parts));
   };
   const auto prevents = [&](Variant variant) { return obstacle(variant, params, device, has_wgmma); };
   if (params.variant) {
@@ -245,12 +246,12 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
         return variant;
     return Variant::kMmaSplitKeys8Small;
   }
-  because(std::to_string(rows) + " rows of each sequence and kv head (queries times heads of the group)");
+  if (why != nullptr) because(std::to_string(rows), " rows of each sequence and kv head (queries times heads of the group)");
   Variant variant = rows <= 8 ? Variant::kMmaSplitKeys8 : rows <= 32 ? Variant::kMmaSplitKeys16 : Variant::kMmaSplitRows;
   if (rows <= 32)
     because("up to 32 rows the warps take turns at the keys: the larger tiles of mma_split_rows and wgmma would be mostly empty");
   if (const char* reason = prevents(variant)) {
-    because(std::string("not ") + name(variant) + ": " + reason);
+    because("not ", name(variant), ": ", reason);
     if (variant == Variant::kMmaSplitRows) return Variant::kMmaSplitRowsSmall;
     variant = variant == Variant::kMmaSplitKeys16 && prevents(Variant::kMmaSplitKeys8) == nullptr ? Variant::kMmaSplitKeys8
                                                                                                   : Variant::kMmaSplitKeys8Small;
@@ -258,7 +259,7 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
   if (variant != Variant::kMmaSplitRows) return variant;
   const std::int64_t all_rows = params.num_tokens * params.num_heads;
   if (const char* reason = prevents(Variant::kWgmma)) {
-    because(std::string("not wgmma: ") + reason);
+    because("not wgmma: ", reason);
   } else if (all_rows * 3 < std::int64_t{wgmma_rows(params)} * device.num_sms) {
     // With few tiles, kMmaSplitRows shares each one's keys between CTAs.
     because("not wgmma: its tiles would be fewer than a third of the SMs, and it does not split the keys of a tile");
@@ -266,7 +267,7 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
     return Variant::kWgmma;
   }
   if (const char* reason = prevents(Variant::kMmaSplitRows128)) {
-    because(std::string("not mma_split_rows_128: ") + reason);
+    because("not mma_split_rows_128: ", reason);
   } else if (rows <= 64 || all_rows < std::int64_t{2 * 128} * device.num_sms) {
     because("not mma_split_rows_128: its tiles would be fewer than two for each SM, or half empty");
   } else {

@@ -18,10 +18,8 @@ inline bool is_plain(const Plan& plan, int padded_head_dim) {
 template <DType kKvDType, int kHeadDim>
 void launch_mma(const Plan& plan, const Config& config, Stream stream) {
   const auto launch = [&](auto kernel, int shared_bytes) {
-    set_max_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
     const dim3 grid(static_cast<unsigned>(config.num_tiles * plan.params.num_kv_heads), static_cast<unsigned>(config.num_splits));
-    kernel<<<grid, kThreads, static_cast<std::size_t>(shared_bytes), cuda_stream(stream)>>>(plan);
-    QUIRE_CHECK_LAUNCH("attention_mma_kernel", stream);
+    launch_waiting("attention_mma_kernel", kernel, LaunchShape{grid, kThreads, shared_bytes}, stream, plan);
   };
   const auto launch_split_rows = [&]<Variant kVariant>() {
     constexpr int kSharedBytes = SplitRowsShape<kKvDType, kHeadDim, kVariant>::kSharedBytes;

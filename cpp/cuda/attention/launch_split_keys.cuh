@@ -8,6 +8,7 @@
 #include "cuda/attention/launch.h"
 #include "cuda/attention/mma_cluster_keys.cuh"
 #include "cuda/attention/mma_split_keys.cuh"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/once_per_device.h"
 
 namespace quire::cuda::attn {
@@ -21,19 +22,12 @@ __host__ __device__ constexpr int head_dim_alone(int head_dim, Pairing pairing) 
   return pairing == Pairing::kColumns ? head_dim / 2 : head_dim;
 }
 
-inline cudaLaunchAttribute cluster_attribute(int size) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(size);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  return attribute;
-}
-
 /// Grid: as many CTAs as the device holds, or fewer; plan.cluster of them to a tile if there are clusters.
 template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing>
 __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>::kCtaThreads,
                                   SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>::kCtasPerSm)
     attention_mma_split_keys_kernel(const __grid_constant__ Plan plan) {
+  device::wait_for_predecessor();
 #if __CUDA_ARCH__ >= 900
   if constexpr (kHasClusters<kVariant, kWide>) {
     if (plan.in_clusters && attend_in_clusters<kKvDType, head_dim_alone(kHeadDim, kPairing), 2 * kWarps, kPairing != Pairing::kNone>(plan))
@@ -49,6 +43,7 @@ template <DType kKvDType, int kHeadDim, bool kInPairs>
 __global__ void __launch_bounds__(ClusterKeysShape<kKvDType, kHeadDim, kLoneWarps>::kCtaThreads, 1)
     attention_mma_cluster_keys_kernel(const __grid_constant__ Plan plan) {
 #if __CUDA_ARCH__ >= 900
+  device::wait_for_predecessor();
   attend_in_clusters<kKvDType, kHeadDim, kLoneWarps, kInPairs>(plan);
 #endif
 }
@@ -59,20 +54,13 @@ int largest_cluster(int num_threads, int shared_bytes, int limit, std::int64_t n
   // 1 + the clusters of a size that run at once.
   constexpr int kMaxDevices = 64;
   static std::atomic<int> known[kMaxDevices][kMaxCluster + 1];
-  int device = 0;
-  QUIRE_CUDA_CHECK(cudaGetDevice(&device));
+  const int device = current_device();
   if (device >= kMaxDevices) return 0;
   for (int size = limit; size > 0; --size) {
     int clusters = known[device][size].load(std::memory_order_relaxed) - 1;
     if (clusters < 0) {
-      cudaLaunchConfig_t config{};
-      config.gridDim = dim3(static_cast<unsigned>(size));
-      config.blockDim = dim3(static_cast<unsigned>(num_threads));
-      config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
-      cudaLaunchAttribute attribute = cluster_attribute(size);
-      config.attrs = &attribute;
-      config.numAttrs = 1;
-      QUIRE_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config));
+      clusters = max_active_clusters(reinterpret_cast<const void*>(kKernel),
+                                     LaunchShape{static_cast<unsigned>(size), static_cast<unsigned>(num_threads), shared_bytes, size});
       known[device][size].store(clusters + 1, std::memory_order_relaxed);
     }
     if (clusters >= num_clusters) return size;
@@ -83,7 +71,6 @@ int largest_cluster(int num_threads, int shared_bytes, int limit, std::int64_t n
 /// Launches the kernel with up to `limit` CTAs to a tile, at least `min_size`; false if it cannot.
 template <auto kKernel>
 bool launch_clusters(Plan plan, int limit, int min_size, std::int64_t num_tiles, int num_threads, int shared_bytes, Stream stream) {
-  set_max_shared_bytes(reinterpret_cast<const void*>(kKernel), shared_bytes);
   if (limit > 8)
     known_of_device([] {
       QUIRE_CUDA_CHECK(cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
@@ -95,16 +82,8 @@ bool launch_clusters(Plan plan, int limit, int min_size, std::int64_t num_tiles,
   plan.in_clusters = true;
   plan.num_ctas = static_cast<int>(std::min<std::int64_t>(plan.num_ctas, num_tiles * size));
   plan.tiles_per_cta = 0;  // what was chosen for equal lengths was for another number of CTAs
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(num_tiles * size));
-  config.blockDim = dim3(static_cast<unsigned>(num_threads));
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
-  config.stream = cuda_stream(stream);
-  cudaLaunchAttribute attribute = cluster_attribute(size);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, plan));
-  QUIRE_CHECK_LAUNCH("attention_mma_split_keys_kernel in clusters", stream);
+  const LaunchShape shape{static_cast<unsigned>(num_tiles * size), static_cast<unsigned>(num_threads), shared_bytes, size};
+  launch_waiting("attention_mma_split_keys_kernel in clusters", kKernel, shape, stream, plan);
   return true;
 }
 
@@ -130,10 +109,8 @@ void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
         return;
     }
     const auto kernel = attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>;
-    set_max_shared_bytes(reinterpret_cast<const void*>(kernel), Shape::kSharedBytes);
-    kernel<<<static_cast<unsigned>(config.num_ctas), Shape::kCtaThreads, static_cast<std::size_t>(Shape::kSharedBytes),
-             cuda_stream(stream)>>>(plan);
-    QUIRE_CHECK_LAUNCH("attention_mma_split_keys_kernel", stream);
+    launch_waiting("attention_mma_split_keys_kernel", kernel,
+                   LaunchShape{static_cast<unsigned>(config.num_ctas), Shape::kCtaThreads, Shape::kSharedBytes}, stream, plan);
   };
   const auto of_head_dim = [&]<int kHeadDim>() {
     if constexpr (kHeadDim == 128) {

@@ -65,14 +65,13 @@ void launch_wgmma_shape(const Plan& plan, const Config& config, Stream stream) {
   const auto launch = [&](auto kernel) {
     constexpr int kSharedBytes = kWgmmaSharedBytes<Shape>;
     static_assert(kSharedBytes <= 227 * 1024);
-    set_max_shared_bytes(reinterpret_cast<const void*>(kernel), kSharedBytes);
     // The workspace has room for the notes of so many CTAs; that is fewer than SMs only where few rows meet many sequences.
     const std::int64_t num_sms = current_device_properties().num_sms, num_tiles = config.num_tiles * p.num_kv_heads;
     const std::int64_t note_bytes = Shape::kRows * kNoteWords<Shape::kHeadDim> * std::int64_t{sizeof(std::uint32_t)};
     const std::int64_t room = workspace_bytes(p.num_tokens, p.num_heads, p.head_dim, static_cast<int>(num_sms)) / note_bytes;
     const std::int64_t num_ctas = std::max<std::int64_t>(std::min({num_tiles, num_sms, room}), 1);
-    kernel<<<static_cast<unsigned>(num_ctas), Shape::kThreads, kSharedBytes, cuda_stream(stream)>>>(plan, inputs);
-    QUIRE_CHECK_LAUNCH("attention_wgmma_kernel", stream);
+    launch_waiting("attention_wgmma_kernel", kernel, LaunchShape{static_cast<unsigned>(num_ctas), Shape::kThreads, kSharedBytes}, stream,
+                   plan, inputs);
   };
   if constexpr (kMayHaveOptions) {
     if (inputs.transform || p.mask != nullptr) return launch(attention_wgmma_kernel<Shape, true>);

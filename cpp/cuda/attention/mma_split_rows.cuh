@@ -246,6 +246,7 @@ __global__ void __launch_bounds__(kThreads, SplitRowsShape<kKvDType, kHeadDim, k
   const int reversed_idx = plan.kv_heads.quotient(static_cast<int>(blockIdx.x));
   const int kv_head = plan.kv_heads.remainder(static_cast<int>(blockIdx.x), reversed_idx);
 
+  device::wait_for_predecessor();
   device::launch_dependents();
   Tile tile;
   const int tile_idx = plan.num_tiles - 1 - reversed_idx;

@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <bit>
 #include <cfloat>
 #include <climits>
 #include <cstdint>
@@ -25,8 +26,7 @@ struct Divisor {
 
   static Divisor make(std::int64_t value) {
     const auto d = static_cast<std::uint32_t>(std::min<std::int64_t>(value, std::numeric_limits<std::int32_t>::max()));
-    std::uint32_t shift = 0;
-    while ((std::uint64_t{1} << shift) < d) ++shift;
+    const auto shift = static_cast<std::uint32_t>(std::bit_width(d - 1));
     const std::uint64_t multiplier = ((std::uint64_t{1} << 32) * ((std::uint64_t{1} << shift) - d)) / d + 1;
     return Divisor{d, static_cast<std::uint32_t>(multiplier), shift};
   }

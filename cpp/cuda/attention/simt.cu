@@ -9,8 +9,7 @@ template <DType kKvDType>
 void launch_simt(const Plan& plan, const Config& config, Stream stream) {
   const dim3 grid(static_cast<unsigned>(config.num_tiles * plan.params.num_kv_heads), static_cast<unsigned>(config.num_splits));
   const auto kernel = config.head_dim_bucket == 128 ? attention_simt_kernel<kKvDType, 128> : attention_simt_kernel<kKvDType, 256>;
-  kernel<<<grid, kThreads, 0, cuda_stream(stream)>>>(plan);
-  QUIRE_CHECK_LAUNCH("attention_simt_kernel", stream);
+  launch_waiting("attention_simt_kernel", kernel, grid, kThreads, stream, plan);
 }
 
 template void launch_simt<DType::kFloat32>(const Plan&, const Config&, Stream);

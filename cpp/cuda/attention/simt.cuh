@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(kThreads) attention_simt_kernel(const __grid_c
   const int kv_head = static_cast<int>(blockIdx.x) - tile_idx * num_kv_heads;
   const int head_dim = static_cast<int>(p.head_dim);
 
+  device::wait_for_predecessor();
   device::launch_dependents();
   Tile tile;
   if (!locate_tile(plan, tile_idx, tile)) return;

@@ -10,6 +10,7 @@
 
 #include "cuda/attention/wgmma_consumer.cuh"
 #include "cuda/attention/wgmma_producer.cuh"
+#include "cuda/device/dependent_launch.cuh"
 
 namespace quire::cuda::attn {
 
@@ -46,6 +47,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     if (inputs.out_boxes) device::prefetch_tensor_map(&inputs.out);
   }
   __syncthreads();
+  device::wait_for_predecessor();
 
   if (warp < 4) {
     device::give_registers<Shape::kProducerRegisters>();

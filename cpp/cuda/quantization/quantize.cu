@@ -303,6 +303,7 @@ __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVec
     quantize_rows_kernel(const __grid_constant__ QuantizeParams p, const int group_shift, const bool from_end) {
   static_assert(kResult != Result::kAsymmetricInt8);
   constexpr bool kComputes = kScaling == Scaling::kToken || kScaling == Scaling::kGroup;
+  if (!from_end) device::wait_for_predecessor();  // else later: x is older than the range that was taken from it
   __shared__ float scratch[2][kWarpSize];
   const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
   const int num_vectors = static_cast<int>(p.width) / kVec, num_rows = static_cast<int>(p.num_rows);
@@ -431,6 +432,7 @@ __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVec
                                     const bool from_end) {
   constexpr Result kResult = Result::kAsymmetricInt8;
   constexpr bool kComputes = kScaling == Scaling::kToken || kScaling == Scaling::kGroup;
+  if (!from_end) device::wait_for_predecessor();  // else later: x is older than the range that was taken from it
   constexpr int kScales = kGivenScales<kVectors, kScaling>;
   constexpr int kWords = kVec * static_cast<int>(sizeof(T)) / 16;
   extern __shared__ __align__(16) uint4 ring[];
@@ -721,6 +723,7 @@ __global__ void __launch_bounds__(kDenseThreads, kResidentThreads / kDenseThread
   };
 
   // All lanes of a warp go through the pieces together: they take part in the maxima.
+  device::wait_for_predecessor();
   const int first_of_cta = static_cast<int>(blockIdx.x) * kVectors * kDenseThreads;
   Piece piece;
   load(piece, first_of_cta + thread);
@@ -740,6 +743,7 @@ __global__ void __launch_bounds__(kDenseThreads, kResidentThreads / kDenseThread
 // Grid: a warp for each group of elements with one scale, in turns. For every layout, width and group.
 template <typename T, Result kResult>
 __global__ void quantize_groups_kernel(const __grid_constant__ QuantizeParams p) {
+  device::wait_for_predecessor();
   constexpr bool kAsymmetric = kResult == Result::kAsymmetricInt8;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * (blockDim.x / kWarpSize);
@@ -796,7 +800,7 @@ __global__ void __launch_bounds__(kMaxThreads) tensor_range_kernel(const __grid_
   }
   range.above = cta_max(range.above, scratch[0]);
   if constexpr (kAsymmetric) range.below = cta_max(range.below, scratch[1]);
-  // What it adds to is cleared by then; x was there before that.
+  // What it adds to is cleared by then; x was there before that began.
   device::wait_for_predecessor();
   if (threadIdx.x != 0) return;
   atomicMax(reinterpret_cast<unsigned*>(p.quant.scales), __float_as_uint(range.above));
@@ -806,6 +810,7 @@ __global__ void __launch_bounds__(kMaxThreads) tensor_range_kernel(const __grid_
 // Grid: one thread.
 template <bool kAsymmetric>
 __global__ void clear_tensor_range_kernel(const __grid_constant__ QuantizeParams p) {
+  device::wait_for_predecessor();
   p.quant.scales[0] = 0.0f;
   if constexpr (kAsymmetric) p.zero_points[0] = 0;
 }
@@ -945,6 +950,7 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
 
 // Grid: threads share the rows, in turns.
 __global__ void default_scales_kernel(const __grid_constant__ QuantizeParams p) {
+  device::wait_for_predecessor();
   for (std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < p.num_rows;
        row += static_cast<std::int64_t>(gridDim.x) * blockDim.x) {
     *p.quant.scale_at(row, 0) = 1.0f;
@@ -955,6 +961,7 @@ __global__ void default_scales_kernel(const __grid_constant__ QuantizeParams p) 
 // Grid: threads share the elements of the result, in turns. For every layout, width and group.
 template <typename Out, typename Narrow>
 __global__ void __launch_bounds__(kMaxThreads) dequantize_kernel(const __grid_constant__ QuantizeParams p) {
+  device::wait_for_predecessor();
   const std::int64_t total = p.num_rows * p.width, stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
   for (std::int64_t item = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; item < total; item += stride) {
     const std::int64_t row = divide(item, p.width), column = item - row * p.width;
@@ -968,6 +975,7 @@ __global__ void __launch_bounds__(kMaxThreads) dequantize_kernel(const __grid_co
 // Grid: as quantize_rows_kernel, with kVectors vectors of a row at a time.
 template <typename Out, typename Narrow, int kVectors>
 __global__ void __launch_bounds__(kMaxThreads) dequantize_rows_kernel(const __grid_constant__ QuantizeParams p) {
+  device::wait_for_predecessor();
   constexpr int kVec = kElementsPer16Bytes<Out>;
   const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
   const int num_vectors = static_cast<int>(p.width) / kVec, group_vectors = static_cast<int>(p.quant.group_size) / kVec;
@@ -1006,6 +1014,7 @@ __global__ void __launch_bounds__(kMaxThreads) dequantize_rows_kernel(const __gr
 // Grid: a warp for each output feature and group, in turns.
 template <typename T, typename Scale>
 __global__ void quantize_weight_kernel(const __grid_constant__ QuantizeWeightParams p) {
+  device::wait_for_predecessor();
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * (blockDim.x / kWarpSize), groups = p.num_groups();
   const float largest_code = static_cast<float>((1 << p.bits) - 1), middle = static_cast<float>(1 << (p.bits - 1));
@@ -1042,6 +1051,7 @@ __global__ void quantize_weight_kernel(const __grid_constant__ QuantizeWeightPar
 // Grid: a warp for each row, in turns. kWords: rows are read in 16-byte accesses.
 template <bool kWords>
 __global__ void column_sums_kernel(std::int32_t* sums, const std::int8_t* b, std::int64_t n, std::int64_t k, std::int64_t stride) {
+  device::wait_for_predecessor();
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * (blockDim.x / kWarpSize);
   for (std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize; row < n;
@@ -1089,22 +1099,6 @@ dim3 row_block(std::int64_t lanes, int max_threads) {
   return block;
 }
 
-// A launch that may begin while its predecessor in the stream ends; the kernel waits for it where it must.
-template <typename... Args>
-void launch_early(void (*kernel)(Args...), unsigned ctas, dim3 block, int shared_bytes, Stream stream, const Args&... args) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = {ctas, 1, 1};
-  config.blockDim = block;
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
-  config.stream = cuda_stream(stream);
-  config.attrs = &attribute;
-  config.numAttrs = has_dependent_launch_code() ? 1 : 0;
-  QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
-}
-
 // after_range: p holds the tensor's scale once the kernel before has ended.
 template <typename T, int kVectors, Scaling kScaling, Result kResult>
 void launch_rows(const QuantizeParams& p, bool after_range, Stream stream) {
@@ -1133,22 +1127,13 @@ void launch_rows(const QuantizeParams& p, bool after_range, Stream stream) {
       set_max_shared_bytes(reinterpret_cast<const void*>(kernel),
                            std::min(2 * piece_bytes<T, kVectors, kScaling>(kRowThreads<kVectors>), most_shared));
     }
-    if (after_range) {
-      // Of what the range was taken from, the end is in the L2 cache.
-      launch_early(kernel, ctas, block, shared_bytes, stream, p, group_shift, num_ahead, true);
-    } else {
-      kernel<<<ctas, block, static_cast<std::size_t>(shared_bytes), cuda_stream(stream)>>>(p, group_shift, num_ahead, false);
-    }
+    // Of what a range was taken from, the end is in the L2 cache.
+    launch_waiting("quantize_rows_kernel", kernel, LaunchShape{ctas, block, shared_bytes}, stream, p, group_shift, num_ahead, after_range);
   } else {
     constexpr auto kernel = quantize_rows_kernel<T, kVectors, kScaling, kResult>;
     const int shift = kScaling == Scaling::kGivenGroup && p.quant.group_size == p.width ? -1 : group_shift;
-    if (after_range) {
-      launch_early(kernel, ctas, block, 0, stream, p, shift, true);
-    } else {
-      kernel<<<ctas, block, 0, cuda_stream(stream)>>>(p, shift, false);
-    }
+    launch_waiting("quantize_rows_kernel", kernel, ctas, block, stream, p, shift, after_range);
   }
-  QUIRE_CHECK_LAUNCH("quantize_rows_kernel", stream);
 }
 
 /// Why quantize_rows_kernel cannot do it; null: it can.
@@ -1188,9 +1173,8 @@ void launch_dense(const QuantizeParams& p, Stream stream) {
   const std::int64_t num_vectors = p.num_rows * (p.width / kVec);
   // As quantize_rows_kernel's.
   const unsigned ctas = num_ctas(num_vectors, 2 * kDenseThreads, kReadsAhead<T> ? kResidentThreads / kDenseThreads : 1 << 20);
-  quantize_dense_kernel<T, kScaling, kResult><<<ctas, kDenseThreads, 0, cuda_stream(stream)>>>(
-      p, static_cast<int>(num_vectors), std::countr_zero(static_cast<std::uint64_t>(p.quant.group_size / kVec)));
-  QUIRE_CHECK_LAUNCH("quantize_dense_kernel", stream);
+  launch_waiting("quantize_dense_kernel", quantize_dense_kernel<T, kScaling, kResult>, ctas, kDenseThreads, stream, p,
+                 static_cast<int>(num_vectors), std::countr_zero(static_cast<std::uint64_t>(p.quant.group_size / kVec)));
 }
 
 template <typename T, Result kResult>
@@ -1211,8 +1195,7 @@ void launch_quantize(const QuantizeParams& p, bool after_range, Stream stream) {
     return launch_rows<T, 2, Scaling::kToken, kResult>(p, false, stream);
   }
   const std::int64_t items = p.num_rows * ceil_div(p.width, p.quant.group_size);
-  quantize_groups_kernel<T, kResult><<<num_ctas(items, 8, 8), 256, 0, cuda_stream(stream)>>>(p);
-  QUIRE_CHECK_LAUNCH("quantize_groups_kernel", stream);
+  launch_waiting("quantize_groups_kernel", quantize_groups_kernel<T, kResult>, num_ctas(items, 8, 8), 256, stream, p);
 }
 
 // Writes scales[0] and zero_points[0].
@@ -1225,17 +1208,16 @@ void launch_tensor_scale(QuantizeParams p, Stream stream) {
     p.width *= p.num_rows;
     p.num_rows = 1;
   }
-  clear_tensor_range_kernel<kAsymmetric><<<1, 1, 0, cuda_stream(stream)>>>(p);
-  QUIRE_CHECK_LAUNCH("clear_tensor_range_kernel", stream);
+  launch_waiting("clear_tensor_range_kernel", clear_tensor_range_kernel<kAsymmetric>, 1, 1, stream, p);
   if (is_vectors<T, kCount>(p.x, p.x_rows, p.x, RowLayout{}, p.width)) {
     const std::int64_t items = p.num_rows * (p.width / kCount);
-    launch_early(tensor_range_kernel<T, kCount, kAsymmetric>, num_ctas(items, kMaxThreads, 4), kMaxThreads, 0, stream, p);
+    launch_waiting("tensor_range_kernel", tensor_range_kernel<T, kCount, kAsymmetric>, num_ctas(items, kMaxThreads, 4), kMaxThreads, stream,
+                   p);
   } else {
-    launch_early(tensor_range_kernel<T, 1, kAsymmetric>, num_ctas(p.num_rows * p.width, kMaxThreads, 4), kMaxThreads, 0, stream, p);
+    launch_waiting("tensor_range_kernel", tensor_range_kernel<T, 1, kAsymmetric>, num_ctas(p.num_rows * p.width, kMaxThreads, 4),
+                   kMaxThreads, stream, p);
   }
-  QUIRE_CHECK_LAUNCH("tensor_range_kernel", stream);
-  launch_early(tensor_scale_kernel<kResult>, 1, 1, 0, stream, p);
-  QUIRE_CHECK_LAUNCH("tensor_scale_kernel", stream);
+  launch_waiting("tensor_scale_kernel", tensor_scale_kernel<kResult>, 1, 1, stream, p);
 }
 
 /// Why quantize_tensor_kernel cannot do it; null: it can.
@@ -1312,13 +1294,11 @@ void launch_dequantize(const QuantizeParams& p, Stream stream) {
   constexpr int kCount = kElementsPer16Bytes<Out>, kVectors = 4;
   if (prevents_dequantize_rows<Out>(p) == nullptr) {
     const dim3 block = row_block(ceil_div(p.width / kCount, kVectors), kNarrowThreads * 2);
-    dequantize_rows_kernel<Out, Narrow, kVectors>
-        <<<static_cast<unsigned>(ceil_div(p.num_rows, block.y)), block, 0, cuda_stream(stream)>>>(p);
-    QUIRE_CHECK_LAUNCH("dequantize_rows_kernel", stream);
-    return;
+    return launch_waiting("dequantize_rows_kernel", dequantize_rows_kernel<Out, Narrow, kVectors>,
+                          static_cast<unsigned>(ceil_div(p.num_rows, block.y)), block, stream, p);
   }
-  dequantize_kernel<Out, Narrow><<<num_ctas(p.num_rows * p.width, kMaxThreads, 64), kMaxThreads, 0, cuda_stream(stream)>>>(p);
-  QUIRE_CHECK_LAUNCH("dequantize_kernel", stream);
+  launch_waiting("dequantize_kernel", dequantize_kernel<Out, Narrow>, num_ctas(p.num_rows * p.width, kMaxThreads, 64), kMaxThreads, stream,
+                 p);
 }
 
 }  // namespace
@@ -1349,8 +1329,7 @@ void quantize(const QuantizeParams& p, Stream stream) {
 }
 
 void set_default_scales(const QuantizeParams& p, Stream stream) {
-  default_scales_kernel<<<num_ctas(p.num_rows, 256, 8), 256, 0, cuda_stream(stream)>>>(p);
-  QUIRE_CHECK_LAUNCH("default_scales_kernel", stream);
+  launch_waiting("default_scales_kernel", default_scales_kernel, num_ctas(p.num_rows, 256, 8), 256, stream, p);
 }
 
 void dequantize(const QuantizeParams& p, Stream stream) {
@@ -1376,20 +1355,16 @@ void quantize_weight(const QuantizeWeightParams& p, Stream stream) {
     dispatch_float(p.scale_dtype, "quantize_weight", [&](auto scale_dtype) {
       using T = Element<decltype(dtype)::value>;
       using Scale = Element<decltype(scale_dtype)::value>;
-      quantize_weight_kernel<T, Scale><<<num_ctas(p.n * p.num_groups(), 8, 32), 256, 0, cuda_stream(stream)>>>(p);
-      QUIRE_CHECK_LAUNCH("quantize_weight_kernel", stream);
+      launch_waiting("quantize_weight_kernel", quantize_weight_kernel<T, Scale>, num_ctas(p.n * p.num_groups(), 8, 32), 256, stream, p);
     });
   });
 }
 
 void column_sums(std::int32_t* sums, const std::int8_t* b, std::int64_t n, std::int64_t k, std::int64_t stride, Stream stream) {
   const unsigned ctas = num_ctas(n, 8, 32);
-  if (k % 16 == 0 && stride % 16 == 0 && is_aligned(b, 16)) {
-    column_sums_kernel<true><<<ctas, 256, 0, cuda_stream(stream)>>>(sums, b, n, k, stride);
-  } else {
-    column_sums_kernel<false><<<ctas, 256, 0, cuda_stream(stream)>>>(sums, b, n, k, stride);
-  }
-  QUIRE_CHECK_LAUNCH("column_sums_kernel", stream);
+  const bool words = k % 16 == 0 && stride % 16 == 0 && is_aligned(b, 16);
+  launch_waiting("column_sums_kernel", words ? column_sums_kernel<true> : column_sums_kernel<false>, ctas, 256, stream, sums, b, n, k,
+                 stride);
 }
 
 }  // namespace quire::cuda

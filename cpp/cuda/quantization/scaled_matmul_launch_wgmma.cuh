@@ -8,6 +8,7 @@
 #include "cuda/launch.h"
 #include "cuda/quantization/scaled_matmul.h"
 #include "cuda/quantization/scaled_matmul_wgmma.cuh"
+#include "cuda/runtime.h"
 #include "cuda/tensor_map.h"
 
 namespace quire::cuda::scaled {
@@ -16,16 +17,14 @@ inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1
 
 /// How many clusters run at once. Asked once per kernel, device and size.
 template <auto kKernel>
-int max_clusters(const cudaLaunchConfig_t& config, int cluster_size) {
+int max_clusters(const LaunchShape& shape) {
   constexpr int kDevices = 64, kSizes = 9;
   static std::array<std::atomic<int>, kDevices * kSizes> known{};
-  int device = 0;
-  QUIRE_CUDA_CHECK(cudaGetDevice(&device));
-  std::atomic<int>* slot = device < kDevices ? &known[static_cast<std::size_t>(device * kSizes + cluster_size)] : nullptr;
+  const int device = current_device();
+  std::atomic<int>* slot = device < kDevices ? &known[static_cast<std::size_t>(device * kSizes + shape.cluster_ctas)] : nullptr;
   int count = slot != nullptr ? slot->load(std::memory_order_relaxed) : 0;
   if (count == 0) {
-    QUIRE_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, kKernel, &config));
-    count = std::max(count, 1);
+    count = std::max(max_active_clusters(reinterpret_cast<const void*>(kKernel), shape), 1);
     if (slot != nullptr) slot->store(count, std::memory_order_relaxed);
   }
   return count;
@@ -56,22 +55,10 @@ void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream
   if (plan.copies_out) plan.out = make_half_matrix_map(p.out, p.m, p.n, p.out_stride, Shape::kChunkTokens);
 
   const int cluster_size = choice.shared_columns * choice.splits;
-  set_max_shared_bytes(reinterpret_cast<const void*>(kernel), Shape::kSharedBytes);
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster_size), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = {static_cast<unsigned>(cluster_size), 1, 1};
-  config.blockDim = {Shape::kThreads, 1, 1};
-  config.dynamicSmemBytes = Shape::kSharedBytes;
-  config.stream = cuda_stream(stream);
-  config.attrs = attributes;
-  config.numAttrs = 1;
+  LaunchShape shape{static_cast<unsigned>(cluster_size), Shape::kThreads, Shape::kSharedBytes, cluster_size};
   int num_clusters = plan.num_items;
   if (choice.splits == 1) {
-    const int most = max_clusters<kernel>(config, cluster_size);
+    const int most = max_clusters<kernel>(shape);
     const int rest = plan.num_items % most;
     if (Shape::kHalves && choice.halves && choice.shared_columns == 2 && plan.num_items > most && rest > 0 && 2 * rest <= most) {
       plan.num_items -= rest;
@@ -80,12 +67,10 @@ void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream
     num_clusters = std::min(num_clusters, most);
   }
   plan.reads_rows_once = !kTokenRows && (plan.num_column_tiles == 1 || plan.num_items <= num_clusters);
-  config.gridDim.x = static_cast<unsigned>(num_clusters * cluster_size);
-  config.numAttrs = 2;
+  shape.grid.x = static_cast<unsigned>(num_clusters * cluster_size);
   // Clusters of one are slower than none.
-  if (cluster_size == 1) config.attrs = attributes + 1, config.numAttrs = 1;
-  QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, plan));
-  QUIRE_CHECK_LAUNCH("scaled_matmul_wgmma_kernel", stream);
+  if (cluster_size == 1) shape.cluster_ctas = 0;
+  launch_waiting("scaled_matmul_wgmma_kernel", kernel, shape, stream, plan);
 }
 
 /// Without block scales the weight lies along the rows.

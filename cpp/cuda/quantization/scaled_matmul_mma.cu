@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "cuda/device/async_copy.cuh"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/dequantize.cuh"
 #include "cuda/device/mma.cuh"
 #include "cuda/launch.h"
@@ -83,6 +84,7 @@ __global__ void __launch_bounds__(kThreads)
   using Shape = MmaShape<kTokenCount>;
   constexpr int kTokenBlocks = Shape::kTokenBlocks, kFeatureBlocks = Shape::kFeatureBlocks;
   extern __shared__ __align__(128) char storage[];
+  device::wait_for_predecessor();
   const std::uint32_t shared = device::shared_address(storage);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int feature_tile = static_cast<int>(blockIdx.x) % num_feature_tiles, token_tile = static_cast<int>(blockIdx.x) / num_feature_tiles;
@@ -193,11 +195,10 @@ template <typename Sum, int kTokens, bool kBlockScales>
 void launch(const ScaledMatmulParams& p, Stream stream) {
   using Shape = MmaShape<kTokens>;
   constexpr auto kernel = scaled_matmul_mma_kernel<Sum, kTokens, kBlockScales>;
-  set_max_shared_bytes(reinterpret_cast<const void*>(kernel), Shape::kSharedBytes);
   const std::int64_t num_feature_tiles = (p.n + Shape::kFeatures - 1) / Shape::kFeatures, num_token_tiles = (p.m + kTokens - 1) / kTokens;
-  kernel<<<static_cast<unsigned>(num_feature_tiles * num_token_tiles), kThreads, Shape::kSharedBytes, cuda_stream(stream)>>>(
-      p, static_cast<int>(num_feature_tiles), row_alignment(p.a, p.m, p.a_stride, p.k), row_alignment(p.b, p.n, p.b_stride, p.k));
-  QUIRE_CHECK_LAUNCH("scaled_matmul_mma_kernel", stream);
+  const LaunchShape shape{static_cast<unsigned>(num_feature_tiles * num_token_tiles), kThreads, Shape::kSharedBytes};
+  launch_waiting("scaled_matmul_mma_kernel", kernel, shape, stream, p, static_cast<int>(num_feature_tiles),
+                 row_alignment(p.a, p.m, p.a_stride, p.k), row_alignment(p.b, p.n, p.b_stride, p.k));
 }
 
 template <typename Sum, bool kBlockScales>

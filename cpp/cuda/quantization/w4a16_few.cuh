@@ -46,7 +46,7 @@ struct FewPlan {
   int sums_at = 0;  // in shared memory, behind the stages; 0 if a CTA has one tile: they lie where its stages did
   DType bias_dtype = DType::kFloat16;
   bool stores_vectors = false;  // rows of out are 16-byte aligned
-  bool waits = false;  // for a predecessor that writes x
+  bool waits = false;  // for x, which a predecessor of the call's own writes; without it for everything
 };
 
 /// What the copy engine reads: x [panels of 64 columns, tokens, 64], codes and entries as WgmmaMaps has them.
@@ -120,6 +120,7 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
   const Layout& layout = plan.layout;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
+  if (!plan.waits) device::wait_for_predecessor();  // else later, as nothing but x is new
   // The end of this is awaited before one CTA writes to another, whose barriers are there by then.
   if (plan.cluster_ctas > 1 && warp < 4 * kFewWarpgroups) device::cluster_arrive();
   if (warp == 4 * kFewWarpgroups) {

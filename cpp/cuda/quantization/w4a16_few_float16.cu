@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "cuda/quantization/w4a16_few_launch.cuh"
+#include "cuda/runtime.h"
 
 namespace quire::cuda::w4a16 {
 
@@ -13,26 +14,12 @@ int max_clusters(int cluster_ctas) {
   if (cluster_ctas == 1) return current_device_properties().num_sms;
   constexpr int kMaxDevices = 64, kMaxClusterCtas = 8;
   static std::atomic<int> known[kMaxDevices][kMaxClusterCtas + 1];
-  int device = 0;
-  QUIRE_CUDA_CHECK(cudaGetDevice(&device));
+  const int device = current_device();
   if (device >= kMaxDevices || cluster_ctas > kMaxClusterCtas) return 1;
   int count = known[device][cluster_ctas].load(std::memory_order_relaxed);
   if (count == 0) {
-    const auto kernel = quantized_matmul_few_kernel<false, 4, false, 8>;
-    constexpr int kSharedBytes = 200 * 1024;
-    set_max_shared_bytes(reinterpret_cast<const void*>(kernel), kSharedBytes);
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(cluster_ctas);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(cluster_ctas));
-    config.blockDim = dim3(kFewThreads);
-    config.dynamicSmemBytes = kSharedBytes;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    QUIRE_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, kernel, &config));
-    count = std::max(count, 1);
+    const LaunchShape shape{static_cast<unsigned>(cluster_ctas), kFewThreads, 200 * 1024, cluster_ctas};
+    count = std::max(max_active_clusters(reinterpret_cast<const void*>(quantized_matmul_few_kernel<false, 4, false, 8>), shape), 1);
     known[device][cluster_ctas].store(count, std::memory_order_relaxed);
   }
   return count;

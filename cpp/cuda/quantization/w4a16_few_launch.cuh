@@ -11,8 +11,9 @@ template <bool kBf16>
 void launch_few(const FewPlan& plan, const FewMaps& maps, int tokens, int num_ctas, int shared_bytes, Stream stream) {
   const auto launch = [&]<int kBits, bool kSmallGroups, int kTokens>() {
     const auto kernel = quantized_matmul_few_kernel<kBf16, kBits, kSmallGroups, kTokens>;
-    launch_kernel("quantized_matmul_few_kernel", kernel, num_ctas, kFewThreads, shared_bytes, plan.cluster_ctas, plan.waits, stream, plan,
-                  maps);
+    launch_waiting("quantized_matmul_few_kernel", kernel,
+                   LaunchShape{static_cast<unsigned>(num_ctas), kFewThreads, shared_bytes, clusters_of(plan.cluster_ctas)}, stream, plan,
+                   maps);
   };
   dispatch_bool(plan.layout.bits == 4, [&](auto four) {
     dispatch_bool(plan.layout.group_size == 32 || plan.layout.group_size == 64, [&](auto small_groups) {

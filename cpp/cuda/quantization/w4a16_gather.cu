@@ -28,6 +28,8 @@ __device__ __forceinline__ void load_permutation(int (&sources)[8], const std::i
 __global__ void __launch_bounds__(kGatherThreads)
     gather_columns_kernel(uint4* out, const std::uint16_t* x, const std::int32_t* permutation, std::int64_t x_stride, int num_columns,
                           int num_source_columns, int num_pieces, bool permutation_is_aligned) {
+  // In this order: who comes next reads the weight, which may be new, before it waits.
+  device::wait_for_predecessor();
   device::launch_dependents();
   const std::int64_t token = blockIdx.y;
   const int piece = static_cast<int>(blockIdx.x * kGatherThreads + threadIdx.x);
@@ -55,6 +57,7 @@ __global__ void __launch_bounds__(kGatherManyThreads)
                        int num_columns, int num_source_columns, int num_pieces, int pieces_of_cta, bool is_aligned,
                        bool permutation_is_aligned) {
   using Values = std::conditional_t<kTokens == 4, uint2, std::conditional_t<kTokens == 2, std::uint32_t, std::uint16_t>>;  // of a column
+  device::wait_for_predecessor();
   device::launch_dependents();
   extern __shared__ __align__(16) std::uint8_t gathered[];
   auto* columns = reinterpret_cast<Values*>(gathered);
@@ -146,17 +149,14 @@ Columns order_columns(const QuantizedMatmulParams& params, Stream stream) {
       const int pieces_of_cta = static_cast<int>(ceil_div(num_pieces, parts));
       const bool aligned = is_aligned(x, 16) && keeps_alignment(num_tokens, params.x_stride, 2, 16);
       const auto kernel = tokens_at_once == 4 ? gather_many_kernel<4> : tokens_at_once == 2 ? gather_many_kernel<2> : gather_many_kernel<1>;
-      set_max_shared_bytes(reinterpret_cast<const void*>(kernel), room);
-      kernel<<<dim3(static_cast<unsigned>(ceil_div(num_pieces, pieces_of_cta)), static_cast<unsigned>(num_rows)), kGatherManyThreads,
-               static_cast<std::size_t>(tokens_at_once * row_bytes), cuda_stream(stream)>>>(
-          out, x, params.weight.permutation, params.x_stride, num_tokens, num_columns, num_source_columns, num_pieces, pieces_of_cta,
-          aligned, permutation_is_aligned);
-      QUIRE_CHECK_LAUNCH("gather_many_kernel", stream);
+      const dim3 grid(static_cast<unsigned>(ceil_div(num_pieces, pieces_of_cta)), static_cast<unsigned>(num_rows));
+      launch_waiting("gather_many_kernel", kernel, LaunchShape{grid, kGatherManyThreads, static_cast<int>(tokens_at_once * row_bytes)},
+                     stream, out, x, params.weight.permutation, params.x_stride, num_tokens, num_columns, num_source_columns, num_pieces,
+                     pieces_of_cta, aligned, permutation_is_aligned);
     } else {
-      gather_columns_kernel<<<dim3(static_cast<unsigned>(ceil_div(num_pieces, kGatherThreads)), num_tokens), kGatherThreads, 0,
-                              cuda_stream(stream)>>>(out, x, params.weight.permutation, params.x_stride, num_columns, num_source_columns,
-                                                     num_pieces, permutation_is_aligned);
-      QUIRE_CHECK_LAUNCH("gather_columns_kernel", stream);
+      const dim3 grid(static_cast<unsigned>(ceil_div(num_pieces, kGatherThreads)), num_tokens);
+      launch_waiting("gather_columns_kernel", gather_columns_kernel, grid, kGatherThreads, stream, out, x, params.weight.permutation,
+                     params.x_stride, num_columns, num_source_columns, num_pieces, permutation_is_aligned);
     }
   }
   return Columns{workspace, std::int64_t{num_pieces} * 8, 16, workspace + gathered_bytes(params.num_tokens, format)};

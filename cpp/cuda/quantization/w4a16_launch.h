@@ -109,32 +109,8 @@ void set_operands(Plan& plan, const QuantizedMatmulParams& params, const Columns
   plan.tag = arrival_tag();
 }
 
-/// Launches a kernel with so many CTAs to a cluster; one that `waits` for its predecessor may start before that has ended.
-template <typename Kernel, typename... Args>
-void launch_kernel(const char* name, Kernel kernel, std::int64_t num_ctas, int num_threads, int shared_bytes, int cluster_ctas, bool waits,
-                   Stream stream, const Args&... args) {
-  set_max_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(num_ctas));
-  config.blockDim = dim3(static_cast<unsigned>(num_threads));
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
-  config.stream = cuda_stream(stream);
-  cudaLaunchAttribute attributes[2] = {};
-  config.attrs = attributes;
-  if (cluster_ctas > 1) {
-    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(cluster_ctas);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  }
-  if (waits) {
-    cudaLaunchAttribute& dependent = attributes[config.numAttrs++];
-    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    dependent.val.programmaticStreamSerializationAllowed = 1;
-  }
-  QUIRE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
-  QUIRE_CHECK_LAUNCH(name, stream);
-}
+/// As a launch has it.
+inline int clusters_of(int cluster_ctas) { return cluster_ctas > 1 ? cluster_ctas : 0; }
 
 /// Launches the kernel for 8 * tiles tokens a CTA.
 template <bool kBf16>

@@ -33,7 +33,7 @@ struct MmaPlan {
   int stage_bytes = 0;  // codes, then entries
   int x_alignment = 16;  // of every row of x, in bytes
   DType bias_dtype = DType::kFloat16;
-  bool waits = false;  // for a predecessor that writes x
+  bool waits = false;  // for x, which a predecessor of the call's own writes; without it for everything
 
   QUIRE_HOST_DEVICE int first_task(int cta) const { return static_cast<int>(std::int64_t{cta} * num_tasks / num_ctas); }
   QUIRE_HOST_DEVICE int owner(int task) const { return static_cast<int>(((std::int64_t{task} + 1) * num_ctas - 1) / num_tasks); }
@@ -91,6 +91,7 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
   extern __shared__ __align__(128) std::uint8_t shared[];
   __shared__ int is_last;
 
+  if (!plan.waits) device::wait_for_predecessor();  // else later, as nothing but x is new
   const Layout& layout = plan.layout;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int row_warps = 1 << plan.row_warps_log2, column_warps = Shape::kWarps >> plan.row_warps_log2;

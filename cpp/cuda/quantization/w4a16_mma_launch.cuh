@@ -14,8 +14,8 @@ void launch_mma(const MmaPlan& given, int tiles, Stream stream) {
     const auto kernel = quantized_matmul_mma_kernel<kBf16, kBits, kSmallGroups, kEntry, kTiles>;
     plan.stage_bytes = Shape::kCodeBytes + Shape::kUnits * 8 * plan.layout.entry_bytes * (kSmallGroups ? 2 : 1);
     const int shared_bytes = mma_shared_bytes<Shape>(plan);
-    launch_kernel("quantized_matmul_mma_kernel", kernel, ceil_div(plan.num_tokens, Shape::kTokens) * plan.num_ctas, Shape::kThreads,
-                  shared_bytes, 1, plan.waits, stream, plan);
+    const auto num_ctas = static_cast<unsigned>(ceil_div(plan.num_tokens, Shape::kTokens) * plan.num_ctas);
+    launch_waiting("quantized_matmul_mma_kernel", kernel, LaunchShape{num_ctas, Shape::kThreads, shared_bytes}, stream, plan);
   };
   const auto with_tiles = [&]<int kBits, bool kSmallGroups>() {
     const auto with_entry = [&]<int kTiles>() {

@@ -38,7 +38,6 @@ struct WgmmaPlan {
   int group_shift = 0;
   DType bias_dtype = DType::kFloat16;
   bool stores_vectors = false;  // rows of out are 16-byte aligned
-  bool waits = false;  // for a predecessor that writes x
 
   struct Place {
     int row_tile, token_tile;
@@ -173,6 +172,7 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
     device::prefetch_tensor_map(&maps.entries);
   }
   __syncthreads();
+  device::wait_for_predecessor();
 
   const int entry_bytes = kBlockUnits * 8 * layout.entry_bytes;  // of a warpgroup and a group
   Work work(plan);
@@ -184,7 +184,6 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
     if (thread != 0) return;
     const int bytes = Shape::kXBytes + kWarpgroups * (Shape::kCodeBytes + kGroups * entry_bytes);
     const std::uint64_t policy = device::read_once_policy();
-    if (plan.waits) device::wait_for_predecessor();
     while (work.next()) {
       const WgmmaPlan::Place place = plan.place_of(work.tile);
       const int block = place.row_tile * kWarpgroups, token = place.token_tile * kTokens;

@@ -102,7 +102,6 @@ void run_wgmma(const QuantizedMatmulParams& params, const WgmmaChoice& choice, S
   plan.cluster_ctas = choice.cluster_ctas;
   plan.group_shift = plan.layout.group_shift();
   plan.stores_vectors = is_aligned(params.out, 16) && keeps_alignment(params.num_tokens, params.out_stride, 2, 16);
-  plan.waits = params.weight.permutation != nullptr;
   WgmmaMaps maps;
   const Layout& layout = plan.layout;
   const int row_bytes = kBlockUnits * 8 * layout.entry_bytes;

@@ -13,8 +13,9 @@ void launch_wgmma(const WgmmaPlan& plan, const WgmmaMaps& maps, int tokens, int 
     using Shape = WgmmaShape<kBits, kSmallGroups, kTokens>;
     static_assert(Shape::kSharedBytes <= 227 * 1024);
     const auto kernel = quantized_matmul_wgmma_kernel<kBf16, kBits, kSmallGroups, kTokens>;
-    launch_kernel("quantized_matmul_wgmma_kernel", kernel, num_ctas, Shape::kThreads, Shape::kSharedBytes, plan.cluster_ctas, plan.waits,
-                  stream, plan, maps);
+    launch_waiting("quantized_matmul_wgmma_kernel", kernel,
+                   LaunchShape{static_cast<unsigned>(num_ctas), Shape::kThreads, Shape::kSharedBytes, clusters_of(plan.cluster_ctas)},
+                   stream, plan, maps);
   };
   dispatch_bool(plan.layout.bits == 4, [&](auto four) {
     dispatch_bool(plan.layout.group_size == 32, [&](auto small_groups) {

@@ -13,12 +13,11 @@ import numpy as np
 
 import quire
 from quire._quantized import Granularity
+from quire.bench.arrays import item_bytes
 from quire.bench.harness import Case, Context, Target, Work
 from quire.bench.peers import peers_of
 
 __all__ = ["cases"]
-
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def cases(context: Context) -> Iterator[Case]:
@@ -36,11 +35,27 @@ def cases(context: Context) -> Iterator[Case]:
                 yield Case(
                     name=f"{op} T{tokens} I{width} {dtype}",
                     prepare=partial(_prepare, context, op, (tokens, width), dtype),
-                    num_bytes=_ITEM_BYTES[dtype] * 3 * tokens * width,
+                    num_bytes=item_bytes(dtype) * 3 * tokens * width,
                     bound="copy",
                     target=Target(min_speedup=2.0) if held else None,
                     op=op,
                 )
+    tokens, width = grid[-1]
+    yield Case(
+        name=f"gelu_and_mul T{tokens} I{width} bfloat16",
+        prepare=partial(_prepare, context, "gelu_and_mul", (tokens, width), "bfloat16"),
+        num_bytes=2 * 3 * tokens * width,
+        bound="copy",
+        op="gelu_and_mul",
+    )
+    for op in ("gelu_new", "gelu_fast", "gelu_quick", "relu_squared"):
+        yield Case(
+            name=f"{op} T{tokens} I{width} bfloat16",
+            prepare=partial(_plain, context, op, (tokens, width)),
+            num_bytes=2 * 2 * tokens * width,
+            bound="copy",
+            op=op,
+        )
     for granularity in ("tensor", "token", "group"):
         for tokens, width in grid:
             yield Case(
@@ -63,6 +78,12 @@ def _prepare(context: Context, op: str, shape: tuple[int, int], dtype: str) -> W
 
     only_cpu = {"NumPy": numpy_silu_and_mul} if op == "silu_and_mul" and dtype == "float32" else {}
     return Work(lambda: function(x, out=out), peers_of(context, op, only_cpu=only_cpu, out=out, x=x))
+
+
+def _plain(context: Context, op: str, shape: tuple[int, int]) -> Work:
+    x, out = context.arrays.random(shape, "bfloat16"), context.arrays.empty(shape, "bfloat16")
+    function = getattr(quire, op)
+    return Work(lambda: function(x, out=out), peers_of(context, op, out=out, x=x))
 
 
 def _quantized(context: Context, shape: tuple[int, int], granularity: Granularity) -> Work:

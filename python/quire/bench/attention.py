@@ -14,13 +14,13 @@ import numpy as np
 
 import quire
 from quire._allocate import Array
+from quire.bench.arrays import item_bytes
 from quire.bench.harness import Case, Context, Target, Work
 from quire.bench.peers import peers_of
 
 __all__ = ["cases"]
 
 _BLOCK_SIZE = 16
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
 _INT8_SCALE = 1.0 / 32.0  # of what Arrays.random draws
 
 Lengths = np.ndarray[Any, np.dtype[Any]]
@@ -39,6 +39,7 @@ class _Sizes:
     invariant: list[Shape]  # with batch_invariant=True, and without beside it
     verify: list[tuple[int, int, int]]  # sequences, tokens and draft tokens of each; with and without a tree
     prefix: list[tuple[int, int, int]]  # sequences, tokens of the prefix that they share, own tokens of each
+    merge: list[int]  # rows of two partial results
     prefill: list[Shape]
     prefill_float8_keys: list[Shape]
     prefill_float8: list[Shape]
@@ -54,6 +55,7 @@ _QUICK = _Sizes(
     invariant=[(2, 100, 4, 2, 64)],
     verify=[(2, 100, 5)],
     prefix=[(3, 96, 16)],
+    merge=[16],
     prefill=[(1, 64, 4, 2, 64)],
     prefill_float8_keys=[(1, 64, 4, 2, 64)],
     prefill_float8=[(1, 64, 4, 2, 64)],
@@ -68,6 +70,7 @@ _CPU = _Sizes(
     invariant=[(1, 4096, 32, 8, 128), (8, 4096, 32, 8, 128)],
     verify=[(1, 4096, 8)],
     prefix=[(8, 4096, 128)],
+    merge=[64],
     prefill=[(1, 512, 32, 8, 128), (1, 2048, 32, 8, 128)],
     prefill_float8_keys=[],
     prefill_float8=[],
@@ -125,6 +128,7 @@ _CUDA = _Sizes(
     ],
     verify=[(1, 8192, 8), (32, 8192, 8), (32, 8192, 32)],
     prefix=[(256, 32768, 128), (64, 8192, 128)],
+    merge=[256, 16384],
     prefill=_PREFILL_CUDA,
     prefill_float8_keys=[(2, 8192, 32, 8, 128), (2, 8192, 32, 8, 64)],
     prefill_float8=_PREFILL_CUDA,
@@ -133,7 +137,7 @@ _CUDA = _Sizes(
 
 
 def cases(context: Context) -> Iterator[Case]:
-    """Decode over caches of three dtypes, of equal lengths and ragged; a mixed batch; drafts to verify; a shared prefix; prefill."""
+    """Decode over caches of three dtypes, of equal lengths and ragged; mixed batches; drafts; shared prefixes, merges; prefill."""
     sizes = _QUICK if context.quick else _CUDA if context.is_cuda else _CPU
     yield from _decode_cases(context, sizes)
     yield from _mixed_cases(context, sizes)
@@ -141,6 +145,7 @@ def cases(context: Context) -> Iterator[Case]:
         yield from _invariant_cases(context, sizes.invariant, cache_dtype)
     yield from _verify_cases(context, sizes.verify, sizes.heads)
     yield from _prefix_cases(context, sizes.prefix, sizes.heads)
+    yield from _merge_cases(context, sizes.merge, sizes.heads)
     for q_dtype, kv_dtype, shapes in (
         ("bfloat16", "bfloat16", sizes.prefill),
         ("bfloat16", "float8_e4m3fn", sizes.prefill_float8_keys),
@@ -234,7 +239,7 @@ def _verify_cases(
 
 def _invariant_cases(context: Context, shapes: list[Shape], cache_dtype: str) -> Iterator[Case]:
     for batch, length, num_heads, num_kv_heads, head_dim in shapes:
-        kv_bytes = 2 * batch * length * num_kv_heads * head_dim * _ITEM_BYTES[cache_dtype]
+        kv_bytes = 2 * batch * length * num_kv_heads * head_dim * item_bytes(cache_dtype)
         yield Case(
             name=f"invariant B{batch} L{length} {num_heads}/{num_kv_heads} D{head_dim}, cache {cache_dtype}",
             prepare=partial(
@@ -265,6 +270,35 @@ def _prefix_cases(
         )
 
 
+def _merge_cases(context: Context, sizes: list[int], heads: tuple[int, int, int]) -> Iterator[Case]:
+    num_heads, _, head_dim = heads
+    for tokens in sizes:
+        yield Case(
+            name=f"merge T{tokens} {num_heads} heads D{head_dim} bfloat16",
+            prepare=partial(_merge, context, (tokens, num_heads, head_dim)),
+            num_bytes=3 * tokens * num_heads * (2 * head_dim + 4),
+            bound="copy",
+            op="merge_attention",
+            group="merge",
+        )
+
+
+def _merge(context: Context, shape: tuple[int, int, int]) -> Work:
+    arrays = context.arrays
+    out_a, out_b, out = (
+        arrays.random(shape, "bfloat16"),
+        arrays.random(shape, "bfloat16"),
+        arrays.empty(shape, "bfloat16"),
+    )
+    lse_a, lse_b, lse = (
+        arrays.random(shape[:2], "float32"),
+        arrays.random(shape[:2], "float32"),
+        arrays.empty(shape[:2], "float32"),
+    )
+    tensors = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b, "out": out, "out_lse": lse}
+    return Work(partial(quire.merge_attention, **tensors), peers_of(context, "merge_attention", **tensors))
+
+
 def _decode_case(
     context: Context,
     name: str,
@@ -276,7 +310,7 @@ def _decode_case(
 ) -> Case:
     num_heads, num_kv_heads, head_dim = heads
     num_tokens = float(lengths.sum())
-    kv_bytes = 2 * num_tokens * num_kv_heads * head_dim * _ITEM_BYTES[cache_dtype]
+    kv_bytes = 2 * num_tokens * num_kv_heads * head_dim * item_bytes(cache_dtype)
     return Case(
         name=name,
         prepare=partial(_decode, context, lengths, heads, cache_dtype),

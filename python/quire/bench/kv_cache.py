@@ -11,13 +11,13 @@ from functools import partial
 import numpy as np
 
 import quire
+from quire.bench.arrays import item_bytes
 from quire.bench.harness import Case, Context, Work
 from quire.bench.peers import peers_of
 
 __all__ = ["cases"]
 
 _BLOCK_SIZE, _NUM_KV_HEADS, _HEAD_DIM = 16, 8, 128
-_ITEM_BYTES = {"bfloat16": 2, "float8_e4m3fn": 1}
 
 
 def cases(context: Context) -> Iterator[Case]:
@@ -30,7 +30,7 @@ def cases(context: Context) -> Iterator[Case]:
                 yield Case(
                     name=f"{op} T{tokens} bfloat16, cache {cache_dtype}",
                     prepare=partial(prepare, context, tokens, cache_dtype),
-                    num_bytes=tokens * (numbers * (2 + _ITEM_BYTES[cache_dtype]) + 8),
+                    num_bytes=tokens * (numbers * (2 + item_bytes(cache_dtype)) + 8),
                     bound="copy",
                     op=op,
                 )

@@ -13,12 +13,11 @@ import numpy as np
 
 import quire
 from quire._quantized import Granularity
+from quire.bench.arrays import item_bytes
 from quire.bench.harness import Case, Context, Target, Work
 from quire.bench.peers import peers_of
 
 __all__ = ["cases"]
-
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def cases(context: Context) -> Iterator[Case]:
@@ -53,7 +52,7 @@ def cases(context: Context) -> Iterator[Case]:
                 yield Case(
                     name=f"{op} T{tokens} H{hidden} {dtype}",
                     prepare=partial(prepare, context, (tokens, hidden), dtype),
-                    num_bytes=_ITEM_BYTES[dtype] * (num_passes * tokens + 1) * hidden,
+                    num_bytes=item_bytes(dtype) * (num_passes * tokens + 1) * hidden,
                     bound="copy",
                     target=Target(min_speedup=2.0) if held else None,
                     op=op,
@@ -62,13 +61,13 @@ def cases(context: Context) -> Iterator[Case]:
         *(("float8_e4m3fn", kind) for kind in ("tensor", "token", "group")),
         ("int8", "token"),
     ]
-    for op, item_bytes in (("rms_norm", 3), ("fused_add_rms_norm", 7), ("layer_norm", 3)):
+    for op, element_bytes in (("rms_norm", 3), ("fused_add_rms_norm", 7), ("layer_norm", 3)):
         for quant_dtype, granularity in kinds:
             for tokens, hidden in grid:
                 yield Case(
                     name=f"{op} to {quant_dtype}, scale per {granularity}, T{tokens} H{hidden} bfloat16",
                     prepare=partial(_quantized, context, op, (tokens, hidden), quant_dtype, granularity),
-                    num_bytes=item_bytes * tokens * hidden + 2 * hidden,
+                    num_bytes=element_bytes * tokens * hidden + 2 * hidden,
                     bound="copy",
                     op=f"{op} quantized",
                 )

@@ -16,7 +16,7 @@ Ops and their keywords (shapes as in quire's functions of the same name):
 
 - rms_norm: out, x, weight, eps. layer_norm: out, x, weight, bias, eps
 - fused_add_rms_norm: x, residual, weight, eps (in place)
-- silu_and_mul, gelu_tanh_and_mul: out, x
+- silu_and_mul, gelu_and_mul, gelu_tanh_and_mul, gelu_new, gelu_fast, gelu_quick, relu_squared: out, x
 - rotary_embedding: positions, q, k, cos_sin_cache (in place, style neox)
 - rms_norm_fp8_tensor, _token, _group: out, scale, x, weight, eps; fused_add_rms_norm_fp8_...: with residual after x (groups of 128)
 - silu_and_mul_fp8_tensor, _group: out, scale, x
@@ -28,6 +28,8 @@ Ops and their keywords (shapes as in quire's functions of the same name):
 - quantized_matmul_w4, quantized_matmul_w8: out, x, weight (dequantized, ``[N, K]``), qweight and scales (of GPTQ, symmetric), group_size
 - scaled_matmul_channel, scaled_matmul_block: out, a, b, scale_a, scale_b
 - quantize_fp8_tensor, _token, _group and quantize_int8_...: out, scale, x (scales are computed; groups of 128)
+- dequantize_fp8_token, dequantize_int8_token: out, q, scale
+- merge_attention: out_a, lse_a, out_b, lse_b, out, out_lse
 - attention_prefill: out, q, k, v ``[batch * length, heads, head_dim]``, query_start_loc, batch, length,
   causal
 """
@@ -168,6 +170,19 @@ def _torch_gelu_tanh_and_mul(*, out: Any, x: Any) -> Run:
 
     gate, up = x.chunk(2, -1)
     return lambda: gelu(gate, approximate="tanh").mul_(up)
+
+
+def _torch_gelu_and_mul(*, out: Any, x: Any) -> Run:
+    from torch.nn.functional import gelu
+
+    gate, up = x.chunk(2, -1)
+    return lambda: gelu(gate).mul_(up)
+
+
+def _torch_gelu_new(*, out: Any, x: Any) -> Run:
+    from torch.nn.functional import gelu
+
+    return lambda: gelu(x, approximate="tanh")
 
 
 def _torch_rotary_embedding(*, positions: Any, q: Any, k: Any, cos_sin_cache: Any) -> Run:
@@ -406,7 +421,7 @@ def _load_vllm(library: str) -> None:
     if library == "_C.abi3.so":
         import vllm._custom_ops
     else:
-        import vllm.vllm_flash_attn  # noqa: F401
+        import vllm.vllm_flash_attn  # noqa: F401  (loads the library)
 
 
 def _vllm_rms_norm(*, out: Any, x: Any, weight: Any, eps: float) -> Run:
@@ -729,6 +744,8 @@ _BUILT_IN: dict[str, dict[str, Factory]] = {
         "FlashInfer": _flashinfer_gelu_tanh_and_mul,
         "vLLM": _vllm_gelu_tanh_and_mul,
     },
+    "gelu_and_mul": {"torch": _torch_gelu_and_mul},
+    "gelu_new": {"torch": _torch_gelu_new},
     "rotary_embedding": {
         "torch": _torch_rotary_embedding,
         "FlashInfer": _flashinfer_rotary_embedding,

@@ -86,6 +86,14 @@ def cases(context: Context) -> Iterator[Case]:
                     bound="copy",
                     op=f"quantize_{kind}",
                 )
+        for rows, width in grid if context.is_cuda or context.quick else grid[:2]:
+            yield Case(
+                name=f"dequantize_{kind}, scale per token, T{rows} H{width} bfloat16",
+                prepare=partial(_dequantize, context, kind, (rows, width)),
+                num_bytes=3 * rows * width,
+                bound="copy",
+                op=f"dequantize_{kind}",
+            )
 
 
 def _weight_only(
@@ -151,3 +159,14 @@ def _quantize(
         return quire.quantize_int8(x, granularity=granularity, out=(out, scale))
 
     return Work(run, peers_of(context, f"quantize_{kind}_{granularity}", out=out, scale=scale, x=x))
+
+
+def _dequantize(context: Context, kind: Literal["fp8", "int8"], shape: tuple[int, int]) -> Work:
+    arrays = context.arrays
+    q = arrays.random(shape, "float8_e4m3fn" if kind == "fp8" else "int8")
+    scale, out = arrays.put(np.full((shape[0], 1), 0.01, np.float32)), arrays.empty(shape, "bfloat16")
+    function = quire.dequantize_fp8 if kind == "fp8" else quire.dequantize_int8
+    return Work(
+        lambda: function(q, scale, granularity="token", out=out),
+        peers_of(context, f"dequantize_{kind}_token", out=out, q=q, scale=scale),
+    )

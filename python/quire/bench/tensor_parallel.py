@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 import quire
+from quire.bench import description
 
 __all__ = ["SHAPES", "Decoder", "Shape", "main", "run"]
 
@@ -267,7 +268,7 @@ def run(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a table; 1 where the logits of two numbers of devices differ."""
-    parser = argparse.ArgumentParser(prog="python -m quire.bench.tensor_parallel", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m quire.bench.tensor_parallel", description=description(__doc__),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--model", choices=SHAPES, nargs="+", default=["demo", "llama-8b"])

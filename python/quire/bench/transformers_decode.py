@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import quire.transformers  # noqa: F401  (makes "quire" known)
+from quire.bench import description
 
 __all__ = ["SIZES", "main"]
 
@@ -66,7 +67,7 @@ def _seconds(model: PreTrainedModel, prompt: torch.Tensor, tokens: int) -> float
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a table."""
-    parser = argparse.ArgumentParser(prog="python -m quire.bench.transformers_decode", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m quire.bench.transformers_decode", description=description(__doc__),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--size", choices=SIZES, default="1b")

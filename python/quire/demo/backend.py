@@ -215,7 +215,7 @@ def select_backend(device: str = "auto") -> Backend:
         return Backend()
     problem = _cuda_problem()
     if problem is None:
-        import cupy  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        import cupy  # type: ignore[import-not-found, import-untyped, unused-ignore]  # without stubs, and often not here
 
         return CupyBackend(cupy)
     if device == "auto":
@@ -225,9 +225,7 @@ def select_backend(device: str = "auto") -> Backend:
 
 def _cuda_problem() -> str | None:
     """Why CuPy cannot be used here, or None."""
-    import quire
-
-    if not getattr(quire, "has_cuda", lambda: True)():
+    if not quire.has_cuda():
         return "this build of quire has no CUDA kernels"
     try:
         import cupy

@@ -77,26 +77,52 @@ def _probability(text: str) -> float:
 def _add_common_arguments(parser: argparse.ArgumentParser, demo: bool) -> None:
     add = parser.add_argument
     add("--prompts", type=Path, metavar="FILE", help="one prompt per line (\\n stands for a line break)")
-    add("--max-tokens", type=_positive, default=128 if demo else 64, help="tokens per prompt (%(default)s)")
+    add(
+        "--max-tokens",
+        type=_positive,
+        metavar="N",
+        default=128 if demo else 64,
+        help="tokens per prompt (%(default)s)",
+    )
     add(
         "--temperature",
         type=_temperature,
+        metavar="T",
         default=0.8 if demo else 0.0,
         help="below 1e-5: greedy (%(default)s)",
     )
-    add("--top-p", type=_probability, default=0.95 if demo else 1.0, help="probability kept (%(default)s)")
-    add("--seed", type=_seed, default=0, help="prompt i is sampled with seed + i (%(default)s)")
+    add(
+        "--top-p",
+        type=_probability,
+        metavar="P",
+        default=0.95 if demo else 1.0,
+        help="probability kept (%(default)s)",
+    )
+    add("--seed", type=_seed, metavar="N", default=0, help="prompt i is sampled with seed + i (%(default)s)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="cuda needs CuPy (%(default)s)")
     add("--dtype", choices=DTYPES, help="weights and activations (CPU: fp32; GPU: the checkpoint's)")
     add("--kv-dtype", choices=list(KV_DTYPES), help="the KV cache (default: as --dtype)")
-    add("--block-size", type=_positive, default=16, help="tokens per block of the KV cache (%(default)s)")
+    add(
+        "--block-size",
+        type=_positive,
+        metavar="N",
+        default=16,
+        help="tokens per block of the KV cache (%(default)s)",
+    )
     as_needed = "as many as the prompts need, within the memory"
-    add("--blocks", type=_positive, default=96 if demo else None,
+    add("--blocks", type=_positive, metavar="N", default=96 if demo else None,
         help=f"blocks of the KV cache ({'%(default)s' if demo else as_needed})")  # fmt: skip
-    add("--max-seqs", type=_positive, default=6 if demo else 32, help="sequences run at once (%(default)s)")
+    add(
+        "--max-seqs",
+        type=_positive,
+        metavar="N",
+        default=6 if demo else 32,
+        help="sequences run at once (%(default)s)",
+    )
     add(
         "--max-batch-tokens",
         type=_positive,
+        metavar="N",
         default=256 if demo else 1024,
         help="tokens a step (%(default)s)",
     )
@@ -120,7 +146,9 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="DIR", default=EMBEDDED_MODEL,
                         help="config.json, tokenizer.json and safetensors of a Llama, Mistral, Qwen2, Qwen3 "
                         "or Gemma2 model (default: the embedded one)")  # fmt: skip
-    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given more than once")
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given more than once"
+    )
     parser.add_argument("--checkpoint-format", choices=CHECKPOINT_FORMATS,
                         help="how a GPTQ checkpoint stores its zeros (default: as it says)")  # fmt: skip
     _add_common_arguments(parser, demo=False)
@@ -140,17 +168,10 @@ def _guarded(command: str, work: Callable[[], None]) -> int:
     """Runs a command; a user's mistake becomes one line on stderr and exit code 2."""
     try:
         work()
-        sys.stdout.flush()
     except (DemoError, MemoryError) as error:
         message = " ".join(str(error).split()) or "out of memory"
         print(f"quire {command}: {message}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read our output has left; nothing may be written to it at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return 0
 
 

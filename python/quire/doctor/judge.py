@@ -14,6 +14,8 @@ from quire.doctor.facts import Facts
 
 # The oldest driver for each major version of the CUDA runtime (release notes of the CUDA toolkit).
 _OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
+_ISAS = ("scalar", "avx2", "avx512", "avx512_amx")
+_OLDEST_CAPABILITY = (8, 0)  # of which the kernels take mma.sync and cp.async
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,16 @@ def _judge_core(facts: Mapping[str, Any]) -> list[Verdict]:
 def _judge_cpu(facts: Mapping[str, Any]) -> list[Verdict]:
     cpu, core, found = facts["cpu"], facts["core"], []
     isa = core.get("cpu_isa")
-    lowered = facts["environment"].get("variables", {}).get("QUIRE_CPU_ISA")
+    variables = facts["environment"].get("variables", {})
+    asked = variables.get("QUIRE_CPU_ISA")
+    lowered = asked == isa
+    if asked and asked not in _ISAS:
+        text = f"QUIRE_CPU_ISA={asked!r} is none of {', '.join(_ISAS)}, and counts for nothing"
+        found.append(Verdict("warn", text, "unset QUIRE_CPU_ISA"))
+    threads = variables.get("QUIRE_NUM_THREADS")
+    if threads and not re.fullmatch(r"\s*\+?0*[1-9]\d*", threads):
+        text = f"QUIRE_NUM_THREADS={threads!r} is no number of threads, and counts for nothing"
+        found.append(Verdict("warn", text, "unset QUIRE_NUM_THREADS"))
     if isa == "scalar":
         fix = "unset QUIRE_CPU_ISA" if lowered else "the kernels are fast from AVX2 with FMA and F16C on"
         found.append(Verdict("warn", "the CPU kernels use no vector instructions", fix))
@@ -181,6 +192,10 @@ def _judge_gpu(facts: Mapping[str, Any]) -> list[Verdict]:
         capability = tuple(device["compute_capability"])
         name = f"GPU {device['index']} ({device['name']}, {capability[0]}.{capability[1]})"
         support = architecture_support(core["cuda_architectures"], (capability[0], capability[1]))
+        if capability < _OLDEST_CAPABILITY:
+            text = f"{name}: quire's kernels need compute capability {_OLDEST_CAPABILITY[0]}.{_OLDEST_CAPABILITY[1]} or newer"
+            found.append(Verdict("fail", text, "use another GPU, or tensors on the CPU"))
+            continue
         build = f"pip install --force-reinstall -C quire.cuda-architectures={capability[0]}{capability[1]} ."
         if support == "machine code":
             found.append(Verdict("ok", f"{name}: kernels in machine code"))
@@ -229,7 +244,7 @@ def _judge_frameworks(facts: Mapping[str, Any]) -> list[Verdict]:
 def _judge_variables(facts: Mapping[str, Any]) -> list[Verdict]:
     variables = facts["environment"].get("variables", {})
     found = []
-    if variables.get("QUIRE_SYNC", "0") not in ("", "0"):
+    if variables.get("QUIRE_SYNC") == "1":
         found.append(
             Verdict(
                 "warn", "QUIRE_SYNC waits for the GPU after each op", "unset QUIRE_SYNC but for debugging"

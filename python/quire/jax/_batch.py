@@ -19,7 +19,7 @@ def refuse_batched(op: Op, batched: list[bool], shared: Sequence[int]) -> None:
     """Refuses a batch of an operand that all of a call's rows share."""
     for i in shared:
         if batched[i]:
-            fail_batched(op.name.removesuffix("_quantized"), op.operands[i])
+            fail_batched(op.shown, op.operands[i])
 
 
 def fold(size: int, is_batched: bool, x: Array | None) -> Array | None:

@@ -6,6 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -32,6 +33,7 @@ class Op:
     results: from the operands and attributes to its results, None for one that is not wanted.
     aliases: result to the operand whose memory it takes. donated: operands that an eager call gives up.
     scratch_bytes: of the workspace, the result behind the others, that XLA allocates.
+    function: what users call it, if that is not the name.
     """
 
     name: str
@@ -41,6 +43,12 @@ class Op:
     aliases: tuple[tuple[int, int], ...] = ()
     donated: tuple[int, ...] = ()
     scratch_bytes: Callable[[list[Array], dict[str, Value]], int] | None = None
+    function: str = ""
+
+    @property
+    def shown(self) -> str:
+        """As messages name it."""
+        return self.function or self.name.removesuffix("_quantized")
 
 
 def call(op: Op, operands: Sequence[Array], attributes: dict[str, Value]) -> tuple[Array, ...]:
@@ -58,15 +66,23 @@ def fail_batched(op: str, name: str) -> NoReturn:
     )
 
 
+def ffi() -> Any:
+    """``jax.ffi``, which is ``jax.extend.ffi`` before 0.5."""
+    if jax.__version_info__ < (0, 4, 38):
+        raise ImportError(f"quire.jax: expected jax 0.4.38 or later, got {jax.__version__}")
+    if hasattr(jax, "ffi"):
+        return jax.ffi
+    return importlib.import_module("jax.extend.ffi")
+
+
 @functools.cache
 def _register() -> None:
-    if not hasattr(jax, "ffi"):
-        raise ImportError(f"quire.jax: expected jax 0.4.38 or later, got {jax.__version__}")
+    register = ffi().register_ffi_target
     # Behind the backend's start: a handler that a runtime refuses would otherwise keep JAX from starting at all.
     jax.devices()
     for name, cpu, cuda in _core.jax_targets():
-        jax.ffi.register_ffi_target(f"quire.{name}", cpu, platform="cpu")
-        jax.ffi.register_ffi_target(f"quire.{name}", cuda, platform="CUDA")
+        register(f"quire.{name}", cpu, platform="cpu")
+        register(f"quire.{name}", cuda, platform="CUDA")
 
 
 def _bits(present: Sequence[bool]) -> int:
@@ -114,7 +130,7 @@ def _compiled(
         described: Any = jax.ShapeDtypeStruct
         outputs = [described(shape, jnp.dtype(dtype)) for shape, dtype in results]
         outputs += [described((scratch,), jnp.uint8)] * (scratch > 0)
-        invoke = jax.ffi.ffi_call(
+        invoke = ffi().ffi_call(
             f"quire.{op.name}",
             outputs,
             input_output_aliases={operand: result for result, operand in aliases.items()},
@@ -141,7 +157,7 @@ def _compiled(
 
     def refuse(primals: Any, tangents: Any) -> NoReturn:
         raise _core.UnsupportedError(
-            f"[{op.name.removesuffix('_quantized')}] expected no differentiation, since quire is for inference only, got one "
+            f"[{op.shown}] expected no differentiation, since quire is for inference only, got one "
             "(jax.grad, jvp, vjp or linearize); put jax.lax.stop_gradient on its inputs"
         )
 

@@ -14,11 +14,18 @@ import jax.numpy as jnp
 
 from quire import _core
 from quire._allocate import Array, dtype_name, shape_of
-from quire._packed_weight import BLOCK, TRACED_DEQUANTIZE, Fields, PackedWeight, format_of
+from quire._packed_weight import (
+    BLOCK,
+    TRACED_DEQUANTIZE,
+    Fields,
+    PackedWeight,
+    format_of,
+)
 from quire._quantized import Granularity, check_given, scale_shape
+from quire._refusals import REFUSALS, renamed
 from quire.jax._batch import refuse_batched, rows
 from quire.jax._call import Attributes, Op, Result, Value, call
-from quire.quantization import check_features, right_operand
+from quire.quantization import ACTIVATION_NAMES, check_features, right_operand
 
 _FLOATS = ("float32", "float16", "bfloat16")
 
@@ -328,6 +335,20 @@ def _scaled_scratch(operands: list[Array], attributes: Attributes) -> int:
     )
 
 
+def _quantizing_scratch(operands: list[Array], attributes: Attributes) -> int:
+    """As :func:`_scaled_scratch`."""
+    x, weight = operands[0], operands[1]
+    n, k = weight.shape
+    computes_sums = operands[4] is not None and operands[5] is None
+    granularity, invariant = str(attributes["granularity"]), bool(attributes["batch_invariant"])
+    return max(
+        _core.quantize_and_multiply_workspace_size(
+            _num_rows(x), n, k, weight.dtype, granularity, computes_sums, invariant, device
+        )
+        for device in (("cpu", "cuda") if _has_gpu() else ("cpu",))
+    )
+
+
 def _scaled_rule(
     op: Op, size: int, batched: list[bool], operands: list[Array], attributes: Attributes
 ) -> list[Array]:
@@ -397,6 +418,14 @@ _SCALED_MATMUL = Op(
     _scaled_rule,
     scratch_bytes=_scaled_scratch,
 )
+_QUANTIZE_AND_MULTIPLY = Op(
+    "quantize_and_multiply",
+    ("x", "weight", "scale", "input_scale", "input_zero_point", "column_sums", "bias"),
+    lambda o, a: [((*o[0].shape[:-1], *o[1].shape[:1]), str(o[0].dtype))],
+    rows([0]),
+    scratch_bytes=_quantizing_scratch,
+    function="quantized_matmul",
+)
 
 
 def quantized_matmul(
@@ -449,16 +478,15 @@ TRACED_DEQUANTIZE.append((lambda x: isinstance(x, jax.core.Tracer), _dequantize_
 
 def _quantize_and_multiply(x: Array, w: PackedWeight, bias: Array | None, batch_invariant: bool) -> Array:
     check_features(_shape("quantized_matmul", "x", x), w)
-    scaling, zero = w._activation_granularity, w.input_zero_point
-    if w.format == "fp8":
-        a, scale = quantize_fp8(x, scale=w.input_scale, granularity=scaling, group_size=BLOCK)
-    else:
-        a, scale = quantize_int8(
-            x, symmetric=zero is None, scale=w.input_scale, zero_point=zero, granularity=scaling
-        )[:2]
-    return scaled_matmul(
-        a, w, scale, zero_point=zero, bias=bias, out_dtype=x.dtype, batch_invariant=batch_invariant
-    )
+    attributes: Attributes = {
+        "granularity": w._activation_granularity,
+        "batch_invariant": int(batch_invariant),
+    }
+    operands = [x, w.weight, w.scale, w.input_scale, w.input_zero_point, w._column_sums, bias]
+    try:
+        return call(_QUANTIZE_AND_MULTIPLY, operands, attributes)[0]
+    except REFUSALS as error:
+        raise renamed(error, "quantized_matmul", ACTIVATION_NAMES) from None
 
 
 def scaled_matmul(
