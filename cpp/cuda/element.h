@@ -96,19 +96,24 @@ template <int kCount>
 struct ParameterBits {
   Packed<float, kCount> bits;
 
-  /// Elements [index, index + kCount), or zeros past `limit`.
+  /// Elements [index, index + kCount), or zeros past `limit`. No branches, around which the compiler would arrange what waits: the first half of
+  /// the bytes of a float32 parameter is read as those of a 16-bit one are.
   __device__ __forceinline__ void load(const void* src, DType dtype, std::int64_t index, std::int64_t limit) {
     bits = {};
-    if (index >= limit) return;
-    if (dtype == DType::kFloat32) {
-      bits = load_packed<float, kCount>(static_cast<const float*>(src) + index);
+    const bool is_inside = index < limit, is_wide = dtype == DType::kFloat32;
+    if constexpr (kCount == 1) {
+      if (!is_inside) return;
+      bits.words[0] = is_wide ? static_cast<const std::uint32_t*>(src)[index] : static_cast<const std::uint16_t*>(src)[index];
     } else {
-      const auto half = load_packed<std::uint16_t, kCount>(static_cast<const std::uint16_t*>(src) + index);
-      if constexpr (kCount == 1) {
-        bits.words[0] = half.half_word;
-      } else {
+      constexpr int kHalf = kCount / 2;
+      const auto* const words = static_cast<const std::uint32_t*>(src) + (is_wide ? index : index / 2);
+      RawVector<4 * kHalf> first{}, second{};
+      if (is_inside) first = load_raw<4 * kHalf>(words);
+      if (is_inside && is_wide) second = load_raw<4 * kHalf>(words + kHalf);
 #pragma unroll
-        for (int i = 0; i < kCount / 2; ++i) bits.words[i] = half.words[i];
+      for (int i = 0; i < kHalf; ++i) {
+        bits.words[i] = first.words[i];
+        bits.words[kHalf + i] = second.words[i];
       }
     }
   }
@@ -128,6 +133,26 @@ struct ParameterBits {
     } else {
       unpack<__nv_bfloat16, kCount>(dst, half);
     }
+  }
+};
+
+/// An index of a slot, a position, ... as it was read, for loads that are to be on their way before the first one is looked at: to extend a
+/// sign is to look.
+struct IndexBits {
+  uint2 bits = {0xffffffffu, 0xffffffffu};  // -1
+
+  /// The upper half of an index of 32 bits is 0, whatever its sign.
+  __device__ __forceinline__ void load(const void* src, bool is_int64, std::int64_t at) {
+    if (is_int64) {
+      bits = static_cast<const uint2*>(src)[at];
+    } else {
+      bits = {static_cast<const std::uint32_t*>(src)[at], 0};
+    }
+  }
+
+  __device__ __forceinline__ std::int64_t value(bool is_int64) const {
+    const auto low = static_cast<std::int32_t>(bits.x), high = static_cast<std::int32_t>(bits.y);
+    return is_int64 ? std::int64_t{high} << 32 | bits.x : std::int64_t{low};
   }
 };
 

@@ -23,8 +23,8 @@ constexpr int kThreads = 128;
 constexpr int kVectorsInFlight = 4;
 // Threads of an SM at once, about.
 constexpr int kResidentThreads = 1024;
-// No slot: there are fewer.
-constexpr std::uint32_t kSkipped = 0xffffffffu;
+// What a call may have fewer slots than.
+constexpr std::int64_t kMaxSlots = 0xffffffff;
 
 // Where the elements of K, or of V, of one call lie.
 struct KvSide {
@@ -32,25 +32,26 @@ struct KvSide {
   void* cache;
   const float* scale;
   std::int64_t scale_stride, token_stride, head_stride, cache_block_stride, cache_slot_stride, cache_head_stride;
+  std::int64_t block_gap = 0;  // from the end of a block's slots to the next block
 };
 
 struct KvKernelParams {
   KvSide sides[2];
   const void* slot_mapping;
-  std::int64_t slot_stride, first_token, num_tokens, num_slots;
+  std::int64_t slot_stride_bytes, first_token, num_tokens;
+  std::uint32_t num_slots;
   std::uint32_t block_size, num_heads, head_dim;
   bool slots_are_int64;
   ErrorWord* error_word;
   std::uint32_t vectors_per_head, num_vectors;  // of K or V of one token
   std::uint32_t num_chunks;                     // of blockDim.x vectors
-  std::uint32_t tokens_per_thread;              // blockDim.y apart
   int block_shift;                              // block_size is two to this; -1: it is no power of two
 };
 
-// Grid: a CTA moves one chunk of the vectors of K or V, kVec elements each, of blockDim.y * tokens_per_thread tokens between their
-// rows and their slots. A thread keeps its place within the row, and with it its scale. kRaw copies bits, between types of one size;
-// else values are converted, and scaled for the 8-bit types. Every load comes before the first store.
-template <bool kWrite, bool kRaw, typename T, typename CacheT, int kVec, int kUnroll, int kRegisters>
+// Grid: a CTA moves one chunk of the vectors of K or V, kVec elements each, of blockDim.y * kTokens tokens between their rows and their
+// slots. A thread keeps its place within the row, and with it its scale. kRaw copies bits, between types of one size; else values are
+// converted, and scaled for the 8-bit types. The loads of all of a thread's tokens come before its first store.
+template <bool kWrite, bool kRaw, typename T, typename CacheT, int kVec, int kTokens, int kRegisters>
 __global__ void __maxnreg__(kRegisters) kv_kernel(const __grid_constant__ KvKernelParams p) {
   device::wait_for_predecessor();
   constexpr bool kIs8Bit = sizeof(CacheT) == 1;
@@ -65,79 +66,110 @@ __global__ void __maxnreg__(kRegisters) kv_kernel(const __grid_constant__ KvKern
   if (vector >= p.num_vectors) return;
   const std::uint32_t head = p.num_heads == 1 ? 0 : vector / p.vectors_per_head;
   const std::uint32_t element = (vector - head * p.vectors_per_head) * kVec;
-  const std::int64_t tile_tokens = blockDim.y * p.tokens_per_thread;
-  const std::int64_t token = p.first_token + tile * tile_tokens + threadIdx.y;
-  const std::int64_t end = min(p.first_token + (tile + 1) * tile_tokens, p.num_tokens);
-  const auto is_inside = [&](int u) { return token + u * blockDim.y < end; };
-  const auto slot_of = [&](std::int64_t at) {
-    return p.slots_are_int64 ? static_cast<const std::int64_t*>(p.slot_mapping)[at * p.slot_stride]
-                             : static_cast<const std::int32_t*>(p.slot_mapping)[at * p.slot_stride];
-  };
-  T* const row = static_cast<T*>(side.tokens) + token * side.token_stride + head * side.head_stride + element;
+  const std::int64_t first = p.first_token + std::int64_t{tile} * (blockDim.y * kTokens) + threadIdx.y;
+  if (first >= p.num_tokens) return;
+  T* const row = static_cast<T*>(side.tokens) + first * side.token_stride + head * side.head_stride + element;
   const std::int64_t row_step = blockDim.y * side.token_stride;
+  const char* const given_slots = static_cast<const char*>(p.slot_mapping) + first * p.slot_stride_bytes;
+  const std::int64_t slot_step = blockDim.y * p.slot_stride_bytes;
+  CacheT* const cache = static_cast<CacheT*>(side.cache) + head * side.cache_head_stride + element;
+  float scale = 1.0f;
+  if (kIs8Bit && side.scale != nullptr) scale = side.scale[head * side.scale_stride];
 
-  // Load. Nothing looks at a slot before everything is on its way.
-  const float scale = kIs8Bit && side.scale != nullptr ? side.scale[head * side.scale_stride] : 1.0f;
-  Packed<Source, kVec> packed[kUnroll];
-  std::int64_t given_slots[kUnroll];
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    given_slots[u] = -1;
-    packed[u] = {};
-    if (!is_inside(u)) continue;
-    given_slots[u] = slot_of(token + u * blockDim.y);
-    if constexpr (kWrite) packed[u] = load_packed<T, kVec>(row + u * row_step);
-  }
-  std::uint32_t slots[kUnroll];
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u)
-    slots[u] = given_slots[u] >= 0 && given_slots[u] < p.num_slots ? static_cast<std::uint32_t>(given_slots[u]) : kSkipped;
-  const auto slot_row = [&](int u) {
-    const std::uint32_t block_idx = p.block_shift >= 0 ? slots[u] >> p.block_shift : slots[u] / p.block_size;
-    return static_cast<CacheT*>(side.cache) + block_idx * side.cache_block_stride +
-           (slots[u] - block_idx * p.block_size) * side.cache_slot_stride + head * side.cache_head_stride + element;
+  // By one thread of a token.
+  const auto report = [&](int index, int count) {
+#pragma unroll 1
+    for (int i = index; i < index + count; ++i) {
+      IndexBits bits;
+      bits.load(given_slots + i * slot_step, p.slots_are_int64, 0);
+      const std::int64_t slot = bits.value(p.slots_are_int64);
+      if (slot < -1 || slot >= p.num_slots)
+        record_error(p.error_word, kWrite ? OpId::kWriteKv : OpId::kGatherKv, ArgId::kSlotMapping, first + i * blockDim.y, slot);
+    }
   };
-  if constexpr (!kWrite) {
+  // Tokens [index, index + kCount) of the thread's.
+  const auto move = [&]<int kCount>(std::integral_constant<int, kCount>, int index) {
+    // Load. Nothing looks at a slot or a scale before everything is on its way.
+    T* const rows = row + index * row_step;
+    const char* const given = given_slots + index * slot_step;
+    IndexBits bits[kCount];
+    Packed<Source, kVec> packed[kCount];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      if (slots[u] != kSkipped) packed[u] = load_packed<CacheT, kVec>(slot_row(u));
-  }
-
-  // Convert and store. What a skipped token gathers is zero.
-  const Divisor divisor(scale);
+    for (int u = 0; u < kCount; ++u) {
+      bits[u].load(given + u * slot_step, p.slots_are_int64, 0);
+      if constexpr (kWrite) packed[u] = load_raw_once<kVec* static_cast<int>(sizeof(T))>(rows + u * row_step);
+    }
+    // There are fewer than 2^32 - 1 slots: what is none has another upper half than 0, or is too large.
+    std::uint32_t slots[kCount];
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    if (kWrite ? slots[u] == kSkipped : !is_inside(u)) continue;
-    if constexpr (kRaw) {
-      store_raw(kWrite ? static_cast<void*>(slot_row(u)) : static_cast<void*>(row + u * row_step), packed[u]);
-    } else {
-      float v[kVec];
-      unpack<Source, kVec>(v, packed[u]);
-      if constexpr (kWrite && kIs8Bit) {
-        store_raw(slot_row(u), divisor.divide_and_pack<CacheT>(v));
-      } else if constexpr (kWrite) {
-        store_floats(slot_row(u), v);
-      } else {
+    for (int u = 0; u < kCount; ++u) slots[u] = bits[u].bits.y == 0 ? bits[u].bits.x : 0xffffffffu;
+    const auto is_slot = [&](int u) { return slots[u] < p.num_slots; };
+    bool are_slots = true;
 #pragma unroll
-        for (int e = 0; e < kVec; ++e) v[e] = slots[u] == kSkipped ? 0.0f : kIs8Bit ? v[e] * scale : v[e];
-        store_floats(row + u * row_step, v);
+    for (int u = 0; u < kCount; ++u) are_slots = are_slots && is_slot(u);
+    if (!are_slots && vector == 0 && blockIdx.x % 2 == 0) report(index, kCount);
+    const auto slot_row = [&](int u) {
+      CacheT* const result = cache + slots[u] * side.cache_slot_stride;
+      if (side.block_gap == 0) return result;
+      const std::uint32_t block_idx = p.block_shift >= 0 ? slots[u] >> p.block_shift : slots[u] / p.block_size;
+      return result + block_idx * side.block_gap;
+    };
+    if constexpr (!kWrite) {
+#pragma unroll
+      for (int u = 0; u < kCount; ++u) {
+        packed[u] = {};
+        if (is_slot(u)) packed[u] = load_packed<CacheT, kVec>(slot_row(u));
       }
     }
-  }
 
-  if (vector != 0 || blockIdx.x % 2 != 0) return;
+    // Convert and store. What a skipped token gathers is zero. Nothing but the store of a write has a condition: the compiler would move the
+    // load of a row that is used under one there, behind the wait for the slot.
+    CacheT* target = slot_row(0);
+    const Divisor divisor(scale);
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      if constexpr (kWrite) {
+        if (u > 0) target = slot_row(u);
+        Packed<CacheT, kVec> result;
+        if constexpr (kRaw) {
+          result = packed[u];
+        } else {
+          float v[kVec];
+          unpack<Source, kVec>(v, packed[u]);
+          if constexpr (kIs8Bit) {
+            result = divisor.divide_and_pack<CacheT>(v);
+          } else {
+            result = pack<CacheT, kVec>(v);
+          }
+        }
+        if (is_slot(u)) store_raw(target, result);
+      } else if constexpr (kRaw) {
+        store_raw(rows + u * row_step, packed[u]);
+      } else {
+        float v[kVec];
+        unpack<Source, kVec>(v, packed[u]);
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) v[e] = !is_slot(u) ? 0.0f : kIs8Bit ? v[e] * scale : v[e];
+        store_floats(rows + u * row_step, v);
+      }
+    }
+  };
+  if constexpr (kTokens == 1) {
+    move(std::integral_constant<int, 1>{}, 0);
+  } else if (first + (kTokens - 1) * blockDim.y < p.num_tokens) {
+    move(std::integral_constant<int, kTokens>{}, 0);
+  } else {
+    // The last tile.
 #pragma unroll 1
-  for (int u = 0; is_inside(u); ++u) {
-    const std::int64_t slot = slot_of(token + u * blockDim.y);
-    if (slot < -1 || slot >= p.num_slots)
-      record_error(p.error_word, kWrite ? OpId::kWriteKv : OpId::kGatherKv, ArgId::kSlotMapping, token + u * blockDim.y, slot);
+    for (int index = 0; first + index * blockDim.y < p.num_tokens; ++index) move(std::integral_constant<int, 1>{}, index);
   }
 }
 
 // One kernel, as the launcher needs it: its code is not a template, as there are many kernels.
 struct KvKernel {
   void (*kernel)(KvKernelParams);
-  int vec, unroll;  // elements of a vector; tokens of a thread
+  int vec, tokens;                 // elements of a vector; tokens of a thread, blockDim.y apart
+  void (*single)(KvKernelParams);  // has one token to a thread
 };
 
 void launch_kv_of(const KvKernel& choice, KvKernelParams p, const char* name, Stream stream) {
@@ -146,15 +178,16 @@ void launch_kv_of(const KvKernel& choice, KvKernelParams p, const char* name, St
   p.num_chunks = static_cast<std::uint32_t>(ceil_div(p.num_vectors, 2 * kThreads));
   const dim3 block(static_cast<unsigned>(ceil_div(p.num_vectors, p.num_chunks)));
   const unsigned rows = std::max(1u, kThreads / block.x);
-  // As many tokens per thread as leave one round of threads to every SM.
-  const std::int64_t round = kResidentThreads * current_device_properties().num_sms;
-  p.tokens_per_thread =
-      static_cast<std::uint32_t>(std::clamp<std::int64_t>((2 * p.num_tokens * p.num_vectors + round / 2) / round, 1, choice.unroll));
+  // Several tokens to a thread where at least half a round of threads is left to every SM.
+  const std::int64_t half_a_round = kResidentThreads / 2 * current_device_properties().num_sms;
+  const bool in_one = choice.tokens == 1 || 2 * p.num_tokens * p.num_vectors < half_a_round * choice.tokens;
   p.block_shift = std::has_single_bit(p.block_size) ? std::countr_zero(p.block_size) : -1;
-  const std::int64_t tile_tokens = rows * p.tokens_per_thread, tiles_per_launch = 0x7fffffff / (2 * p.num_chunks);
+  const std::int64_t tile_tokens = rows * static_cast<unsigned>(in_one ? 1 : choice.tokens),
+                     tiles_per_launch = 0x7fffffff / (2 * p.num_chunks);
   for (; p.first_token < p.num_tokens; p.first_token += tiles_per_launch * tile_tokens) {
     const std::int64_t num_tiles = std::min(ceil_div(p.num_tokens - p.first_token, tile_tokens), tiles_per_launch);
-    launch_waiting(name, choice.kernel, static_cast<unsigned>(2 * p.num_chunks * num_tiles), dim3(block.x, rows), stream, p);
+    launch_waiting(name, in_one ? choice.single : choice.kernel, static_cast<unsigned>(2 * p.num_chunks * num_tiles), dim3(block.x, rows),
+                   stream, p);
   }
 }
 
@@ -181,9 +214,10 @@ void launch_kv(const KvKernelParams& p, const char* name, Stream stream) {
   // Both sides move in pieces of 16 bytes, or several times 16.
   constexpr int kVec = 16 / static_cast<int>(sizeof(T) < sizeof(CacheT) ? sizeof(T) : sizeof(CacheT));
   // Copies have the registers for many tokens. Conversions gain more from threads, and rare pairs of types get less code.
-  constexpr int kUnroll = kRaw ? 8 : 1, kRegisters = kRaw ? 72 : 40;
-  launch_kv_vectors({kv_kernel<kWrite, kRaw, T, CacheT, kVec, kUnroll, kRegisters>, kVec, kUnroll},
-                    {kv_kernel<kWrite, kRaw, T, CacheT, 1, 1, 40>, 1, 1}, sizeof(T), sizeof(CacheT), p, name, stream);
+  constexpr int kTokens = kRaw ? 8 : 1, kRegisters = kRaw ? 64 : 40;
+  const auto single = kv_kernel<kWrite, kRaw, T, CacheT, kVec, 1, 40>, elements = kv_kernel<kWrite, kRaw, T, CacheT, 1, 1, 40>;
+  launch_kv_vectors({kv_kernel<kWrite, kRaw, T, CacheT, kVec, kTokens, kRegisters>, kVec, kTokens, single}, {elements, 1, 1, elements},
+                    sizeof(T), sizeof(CacheT), p, name, stream);
 }
 
 template <bool kWrite>
@@ -193,17 +227,17 @@ void move_kv(const KvParams& params, const char* name, Stream stream) {
     throw UnsupportedError(std::string("[") + name + "] k: expected at most 2^30 elements per token, got " +
                            std::to_string(params.num_kv_heads) + " x " + std::to_string(params.head_dim));
   const std::int64_t num_slots = params.num_blocks * params.block_size;
-  if (num_slots >= kSkipped)
+  if (num_slots >= kMaxSlots)
     throw UnsupportedError(std::string("[") + name + "] k_cache: expected fewer than 2^32 - 1 slots, got " + std::to_string(num_slots));
   KvKernelParams p{{{params.k, params.k_cache, params.k_scale, params.k_scale_stride, params.k_token_stride, params.k_head_stride,
                      params.k_cache_block_stride, params.k_cache_slot_stride, params.k_cache_head_stride},
                     {params.v, params.v_cache, params.v_scale, params.v_scale_stride, params.v_token_stride, params.v_head_stride,
                      params.v_cache_block_stride, params.v_cache_slot_stride, params.v_cache_head_stride}},
                    params.slot_mapping,
-                   params.slot_stride,
+                   params.slot_stride * itemsize(params.slot_dtype),
                    0,
                    params.num_tokens,
-                   num_slots,
+                   static_cast<std::uint32_t>(num_slots),
                    // An empty cache may have block_size 0, by which nothing can be divided.
                    num_slots == 0 ? 1 : static_cast<std::uint32_t>(params.block_size),
                    static_cast<std::uint32_t>(params.num_kv_heads),
@@ -213,10 +247,11 @@ void move_kv(const KvParams& params, const char* name, Stream stream) {
                    0,
                    0,
                    0,
-                   0,
                    0};
-  for (KvSide& side : p.sides)
+  for (KvSide& side : p.sides) {
     if (side.scale == nullptr || p.num_heads == 1) side.scale_stride = 0;
+    side.block_gap = side.cache_block_stride - p.block_size * side.cache_slot_stride;
+  }
   // Heads that lie side by side under one scale are one long head.
   const auto heads_are_dense = [&](const KvSide& side) {
     return side.head_stride == p.head_dim && side.cache_head_stride == p.head_dim && side.scale_stride == 0;

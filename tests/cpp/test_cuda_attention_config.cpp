@@ -94,6 +94,77 @@ TEST(CudaAttentionConfig, hopper_takes_many_rows_unless_something_prevents_it) {
   changed([](AttentionParams& p) { p.out = static_cast<std::byte*>(p.out) + 2; });
 }
 
+TEST(CudaAttentionConfig, hopper_has_kernels_of_their_own_for_short_sequences) {
+  const auto call = [](std::int64_t head_dim, std::int64_t keys, bool causal) {
+    AttentionParams params = dense(ragged_queries(paged(4, keys, 32, 8, head_dim), 4096));
+    params.causal = causal;
+    params.scale = 0.125f;
+    return params;
+  };
+  const auto is_short = [](const AttentionParams& params) {
+    const Config config = configure(params, kDevice, true);
+    EXPECT_EQ(config.variant, Variant::kWgmma);
+    EXPECT_EQ(config.tile_rows, wgmma_rows(config.head_dim_bucket, params.float8_queries, itemsize(params.kv_dtype) == 1, config.is_short));
+    EXPECT_EQ(config.num_tiles, 4096 * 4 / config.tile_rows + 4);
+    return config.is_short;
+  };
+  EXPECT_TRUE(is_short(call(64, 2048, true)));
+  EXPECT_FALSE(is_short(call(64, 2064, true)));
+  EXPECT_FALSE(is_short(call(64, 512, false)));
+  EXPECT_TRUE(is_short(call(96, 768, false)));
+  EXPECT_FALSE(is_short(call(96, 784, false)));
+  EXPECT_FALSE(is_short(call(96, 512, true)));
+  EXPECT_FALSE(is_short(call(128, 512, true)));
+  EXPECT_FALSE(is_short(call(192, 512, true)));
+  for (const bool causal : {false, true}) {
+    EXPECT_TRUE(is_short(call(256, 1024, causal)));
+    EXPECT_FALSE(is_short(call(256, 1040, causal)));
+  }
+  AttentionParams ragged = call(96, 768, false);
+  ragged.block_tables = nullptr;
+  ragged.num_kv_tokens = 4 * 768;
+  EXPECT_TRUE(is_short(ragged));
+  ++ragged.num_kv_tokens;
+  EXPECT_FALSE(is_short(ragged));
+  const auto refuses = [&](auto change) {
+    AttentionParams params = call(96, 512, false);
+    change(params);
+    EXPECT_FALSE(is_short(params));
+  };
+  refuses([](AttentionParams& p) { p.softcap = 1.0f; });
+  refuses([](AttentionParams& p) { p.scale = -1.0f; });
+  refuses([](AttentionParams& p) { p.scale = 0.0f; });
+  static const float slope = 0.0f;
+  refuses([](AttentionParams& p) { p.alibi_slopes = &slope; });
+  static const std::uint8_t mask = 0;
+  refuses([](AttentionParams& p) { p.mask = &mask; });
+  refuses([](AttentionParams& p) { p.kv_dtype = DType::kFloat8E4M3FN; });
+  AttentionParams float8 = call(64, 512, true);
+  float8.kv_dtype = DType::kFloat8E4M3FN;
+  EXPECT_FALSE(is_short(float8));
+  float8.float8_queries = true;
+  EXPECT_TRUE(is_short(float8));
+}
+
+TEST(CudaAttentionConfig, hopper_tiles_have_192_rows_where_three_warpgroups_fit) {
+  const auto rows = [](std::int64_t head_dim, DType kv_dtype, bool float8_queries) {
+    AttentionParams params = dense(ragged_queries(paged(4, 1024, 32, 8, head_dim), 4096));
+    params.kv_dtype = kv_dtype;
+    params.float8_queries = float8_queries;
+    const Config config = configure(params, kDevice, true);
+    EXPECT_EQ(config.variant, Variant::kWgmma);
+    EXPECT_EQ(config.num_tiles, 4096 * 4 / config.tile_rows + 4);
+    return config.tile_rows;
+  };
+  EXPECT_EQ(rows(64, DType::kBFloat16, false), 192);
+  EXPECT_EQ(rows(64, DType::kFloat8E4M3FN, false), 128);
+  EXPECT_EQ(rows(64, DType::kFloat8E4M3FN, true), 192);
+  EXPECT_EQ(rows(96, DType::kBFloat16, false), 192);
+  EXPECT_EQ(rows(96, DType::kFloat8E4M3FN, true), 128);
+  EXPECT_EQ(rows(128, DType::kBFloat16, false), 128);
+  EXPECT_EQ(rows(128, DType::kFloat8E4M3FN, true), 128);
+}
+
 TEST(CudaAttentionConfig, a_variant_that_is_asked_for_runs_or_is_refused) {
   AttentionParams params = dense(paged(4, 1024, 32, 8, 128));
   for (const Variant variant : {Variant::kMmaSplitKeys8, Variant::kMmaSplitKeys16, Variant::kMmaSplitRows, Variant::kMmaSplitRows128,

@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import frameworks
 import numpy as np
 import pytest
+from gpu_work import CuPyWork, TorchWork
 
 import quire
 
@@ -57,3 +59,36 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 def torch():
     """PyTorch, or a skip by name."""
     return pytest.importorskip("torch", reason="torch is not installed")
+
+
+@pytest.fixture(params=["torch", "cupy"])
+def work(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """PyTorch or CuPy on the first GPU."""
+    framework = frameworks.make(request.param, "cuda:0")
+    if isinstance(framework, str):
+        pytest.skip(f"{request.param} on cuda:0: {framework}")
+    made = (TorchWork if request.param == "torch" else CuPyWork)(framework)
+    yield made
+    made.synchronize()
+    quire.check_errors("cuda:0")
+
+
+@pytest.fixture
+def torch_work() -> Iterator[TorchWork]:
+    """PyTorch on the first GPU."""
+    framework = frameworks.make("torch", "cuda:0")
+    if isinstance(framework, str):
+        pytest.skip(f"torch on cuda:0: {framework}")
+    made = TorchWork(framework)
+    yield made
+    made.synchronize()
+    quire.check_errors("cuda:0")
+
+
+@pytest.fixture
+def jax() -> Any:
+    """JAX with a GPU."""
+    framework = frameworks.make("jax", "cuda:0")
+    if isinstance(framework, str):
+        pytest.skip(f"jax on cuda:0: {framework}")
+    return framework.jax

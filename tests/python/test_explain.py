@@ -11,7 +11,7 @@ import pytest
 from attention_batch import Batch
 from attention_variants import VARIANTS, refusal
 from frameworks import as_float64, np_dtype
-from test_streams import OPS
+from op_list import OPS
 from tolerances import assert_close
 
 import quire

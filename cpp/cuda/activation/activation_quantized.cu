@@ -35,38 +35,38 @@ __device__ __forceinline__ void gated(float (&v)[kCount], const Packed<T, kCount
   for (int e = 0; e < kCount; ++e) v[e] = activate<kActivation, sizeof(T) == 4>(v[e]) * factor[e];
 }
 
-// One scale, or one per group. Grid: work item = blockDim.y rows x one chunk of blockDim.x vectors; gridDim.x CTAs walk all items. A
-// group's vectors lie in `group_lanes` neighbouring lanes, a power of two up to 32 that divides blockDim.x.
+// One scale, or one per group. Grid: a CTA has blockDim.y rows x one chunk of blockDim.x vectors. A group's vectors lie in `group_lanes`
+// neighbouring lanes, a power of two up to 32 that divides blockDim.x.
 template <Activation kActivation, typename T, int kCount>
 __global__ void __launch_bounds__(kThreads) activation_group_kernel(const __grid_constant__ ActivationParams p, const int group_lanes,
-                                                                    const std::int64_t num_chunks, const std::int64_t num_items) {
+                                                                    const std::int64_t num_chunks, const std::int64_t first_item) {
   device::wait_for_predecessor();
   const bool per_group = p.quant.granularity == ScaleGranularity::kGroup, is_int8 = p.quant.dtype == DType::kInt8;
-  const Divisor given(per_group ? 1.0f : p.quant.scales[0]);
-  for (std::int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
-    const std::int64_t row_group = num_chunks == 1 ? item : divide(item, num_chunks);
-    const std::int64_t chunk = item - row_group * num_chunks;
-    const std::int64_t row = row_group * blockDim.y + threadIdx.y;
-    const std::int64_t at = (chunk * blockDim.x + threadIdx.x) * kCount;
-    // Every lane takes part in the maxima, also one with nothing to do.
-    const bool inside = row < p.num_rows && at < p.width;
+  const std::int64_t item = first_item + blockIdx.x;
+  const std::int64_t row_group = num_chunks == 1 ? item : divide(item, num_chunks);
+  const std::int64_t chunk = item - row_group * num_chunks;
+  const std::int64_t row = row_group * blockDim.y + threadIdx.y;
+  const std::int64_t at = (chunk * blockDim.x + threadIdx.x) * kCount;
+  // Every lane takes part in the maxima, also one with nothing to do.
+  const bool inside = row < p.num_rows && at < p.width;
 
-    Packed<T, kCount> gate{}, up{};
-    if (inside) {
-      const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row) + at;
-      gate = load_packed<T, kCount>(x);
-      up = load_packed<T, kCount>(x + p.width);
-    }
-    float v[kCount];
-    gated<kActivation, T, kCount>(v, gate, up);
-    if (per_group) {
-      const float scale = computed_scale(warp_max(largest_of(v), group_lanes), is_int8);
-      if (!inside) continue;
-      if (static_cast<int>(threadIdx.x) % group_lanes == 0) *p.quant.scale_at(row, divide(at, p.quant.group_size)) = scale;
-      store_quantized<true>(p.out, p.out_rows.offset(row) + at, is_int8, v, Divisor(scale));
-    } else if (inside) {
-      store_quantized<false>(p.out, p.out_rows.offset(row) + at, is_int8, v, given);
-    }
+  // Load. A given scale is not looked at before the rest is on its way.
+  const float given_scale = per_group ? 1.0f : p.quant.scales[0];
+  Packed<T, kCount> gate{}, up{};
+  if (inside) {
+    const T* const x = static_cast<const T*>(p.x) + p.x_rows.offset(row) + at;
+    gate = load_packed<T, kCount>(x);
+    up = load_packed<T, kCount>(x + p.width);
+  }
+  float v[kCount];
+  gated<kActivation, T, kCount>(v, gate, up);
+  if (per_group) {
+    const float scale = computed_scale(warp_max(largest_of(v), group_lanes), is_int8);
+    if (!inside) return;
+    if (static_cast<int>(threadIdx.x) % group_lanes == 0) *p.quant.scale_at(row, divide(at, p.quant.group_size)) = scale;
+    store_quantized<true>(p.out, p.out_rows.offset(row) + at, is_int8, v, Divisor(scale));
+  } else if (inside) {
+    store_quantized<false>(p.out, p.out_rows.offset(row) + at, is_int8, v, Divisor(given_scale));
   }
 }
 
@@ -184,8 +184,10 @@ void launch_quantized(const ActivationParams& p, Stream stream) {
       const dim3 block(std::bit_ceil(static_cast<unsigned>(wanted)), kThreads / std::bit_ceil(static_cast<unsigned>(wanted)));
       const std::int64_t num_chunks = ceil_div(vectors, block.x);
       const std::int64_t num_items = ceil_div(p.num_rows, block.y) * num_chunks;
-      const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(num_items, 0x7fffffff));
-      launch_waiting("activation", kernel, num_ctas, block, stream, p, static_cast<int>(lanes), num_chunks, num_items);
+      for (std::int64_t first_item = 0; first_item < num_items; first_item += 0x7fffffff) {
+        const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(num_items - first_item, 0x7fffffff));
+        launch_waiting("activation", kernel, num_ctas, block, stream, p, static_cast<int>(lanes), num_chunks, first_item);
+      }
     };
     const bool pairs_up = p.width % (2 * kVec) == 0 && (group_lanes % 2 == 0 || p.quant.granularity == ScaleGranularity::kTensor);
     const bool are_many = p.num_rows >= ceil_div(kManyVectorsPerSm * current_device_properties().num_sms, num_vectors);

@@ -35,8 +35,30 @@ constexpr int tile_rows(Variant variant) {
   }
 }
 
-/// Rows of a tile of kWgmma.
-constexpr int wgmma_rows(int head_dim_bucket, bool narrow_kv) { return head_dim_bucket <= 96 && !narrow_kv ? 192 : 128; }
+/// The largest key count that a sequence can have, as far as the host knows. Kernels add a step to key indices in 32 bits.
+inline std::int64_t key_capacity(const AttentionParams& params) {
+  const std::int64_t limit = std::numeric_limits<std::int32_t>::max() - 4096;
+  if (params.block_tables == nullptr) return std::min(params.num_kv_tokens, limit);
+  if (params.max_blocks_per_seq > limit / std::max<std::int64_t>(params.block_size, 1)) return limit;
+  return params.max_blocks_per_seq * params.block_size;
+}
+
+/// Whether kWgmma has a kernel of its own for short sequences of a head_dim.
+constexpr bool wgmma_has_short(int head_dim_bucket, bool narrow_q, bool narrow_kv) {
+  return head_dim_bucket == 64 ? narrow_q == narrow_kv : !narrow_kv && (head_dim_bucket == 96 || head_dim_bucket == 256);
+}
+
+/// Rows of a tile of kWgmma. Narrow: of 8 bits.
+constexpr int wgmma_rows(int head_dim_bucket, bool narrow_q, bool narrow_kv, bool is_short) {
+  return head_dim_bucket <= 96 && narrow_q == narrow_kv && !(is_short && head_dim_bucket == 96) ? 192 : 128;
+}
+
+/// Keys of a step of kWgmma.
+constexpr int wgmma_keys(int head_dim_bucket, bool narrow_kv, bool is_short) {
+  if (is_short) return head_dim_bucket == 64 ? 96 : head_dim_bucket == 96 ? 128 : 64;
+  if (head_dim_bucket == 96) return 96;
+  return head_dim_bucket <= 128 ? 128 : narrow_kv ? 64 : head_dim_bucket == 192 ? 112 : 80;
+}
 
 /// head_dim rounded up to what kernels are compiled for; the rest is zero in shared memory.
 constexpr int head_dim_bucket(Variant variant, std::int64_t head_dim) {
@@ -51,9 +73,26 @@ constexpr int wgmma_head_dim_bucket(std::int64_t head_dim, bool narrow_kv) {
   return head_dim_bucket(Variant::kWgmma, head_dim);
 }
 
+/// Whether a call goes to kWgmma's kernel for short sequences.
+inline bool wgmma_is_short(const AttentionParams& p) {
+  const bool narrow = itemsize(p.kv_dtype) == 1;
+  const int bucket = wgmma_head_dim_bucket(p.head_dim, narrow);
+  if (!wgmma_has_short(bucket, p.float8_queries, narrow)) return false;
+  if (p.mask != nullptr || p.alibi_slopes != nullptr || p.softcap > 0.0f || !(p.scale > 0.0f)) return false;  // it has no code for these
+  // Of ragged keys on average.
+  const auto up_to = [&](std::int64_t keys) {
+    return p.block_tables != nullptr ? key_capacity(p) <= keys : p.num_kv_tokens <= keys * p.num_seqs;
+  };
+  switch (bucket) {
+    case 64: return p.causal && up_to(2048);  // smaller steps hide less under the causal mask's edge
+    case 96: return !p.causal && up_to(768);  // smaller tiles of fewer, larger steps
+    default: return up_to(1024);              // smaller steps: less of the last one is past the end, or under the edge
+  }
+}
+
 inline int wgmma_rows(const AttentionParams& params) {
   const bool narrow = itemsize(params.kv_dtype) == 1;
-  return wgmma_rows(wgmma_head_dim_bucket(params.head_dim, narrow), narrow);
+  return wgmma_rows(wgmma_head_dim_bucket(params.head_dim, narrow), params.float8_queries, narrow, wgmma_is_short(params));
 }
 
 /// What the largest variants need; devices of compute capability 8.0 and 9.0 have it, 8.6, 8.9 and 12.0 have 99 KiB.
@@ -111,6 +150,7 @@ struct Config {
   // If not.
   int num_splits;          // CTAs that share one tile's keys; > 1 needs the workspace and the combine kernel
   int keys_per_split_min;  // a split is at least this long, and a multiple of it
+  bool is_short = false;   // kWgmma's kernel for short sequences
   int min_rows = 0, max_rows = std::numeric_limits<int>::max();  // of a sequence; others are not this launch's
   std::int64_t tiles_per_seq;  // without query_start_loc; else 0
   std::int64_t num_tiles;      // per kv head; with query_start_loc an upper bound
@@ -164,14 +204,6 @@ constexpr int choose_num_splits(std::int64_t num_ctas, std::int64_t num_sms, std
   for (int splits = 2; splits <= std::min<std::int64_t>(max_splits, 16); ++splits)
     if (cost(splits) < 0.98 * cost(best)) best = splits;
   return best;
-}
-
-/// The largest key count that a sequence can have, as far as the host knows. Kernels add a step to key indices in 32 bits.
-inline std::int64_t key_capacity(const AttentionParams& params) {
-  const std::int64_t limit = std::numeric_limits<std::int32_t>::max() - 4096;
-  if (params.block_tables == nullptr) return std::min(params.num_kv_tokens, limit);
-  if (params.max_blocks_per_seq > limit / std::max<std::int64_t>(params.block_size, 1)) return limit;
-  return params.max_blocks_per_seq * params.block_size;
 }
 
 /// What keeps Hopper's kernel from a call on a Hopper; null: nothing. It copies K and V by boxes and
@@ -315,6 +347,7 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
   const bool hopper = config.variant == Variant::kWgmma;
   config.head_dim_bucket =
       hopper ? wgmma_head_dim_bucket(params.head_dim, itemsize(params.kv_dtype) == 1) : head_dim_bucket(config.variant, params.head_dim);
+  config.is_short = hopper && wgmma_is_short(params);
   const int rows = config.tile_rows = hopper ? wgmma_rows(params) : tile_rows(config.variant);
 
   // Sequence s owns the tiles from floor(query_start_loc[s] * group / rows) + s on: never too few, and found by one search.

@@ -81,13 +81,8 @@ void launch_wgmma_shape(const Plan& plan, const Config& config, Stream stream) {
 
 template <DType kQ, bool kNarrowKv, int kHeadDim>
 void launch_wgmma(const Plan& plan, const Config& config, Stream stream) {
-  if constexpr (!kNarrowKv && kHeadDim == 64) {
-    // Where most steps are under the causal mask's edge, smaller ones have less to hide.
-    constexpr std::int64_t kShort = 2048;
-    const AttentionParams& p = plan.params;
-    const bool is_short = p.block_tables != nullptr ? plan.key_capacity <= kShort : p.num_kv_tokens <= kShort * p.num_seqs;
-    if (p.causal && is_short && p.mask == nullptr && p.alibi_slopes == nullptr && !(p.softcap > 0.0f) && p.scale > 0.0f)
-      return launch_wgmma_shape<WgmmaShape<kQ, kNarrowKv, kHeadDim, true>, false>(plan, config, stream);
+  if constexpr (wgmma_has_short(kHeadDim, itemsize(kQ) == 1, kNarrowKv)) {
+    if (config.is_short) return launch_wgmma_shape<WgmmaShape<kQ, kNarrowKv, kHeadDim, true>, false>(plan, config, stream);
   }
   launch_wgmma_shape<WgmmaShape<kQ, kNarrowKv, kHeadDim>, true>(plan, config, stream);
 }

@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
     for (int i = 0; i < Shape::kQStages; ++i)
       init(control->q_full[i], inputs.q_boxes ? 1 : kQueryLoaders), init(control->q_empty[i], Shape::kConsumerWarps);
-    for (int i = 0; i < kTileSlots; ++i)
-      init(control->tile_full[i], 1), init(control->tile_empty[i], 32 * (Shape::kConsumerWarps + Shape::kWidenerWarps + 3));
+    for (int i = 0; i < kTileSlots; ++i) init(control->tile_full[i], 1), init(control->tile_empty[i], 32 * Shape::kTileReaders);
     for (int i = 0; i < kTileSlots; ++i) control->tiles[i].again = 0;
     control->any_again = 0;
     device::barrier_init_fence();
@@ -54,16 +53,20 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     if (warp == 0) {
       WgmmaScheduler<Shape>{plan, control}.run();
     } else if (warp == 1) {
-      copy_steps<Shape, true>(plan, inputs, shared, control);
+      copy_steps<Shape, true, Shape::kWidenBeside>(plan, inputs, shared, control);
     } else if (warp == 2) {
-      copy_steps<Shape, false>(plan, inputs, shared, control);
+      if constexpr (Shape::kWidenBeside) {
+        widen_steps<Shape, device::Byte::kE4M3>(shared, control);
+      } else {
+        copy_steps<Shape, false, true>(plan, inputs, shared, control);
+      }
     } else if (inputs.q_boxes) {
       copy_queries<Shape>(plan, inputs, shared, control);
     } else {
       gather_queries<Shape>(plan, shared, control);
     }
   } else if (warp < 4 * Shape::kFirstConsumer) {
-    if constexpr (Shape::kWidenV) {
+    if constexpr (Shape::kFirstConsumer == 2) {
       device::give_registers<Shape::kWidenerRegisters>();
       if (Shape::kNarrowQ || plan.params.kv_dtype == DType::kFloat8E4M3FN) {
         widen_steps<Shape, device::Byte::kE4M3>(shared, control);

@@ -142,23 +142,50 @@ struct WgmmaScheduler {
   }
 };
 
-/// Warp 1 copies each tile's keys, from the last to the first step, and warp 2 its values: to where they are multiplied, or widened from.
+/// The copies of K or V, step by step: to where they are multiplied, or widened from.
 template <typename Shape, bool kIsK>
+struct StepCopies {
+  static constexpr int kKeys = Shape::kKeys;
+  static constexpr bool kWiden = kIsK ? Shape::kWidenK : Shape::kWidenV;
+  static constexpr int kStages = kWiden ? Shape::kNarrowStages : Shape::kStages;
+  static constexpr int kPanels = kWiden ? Shape::kNarrowPanels : kIsK ? Shape::kQkPanels : Shape::kVPanels;
+  static constexpr int kPanelElements = device::kPanelRowBytes / (Shape::kWidenV ? 1 : 2);
+  static constexpr int kOffset = kIsK ? (kWiden ? Shape::kNarrowKOffset : 0) : kWiden ? Shape::kNarrowVOffset : Shape::kVOffset;
+
+  const WgmmaInputs& inputs;
+  WgmmaControl<Shape>* control;
+  std::uint32_t slots, full, empty;
+  Ring<kStages> ring{};
+
+  __device__ __forceinline__ StepCopies(const WgmmaInputs& from, char* shared, WgmmaControl<Shape>* to)
+      : inputs(from),
+        control(to),
+        slots(device::shared_address(shared) + kOffset),
+        full(device::shared_address(kWiden ? (kIsK ? to->narrow_k_full : to->narrow_v_full) : (kIsK ? to->k_full : to->v_full))),
+        empty(device::shared_address(kWiden ? (kIsK ? to->narrow_k_empty : to->narrow_v_empty) : (kIsK ? to->k_empty : to->v_empty))) {}
+
+  __device__ __forceinline__ void start(int kv_head, const Box& box) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const auto stage = static_cast<std::uint32_t>(ring.stage);
+    device::barrier_wait(empty + stage * 8, ring.parity ^ 1);
+    if constexpr (kIsK) {
+      const bool valid = __shfl_sync(kAllLanes, box.valid ? 1 : 0, lane * 8 / inputs.keys_per_box % 32) != 0;
+      const unsigned bits = __ballot_sync(kAllLanes, valid || lane >= kKeys / 8);
+      if (lane == 0) (kWiden ? control->narrow_valid_keys : control->valid_keys)[stage] = bits;
+    }
+    copy_boxes<Shape, kPanels, kPanelElements>(kIsK ? inputs.k : inputs.v, inputs.keys_per_box, full + stage * 8,
+                                               slots + stage * (kPanels * Shape::kKeyPanelBytes), kv_head, box);
+    ring.advance();
+  }
+};
+
+/// Warp 1 copies each tile's keys, from the last to the first step, and its values, unless warp 2 does.
+template <typename Shape, bool kKeysToo, bool kValuesToo>
 __device__ void copy_steps(const Plan& plan, const WgmmaInputs& inputs, char* shared, WgmmaControl<Shape>* control) {
   constexpr int kKeys = Shape::kKeys;
-  constexpr bool kWiden = kIsK ? Shape::kWidenK : Shape::kWidenV;
-  constexpr int kStages = kWiden ? Shape::kNarrowStages : Shape::kStages;
-  constexpr int kPanels = kWiden ? Shape::kNarrowPanels : kIsK ? Shape::kQkPanels : Shape::kVPanels;
-  constexpr int kPanelElements = device::kPanelRowBytes / (Shape::kWidenV ? 1 : 2);
-  constexpr int kOffset = kIsK ? (kWiden ? Shape::kNarrowKOffset : 0) : kWiden ? Shape::kNarrowVOffset : Shape::kVOffset;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const std::uint32_t slots = device::shared_address(shared) + kOffset;
-  const std::uint32_t full = device::shared_address(kWiden ? (kIsK ? control->narrow_k_full : control->narrow_v_full)
-                                                           : (kIsK ? control->k_full : control->v_full));
-  const std::uint32_t empty = device::shared_address(kWiden ? (kIsK ? control->narrow_k_empty : control->narrow_v_empty)
-                                                            : (kIsK ? control->k_empty : control->v_empty));
+  [[maybe_unused]] StepCopies<Shape, true> keys(inputs, shared, control);
+  [[maybe_unused]] StepCopies<Shape, false> values(inputs, shared, control);
   Ring<kTileSlots> tiles;
-  Ring<kStages> ring;
   for (;;) {
     const TileSlot slot = take_tile<Shape>(control, tiles);
     if (slot.kind == TileKind::kEnd) return;
@@ -170,16 +197,8 @@ __device__ void copy_steps(const Plan& plan, const WgmmaInputs& inputs, char* sh
     for (;; --step) {
       Box next{};
       if (step > first) next = locate_box<Shape>(plan, inputs.keys_per_box, slot.tile, step - 1);
-      const auto stage = static_cast<std::uint32_t>(ring.stage);
-      device::barrier_wait(empty + stage * 8, ring.parity ^ 1);
-      if constexpr (kIsK) {
-        const bool valid = __shfl_sync(kAllLanes, box.valid ? 1 : 0, lane * 8 / inputs.keys_per_box % 32) != 0;
-        const unsigned bits = __ballot_sync(kAllLanes, valid || lane >= kKeys / 8);
-        if (lane == 0) (kWiden ? control->narrow_valid_keys : control->valid_keys)[stage] = bits;
-      }
-      copy_boxes<Shape, kPanels, kPanelElements>(kIsK ? inputs.k : inputs.v, inputs.keys_per_box, full + stage * 8,
-                                                 slots + stage * (kPanels * Shape::kKeyPanelBytes), slot.kv_head, box);
-      ring.advance();
+      if constexpr (kKeysToo) keys.start(slot.kv_head, box);
+      if constexpr (kValuesToo) values.start(slot.kv_head, box);
       if (step == first) break;
       box = next;
     }
@@ -201,15 +220,16 @@ __device__ __forceinline__ uint2 widen_4(std::uint32_t packed) {
   return pairs;
 }
 
-/// A warp of the second warpgroup widens its part of one step's K or V. Eight lanes take one chunk of 16 bytes of eight rows, so that neither
+/// A warp widens its part of one step's K or V. Eight lanes take one chunk of 16 bytes of eight rows, so that neither
 /// loads nor stores meet in a bank.
 template <typename Shape, device::Byte kByte>
 __device__ __forceinline__ void widen_slot(const char* narrow, char* wide) {
   constexpr int kQuarters = (Shape::kHeadDim + 63) / 64;  // of 64 columns: four chunks
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4;
-  static_assert(Shape::kKeys / 8 * kQuarters % 4 == 0);
+  constexpr int kWarps = Shape::kWidenerWarps;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32 % kWarps;
+  static_assert(Shape::kKeys / 8 * kQuarters % kWarps == 0);
 #pragma unroll 2
-  for (int i = warp; i < Shape::kKeys / 8 * kQuarters; i += 4) {
+  for (int i = warp; i < Shape::kKeys / 8 * kQuarters; i += kWarps) {
     const int row = i / kQuarters * 8 + lane % 8, panel = i % kQuarters, chunk = panel % 2 * 4 + lane / 8;
     const uint4 packed = *reinterpret_cast<const uint4*>(narrow + panel / 2 * Shape::kKeyPanelBytes + row * device::kPanelRowBytes +
                                                          ((chunk ^ lane % 8) << 4));
@@ -221,14 +241,16 @@ __device__ __forceinline__ void widen_slot(const char* narrow, char* wide) {
   }
 }
 
-/// The second warpgroup of calls with 8-bit keys: each step's K, unless it is multiplied as it is, and V.
+/// What a warp that widens does: of each step's K, unless it is multiplied as it is, and V.
 template <typename Shape, device::Byte kByte>
-__device__ void widen_steps(char* shared, WgmmaControl<Shape>* control) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  Ring<kTileSlots> tiles;
-  Ring<Shape::kNarrowStages> from;
-  Ring<Shape::kStages> to;
-  const auto widen = [&]<bool kIsK>() {
+struct Widener {
+  char* shared;
+  WgmmaControl<Shape>* control;
+  Ring<Shape::kNarrowStages> from{};
+  Ring<Shape::kStages> to{};
+
+  template <bool kIsK>
+  __device__ __forceinline__ void widen() const {
     const auto at = [](auto& barriers, int stage) { return device::shared_address(&barriers[stage]); };
     device::barrier_wait(at(kIsK ? control->narrow_k_full : control->narrow_v_full, from.stage), from.parity);
     device::barrier_wait(at(kIsK ? control->k_empty : control->v_empty, to.stage), to.parity ^ 1);
@@ -237,33 +259,43 @@ __device__ void widen_steps(char* shared, WgmmaControl<Shape>* control) {
     if (kIsK && threadIdx.x % 128 == 0) control->valid_keys[to.stage] = control->narrow_valid_keys[from.stage];
     device::fence_async_proxy();
     __syncwarp();
-    if (lane == 0) {
+    if (threadIdx.x % 32 == 0) {
       device::barrier_arrive(at(kIsK ? control->narrow_k_empty : control->narrow_v_empty, from.stage));
       device::barrier_arrive(at(kIsK ? control->k_full : control->v_full, to.stage));
     }
-  };
+  }
+  __device__ __forceinline__ void widen_tile(const TileSlot& slot) {
+    const int first = slot.tile.key_begin / Shape::kKeys;
+    for (int step = (slot.tile.key_end + Shape::kKeys - 1) / Shape::kKeys - 1; step >= first; --step) {
+      if constexpr (Shape::kWidenK) widen<true>();
+      widen<false>();
+      from.advance(), to.advance();
+    }
+  }
+};
+
+/// The second warpgroup of calls with 8-bit keys, or warp 2.
+template <typename Shape, device::Byte kByte>
+__device__ void widen_steps(char* shared, WgmmaControl<Shape>* control) {
+  Ring<kTileSlots> tiles;
+  Widener<Shape, kByte> widener{shared, control};
   for (;;) {
     const TileSlot slot = take_tile<Shape>(control, tiles);
     if (slot.kind == TileKind::kEnd) return;
-    if (slot.kind == TileKind::kNone) continue;
-    const int first = slot.tile.key_begin / Shape::kKeys;
-    for (int step = (slot.tile.key_end + Shape::kKeys - 1) / Shape::kKeys - 1; step >= first; --step) {
-      if constexpr (Shape::kWidenK) widen.template operator()<true>();
-      widen.template operator()<false>();
-      from.advance(), to.advance();
-    }
+    if (slot.kind != TileKind::kNone) widener.widen_tile(slot);
   }
 }
 
 constexpr int kQueryLoaders = 32;  // one warp
 
-/// Warp 3: each tile's query rows, if they are a box of q. Rows past the tile's last are other queries or zeros.
+/// Warp 3: each tile's query rows, if they are a box of q. Rows past the tile's last are other queries or zeros. With kWidenBeside it widens values besides.
 template <typename Shape>
 __device__ void copy_queries(const Plan& plan, const WgmmaInputs& inputs, char* shared, WgmmaControl<Shape>* control) {
   constexpr int kPanelElements = device::kPanelRowBytes / (Shape::kNarrowQ ? 1 : 2);
   const auto group = static_cast<int>(plan.group.divisor);
   Ring<kTileSlots> tiles;
   Ring<Shape::kQStages> queries;
+  [[maybe_unused]] Widener<Shape, device::Byte::kE4M3> widener{shared, control};
   for (;;) {
     const TileSlot slot = take_tile<Shape>(control, tiles);
     if (slot.kind == TileKind::kEnd) return;
@@ -282,6 +314,7 @@ __device__ void copy_queries(const Plan& plan, const WgmmaInputs& inputs, char* 
     }
     __syncwarp();
     queries.advance();
+    if constexpr (Shape::kWidenBeside) widener.widen_tile(slot);
   }
 }
 
@@ -300,6 +333,7 @@ __device__ void gather_queries(const Plan& plan, char* shared, WgmmaControl<Shap
   const std::int64_t wrap_step = (p.q_token_stride - group * p.q_head_stride) * kItem;
   Ring<kTileSlots> tiles;
   Ring<Shape::kQStages> queries;
+  [[maybe_unused]] Widener<Shape, device::Byte::kE4M3> widener{shared, control};
   for (;;) {
     const TileSlot slot = take_tile<Shape>(control, tiles);
     if (slot.kind == TileKind::kEnd) return;
@@ -331,6 +365,7 @@ __device__ void gather_queries(const Plan& plan, char* shared, WgmmaControl<Shap
     device::fence_async_proxy();
     device::barrier_arrive(device::shared_address(&control->q_full[queries.stage]));
     queries.advance();
+    if constexpr (Shape::kWidenBeside) widener.widen_tile(slot);
   }
 }
 

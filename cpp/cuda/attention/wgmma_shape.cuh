@@ -21,9 +21,8 @@ struct WgmmaInputs {
 };
 
 /// kQ is what q is stored as: 16 bits, or float8_e4m3fn, whose K is of it too. K and V have 16 bits, of kQ then, or kNarrowKv: 8. Products of
-/// weights and values are of 16 bits: narrow values are widened before, and so are narrow keys of wide queries. kFewKeys: fewer keys to a
-/// step, for short causal sequences.
-template <DType kQ, bool kNarrowKv, int kDim, bool kFewKeys = false>
+/// weights and values are of 16 bits: narrow values are widened before, and so are narrow keys of wide queries. kShort: for short sequences.
+template <DType kQ, bool kNarrowKv, int kDim, bool kShort = false>
 struct WgmmaShape {
   static_assert(itemsize(kQ) == 2 || kNarrowKv);
   static constexpr int kHeadDim = kDim;
@@ -31,23 +30,27 @@ struct WgmmaShape {
   static constexpr bool kBf16 = kQ == DType::kBFloat16;  // of weights and values; else float16
   static constexpr bool kWidenV = kNarrowKv, kWidenK = kNarrowKv && !kNarrowQ;
 
-  static constexpr int kRows = wgmma_rows(kDim, kNarrowKv);
+  static constexpr int kRows = wgmma_rows(kDim, kNarrowQ, kNarrowKv, kShort);
   static constexpr int kConsumers = kRows / 64;  // warpgroups with 64 rows each
   static constexpr int kConsumerWarps = 4 * kConsumers;
-  static constexpr int kWidenerWarps = kNarrowKv ? 4 : 0;
-  static constexpr int kFirstConsumer = kNarrowKv ? 2 : 1;  // its warpgroup
+  /// Warps 2 and 3 widen values, instead of a warpgroup of its own, for which three consumers leave no registers.
+  static constexpr bool kWidenBeside = kNarrowKv && kConsumers == 3;
+  static_assert(!kWidenBeside || kNarrowQ);
+  static constexpr int kWidenerWarps = kWidenBeside ? 2 : kNarrowKv ? 4 : 0;
+  static constexpr int kFirstConsumer = kNarrowKv && !kWidenBeside ? 2 : 1;  // its warpgroup
+  static constexpr int kTileReaders = 4 * (kConsumers + kFirstConsumer) - 1;  // warps
   static constexpr int kThreads = 128 * (kConsumers + kFirstConsumer);
   static constexpr int kProducerRegisters = kConsumers == 3 || kNarrowKv ? 32 : 40;
   static constexpr int kWidenerRegisters = 48;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kNarrowKv ? 216 : 232;
   /// Warpgroups take turns at issuing products where that is faster.
-  static constexpr bool kTakeTurns = kDim <= 128 && !kNarrowKv;
+  static constexpr bool kTakeTurns = kDim <= 128 && (!kNarrowKv || kWidenBeside);
   /// ptxas counts 128 registers for a thread of four warpgroups, too few for one product with all columns.
   static constexpr int kOutputParts = kNarrowKv && kDim > 128 ? 2 : 1;
 
-  static constexpr int kKeys = kDim == 96 || kFewKeys ? 96 : kDim <= 128 ? 128 : kNarrowKv ? 64 : kDim == 192 ? 112 : 80;  // per step
+  static constexpr int kKeys = wgmma_keys(kDim, kNarrowKv, kShort);  // per step
   static constexpr int kKeyUnit = kKeys & -kKeys;  // the largest box
-  static constexpr int kStages = 2;
+  static constexpr int kStages = kWidenBeside ? 3 : 2;
   static constexpr int kNarrowStages = kWidenK && kDim > 64 ? 1 : 2;
   static constexpr int kQStages = kDim > (kNarrowQ ? 256 : 128) ? 1 : 2;
 

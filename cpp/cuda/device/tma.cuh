@@ -104,6 +104,16 @@ __device__ __forceinline__ void copy_box_to_ctas(std::uint32_t dst, const void* 
       "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1), "h"(static_cast<std::uint16_t>(ctas))
       : "memory");
 }
+/// Copies a row of bytes to shared memory, counted at the barrier. All addresses and sizes are multiples of 16.
+__device__ __forceinline__ void copy_row(std::uint32_t dst, const void* src, int bytes, std::uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(dst), "l"(src), "r"(bytes),
+               "r"(barrier)
+               : "memory");
+}
+/// The reverse, as a part of this thread's group of stores.
+__device__ __forceinline__ void store_row(void* dst, std::uint32_t src, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
+}
 /// Copies a box from shared memory to a matrix; what lies outside of it is left out.
 __device__ __forceinline__ void store_box(const void* tensor_map, std::uint32_t src, int c0, int c1) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];\n" ::"l"(tensor_map), "r"(src), "r"(c0),

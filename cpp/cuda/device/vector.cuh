@@ -45,6 +45,25 @@ __device__ __forceinline__ RawVector<kBytes> load_raw(const void* src) {
   }
 }
 
+/// The same of global memory that nobody reads again soon: in the L2 cache it is the first to make room.
+template <int kBytes>
+__device__ __forceinline__ RawVector<kBytes> load_raw_once(const void* src) {
+  if constexpr (kBytes > 4 && kBytes % 16 == 0) {
+    RawVector<kBytes> result;
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      const uint4 piece = __ldcs(static_cast<const uint4*>(src) + i);
+      result.words[4 * i] = piece.x;
+      result.words[4 * i + 1] = piece.y;
+      result.words[4 * i + 2] = piece.z;
+      result.words[4 * i + 3] = piece.w;
+    }
+    return result;
+  } else {
+    return load_raw<kBytes>(src);
+  }
+}
+
 /// 16 bytes to global memory by one instruction. Of a plain store the compiler may make four where it does not find registers in a row.
 __device__ __forceinline__ void store_global_16(void* dst, uint4 value) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(dst), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");

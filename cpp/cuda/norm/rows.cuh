@@ -92,8 +92,10 @@ __device__ __forceinline__ std::int64_t row_offset(const RowLayout& rows, std::u
 // blockDim.x is a power of two up to 32, or whole warps with blockDim.y = 1. Quantized with a scale per group: a group's vectors
 // lie in as many neighbouring lanes, a power of two up to 32 that divides blockDim.x.
 template <NormKind kKind, bool kQuantizes, typename T, int kVec, int kVectors, bool kManyRows, int kRegisters>
-__global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ NormParams p) {
+__global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ NormParams p, const float given_inverse) {
   device::wait_for_predecessor();
+  // Few rows wait for nothing that the host has done. Many: with this division elsewhere, the compiler spills registers of quantized rows.
+  const float inverse_hidden = kManyRows ? 1.0f / static_cast<float>(p.hidden) : given_inverse;
   constexpr bool kAdds = kKind == NormKind::kAddRms, kIsLayer = kKind == NormKind::kLayer;
   __shared__ float scratch[kIsLayer ? 2 : 1][kWarpSize], max_scratch[kQuantizes ? kWarpSize : 1];
   const int num_vectors = static_cast<int>(p.hidden) / kVec;
@@ -117,12 +119,14 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
   }
   constexpr int kHeld = kManyRows ? 1 : kVectors;
   ParameterBits<kVec> weight_bits[kHeld], bias_bits[kIsLayer ? kHeld : 1];
+  float given_scale = 1.0f;
   if constexpr (!kManyRows) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       weight_bits[i].load(p.weight, p.weight_dtype, (lane + i * width) * kVec, p.hidden);
       if constexpr (kIsLayer) bias_bits[i].load(p.bias, p.bias_dtype, (lane + i * width) * kVec, p.bias == nullptr ? 0 : p.hidden);
     }
+    if (kQuantizes && p.quant.granularity == ScaleGranularity::kTensor) given_scale = p.quant.scales[0];
   }
 
   if constexpr (kAdds) {
@@ -134,7 +138,6 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
   }
 
   // Statistics. A sum of its own for each vector keeps the chains of dependent additions short.
-  const float inverse_hidden = 1.0f / static_cast<float>(p.hidden);
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
@@ -188,7 +191,7 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) normalised(v[i], i);
     if (!kHasGroups && p.quant.granularity == ScaleGranularity::kTensor) {
-      const Divisor divisor(p.quant.scales[0]);
+      const Divisor divisor(kManyRows ? p.quant.scales[0] : given_scale);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i)
         if (lane + i * width < limit) store_quantized<false>(p.out, out_at + i * width * kVec, is_int8, v[i], divisor);
@@ -333,6 +336,7 @@ std::int64_t lanes_of_group(const QuantParams& p) {
 
 // What launches a kernel is no template, as there are many.
 using NormKernel = void (*)(NormParams);
+using NormRowsKernel = void (*)(NormParams, float);
 
 inline void launch_long_rows(NormKernel kernel, std::int64_t num_threads, const NormParams& p, const char* name, Stream stream) {
   const auto num_ctas = static_cast<unsigned>(std::min<std::int64_t>(p.num_rows, 0x7fffffff));
@@ -348,13 +352,14 @@ void launch_long_rows(const NormParams& p, const char* name, Stream stream) {
 }
 
 /// Rows in the registers of their threads: `vectors` of `vec` elements for each.
-inline void launch_rows_of(NormKernel kernel, int vec, int vectors, const NormParams& p, const char* name, Stream stream) {
+inline void launch_rows_of(NormRowsKernel kernel, int vec, int vectors, const NormParams& p, const char* name, Stream stream) {
   const std::int64_t threads = ceil_div(p.hidden / vec, vectors);
   const std::int64_t width = threads <= kWarpSize ? static_cast<std::int64_t>(std::bit_ceil(static_cast<unsigned>(threads)))
                                                   : ceil_div(threads, kWarpSize) * kWarpSize;
   const std::int64_t rows_per_cta = width > kWarpSize ? 1 : kNarrowThreads / width;
   const auto num_ctas = static_cast<unsigned>(ceil_div(p.num_rows, rows_per_cta));
-  launch_waiting(name, kernel, num_ctas, dim3(static_cast<unsigned>(width), static_cast<unsigned>(rows_per_cta)), stream, p);
+  launch_waiting(name, kernel, num_ctas, dim3(static_cast<unsigned>(width), static_cast<unsigned>(rows_per_cta)), stream, p,
+                 1.0f / static_cast<float>(p.hidden));
 }
 
 template <NormKind kKind, bool kQuantizes, typename T, int kVec, int kVectors, bool kManyRows, int kRegisters>

@@ -98,7 +98,8 @@ FewChoice make_few_choice(std::int64_t num_tokens, const Layout& layout, int sou
   const double stages = num_stages * (cluster_ctas > 1 ? waves : 1);
   const double all_stages = static_cast<double>(tile_stages) * choice.num_tiles * cluster_ctas;
   const double product = choice.tokens <= 8 ? 880.0 : choice.tokens == 16 ? 960.0 : choice.tokens == 32 ? 1100.0 : 1600.0;
-  choice.cycles = std::max({stages * product, stages * read_bytes / 37.0, all_stages * read_bytes / (34.0 * num_sms),
+  const double waits = choice.num_stages == 2 ? 1.45 : 1.0;  // a ring of two waits for most of its copies
+  choice.cycles = std::max({stages * product * waits, stages * read_bytes * waits / 37.0, all_stages * read_bytes / (34.0 * num_sms),
                             all_stages * code_bytes / (16.0 * num_sms)}) +
                   3500.0 + (sum_bytes > 0 ? 300.0 : 0.0) + (cluster_ctas > 1 ? 300.0 + 2500.0 * (waves - 1) : 0.0) +
                   (cluster_ctas > 1 && choice.sums_at == 0 ? 700.0 : 0.0) + (cut_stages > 0 ? 600.0 : 0.0);

@@ -34,6 +34,8 @@ __global__ void __launch_bounds__(kGatherThreads)
   const std::int64_t token = blockIdx.y;
   const int piece = static_cast<int>(blockIdx.x * kGatherThreads + threadIdx.x);
   if (piece >= num_pieces) return;
+  // x is under way beside the permutation: a line of it for every eight pieces.
+  if (piece % 8 == 0 && 8 * piece < num_source_columns) asm volatile("prefetch.global.L2 [%0];\n" ::"l"(x + token * x_stride + 8 * piece));
   int sources[8];
   load_permutation(sources, permutation, piece, num_columns, permutation_is_aligned);
   std::uint32_t values[8];
@@ -48,6 +50,8 @@ __global__ void __launch_bounds__(kGatherThreads)
 
 constexpr int kMaxGatherBytes = 200 * 1024;
 constexpr int kGatherManyThreads = 512;
+/// So many elements, in rows that are not longer, are put in order for two tokens at a time also where that leaves few CTAs.
+constexpr std::int64_t kManyElements = std::int64_t{1} << 18, kMaxColumnsOfTwo = 8192;
 
 /// The same for kTokens tokens at a time: a CTA has pieces_of_cta pieces of them, and brings their rows to shared memory first, columns of all
 /// side by side: one read in any order, at a better rate than L1's, and one of the permutation do for all.
@@ -133,10 +137,11 @@ Columns order_columns(const QuantizedMatmulParams& params, Stream stream) {
   // Rows of four or two tokens side by side, or of one; else from device memory.
   const DeviceProperties& device = current_device_properties();
   const int room = std::min(kMaxGatherBytes, static_cast<int>(device.max_shared_bytes_per_cta));
-  int tokens_at_once = params.num_tokens >= 4 * device.num_sms ? 4
-                       : params.num_tokens >= device.num_sms   ? 2
-                       : params.num_tokens > 16                ? 1
-                                                               : 0;
+  const bool has_much = params.num_tokens * format.in_features >= kManyElements && format.in_features <= kMaxColumnsOfTwo;
+  int tokens_at_once = params.num_tokens >= 4 * device.num_sms                                       ? 4
+                       : params.num_tokens >= device.num_sms || (params.num_tokens > 16 && has_much) ? 2
+                       : params.num_tokens > 32                                                      ? 1
+                                                                                                     : 0;
   while (tokens_at_once > 0 && tokens_at_once * row_bytes > room) tokens_at_once /= 2;
   const bool permutation_is_aligned = is_aligned(params.weight.permutation, 16);
   for (std::int64_t first = 0; first < params.num_tokens; first += 65532) {

@@ -29,7 +29,7 @@ struct MmaPlan {
   int chunk_steps = 0;  // a multiple of the warps along K
   int row_warps_log2 = 0;  // warps of a CTA side by side along N; the others share K
   int group_shift = 0;  // unit k's group is k >> group_shift, where groups are not of 32
-  int num_stages = 0;  // of a warp's ring: kStages, or 2 where shared memory is short
+  int num_stages = 0;  // of rings: kStages, or 2 where shared memory is short
   int stage_bytes = 0;  // codes, then entries
   int x_alignment = 16;  // of every row of x, in bytes
   DType bias_dtype = DType::kFloat16;
@@ -48,18 +48,19 @@ struct MmaShape {
   static constexpr int kUnits = kMmaUnits;
   static constexpr int kTokens = 8 * kTiles;
   static constexpr int kCodeBytes = kUnits * unit_bytes(kBits);
-  // 64 KiB under way on an SM, which is what its share of the memory's rate times the latency is.
-  static constexpr int kStages = kWarps * kCodeBytes == 8192 ? 8 : kWarps * kCodeBytes == 16384 ? 4 : 3;
+  static constexpr bool kStreamsX = kTiles > 1;  // x comes with the codes, by a ring of all warps; else a chunk of it is there as a whole
+  static constexpr int kStages = kWarps * kCodeBytes <= 16384 ? 4 : 3;
   static constexpr int kSumFloats = kUnits * kTiles * 4 * 32;  // of a warp
   static constexpr int kSumBytes = kWarps * kSumFloats * 4;
 };
 
-/// Of a CTA: rings, sums, and x: one chunk, or two.
+/// Of a CTA: rings of codes, sums, and x: its ring, or one chunk, or two.
 template <typename Shape>
 QUIRE_HOST_DEVICE int mma_shared_bytes(const MmaPlan& plan) {
   const int tokens = plan.num_tokens < Shape::kTokens ? static_cast<int>(plan.num_tokens) : Shape::kTokens;
-  return Shape::kWarps * plan.num_stages * plan.stage_bytes + Shape::kSumBytes +
-         (plan.num_chunks > 1 ? 2 : 1) * tokens * (plan.chunk_steps * kUnitColumns * 2 + 16);
+  const int steps = Shape::kStreamsX ? Shape::kWarps >> plan.row_warps_log2 : plan.chunk_steps;
+  const int buffers = Shape::kStreamsX ? plan.num_stages : plan.num_chunks > 1 ? 2 : 1;
+  return Shape::kWarps * plan.num_stages * plan.stage_bytes + Shape::kSumBytes + buffers * tokens * (steps * kUnitColumns * 2 + 16);
 }
 
 /// d = a b.
@@ -79,7 +80,8 @@ __device__ __forceinline__ void mma_16816_first(float (&d)[4], const std::uint32
 /// kBits codes; groups of 32 columns if kSmallGroups; 8 * kTiles tokens.
 ///
 /// Grid: num_ctas CTAs for each block of tokens. A CTA adds up its tasks strip by strip: its warps share rows and, with what is left of them, the
-/// columns of a chunk. Each warp brings its own codes by a ring of asynchronous copies that never waits for other warps and runs on across tasks.
+/// columns of a chunk. Each warp brings its own codes by a ring of asynchronous copies that runs on across tasks. One tile's x is there as a whole, or by
+/// large chunks, so that no warp waits for others; more come with the codes, for all warps, step by step.
 /// A strip that several CTAs share is added up by the last of them, in the order of K.
 template <bool kBf16, int kBits, bool kSmallGroups, Entry kEntry, int kTiles>
 __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantized_matmul_mma_kernel(const __grid_constant__ MmaPlan plan) {
@@ -104,24 +106,25 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
   const int begin = plan.first_task(cta), end = plan.first_task(cta + 1);
   const int warp_steps = plan.chunk_steps / column_warps;
 
-  // Shared memory: rings, sums, x (one chunk, or two).
+  // Shared memory: rings, sums, x.
   const int ring_bytes = plan.num_stages * plan.stage_bytes;
   std::uint8_t* ring = shared + warp * ring_bytes;
   float* sums = reinterpret_cast<float*>(shared + Shape::kWarps * ring_bytes);
   const std::uint32_t x_shared = device::shared_address(shared) + static_cast<std::uint32_t>(Shape::kWarps * ring_bytes + Shape::kSumBytes);
-  const int x_row_bytes = plan.chunk_steps * kUnitColumns * 2 + 16;  // eight rows are in different banks
+  const int x_steps = Shape::kStreamsX ? column_warps : plan.chunk_steps;  // at a time
+  const int x_row_bytes = x_steps * kUnitColumns * 2 + 16;  // eight rows are in different banks
   const int x_bytes = x_row_bytes * num_tokens;
 
-  // ---- Copies of x: the part `part` of `parts` of a chunk ----
-  const int x_pieces = plan.chunk_steps * (kUnitColumns / 8);  // of 16 bytes, in a row
+  // ---- Copies of x: the part `part` of `parts` of x_steps steps ----
+  const int x_pieces = x_steps * (kUnitColumns / 8);  // of 16 bytes, in a row
   const int x_rows_at_once = max(Shape::kThreads / x_pieces, 1);
   const int x_row = x_rows_at_once == 1 ? 0 : thread / x_pieces, x_piece = x_rows_at_once == 1 ? thread : thread % x_pieces;
   const bool x_is_simple = plan.x_alignment == 16 && plan.num_columns == layout.num_steps * kUnitColumns &&
                            plan.num_chunks * plan.chunk_steps == layout.num_steps;
-  const auto copy_x = [&](int chunk, int buffer, int part, int parts) {
+  const auto copy_x = [&](int first_step, int buffer, int part, int parts) {
     if (x_row >= x_rows_at_once) return;
     int token = part * x_rows_at_once + x_row;
-    const int first_column = (chunk * (plan.chunk_steps * (kUnitColumns / 8)) + x_piece) * 8;
+    const int first_column = first_step * kUnitColumns + x_piece * 8;
     const T* from = static_cast<const T*>(plan.x) + (first_token + token) * plan.x_stride + first_column;
     std::uint32_t dst = x_shared + static_cast<std::uint32_t>(buffer * x_bytes + token * x_row_bytes + 16 * x_piece);
     const std::int64_t from_step = std::int64_t{parts} * x_rows_at_once * plan.x_stride;
@@ -168,7 +171,12 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
   aim();
   const std::uint32_t ring_begin = device::shared_address(ring), ring_end = ring_begin + static_cast<std::uint32_t>(ring_bytes);
   std::uint32_t write_slot = ring_begin;
+  int write_stage = 0;
   const auto copy_step = [&] {
+    if (Shape::kStreamsX) {
+      if (ahead.task < end) copy_x(ahead.chunk * plan.chunk_steps + ahead.step * column_warps, write_stage, 0, 1);
+      if (++write_stage == plan.num_stages) write_stage = 0;
+    }
     if (ahead.k < ahead.limit) {
       const std::uint32_t dst = write_slot + static_cast<std::uint32_t>(16 * lane);
 #pragma unroll
@@ -195,8 +203,10 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
 
   // ---- Start: codes depend on no predecessor, x may ----
   int strip = ahead.strip, chunk = ahead.chunk;
-  if (!plan.waits) {
-    copy_x(chunk, 0, 0, 1);
+  if (Shape::kStreamsX) {
+    if (plan.waits) device::wait_for_predecessor();
+  } else if (!plan.waits) {
+    copy_x(chunk * plan.chunk_steps, 0, 0, 1);
     device::copy_async_commit();
   }
 #pragma unroll 1
@@ -204,15 +214,17 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
     copy_step();
     device::copy_async_commit();
   }
-  if (plan.waits) {
-    device::wait_for_predecessor();
-    copy_x(chunk, 0, 0, 1);
-    device::copy_async_commit();
-    device::copy_async_wait<0>();
-  } else {
-    plan.num_stages == kStages ? device::copy_async_wait<kStages - 1>() : device::copy_async_wait<1>();
+  if (!Shape::kStreamsX) {
+    if (plan.waits) {
+      device::wait_for_predecessor();
+      copy_x(chunk * plan.chunk_steps, 0, 0, 1);
+      device::copy_async_commit();
+      device::copy_async_wait<0>();
+    } else {
+      plan.num_stages == kStages ? device::copy_async_wait<kStages - 1>() : device::copy_async_wait<1>();
+    }
+    __syncthreads();
   }
-  __syncthreads();
 
   // The row of x that a lane gives ldmatrix the address of, for each tile; rows past the last token repeat it, and nobody looks at their sums.
   std::uint32_t x_rows[kTiles];
@@ -224,10 +236,10 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
 
   float acc[kUnits][kTiles][4] = {};
   int segment_begin = begin;
-  std::uint32_t x_buffer = 0;
+  std::uint32_t x_buffer = 0;  // or stage
   std::uint32_t read_slot = ring_begin;
   for (int task = begin; task < end; ++task) {
-    if (plan.num_chunks > 1 && task > begin) {
+    if (!Shape::kStreamsX && plan.num_chunks > 1 && task > begin) {
       // x came with groups of the last task's steps but the last two.
       if (warp_steps >= 3) {
         device::copy_async_wait<2>();
@@ -239,7 +251,7 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
       __syncthreads();
       x_buffer ^= 1;
     }
-    const int x_parts = plan.num_chunks > 1 && task + 1 < end ? max(warp_steps - 2, 1) : 0;
+    const int x_parts = !Shape::kStreamsX && plan.num_chunks > 1 && task + 1 < end ? max(warp_steps - 2, 1) : 0;
     const int next_chunk = chunk + 1 == plan.num_chunks ? 0 : chunk + 1;
 
     // ---- The steps of a chunk ----
@@ -249,9 +261,10 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
 #pragma unroll 1
     for (int step = 0; step < warp_steps; ++step) {
       plan.num_stages == kStages ? device::copy_async_wait<kStages - 2>() : device::copy_async_wait<0>();
-      __syncwarp();  // some lanes bring entries for all, and all are done with the slot that is written next
+      // Some lanes, or warps, bring what all read, and all are done with the slot that is written next.
+      Shape::kStreamsX ? __syncthreads() : __syncwarp();
       copy_step();
-      if (step < x_parts) copy_x(next_chunk, static_cast<int>(x_buffer ^ 1), step, x_parts);
+      if (step < x_parts) copy_x(next_chunk * plan.chunk_steps, static_cast<int>(x_buffer ^ 1), step, x_parts);
       device::copy_async_commit();
       const std::uint8_t* slot = ring + (read_slot - ring_begin);
       read_slot += static_cast<std::uint32_t>(plan.stage_bytes);
@@ -309,7 +322,12 @@ __global__ __launch_bounds__(MmaShape<kBits, kTiles>::kThreads, 1) void quantize
         }
       }
       k += column_warps;
-      x_offset += static_cast<std::uint32_t>(column_warps * (kUnitColumns * 2));
+      if (Shape::kStreamsX) {
+        x_offset += static_cast<std::uint32_t>(x_bytes);
+        if (++x_buffer == static_cast<std::uint32_t>(plan.num_stages)) x_buffer = 0, x_offset = 0;
+      } else {
+        x_offset += static_cast<std::uint32_t>(column_warps * (kUnitColumns * 2));
+      }
     }
 
     // ---- The end of a strip, or of what this CTA has of it ----
