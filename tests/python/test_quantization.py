@@ -690,6 +690,7 @@ def test_scaled_matmul(backend, rng, m, n, k, scaling, dtype):
         (64, 4096, 4096),
         (128, 2048, 2048),
         (20, 520, 2048),
+        (9, 520, 2176),
         (3, 1024, 4096),
     ],
 )
@@ -756,10 +757,12 @@ def test_scaled_matmul_long_int8(backend):
     np.testing.assert_array_equal(backend.numpy(out).astype(np.float64), want.astype(np.float32))
 
 
-def test_scaled_matmul_column_major_scales(backend, rng):
+@pytest.mark.parametrize(("m", "n", "k"), [(6, 128, 256), (70, 136, 1200), (200, 328, 1040), (300, 200, 384)])
+def test_scaled_matmul_column_major_scales(backend, rng, m, n, k):
     """Scales of groups as [groups, tokens] in memory."""
-    a, b = draw_operand(rng, (6, 256), "float8_e4m3fn"), draw_operand(rng, (128, 256), "float8_e4m3fn")
-    scale_a, scale_b = draw_scales(rng, (2, 6), "float32"), draw_scales(rng, (1, 2), "float32")
+    a, b = draw_operand(rng, (m, k), "float8_e4m3fn"), draw_operand(rng, (n, k), "float8_e4m3fn")
+    shape_a, shape_b = scale_shapes("block", m, n, k)
+    scale_a, scale_b = draw_scales(rng, shape_a[::-1], "float32"), draw_scales(rng, shape_b, "float32")
     tensors = [backend.array(t) for t in (a, b)]
     out = quire.scaled_matmul(*tensors, backend.array(scale_a).T, backend.array(scale_b), out_dtype="float32")
     want = quire.scaled_matmul(
@@ -896,7 +899,9 @@ def test_quantize(backend, rng, width, kind, granularity, dtype):
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "asymmetric"])
-@pytest.mark.parametrize(("rows", "width"), [(65, 2048), (1234, 4000), (2560, 16384)])
+@pytest.mark.parametrize(
+    ("rows", "width"), [(65, 2048), (1234, 4000), (4097, 4096), (5003, 4096), (2560, 16384)]
+)
 def test_quantize_large_tensor(backend, rng, rows, width, kind):
     """One scale for more than a CTA, and for more than the CTAs hold at once; the ends of x count."""
     if backend.device == "cpu" and rows > 65:
@@ -928,6 +933,25 @@ def test_quantize_frameworks(framework, rng):
     assert type(q) is type(scale) is type(framework.array(x))
     back = framework.numpy(quire.dequantize_fp8(q, scale, granularity="token")).astype(np.float64)
     np.testing.assert_allclose(back, as_float64(x), rtol=2.0**-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "asymmetric"])
+def test_quantize_groups_of_rows_with_gaps(backend, rng, kind):
+    """The same as of dense rows, which one kernel takes as a whole."""
+    x = draw(rng, (70, 512), "bfloat16")
+    x[7, 130], x[9, 5] = np.nan, np.inf
+    quantize = quire.quantize_fp8 if kind == "fp8" else quire.quantize_int8
+    options = {"granularity": "group", "group_size": 128} | (
+        {} if kind == "fp8" else {"symmetric": kind == "int8"}
+    )
+
+    def run(tensor):
+        computed = quantize(tensor, **options)
+        given = {"scale": computed[1]} | ({"zero_point": computed[2]} if kind == "asymmetric" else {})
+        return [*computed, quantize(tensor, **options, **given)[0]]
+
+    for dense, gaps in zip(run(backend.array(x)), run(backend.strided(x, 16)), strict=True):
+        assert_same_bits(backend.numpy(dense), backend.numpy(gaps))
 
 
 def test_quantize_strided_and_zero_sizes(backend, rng):

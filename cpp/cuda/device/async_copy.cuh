@@ -16,6 +16,15 @@ __device__ __forceinline__ std::int32_t load_shared(std::uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ uint4 load_shared_16(std::uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
 /// 16 bytes, of which the first `src_bytes` are read and the rest become zero. Both addresses are 16-byte aligned.
 __device__ __forceinline__ void copy_async_16(std::uint32_t dst, const void* src, int src_bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(src), "r"(src_bytes) : "memory");

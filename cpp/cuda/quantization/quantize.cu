@@ -26,6 +26,7 @@ constexpr int kMaxThreads = 512;
 constexpr int kNarrowThreads = 128;
 constexpr int kResidentThreads = 1024;  // of an SM, in quantize_rows_kernel
 constexpr int kTensorThreads = 1024;
+constexpr int kDenseThreads = 256;
 
 // The results that there are. A kernel knows which it makes: code of the others would cost it registers.
 enum class Result { kFloat8, kInt8, kAsymmetricInt8 };
@@ -77,6 +78,64 @@ __device__ __forceinline__ void extend(Range& range, const Packed<T, kCount>& pa
     float v[kCount];
     unpack<T, kCount>(v, packed);
     extend<kAsymmetric>(range, v);
+  }
+}
+
+__device__ __forceinline__ __half2 largest_pairs_or_nan(__half2 a, __half2 b) { return __hmax2_nan(a, b); }
+__device__ __forceinline__ __nv_bfloat162 largest_pairs_or_nan(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2_nan(a, b); }
+
+// The same with both sides, of 16-bit elements. Returns whether none is NaN.
+template <typename T, int kCount>
+__device__ __forceinline__ bool extend_and_check(Range& range, const Packed<T, kCount>& packed) {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  const auto pair = [](std::uint32_t word) { return *reinterpret_cast<Pair*>(&word); };
+  Pair below = pair(0), above = pair(0);
+#pragma unroll
+  for (const std::uint32_t word : packed.words) {
+    above = largest_pairs_or_nan(above, pair(word));
+    below = smallest_pairs(below, pair(word));
+  }
+  const float sum = __low2float(above) + __high2float(above);
+  if (sum != sum) {
+    extend<true, T, kCount>(range, packed);
+    return false;
+  }
+  range.above = fmaxf(range.above, larger_of(above));
+  range.below = fmaxf(range.below, -smaller_of(below));
+  return true;
+}
+
+// Over groups of lanes, 2^shift, with `max` of two values. Eight lanes have 128 elements, the usual group.
+template <typename V, typename Max>
+__device__ __forceinline__ V group_max(V value, int shift, Max&& max) {
+  if (shift == 3) {
+#pragma unroll
+    for (int lane_mask = 4; lane_mask > 0; lane_mask /= 2) value = max(value, __shfl_xor_sync(kFullMask, value, lane_mask));
+  } else {
+#pragma unroll 1
+    for (int lane_mask = 1 << shift >> 1; lane_mask > 0; lane_mask >>= 1) value = max(value, __shfl_xor_sync(kFullMask, value, lane_mask));
+  }
+  return value;
+}
+__device__ __forceinline__ float group_max(float value, int shift) {
+  return group_max(value, shift, [](float a, float b) { return fmaxf(a, b); });
+}
+// Both sides, of elements of T.
+template <typename T>
+__device__ __forceinline__ void group_range(Range& range, int shift) {
+  if constexpr (sizeof(T) == 2) {
+    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    Pair both;
+    if constexpr (std::is_same_v<T, __half>) {
+      both = __floats2half2_rn(range.below, range.above);
+    } else {
+      both = __floats2bfloat162_rn(range.below, range.above);
+    }
+    both = group_max(both, shift, [](Pair a, Pair b) { return largest_pairs(a, b); });
+    range.below = __low2float(both), range.above = __high2float(both);
+  } else {
+    range.above = group_max(range.above, shift);
+    range.below = group_max(range.below, shift);
   }
 }
 
@@ -154,6 +213,29 @@ __device__ __forceinline__ float largest_or_nan(const float (&v)[kCount]) {
   return largest;
 }
 
+// Quotients rounded, plus the zero point. ordinary: they are numbers up to 2^21.
+template <int kCount>
+__device__ __forceinline__ void store_rounded(void* out, float (&v)[kCount], int zero_point, bool ordinary) {
+  if (!ordinary) {
+#pragma unroll
+    for (float& x : v) x = x == x ? fminf(fmaxf(x, -512.0f), 512.0f) : 0.0f;
+  }
+  // A number that has no bits below 1: the addition rounds, and leaves an integer in the low bits.
+  constexpr float kRounds = 0x1.8p23f;
+  int integers[kCount];
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) integers[e] = __float_as_int(v[e] + kRounds) + (zero_point - __float_as_int(kRounds));
+  Packed<std::int8_t, kCount> result;
+  if constexpr (kCount == 1) {
+    result.byte = static_cast<std::uint8_t>(pack_saturated(integers[0], 0, 0, 0));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i)
+      result.words[i] = pack_saturated(integers[4 * i], integers[4 * i + 1], integers[4 * i + 2], integers[4 * i + 3]);
+  }
+  store_raw(out, result);
+}
+
 // v over the scale, rounded, plus the zero point. kComputed: the scale is that of the elements' own range.
 template <bool kComputed, int kCount>
 __device__ __forceinline__ void store_asymmetric(void* out, float (&v)[kCount], const Quantizer& by) {
@@ -174,24 +256,7 @@ __device__ __forceinline__ void store_asymmetric(void* out, float (&v)[kCount], 
       by.divisor.divide(v);
     }
   }
-  if (!ordinary) {
-#pragma unroll
-    for (float& x : v) x = x == x ? fminf(fmaxf(x, -512.0f), 512.0f) : 0.0f;
-  }
-  // A number that has no bits below 1: the addition rounds, and leaves an integer in the low bits.
-  constexpr float kRounds = 0x1.8p23f;
-  int integers[kCount];
-#pragma unroll
-  for (int e = 0; e < kCount; ++e) integers[e] = __float_as_int(v[e] + kRounds) + (by.value.zero_point - __float_as_int(kRounds));
-  Packed<std::int8_t, kCount> result;
-  if constexpr (kCount == 1) {
-    result.byte = static_cast<std::uint8_t>(pack_saturated(integers[0], 0, 0, 0));
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount / 4; ++i)
-      result.words[i] = pack_saturated(integers[4 * i], integers[4 * i + 1], integers[4 * i + 2], integers[4 * i + 3]);
-  }
-  store_raw(out, result);
+  store_rounded(out, v, by.value.zero_point, ordinary);
 }
 
 // The result's elements from `out` on. kComputed: the scale is one of the elements' own.
@@ -314,7 +379,7 @@ __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVec
         Range range;
         extend<false, T, kVec>(range, piece.packed[i]);
         const int group_vectors = 1 << group_shift;
-        range.above = warp_max(range.above, group_vectors);
+        range.above = group_max(range.above, group_shift);
         value = computed<kResult>(p, range);
         if (vector < limit && (lane & (group_vectors - 1)) == 0) write_scale(row, vector >> group_shift, value);
       }
@@ -371,15 +436,26 @@ __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVec
   constexpr int kScales = kGivenScales<kVectors, kScaling>;
   constexpr int kWords = kVec * static_cast<int>(sizeof(T)) / 16;
   extern __shared__ __align__(16) uint4 ring[];
-  __shared__ float scratch[2][kWarpSize];
+  __shared__ float2 scratch[2][kWarpSize];
   const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x), threads = width * static_cast<int>(blockDim.y);
   const int thread = static_cast<int>(threadIdx.y) * width + lane;
   const int num_vectors = static_cast<int>(p.width) / kVec, num_rows = static_cast<int>(p.num_rows);
   const int height = static_cast<int>(blockDim.y), step = static_cast<int>(gridDim.x) * height;
   int turn = 0;
-  const auto row_max = [&](float value) {
+  const auto row_range = [&](Range& range) {
+    if (width <= kWarpSize) {
+      range.above = warp_max(range.above, width);
+      range.below = warp_max(range.below, width);
+      return;
+    }
+    const int in_warp = lane % kWarpSize;
+    float2 both = make_float2(warp_max_of_bits(range.above), warp_max_of_bits(range.below));
     turn ^= 1;
-    return width <= kWarpSize ? warp_max(value, width) : cta_max(value, scratch[turn]);
+    if (in_warp == 0) scratch[turn][lane / kWarpSize] = both;
+    __syncthreads();
+    both = in_warp < width / kWarpSize ? scratch[turn][in_warp] : float2{0.0f, 0.0f};
+    range.above = warp_max_of_bits(both.x);
+    range.below = warp_max_of_bits(both.y);
   };
 
   // Where the CTA is. Of rows past the last there is nothing.
@@ -433,40 +509,46 @@ __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVec
   };
 
   // This thread's part of shared memory: words of the elements, and scales with zero points.
-  uint4* const words = ring + thread;
-  auto* const given_ahead = reinterpret_cast<ScaleAndZero*>(ring + num_ahead * kVectors * kWords * threads) + thread;
-  const auto word_at = [&](int stage, int i, int word) { return words + ((stage * kVectors + i) * kWords + word) * threads; };
+  const auto word_bytes = static_cast<std::uint32_t>(threads) * 16, given_bytes = static_cast<std::uint32_t>(threads) * 8;
+  const std::uint32_t own_words = device::shared_address(ring + thread);
+  const std::uint32_t own_given =
+      device::shared_address(ring + num_ahead * kVectors * kWords * threads) + static_cast<std::uint32_t>(thread) * 8;
+  const auto words_at = [&](int stage) { return own_words + static_cast<std::uint32_t>(stage * kVectors * kWords) * word_bytes; };
+  const auto given_at = [&](int stage, int i) { return own_given + static_cast<std::uint32_t>(stage * kScales + i) * given_bytes; };
   const auto copy = [&](const Place& at, int stage) {
     const int limit = limit_at(at);
     if (limit == 0) return;
     const T* const x = static_cast<const T*>(p.x) + offset_of(p.x_rows, row_at(at));
+    const std::uint32_t to = words_at(stage);
     each_vector(at, limit, [&](int i, int vector) {
 #pragma unroll
       for (int word = 0; word < kWords; ++word)
-        device::copy_async_cached_16(device::shared_address(word_at(stage, i, word)), x + vector * kVec + word * kElementsPer16Bytes<T>);
+        device::copy_async_cached_16(to + static_cast<std::uint32_t>(i * kWords + word) * word_bytes,
+                                     x + vector * kVec + word * kElementsPer16Bytes<T>);
     });
   };
   const auto copy_given = [&](const Place& at, int stage) {
     each_given(at, [&](int i, const float* scale, const std::int32_t* zero_point) {
-      const std::uint32_t to = device::shared_address(given_ahead + (stage * kScales + i) * threads);
+      const std::uint32_t to = given_at(stage, i);
       device::copy_async_4(to, scale, 4);
       device::copy_async_4(to + 4, zero_point, 4);
     });
   };
   const auto take = [&](const Place& at, int stage, Piece& piece) {
     const int limit = limit_at(at);
+    const std::uint32_t from = words_at(stage);
 #pragma unroll
     for (auto& packed : piece.packed) packed = {};
     each_vector(at, limit, [&](int i, int) {
 #pragma unroll
       for (int word = 0; word < kWords; ++word) {
-        const uint4 part = *word_at(stage, i, word);
+        const uint4 part = device::load_shared_16(from + static_cast<std::uint32_t>(i * kWords + word) * word_bytes);
         piece.packed[i].words[4 * word] = part.x, piece.packed[i].words[4 * word + 1] = part.y;
         piece.packed[i].words[4 * word + 2] = part.z, piece.packed[i].words[4 * word + 3] = part.w;
       }
       if (i >= kScales) return;
-      piece.given[i] = given_ahead[(stage * kScales + i) * threads];
-      piece.given[i].zero_point = in_range(piece.given[i].zero_point);
+      piece.given[i].scale = __int_as_float(device::load_shared(given_at(stage, i)));
+      piece.given[i].zero_point = in_range(device::load_shared(given_at(stage, i) + 4));
     });
   };
 
@@ -477,12 +559,21 @@ __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVec
   };
   const auto finish = [&](const Place& at, const Piece& piece) {
     const int row = row_at(at), limit = limit_at(at);
+    // Of 16 bits, whether none is NaN is known before they are divided.
+    constexpr bool kChecks = kComputes && sizeof(T) == 2;
+    bool ordinary = true;
+    const auto extend_by = [&](Range& range, const Packed<T, kVec>& packed) {
+      if constexpr (kChecks) {
+        if (!extend_and_check<T, kVec>(range, packed)) ordinary = false;
+      } else {
+        extend<true, T, kVec>(range, packed);
+      }
+    };
     if constexpr (kScaling == Scaling::kToken) {
       Range range;
 #pragma unroll
-      for (const auto& packed : piece.packed) extend<true, T, kVec>(range, packed);
-      range.above = row_max(range.above);
-      range.below = row_max(range.below);
+      for (const auto& packed : piece.packed) extend_by(range, packed);
+      row_range(range);
       by = Quantizer(computed<kResult>(p, range));
       if (lane == 0 && limit > 0) write_scale(row, 0);
     }
@@ -493,10 +584,10 @@ __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVec
       const int vector = at.first_vector + lane + i * width;
       if constexpr (kScaling == Scaling::kGroup) {
         Range range;
-        extend<true, T, kVec>(range, piece.packed[i]);
+        ordinary = true;
+        extend_by(range, piece.packed[i]);
         const int group_vectors = 1 << group_shift;
-        range.above = warp_max(range.above, group_vectors);
-        range.below = warp_max(range.below, group_vectors);
+        group_range<T>(range, group_shift);
         by = Quantizer(computed<kResult>(p, range));
         if (vector < limit && (lane & (group_vectors - 1)) == 0) write_scale(row, vector >> group_shift);
       }
@@ -509,7 +600,12 @@ __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVec
       }
       float v[kVec];
       unpack<T, kVec>(v, piece.packed[i]);
-      store<kResult, kComputes>(p, out + vector * kVec, v, by);
+      if constexpr (kChecks) {
+        by.divisor.divide_bounded(v);
+        store_rounded(out + vector * kVec, v, by.value.zero_point, ordinary && by.value.scale <= 0x1.fffffep127f);
+      } else {
+        store<kResult, kComputes>(p, out + vector * kVec, v, by);
+      }
     }
   };
 
@@ -551,6 +647,95 @@ __global__ void __launch_bounds__(kRowThreads<kVectors>, 1024 / kRowThreads<kVec
       advance(next);
       read(next, piece);
       read_given(next, piece);
+    }
+  }
+}
+
+// x, its result, scales and zero points are dense, and groups end with rows: rows do not matter. Grid: CTAs share x in turns, 2 vectors to a thread, 256
+// apart. Groups as above.
+template <typename T, Scaling kScaling, Result kResult>
+__global__ void __launch_bounds__(kDenseThreads, kResidentThreads / kDenseThreads)
+    quantize_dense_kernel(const __grid_constant__ QuantizeParams p, const int num_vectors, const int group_shift) {
+  static_assert(kScaling == Scaling::kGroup || kScaling == Scaling::kGivenGroup);
+  constexpr bool kComputes = kScaling == Scaling::kGroup, kAsymmetric = kResult == Result::kAsymmetricInt8;
+  constexpr bool kChecks = kComputes && kAsymmetric && sizeof(T) == 2;
+  constexpr int kVectors = 2;
+  const int thread = static_cast<int>(threadIdx.x), step = static_cast<int>(gridDim.x) * kVectors * kDenseThreads;
+  const auto* const x = static_cast<const T*>(p.x);
+  auto* const out = static_cast<std::uint8_t*>(p.out);
+  float* const scales = p.quant.scales;
+
+  struct Piece {
+    Packed<T, kVec> packed[kVectors];
+    ScaleAndZero given[kComputes ? 1 : kVectors];
+  };
+  const auto load = [&](Piece& piece, int first) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int vector = first + i * kDenseThreads;
+      piece.packed[i] = {};
+      if (vector < num_vectors) piece.packed[i] = load_packed<T, kVec>(x + std::int64_t{vector} * kVec);
+      if constexpr (!kComputes) {
+        piece.given[i] = {1.0f, 0};
+        if (vector < num_vectors) {
+          piece.given[i].scale = scales[vector >> group_shift];
+          if constexpr (kAsymmetric) piece.given[i].zero_point = in_range(p.zero_points[vector >> group_shift]);
+        }
+      }
+    }
+  };
+  const auto finish = [&](const Piece& piece, int first) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int vector = first + i * kDenseThreads;
+      ScaleAndZero value = piece.given[kComputes ? 0 : i];
+      bool ordinary = true;
+      if constexpr (kComputes) {
+        Range range;
+        if constexpr (kChecks) {
+          ordinary = extend_and_check<T, kVec>(range, piece.packed[i]);
+        } else {
+          extend<kAsymmetric, T, kVec>(range, piece.packed[i]);
+        }
+        if constexpr (kAsymmetric) {
+          group_range<T>(range, group_shift);
+        } else {
+          range.above = group_max(range.above, group_shift);
+        }
+        value = computed<kResult>(p, range);
+        if (vector < num_vectors && (vector & ((1 << group_shift) - 1)) == 0) {
+          scales[vector >> group_shift] = value.scale;
+          if constexpr (kAsymmetric) p.zero_points[vector >> group_shift] = value.zero_point;
+        }
+      }
+      if (vector >= num_vectors) continue;
+      const Quantizer by(value);
+      auto* const to = out + std::int64_t{vector} * kVec;
+      float v[kVec];
+      unpack<T, kVec>(v, piece.packed[i]);
+      if constexpr (kChecks) {
+        by.divisor.divide_bounded(v);
+        store_rounded(to, v, value.zero_point, ordinary && value.scale <= 0x1.fffffep127f);
+      } else {
+        store<kResult, kComputes>(p, to, v, by);
+      }
+    }
+  };
+
+  // All lanes of a warp go through the pieces together: they take part in the maxima.
+  device::wait_for_predecessor();
+  const int first_of_cta = static_cast<int>(blockIdx.x) * kVectors * kDenseThreads;
+  Piece piece;
+  load(piece, first_of_cta + thread);
+  for (int first = first_of_cta; first < num_vectors; first += step) {
+    if constexpr (kReadsAhead<T>) {
+      Piece next;
+      load(next, min(first + step, num_vectors) + thread);
+      finish(piece, first + thread);
+      piece = next;
+    } else {
+      finish(piece, first + thread);
+      load(piece, min(first + step, num_vectors) + thread);
     }
   }
 }
@@ -641,40 +826,70 @@ __global__ void tensor_scale_kernel(const __grid_constant__ QuantizeParams p) {
   write_scale<kResult>(p, 0, 0, computed<kResult>(p, range));
 }
 
-// Grid: CTAs that all run at once divide x, which is dense, as num_words words of 16 bytes. A CTA holds the first `most_held` words of its part in
-// shared memory while all find the tensor's range; the rest it reads again, the last words first: the L2 cache still has those. The CTAs' ranges
-// lie at the beginning of the result, which is written last.
+constexpr int kRegisterWords = 4;  // of a thread
+constexpr int kTensorSlots = 5;    // words of a thread that are on their way at the second reading
+
+// Grid: CTAs that all run at once divide x, which is dense, as num_words words of 16 bytes. While all find the tensor's range a CTA holds the first
+// `most_held` words of its part in shared memory and the next ones in registers; the rest it reads again, the last words first: the L2 cache still has
+// those. The CTAs' ranges lie at the beginning of the result, which is written last.
 template <typename T, Result kResult>
 __global__ void __launch_bounds__(kTensorThreads, 1)
     quantize_tensor_kernel(const __grid_constant__ QuantizeParams p, const std::int64_t num_words, const int most_held) {
   constexpr bool kAsymmetric = kResult == Result::kAsymmetricInt8;
-  constexpr int kCount = kElementsPer16Bytes<T>, kInFlight = 4;
+  constexpr int kCount = kElementsPer16Bytes<T>, kInFlight = 4, kBatches = 3;
   extern __shared__ __align__(16) uint4 held[];
   __shared__ float scratch[4][kWarpSize];
+  using Word = Packed<T, kCount>;
   const auto grid = cooperative_groups::this_grid();
   const int thread = static_cast<int>(threadIdx.x), cta = static_cast<int>(blockIdx.x), num_ctas = static_cast<int>(gridDim.x);
   const std::int64_t share = ceil_div(num_words, num_ctas), first_word = share * cta;
-  const int count = static_cast<int>(max(min(num_words - first_word, share), std::int64_t{0})), num_held = min(count, most_held);
-  const T* const x = static_cast<const T*>(p.x) + first_word * kCount;
+  const int count = static_cast<int>(max(min(num_words - first_word, share), std::int64_t{0}));
+  const int num_held = min(count, most_held), first_rest = min(count, num_held + kRegisterWords * kTensorThreads);
+  const uint4* const x = static_cast<const uint4*>(p.x) + first_word;
   auto* const out = static_cast<std::uint8_t*>(p.out) + first_word * kCount;
+  const auto as_word = [](uint4 v) { return Word{{v.x, v.y, v.z, v.w}}; };
+  const auto held_word = [&](int i) { return as_word(held[i]); };
 
-  for (int i = thread; i < num_held; i += kTensorThreads) device::copy_async_16(device::shared_address(held + i), x + i * kCount, 16);
+  // Copies begin in batches, so that the first are looked at while others come. A thread reads what it has copied itself.
+  const int batch = (most_held / kBatches + kTensorThreads - 1) / kTensorThreads * kTensorThreads;
+  const auto each_of_batch = [&](int b, auto&& f) {
+    const int end = b == kBatches - 1 ? num_held : min(num_held, (b + 1) * batch);
+    for (int i = b * batch + thread; i < end; i += kTensorThreads) f(i);
+  };
+#pragma unroll
+  for (int b = 0; b < kBatches; ++b) {
+    each_of_batch(b, [&](int i) { device::copy_async_16(device::shared_address(held + i), x + i, 16); });
+    device::copy_async_commit();
+  }
   Range range;
-  for (int first = num_held + thread; first < count; first += kInFlight * kTensorThreads) {
-    Packed<T, kCount> packed[kInFlight];
+  for (int first = first_rest + thread; first < count; first += kInFlight * kTensorThreads) {
+    Word words[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      packed[i] = {};
+      words[i] = {};
       const int word = first + i * kTensorThreads;
-      if (word < count) packed[i] = load_packed<T, kCount>(x + static_cast<std::int64_t>(word) * kCount);
+      if (word < count) words[i] = as_word(x[word]);
     }
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) extend<kAsymmetric, T, kCount>(range, packed[i]);
+    for (int i = 0; i < kInFlight; ++i) extend<kAsymmetric, T, kCount>(range, words[i]);
   }
-  // A thread reads what it has copied itself.
-  device::copy_async_wait_all();
-  const auto held_word = [&](int i) { return load_packed<T, kCount>(reinterpret_cast<const T*>(held + i)); };
-  for (int i = thread; i < num_held; i += kTensorThreads) extend<kAsymmetric, T, kCount>(range, held_word(i));
+  Word kept[kRegisterWords];
+#pragma unroll
+  for (int i = 0; i < kRegisterWords; ++i) {
+    const int word = num_held + thread + i * kTensorThreads;
+    kept[i] = {};
+    if (word < first_rest) kept[i] = as_word(x[word]);
+  }
+  const auto extend_by_batch = [&](int b) { each_of_batch(b, [&](int i) { extend<kAsymmetric, T, kCount>(range, held_word(i)); }); };
+  static_assert(kBatches == 3);
+  device::copy_async_wait<2>();
+  extend_by_batch(0);
+  device::copy_async_wait<1>();
+  extend_by_batch(1);
+  device::copy_async_wait<0>();
+  extend_by_batch(2);
+#pragma unroll
+  for (int i = 0; i < kRegisterWords; ++i) extend<kAsymmetric, T, kCount>(range, kept[i]);
   range.above = cta_max(range.above, scratch[0]);
   if constexpr (kAsymmetric) range.below = cta_max(range.below, scratch[1]);
   auto* const ranges = static_cast<float2*>(p.out);
@@ -690,26 +905,44 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
   const int num_late = cta == 0 ? static_cast<int>(sizeof(float2)) * num_ctas / kCount : 0;
   auto read_all = grid.barrier_arrive();
 
-  const auto finish = [&](int word, const Packed<T, kCount>& packed) {
+  const auto finish = [&](int word, const Word& packed) {
     float v[kCount];
     unpack<T, kCount>(v, packed);
     store<kResult, true>(p, out + static_cast<std::int64_t>(word) * kCount, v, by);
   };
-  for (int first = count - 1 - thread; first >= num_held; first -= kInFlight * kTensorThreads) {
-    Packed<T, kCount> packed[kInFlight];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int word = first - i * kTensorThreads;
-      if (word >= num_held) packed[i] = load_packed<T, kCount>(x + static_cast<std::int64_t>(word) * kCount);
+  for (int i = 0; i < kRegisterWords; ++i) {
+    const int word = num_held + thread + i * kTensorThreads;
+    if (word < first_rest) finish(word, kept[i]);
+  }
+  int num_left = num_held;
+  if (first_rest < count) {
+    // The rest comes back from the end, to places of shared memory that are done with: a thread's own, the last ones.
+    const auto slot = [&](int i) { return num_held - 1 - thread - i * kTensorThreads; };
+    int next = count - 1 - thread;
+    const auto refill = [&](int i) {
+      if (next >= first_rest) device::copy_async_16(device::shared_address(held + slot(i)), x + next, 16);
+      device::copy_async_commit();
+      next -= kTensorThreads;
+    };
+#pragma unroll
+    for (int i = 0; i < kTensorSlots; ++i) {
+      finish(slot(i), held_word(slot(i)));
+      refill(i);
     }
+    num_left -= kTensorSlots * kTensorThreads;
+    for (int word = count - 1 - thread; word >= first_rest;) {
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int word = first - i * kTensorThreads;
-      if (word >= num_held) finish(word, packed[i]);
+      for (int i = 0; i < kTensorSlots; ++i, word -= kTensorThreads) {
+        device::copy_async_wait<kTensorSlots - 1>();
+        if (word < first_rest) continue;
+        finish(word, held_word(slot(i)));
+        refill(i);
+      }
     }
   }
 #pragma unroll 2
-  for (int i = thread; i < num_held; i += kTensorThreads)
+  for (int i = thread; i < num_left; i += kTensorThreads)
     if (i >= num_late) finish(i, held_word(i));
   grid.barrier_wait(std::move(read_all));
   for (int i = thread; i < num_late; i += kTensorThreads) finish(i, held_word(i));
@@ -919,9 +1152,38 @@ const char* prevents_rows(const QuantizeParams& p) {
   return p.width > INT32_MAX / 2 || p.num_rows > INT32_MAX / 2 ? "extents are over 2^30" : nullptr;
 }
 
+/// Whether quantize_dense_kernel can do what quantize_rows_kernel can.
+bool is_dense_in_groups(const QuantizeParams& p) {
+  const auto dense = [&](const RowLayout& rows, std::int64_t stride) {
+    return p.num_rows == 1 || (rows.inner_extents[0] == 1 && rows.inner_extents[1] == 1 && rows.strides[0] == stride);
+  };
+  if (p.quant.granularity != ScaleGranularity::kGroup || p.width % p.quant.group_size != 0) return false;
+  const std::int64_t groups = p.width / p.quant.group_size;
+  const auto dense_groups = [&](const RowLayout& rows, std::int64_t group_stride) {
+    return dense(rows, groups) && (groups == 1 || group_stride == 1);
+  };
+  // Vectors are counted in 32 bits.
+  return dense(p.x_rows, p.width) && dense(p.out_rows, p.width) && dense_groups(p.quant.scale_rows, p.quant.group_stride) &&
+         (p.zero_points == nullptr || dense_groups(p.zero_point_rows, p.zero_point_group_stride)) &&
+         p.num_rows * (p.width / kVec) <= std::int64_t{1} << 29;
+}
+
+template <typename T, Scaling kScaling, Result kResult>
+void launch_dense(const QuantizeParams& p, Stream stream) {
+  const std::int64_t num_vectors = p.num_rows * (p.width / kVec);
+  // As quantize_rows_kernel's.
+  const unsigned ctas = num_ctas(num_vectors, 2 * kDenseThreads, kReadsAhead<T> ? kResidentThreads / kDenseThreads : 1 << 20);
+  launch_waiting("quantize_dense_kernel", quantize_dense_kernel<T, kScaling, kResult>, ctas, kDenseThreads, stream, p,
+                 static_cast<int>(num_vectors), std::countr_zero(static_cast<std::uint64_t>(p.quant.group_size / kVec)));
+}
+
 template <typename T, Result kResult>
 void launch_quantize(const QuantizeParams& p, bool after_range, Stream stream) {
   if (prevents_rows<T>(p) == nullptr) {
+    if (is_dense_in_groups(p)) {
+      if (p.computes) return launch_dense<T, Scaling::kGroup, kResult>(p, stream);
+      return launch_dense<T, Scaling::kGivenGroup, kResult>(p, stream);
+    }
     // 64 bytes for each thread, and more only where a row has more than a CTA has threads for it.
     constexpr int kVectors = sizeof(T) == 2 ? 2 : 1;
     if constexpr (kResult == Result::kAsymmetricInt8) {

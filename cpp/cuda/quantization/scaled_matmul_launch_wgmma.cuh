@@ -68,6 +68,8 @@ void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream
   }
   plan.reads_rows_once = !kTokenRows && (plan.num_column_tiles == 1 || plan.num_items <= num_clusters);
   shape.grid.x = static_cast<unsigned>(num_clusters * cluster_size);
+  // Clusters of one are slower than none.
+  if (cluster_size == 1) shape.cluster_ctas = 0;
   launch_waiting("scaled_matmul_wgmma_kernel", kernel, shape, stream, plan);
 }
 

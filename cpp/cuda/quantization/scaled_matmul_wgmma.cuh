@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) scaled_matmul_wgmma_kernel
     device::prefetch_tensor_map(&plan.columns);
     if (plan.copies_out) device::prefetch_tensor_map(&plan.out);
     for (int stage = 0; stage < Shape::kStages; ++stage) {
-      device::barrier_init(shared.full(stage), Shape::kBlockScales ? 1 + 32 : 1);
+      device::barrier_init(shared.full(stage), Shape::kCopiesScales ? 1 + 32 : 1);
       device::barrier_init(shared.empty(stage), Shape::kConsumers * 4 * plan.shared_columns);
     }
     if (plan.splits > 1) {
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) scaled_matmul_wgmma_kernel
   if (warp < 4) {
     if constexpr (Shape::kConsumers > 1) device::give_registers<40>();
     if (threadIdx.x == 0) copy_operands<Shape>(plan, shared, rank);
-    if constexpr (Shape::kBlockScales) {
+    if constexpr (Shape::kCopiesScales) {
       if (warp == 1) copy_scales<Shape>(plan, shared, rank);
     }
     __syncwarp();

@@ -131,6 +131,46 @@ struct WgmmaConsumer : WgmmaResults<Sum, Shape> {
     for (float& value : result.value) value *= block_scale;
     return result;
   }
+
+  /// Where a lane reads the next step's scale, for shapes that read them: lanes 0 to 15 that of a token of the warp's rows, the others the block's. What lies
+  /// outside of the matrices has those of the last token and block: it is not stored.
+  struct ScalePlace {
+    const float* at = nullptr;
+    bool is_block = false;
+    int num_left = 0;  // steps with scales
+  };
+  __device__ __forceinline__ ScalePlace first_scale(const Work& work) const {
+    const ScaledMatmulParams& p = plan.params;
+    ScalePlace place;
+    place.is_block = lane() >= 16;
+    const std::int64_t token = min(this->first_row(work) + warp() * 16 + lane(), p.m - 1);
+    const std::int64_t block = min(std::int64_t{work.column_tile}, (p.n - 1) / 128);
+    place.at = place.is_block ? p.scale_b + block * p.scale_b_row_stride + work.first_step * p.scale_b_group_stride
+                              : p.scale_a + token * p.scale_a_row_stride + work.first_step * p.scale_a_group_stride;
+    place.num_left = static_cast<int>((p.k + kStepBytes - 1) / kStepBytes) - work.first_step;
+    return place;
+  }
+  /// A step's scale; goes on to the next.
+  __device__ __forceinline__ float read_scale(ScalePlace& place) const {
+    const int exists = place.num_left-- > 0;
+    float scale;
+    // Not where the compiler finds it best, which is where it is needed.
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\nmov.f32 %0, 0f00000000;\n@p ld.global.f32 %0, [%1];\n}\n"
+                 : "=f"(scale)
+                 : "l"(place.at), "r"(exists)
+                 : "memory");
+    place.at += place.is_block ? plan.params.scale_b_group_stride : plan.params.scale_a_group_stride;
+    return scale;
+  }
+  /// The rows' scales from those of the warp's lanes.
+  __device__ __forceinline__ PartScales scales_of_lanes(float scale) const {
+    PartScales result;
+    scale *= __shfl_sync(0xffffffffu, scale, 16);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) result.value[r] = __shfl_sync(0xffffffffu, scale, lane() / 4 + 8 * r);
+    return result;
+  }
+
   __device__ __forceinline__ void add_scaled(const Part& products, const PartScales& scales, int part) {
 #pragma unroll
     for (int j = 0; j < Shape::kPartColumns / 8; ++j) {
@@ -150,8 +190,15 @@ struct WgmmaConsumer : WgmmaResults<Sum, Shape> {
   }
   /// Adds a stage's products, while the next stage's, if there is one, are under way.
   template <bool kIsLast>
-  __device__ __forceinline__ void finish_step(Part& products, int stage) {
-    const PartScales scales = load_scales(stage, 0);
+  __device__ __forceinline__ void finish_step(Part& products, int stage, float& scale, ScalePlace& place) {
+    PartScales scales;
+    if constexpr (Shape::kReadsScales) {
+      scales = scales_of_lanes(scale);
+      // That of two steps on: it has as long to come.
+      if (!kIsLast) scale = read_scale(place);
+    } else {
+      scales = load_scales(stage, 0);
+    }
     device::wgmma_wait<kIsLast ? 0 : 1>();
     device::pin_registers(products);
     release(stage);
@@ -163,21 +210,28 @@ struct WgmmaConsumer : WgmmaResults<Sum, Shape> {
   __device__ __forceinline__ void multiply_blocks(const Work& work) {
     Part even, odd;
     clear_sums();
+    ScalePlace place;
+    float even_scale = 0.0f, odd_scale = 0.0f;
+    if constexpr (Shape::kReadsScales) {
+      place = first_scale(work);
+      even_scale = read_scale(place);
+      odd_scale = read_scale(place);
+    }
     int stage = start_step(even), next = 0;
     int left = work.num_steps - 1;  // steps not started
 #pragma unroll 1
     for (; left >= 2; left -= 2) {
       next = start_step(odd);
-      finish_step<false>(even, stage);
+      finish_step<false>(even, stage, even_scale, place);
       stage = start_step(even);
-      finish_step<false>(odd, next);
+      finish_step<false>(odd, next, odd_scale, place);
     }
     if (left == 1) {
       next = start_step(odd);
-      finish_step<false>(even, stage);
-      finish_step<true>(odd, next);
+      finish_step<false>(even, stage, even_scale, place);
+      finish_step<true>(odd, next, odd_scale, place);
     } else {
-      finish_step<true>(even, stage);
+      finish_step<true>(even, stage, even_scale, place);
     }
   }
 

@@ -43,7 +43,9 @@ struct WgmmaShape {
   static constexpr int kStageBytes = kRowsBytes + kColumnsBytes;
   static constexpr int kPartColumns = kTokenRows ? 128 : kColumns;  // that share a scale_b, where it has blocks
   static constexpr int kParts = kColumns / kPartColumns;
-  static constexpr int kScaleBytes = kBlockScales ? kTokens * 4 + 16 : 0;
+  // Scales of blocks are copied beside the operands, or read by the warps that need them.
+  static constexpr bool kReadsScales = kBlockScales && kTokenRows && kParts == 1, kCopiesScales = kBlockScales && !kReadsScales;
+  static constexpr int kScaleBytes = kCopiesScales ? kTokens * 4 + 16 : 0;
   // Results are staged as 64 output features (128 bytes) of so many tokens: columns, or a consumer's rows.
   static constexpr int kChunkColumns = kColumns < 64 ? kColumns : 64;
   static constexpr int kChunkTokens = kTokenRows ? 64 : kChunkColumns;
