@@ -68,8 +68,9 @@ def work(request: pytest.FixtureRequest) -> Iterator[Any]:
     if isinstance(framework, str):
         pytest.skip(f"{request.param} on cuda:0: {framework}")
     made = (TorchWork if request.param == "torch" else CuPyWork)(framework)
-    yield made
-    made.synchronize()
+    with made.device():
+        yield made
+        made.synchronize()
     quire.check_errors("cuda:0")
 
 
@@ -80,8 +81,9 @@ def torch_work() -> Iterator[TorchWork]:
     if isinstance(framework, str):
         pytest.skip(f"torch on cuda:0: {framework}")
     made = TorchWork(framework)
-    yield made
-    made.synchronize()
+    with made.device():
+        yield made
+        made.synchronize()
     quire.check_errors("cuda:0")
 
 

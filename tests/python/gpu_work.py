@@ -52,6 +52,10 @@ class TorchWork:
             if not name.startswith("host_"):
                 to[name].copy_(array)
 
+    def device(self) -> Any:
+        """Makes the first GPU the current one: what used another before in this process (JAX) may have left that."""
+        return self.torch.cuda.device(0)
+
     def stream(self) -> Any:
         return self.torch.cuda.Stream()
 
@@ -100,6 +104,9 @@ class CuPyWork(TorchWork):
         for name, array in arrays.items():
             if not name.startswith("host_"):
                 self.cupy.copyto(to[name], array)
+
+    def device(self) -> Any:
+        return self.cupy.cuda.Device(0)
 
     def stream(self) -> Any:
         return self.cupy.cuda.Stream(non_blocking=True)
