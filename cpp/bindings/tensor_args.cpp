@@ -411,7 +411,8 @@ class Importer {
       throw_torch_refusal(args_.op_, tensor.name, tensor.object, take_python_error());
     // Integers are outside autograd.
     if (t.dtype.code != kDLInt && t.dtype.code != kDLUInt) check_requires_grad(tensor, info.flags);
-    // What is negated is the imaginary part of a conjugate: bfloat16 and float8 have no complex type. The question costs more than all else here.
+    // What is negated is the imaginary part of a conjugate: bfloat16 and float8 have no complex type, so
+    // that only PyTorch's private _neg_view makes one of them. The question costs more than all else here.
     if (t.dtype.code == kDLFloat) check_is_neg(tensor, info.flags);
     if (t.data == nullptr && truthy_attribute(tensor.object, "is_meta"))
       throw TypeError(message(args_.op_, tensor.name, "a tensor with data", "a meta tensor; materialize it first"));

@@ -229,6 +229,8 @@ void move_kv(const KvParams& params, const char* name, Stream stream) {
   const std::int64_t num_slots = params.num_blocks * params.block_size;
   if (num_slots >= kMaxSlots)
     throw UnsupportedError(std::string("[") + name + "] k_cache: expected fewer than 2^32 - 1 slots, got " + std::to_string(num_slots));
+  // int32 slots name no more, and a negative one is no large one.
+  const std::int64_t num_named = params.slot_dtype == DType::kInt64 ? num_slots : std::min(num_slots, std::int64_t{1} << 31);
   KvKernelParams p{{{params.k, params.k_cache, params.k_scale, params.k_scale_stride, params.k_token_stride, params.k_head_stride,
                      params.k_cache_block_stride, params.k_cache_slot_stride, params.k_cache_head_stride},
                     {params.v, params.v_cache, params.v_scale, params.v_scale_stride, params.v_token_stride, params.v_head_stride,
@@ -237,7 +239,7 @@ void move_kv(const KvParams& params, const char* name, Stream stream) {
                    params.slot_stride * itemsize(params.slot_dtype),
                    0,
                    params.num_tokens,
-                   static_cast<std::uint32_t>(num_slots),
+                   static_cast<std::uint32_t>(num_named),
                    // An empty cache may have block_size 0, by which nothing can be divided.
                    num_slots == 0 ? 1 : static_cast<std::uint32_t>(params.block_size),
                    static_cast<std::uint32_t>(params.num_kv_heads),

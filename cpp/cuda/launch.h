@@ -58,7 +58,8 @@ int max_active_clusters(const void* kernel, const LaunchShape& shape);
 void launch_waiting(const char* name, const void* kernel, const LaunchShape& shape, Stream stream, void** arguments);
 
 /// Launches a kernel whose CTAs all call device::wait_for_predecessor() before they read or write memory: the device prepares it while the
-/// kernel before it ends, which takes the host less time, too.
+/// kernel before it ends, which takes the host less time, too. The second kernel of an op may read before it waits what is older than the op, if
+/// the first one waits before it lets others start.
 template <typename... Parameters>
 void launch_waiting(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream,
                     const std::type_identity_t<Parameters>&... arguments) {

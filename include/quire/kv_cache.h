@@ -6,7 +6,7 @@
 // Quantized caches hold stored = saturate(x / scale), rounded to nearest even, and are read as stored * scale; k_scale and
 // v_scale are float32 [1] or [num_kv_heads], on the same device; null means 1, and it is what a float cache takes.
 //
-// Work is enqueued on `stream`; nothing synchronises. What is written is apart from all that is read.
+// Work is enqueued on `stream`; nothing synchronises but swap_blocks() with pageable host memory. What is written is apart from what is read (copy_blocks: blocks).
 // Throws std::invalid_argument (shape, layout, alias), TypeError (dtype), UnsupportedError, CudaError.
 #pragma once
 

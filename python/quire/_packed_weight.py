@@ -13,7 +13,7 @@ import numpy as np
 
 from quire import _core
 from quire._allocate import Array, device_of, dtype_name, empty, finish, from_numpy, numpy_dtype
-from quire._quantized import Granularity, quantize
+from quire._quantized import Granularity, quantize, whole_number
 from quire._refusals import called_as, unexpected
 from quire._weight_source import (
     Groups,
@@ -28,7 +28,6 @@ from quire._weight_source import (
     public_group_size,
     settle,
     shape_of_rank,
-    whole_number,
     words_of,
 )
 

@@ -5,6 +5,7 @@ SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Literal
 
@@ -55,7 +56,8 @@ class Quantized:
             self.out = empty(like, shape, name)
             groups = 1
             if granularity == "group" and shape:
-                groups = shape[-1] // group_size if isinstance(group_size, int) and group_size > 0 else 1
+                size = whole_number(op, "group_size", group_size)
+                groups = shape[-1] // size if size > 0 else 1
             self.scales = empty(like, (*shape[:-1], groups), "float32")
         elif isinstance(out, tuple) and len(out) == 2:
             self.out, self.scales = out
@@ -72,11 +74,22 @@ class Quantized:
         return out, finish(self.scales, self._like)
 
 
-def without_out_dtype(op: str, scale: Array | None, granularity: str) -> ValueError:
-    """The error for arguments that mean something with ``out_dtype`` only: a scale, or else a granularity."""
+def whole_number(op: str, arg: str, value: int) -> int:
+    """An argument that counts something; True is no number here."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:  # no integer, or an array of several
+        pass
+    raise TypeError(f"[{op}] {arg}: expected an integer, got {type(value).__qualname__}")
+
+
+def check_no_quantization(op: str, scale: Array | None, granularity: str) -> None:
+    """Refuses what means something with ``out_dtype`` only: a scale, a granularity."""
     if scale is not None:
-        return unexpected(op, "scale", "none without out_dtype", "one")
-    return unexpected(op, "granularity", '"tensor" without out_dtype', repr(granularity))
+        raise unexpected(op, "scale", "none without out_dtype", "one")
+    if granularity != "tensor":
+        raise unexpected(op, "granularity", '"tensor" without out_dtype', repr(granularity))
 
 
 def scale_shape(op: str, shape: tuple[int, ...], granularity: str, group_size: int) -> tuple[int, ...]:
@@ -84,6 +97,7 @@ def scale_shape(op: str, shape: tuple[int, ...], granularity: str, group_size: i
 
     Raises:
         ValueError: No such granularity, or a group_size below 1.
+        TypeError: The group_size is no integer.
     """
     if granularity == "tensor":
         return (1,)
@@ -91,9 +105,10 @@ def scale_shape(op: str, shape: tuple[int, ...], granularity: str, group_size: i
         return (*shape[:-1], 1)
     if granularity != "group":
         raise unexpected(op, "granularity", '"tensor", "token" or "group"', repr(granularity))
-    if not isinstance(group_size, int) or group_size < 1:
-        raise unexpected(op, "group_size", "1 or more", group_size)
-    return (*shape[:-1], -(-shape[-1] // group_size))
+    size = whole_number(op, "group_size", group_size)
+    if size < 1:
+        raise unexpected(op, "group_size", "1 or more", size)
+    return (*shape[:-1], -(-shape[-1] // size))
 
 
 def check_given(

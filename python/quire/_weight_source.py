@@ -6,7 +6,6 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import math
-import operator
 import sys
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from quire import _core
 from quire._allocate import Array, dtype_name, framework_of, from_numpy, numpy_dtype, shape_of
+from quire._quantized import whole_number
 from quire._refusals import unexpected
 
 MAX_EXTENT = 2**31 - 1
@@ -91,13 +91,6 @@ def check_dtype(op: str, arg: str, x: Array, expected: str) -> None:
     name = dtype_of(op, arg, x)
     if name != expected:
         raise TypeError(f"[{op}] {arg}: expected {expected}, got {name}")
-
-
-def whole_number(op: str, arg: str, value: int) -> int:
-    """An argument that counts something; True is no number here."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"[{op}] {arg}: expected an integer, got {type(value).__qualname__}")
-    return operator.index(value)
 
 
 def check_bits(op: str, bits: int, known: tuple[int, ...]) -> None:

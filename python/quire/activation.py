@@ -10,7 +10,7 @@ from typing import overload
 
 from quire import _core
 from quire._allocate import Array, empty, finish, shape_of
-from quire._quantized import Granularity, Quantized, without_out_dtype
+from quire._quantized import Granularity, Quantized, check_no_quantization
 
 __all__ = [
     "gelu_and_mul",
@@ -39,8 +39,7 @@ def _gated(
         q = Quantized(op.__name__, x, (*rows, width // 2), out_dtype, scale, granularity, group_size, out)
         quantized_op(q.out, q.scales, x, granularity, group_size, stream)
         return q.finish()
-    if scale is not None or granularity != "tensor":
-        raise without_out_dtype(op.__name__, scale, granularity)
+    check_no_quantization(op.__name__, scale, granularity)
     result = out
     if out is None:
         *rows, width = shape_of(op.__name__, "x", x) or (0,)

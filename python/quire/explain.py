@@ -34,7 +34,7 @@ class Explanation:
               element;
             - the rest: "only", as there is one kernel.
 
-            shared_prefix_attention has that of the prefix, "+", and that of what follows.
+            shared_prefix_attention with a prefix has that of the prefix, "+", and that of what follows.
         reasons: Why that one, and why not a faster one; a clause each.
     """
 

@@ -9,7 +9,7 @@ from typing import overload
 
 from quire import _core
 from quire._allocate import Array, empty, finish, shape_of
-from quire._quantized import Granularity, Quantized, without_out_dtype
+from quire._quantized import Granularity, Quantized, check_no_quantization
 
 __all__ = ["fused_add_rms_norm", "layer_norm", "rms_norm"]
 
@@ -97,8 +97,7 @@ def rms_norm(
             q.out, q.scales, x, weight, eps, weight_offset, granularity, group_size, stream
         )
         return q.finish()
-    if scale is not None or granularity != "tensor":
-        raise without_out_dtype("rms_norm", scale, granularity)
+    check_no_quantization("rms_norm", scale, granularity)
     if out is not None:
         _core.rms_norm(out, x, weight, eps, weight_offset, stream)
         return out
@@ -160,8 +159,7 @@ def fused_add_rms_norm(
             q.out, q.scales, x, residual, weight, eps, weight_offset, granularity, group_size, stream
         )
         return q.finish()
-    if scale is not None or granularity != "tensor":
-        raise without_out_dtype("fused_add_rms_norm", scale, granularity)
+    check_no_quantization("fused_add_rms_norm", scale, granularity)
     if out is not None:
         raise ValueError(
             "[fused_add_rms_norm] out: expected none without out_dtype, got one: x is overwritten"
@@ -241,8 +239,7 @@ def layer_norm(
         q = Quantized("layer_norm", x, shape, out_dtype, scale, granularity, group_size, out)
         _core.layer_norm_quantized(q.out, q.scales, x, weight, bias, eps, granularity, group_size, stream)
         return q.finish()
-    if scale is not None or granularity != "tensor":
-        raise without_out_dtype("layer_norm", scale, granularity)
+    check_no_quantization("layer_norm", scale, granularity)
     result = empty(x, shape_of("layer_norm", "x", x)) if out is None else out
     _core.layer_norm(result, x, weight, bias, eps, stream)
     return finish(result, x) if out is None else out

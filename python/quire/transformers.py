@@ -20,6 +20,7 @@ from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
 import quire.torch
 from quire import _core
+from quire.torch._operators import is_traced
 
 __all__ = ["attention_forward", "attention_mask"]
 
@@ -133,7 +134,7 @@ def _sharing(query: torch.Tensor) -> tuple[bool, object]:
 
     In a trace, and where tensors are fake, what is made belongs to that; in a capture to the graph.
     """
-    if torch.compiler.is_compiling() or type(query) is not torch.Tensor:
+    if is_traced(query):
         return False, None
     if not query.is_cuda:
         return True, None

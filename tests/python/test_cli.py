@@ -335,6 +335,11 @@ def _facts(**changes: object) -> dict:
         ({"environment": {"python": "3.9.1"}}, "fail", "too old"),
         ({"environment": {"variables": {"QUIRE_SYNC": "1"}}}, "warn", "QUIRE_SYNC"),
         (
+            {"environment": {"variables": {"QUIRE_SYNC": "true"}}},
+            "warn",
+            "QUIRE_SYNC=true counts for nothing",
+        ),
+        (
             {
                 "driver": {"devices": [], "init_error": "cuInit: CUDA_ERROR_UNKNOWN"},
                 "nvidia_smi": {"devices": []},

@@ -3,6 +3,9 @@
 SPDX-License-Identifier: Apache-2.0
 """
 
+import importlib
+
+import frameworks
 import numpy as np
 import pytest
 from frameworks import as_float64, np_dtype
@@ -554,20 +557,30 @@ def test_quantized_refuses(options, error, text):
         quire.fused_add_rms_norm(x, x.copy(), weight, out=x.copy())
 
 
+@pytest.mark.parametrize("kind", ["quire", "quire.jax", "quire.torch", "compiled"])
 @pytest.mark.parametrize(
     "op", ["rms_norm", "layer_norm", "fused_add_rms_norm", "silu_and_mul", "gelu_and_mul"]
 )
-def test_quantization_without_out_dtype(op):
+def test_quantization_without_out_dtype(op, kind):
     """Refused, not ignored."""
     x = np.ones((2, 16), np.float32)
     weight = [np.ones(16, np.float32)] if "norm" in op else []
     arguments = [x, x.copy(), *weight] if op == "fused_add_rms_norm" else [x, *weight]
+    function = getattr(quire, op)
+    if kind != "quire":
+        framework = frameworks.make("jax" if kind == "quire.jax" else "torch", "cpu")
+        if isinstance(framework, str):
+            pytest.skip(f"{kind}: {framework}")
+        arguments = [framework.array(a) for a in arguments]
+        function = getattr(importlib.import_module("quire.torch" if kind == "compiled" else kind), op)
+    if kind == "compiled":
+        function = framework.torch.compile(function, backend="eager")
     with pytest.raises(ValueError, match=rf"\[{op}\] scale: expected none without out_dtype, got one"):
-        getattr(quire, op)(*arguments, scale=np.ones(1, np.float32))
+        function(*arguments, scale=arguments[-1])
     with pytest.raises(
         ValueError, match=rf"\[{op}\] granularity: expected \"tensor\" without out_dtype, got 'token'"
     ):
-        getattr(quire, op)(*arguments, granularity="token")
+        function(*arguments, granularity="token")
 
 
 def test_quantized_refuses_overlaps():

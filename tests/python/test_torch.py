@@ -553,3 +553,45 @@ def test_quantization_refusals_in_a_trace(framework):
         assert error.__name__ in repr(raised.value) or isinstance(raised.value, error)
         with pytest.raises(error, match=text):
             call(x)
+
+
+def test_recorders_see_operators():
+    """torch.jit.trace, make_fx and other dispatch modes record a call, instead of what the memory held."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def step(x, q, k_cache, v_cache, tables, lens):
+        out = quire.torch.paged_attention(q, k_cache, v_cache, tables, lens)
+        return quire.torch.rms_norm(x, torch.ones(64)), out, quire.torch.silu_and_mul(x)
+
+    def inputs(seed):
+        torch.manual_seed(seed)
+        cache = torch.randn(4, 16, 1, 32)
+        return (
+            torch.randn(3, 64),
+            torch.randn(2, 2, 32),
+            cache,
+            cache + 1,
+            torch.tensor([[0], [3]]).int(),
+            torch.tensor([5, 9]).int(),
+        )
+
+    first, second = inputs(0), inputs(1)
+    want = step(*second)
+    for recorded in (torch.jit.trace(step, first), make_fx(step)(*first)):
+        for got, expected in zip(recorded(*second), want):
+            assert torch.equal(got, expected)
+    with Names() as names:
+        step(*first)
+    assert {"quire.rms_norm.default", "quire.paged_attention.default", "quire.silu_and_mul.default"} <= set(
+        names.names
+    )

@@ -54,6 +54,9 @@ struct MmaShape {
   static constexpr int kSumBytes = kWarps * kSumFloats * 4;
 };
 
+/// What a CTA has besides, in a variable of the kernel's own, rounded up: a device's limit is for both.
+inline constexpr int kMmaStaticBytes = 16;
+
 /// Of a CTA: rings of codes, sums, and x: its ring, or one chunk, or two.
 template <typename Shape>
 QUIRE_HOST_DEVICE int mma_shared_bytes(const MmaPlan& plan) {

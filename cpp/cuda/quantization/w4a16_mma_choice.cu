@@ -85,7 +85,7 @@ Timed choose_mma_of(std::int64_t num_tokens, std::int64_t num_blocks, const Layo
     plan.row_warps_log2 = row_warps_log2;
     const int column_warps = warps_of(tiles) >> row_warps_log2;
     // One tile: what rings and sums leave is for columns of x, of one chunk or of two.
-    const int left = max_shared_bytes - (layout.bits == 4 ? shared_bytes<4>(plan, tiles) : shared_bytes<8>(plan, tiles));
+    const int left = max_shared_bytes - kMmaStaticBytes - (layout.bits == 4 ? shared_bytes<4>(plan, tiles) : shared_bytes<8>(plan, tiles));
     if (streams_x && left < 0) continue;
     const auto steps_in = [&](int bytes) { return (bytes / tokens - 16) / (kUnitColumns * 2); };
     for (int parts = 1; parts <= 32; parts *= 2) {

@@ -244,7 +244,10 @@ def _judge_frameworks(facts: Mapping[str, Any]) -> list[Verdict]:
 def _judge_variables(facts: Mapping[str, Any]) -> list[Verdict]:
     variables = facts["environment"].get("variables", {})
     found = []
-    if variables.get("QUIRE_SYNC") == "1":
+    sync = variables.get("QUIRE_SYNC", "")
+    if sync not in ("", "0", "1"):
+        found.append(Verdict("warn", f"QUIRE_SYNC={sync} counts for nothing", "QUIRE_SYNC=1, or unset it"))
+    if sync == "1":
         found.append(
             Verdict(
                 "warn", "QUIRE_SYNC waits for the GPU after each op", "unset QUIRE_SYNC but for debugging"

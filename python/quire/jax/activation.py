@@ -6,7 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 from quire._allocate import Array
-from quire._quantized import Granularity
+from quire._quantized import Granularity, check_no_quantization
 from quire.jax import _batch
 from quire.jax._call import Op, call
 from quire.jax._results import like, quantization, quantized_results
@@ -39,6 +39,7 @@ def _gated(
 ) -> Array | tuple[Array, Array]:
     plain, quantized = _GATED[name]
     if out_dtype is None:
+        check_no_quantization(name, scale, granularity)
         return call(plain, [x], {})[0]
     attributes = quantization(name, out_dtype, scale, granularity, group_size)
     out, *scales = call(quantized, [x, scale], attributes)

@@ -6,7 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 from quire._allocate import Array
-from quire._quantized import Granularity
+from quire._quantized import Granularity, check_no_quantization
 from quire.jax import _batch
 from quire.jax._call import Attributes, Op, call
 from quire.jax._results import like, quantization, quantized_results
@@ -64,6 +64,7 @@ def rms_norm(
     """
     attributes: Attributes = {"eps": float(eps), "weight_offset": float(weight_offset)}
     if out_dtype is None:
+        check_no_quantization("rms_norm", scale, granularity)
         return call(_RMS_NORM, [x, weight], attributes)[0]
     attributes |= quantization("rms_norm", out_dtype, scale, granularity, group_size)
     out, *scales = call(_RMS_NORM_QUANTIZED, [x, weight, scale], attributes)
@@ -95,6 +96,7 @@ def fused_add_rms_norm(
     """
     attributes: Attributes = {"eps": float(eps), "weight_offset": float(weight_offset)}
     if out_dtype is None:
+        check_no_quantization("fused_add_rms_norm", scale, granularity)
         return call(_FUSED_ADD_RMS_NORM, [x, residual, weight], attributes)
     attributes |= quantization("fused_add_rms_norm", out_dtype, scale, granularity, group_size)
     out, *scales, residual = call(_FUSED_ADD_RMS_NORM_QUANTIZED, [x, residual, weight, scale], attributes)
@@ -124,6 +126,7 @@ def layer_norm(
     """
     attributes: Attributes = {"eps": float(eps)}
     if out_dtype is None:
+        check_no_quantization("layer_norm", scale, granularity)
         return call(_LAYER_NORM, [x, weight, bias], attributes)[0]
     attributes |= quantization("layer_norm", out_dtype, scale, granularity, group_size)
     out, *scales = call(_LAYER_NORM_QUANTIZED, [x, weight, bias, scale], attributes)

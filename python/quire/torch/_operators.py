@@ -13,6 +13,9 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 is_compiling = torch.compiler.is_compiling
+_C: Any = torch._C
+tracing_state: Callable[[], object] = _C._get_tracing_state
+num_dispatch_modes: Callable[[], int] = _C._len_torch_dispatch_stack
 #: What eager calls may pass: anything else dispatches in a way of its own.
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -37,7 +40,12 @@ def core_call(op: Callable[..., None]) -> Callable[..., None]:
 def is_traced(x: object) -> bool:
     """Whether a call with this first argument is an operator."""
     # A subclass is a fake or functional tensor, or one that dispatches in its own way: operators know how.
-    return is_compiling() or (isinstance(x, torch.Tensor) and type(x) not in PLAIN)
+    return is_compiling() or (isinstance(x, torch.Tensor) and (type(x) not in PLAIN or not is_unwatched()))
+
+
+def is_unwatched() -> bool:
+    """Whether nothing looks at each operator that is called, as torch.jit.trace, make_fx and other dispatch modes do."""
+    return tracing_state() is None and num_dispatch_modes() == 0
 
 
 def function(eager: F) -> Callable[[Callable[..., Any]], F]:
@@ -46,7 +54,14 @@ def function(eager: F) -> Callable[[Callable[..., Any]], F]:
     def decorate(traced: Callable[..., Any]) -> F:
         @functools.wraps(eager)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if args and type(args[0]) in PLAIN and not is_compiling():  # what most calls are
+            # What most calls are; is_unwatched() without its call.
+            if (
+                args
+                and type(args[0]) in PLAIN
+                and not is_compiling()
+                and tracing_state() is None
+                and num_dispatch_modes() == 0
+            ):
                 return eager(*args, **kwargs)
             first = args[0] if args else next(iter(kwargs.values()), None)
             if is_traced(first):

@@ -14,6 +14,7 @@ import torch
 
 from quire import _core
 from quire import activation as _activation
+from quire._quantized import check_no_quantization
 from quire.torch import _operators, _results
 
 
@@ -41,6 +42,7 @@ def _gated(name: str) -> Callable[..., Any]:
             )
             getattr(_operators.ops, f"{name}_quantized")(q, scales, x, scale, granularity, group_size)
             return q, scale_out
+        check_no_quantization(name, scale, granularity)
         result = x.new_empty(shape) if out is None else out
         getattr(_operators.ops, name)(result, x)
         return result

@@ -84,6 +84,7 @@ def _attention_function(eager: F, is_cache: bool) -> Callable[[Callable[..., Any
                 and type(args[0]) in _operators.PLAIN
                 and args[0].dtype is not torch.float32
                 and not _operators.is_compiling()
+                and _operators.is_unwatched()
             ):
                 return eager(*args, **kwargs)
             missing = names[len(args) :]

@@ -11,6 +11,7 @@ import torch
 
 from quire import _core
 from quire import norm as _norm
+from quire._quantized import check_no_quantization
 from quire.torch import _operators, _results
 
 _operators.define(
@@ -76,6 +77,7 @@ def rms_norm(
             q, scales, x, weight, eps, weight_offset, scale, granularity, group_size
         )
         return q, scale_out
+    check_no_quantization("rms_norm", scale, granularity)
     result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     _operators.ops.rms_norm(result, x, weight, eps, weight_offset)
     return result
@@ -104,6 +106,7 @@ def fused_add_rms_norm(
             q, scales, x, residual, weight, eps, weight_offset, scale, granularity, group_size
         )
         return q, scale_out
+    check_no_quantization("fused_add_rms_norm", scale, granularity)
     _operators.ops.fused_add_rms_norm(x, residual, weight, eps, weight_offset)
     return x, residual
 
@@ -128,6 +131,7 @@ def layer_norm(
         )
         _operators.ops.layer_norm_quantized(q, scales, x, weight, bias, eps, scale, granularity, group_size)
         return q, scale_out
+    check_no_quantization("layer_norm", scale, granularity)
     result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     _operators.ops.layer_norm(result, x, weight, bias, eps)
     return result

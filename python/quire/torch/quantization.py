@@ -15,6 +15,7 @@ from quire import _core
 from quire import quantization as _quantization
 from quire._packed_weight import BLOCK, TENSORS, TRACED_DEQUANTIZE, PackedWeight, Static, format_of, restore
 from quire._quantized import check_given, scale_shape, split_out
+from quire._refusals import unexpected
 from quire.torch import _operators, _results
 
 Tensor = torch.Tensor
@@ -138,6 +139,8 @@ def quantize_int8(
 def _dequantize(op: str, q, dtype, scale, zero_point, granularity, group_size, out_dtype, out) -> Any:
     if q.dtype is not dtype:
         raise TypeError(f"[{op}] q: expected {str(dtype)[6:]}, got {str(q.dtype)[6:]}")
+    if granularity not in ("tensor", "token", "group", "block"):
+        raise unexpected(op, "granularity", '"tensor", "token", "group" or "block"', repr(granularity))
     if granularity == "block" and zero_point is not None:
         raise ValueError(f'[{op}] zero_point: expected none with granularity "block", got one')
     result = q.new_empty(tuple(q.shape), dtype=_results.float_dtype(op, out_dtype)) if out is None else out
