@@ -1128,7 +1128,8 @@ void launch_rows(const QuantizeParams& p, bool after_range, Stream stream) {
                            std::min(2 * piece_bytes<T, kVectors, kScaling>(kRowThreads<kVectors>), most_shared));
     }
     // Of what a range was taken from, the end is in the L2 cache.
-    launch_waiting("quantize_rows_kernel", kernel, LaunchShape{ctas, block, shared_bytes}, stream, p, group_shift, num_ahead, after_range);
+    launch_waiting("zero_point_quantize_rows_kernel", kernel, LaunchShape{ctas, block, shared_bytes}, stream, p, group_shift, num_ahead,
+                   after_range);
   } else {
     constexpr auto kernel = quantize_rows_kernel<T, kVectors, kScaling, kResult>;
     const int shift = kScaling == Scaling::kGivenGroup && p.quant.group_size == p.width ? -1 : group_shift;
@@ -1152,18 +1153,21 @@ const char* prevents_rows(const QuantizeParams& p) {
   return p.width > INT32_MAX / 2 || p.num_rows > INT32_MAX / 2 ? "extents are over 2^30" : nullptr;
 }
 
+/// Whether rows lie `stride` apart, one behind the other.
+bool are_apart_by(const QuantizeParams& p, const RowLayout& rows, std::int64_t stride) {
+  return p.num_rows == 1 || (rows.inner_extents[0] == 1 && rows.inner_extents[1] == 1 && rows.strides[0] == stride);
+}
+
 /// Whether quantize_dense_kernel can do what quantize_rows_kernel can.
 bool is_dense_in_groups(const QuantizeParams& p) {
-  const auto dense = [&](const RowLayout& rows, std::int64_t stride) {
-    return p.num_rows == 1 || (rows.inner_extents[0] == 1 && rows.inner_extents[1] == 1 && rows.strides[0] == stride);
-  };
   if (p.quant.granularity != ScaleGranularity::kGroup || p.width % p.quant.group_size != 0) return false;
   const std::int64_t groups = p.width / p.quant.group_size;
   const auto dense_groups = [&](const RowLayout& rows, std::int64_t group_stride) {
-    return dense(rows, groups) && (groups == 1 || group_stride == 1);
+    return are_apart_by(p, rows, groups) && (groups == 1 || group_stride == 1);
   };
   // Vectors are counted in 32 bits.
-  return dense(p.x_rows, p.width) && dense(p.out_rows, p.width) && dense_groups(p.quant.scale_rows, p.quant.group_stride) &&
+  return are_apart_by(p, p.x_rows, p.width) && are_apart_by(p, p.out_rows, p.width) &&
+         dense_groups(p.quant.scale_rows, p.quant.group_stride) &&
          (p.zero_points == nullptr || dense_groups(p.zero_point_rows, p.zero_point_group_stride)) &&
          p.num_rows * (p.width / kVec) <= std::int64_t{1} << 29;
 }
@@ -1223,11 +1227,8 @@ void launch_tensor_scale(QuantizeParams p, Stream stream) {
 /// Why quantize_tensor_kernel cannot do it; null: it can.
 template <typename T>
 const char* prevents_tensor(const QuantizeParams& p) {
-  const auto dense = [&](const RowLayout& rows) {
-    return p.num_rows == 1 || (rows.inner_extents[0] == 1 && rows.inner_extents[1] == 1 && rows.strides[0] == p.width);
-  };
   const std::int64_t size = p.num_rows * p.width;
-  if (!dense(p.x_rows) || !dense(p.out_rows)) return "x or out is not dense";
+  if (!are_apart_by(p, p.x_rows, p.width) || !are_apart_by(p, p.out_rows, p.width)) return "x or out is not dense";
   if (!is_aligned(p.x, 16) || !is_aligned(p.out, 16) || size % kElementsPer16Bytes<T> != 0)
     return "x or out does not divide into aligned pieces of 16 bytes of x";
   if (size < kTensorThreads * kElementsPer16Bytes<T>) return "x is small";

@@ -6,6 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Literal, overload
 
@@ -320,32 +321,33 @@ def _packed_scratch(operands: list[Array], attributes: Attributes) -> int:
     )
 
 
-def _scaled_scratch(operands: list[Array], attributes: Attributes) -> int:
+def _most_bytes(size_on: Callable[[str], int]) -> int:
     """Of whichever platform needs more: which one is compiled for is not known while tracing."""
+    return max(size_on(device) for device in (("cpu", "cuda") if _has_gpu() else ("cpu",)))
+
+
+def _scaled_scratch(operands: list[Array], attributes: Attributes) -> int:
     a, b, scale_b = operands[0], operands[1], operands[3]
     rows_of_a, n, k = _num_rows(a), b.shape[0], b.shape[1]
     has_blocks = scale_b.ndim == 2 and scale_b.size > 1 and tuple(scale_b.shape) != (n, 1)
     computes_sums = operands[4] is not None and operands[5] is None
     invariant = bool(attributes["batch_invariant"])
-    return max(
-        _core.scaled_matmul_workspace_size(
+    return _most_bytes(
+        lambda device: _core.scaled_matmul_workspace_size(
             rows_of_a, n, k, a.dtype, has_blocks, computes_sums, invariant, device
         )
-        for device in (("cpu", "cuda") if _has_gpu() else ("cpu",))
     )
 
 
 def _quantizing_scratch(operands: list[Array], attributes: Attributes) -> int:
-    """As :func:`_scaled_scratch`."""
     x, weight = operands[0], operands[1]
     n, k = weight.shape
     computes_sums = operands[4] is not None and operands[5] is None
     granularity, invariant = str(attributes["granularity"]), bool(attributes["batch_invariant"])
-    return max(
-        _core.quantize_and_multiply_workspace_size(
+    return _most_bytes(
+        lambda device: _core.quantize_and_multiply_workspace_size(
             _num_rows(x), n, k, weight.dtype, granularity, computes_sums, invariant, device
         )
-        for device in (("cpu", "cuda") if _has_gpu() else ("cpu",))
     )
 
 
