@@ -146,8 +146,17 @@ def device_of(x: Array) -> str:
     return f"cuda:{index}" if int(kind) in (2, 13) else "cpu"  # kDLCUDA, kDLCUDAManaged
 
 
-def finish(out: Array, like: Array) -> Array:
-    """Turns what empty() gave for ``like`` into a tensor of its framework, now that it is written."""
+def finish(out: Array, like: Array, op: str = "finish") -> Array:
+    """Turns what empty() gave for ``like`` into a tensor of its framework, now that it is written.
+
+    Args:
+        out: What empty() gave.
+        like: As for empty().
+        op: Whose result it is, where it may be of float8, which not every JAX takes.
+
+    Raises:
+        TypeError: It is of float8, and this JAX does not take it.
+    """
     if type(out) is _core.Tensor and framework_of(like) in ("jax", "jaxlib"):
         jax = sys.modules["jax"]
         _core.hand_over(out)
