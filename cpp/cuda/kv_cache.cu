@@ -200,11 +200,15 @@ __global__ void __launch_bounds__(kThreads) write_few_kernel(const __grid_consta
   uint2 bits = {words[0], 0};
   if (p.slots_are_int64) bits.y = words[1];
   const std::uint32_t at = min(vector, p.num_vectors - 1) * kPieces;
-  const Source k = load_raw<sizeof(Source)>(static_cast<const uint4*>(p.k) + (token * p.k_stride + at));
-  const Source v = load_raw<sizeof(Source)>(static_cast<const uint4*>(p.v) + (token * p.v_stride + at));
+  const Source k = load_raw_once<sizeof(Source)>(static_cast<const uint4*>(p.k) + (token * p.k_stride + at));
+  const Source v = load_raw_once<sizeof(Source)>(static_cast<const uint4*>(p.v) + (token * p.v_stride + at));
   float k_scale = 1.0f, v_scale = 1.0f;
   if (!kRaw && p.k_scale != nullptr) k_scale = *p.k_scale;
   if (!kRaw && p.v_scale != nullptr) v_scale = *p.v_scale;
+  // Nothing is changed here, but the slot needs the rows, which the compiler would else load under the condition of the stores, behind the slot.
+  const std::uint32_t nothing = p.num_vectors >> 31;
+#pragma unroll
+  for (int piece = 0; piece < kPieces; ++piece) bits.x ^= (k.words[4 * piece] ^ v.words[4 * piece]) & nothing;
   const std::uint32_t slot = bits.y == 0 ? bits.x : 0xffffffffu;
   const std::uint32_t block_idx = slot >> p.block_shift;
   const bool stores = slot < p.num_slots && vector < p.num_vectors;

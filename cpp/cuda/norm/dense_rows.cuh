@@ -76,13 +76,13 @@ __device__ __forceinline__ float dense_sum(float value, float (&scratch)[kWarpSi
 }
 
 // Grid: a CTA per row; kVectors vectors of kVec elements for each thread. The sums, the order of their terms and the roundings are those of
-// norm_kernel, so that results are its own. Q is the result's type; kScale counts where that is one of 8 bits. Few rows: weights are read with
-// the row.
+// norm_kernel, so that results are its own. Q is the result's type; kScale counts where that is one of 8 bits. Weights are read with the row where
+// rows are few, before its sum where there are registers for them, and else after it.
 template <NormKind kKind, typename T, typename Q, ScaleGranularity kScale, int kVec, int kVectors, bool kManyRows, int kRegisters>
 __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant__ DenseRows p) {
   constexpr bool kAdds = kKind == NormKind::kAddRms, kIsLayer = kKind == NormKind::kLayer;
   constexpr bool kQuantizes = sizeof(Q) == 1, kComputes = kQuantizes && kScale != ScaleGranularity::kTensor;
-  constexpr bool kIsInt8 = std::is_same_v<Q, std::int8_t>;
+  constexpr bool kIsInt8 = std::is_same_v<Q, std::int8_t>, kHoldsWeights = kManyRows && kQuantizes && !kIsLayer;
   using Vector = Packed<T, kVec>;
   using Result = Packed<Q, kVec>;
   __shared__ __align__(16) float scratch[kIsLayer ? 2 : 1][kWarpSize];
@@ -150,6 +150,10 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
       for (int word = 0; word < static_cast<int>(sizeof(Vector)) / 4; word += 4)
         sum = __uint_as_float(__float_as_uint(sum) ^ (weight_bits[i].words[word] & nothing));
   }
+  if constexpr (kHoldsWeights) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) load_weights(i);
+  }
   const std::uint32_t num_warps = width / kWarpSize;
   float total = dense_sum(sum, scratch[0], thread, num_warps), mean = 0.0f;
   if constexpr (kIsLayer) {
@@ -169,7 +173,7 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
 
   const auto normalised = [&](float (&v)[kVec], int i) {
     float weight[kVec], bias[kVec];
-    if constexpr (kManyRows) load_weights(i);
+    if constexpr (kManyRows && !kHoldsWeights) load_weights(i);
     unpack<T, kVec>(weight, weight_bits[i]);
     unpack<T, kVec>(bias, bias_bits[i]);
     if constexpr (!kIsLayer) {
