@@ -196,7 +196,8 @@ __global__ void __launch_bounds__(kThreads) write_few_kernel(const __grid_consta
   const auto* const words = reinterpret_cast<const std::uint32_t*>(static_cast<const char*>(p.slot_mapping) + token * p.slot_step);
   device::wait_for_predecessor();
 
-  // Load. The halves of a slot have registers of their own, so that nothing waits for one before the other; a thread past the end reads what the last one reads.
+  // Load. The halves of a slot have registers of their own, so that nothing waits for one before the other. A thread past the end reads what
+  // the last one reads.
   uint2 bits = {words[0], 0};
   if (p.slots_are_int64) bits.y = words[1];
   const std::uint32_t at = min(vector, p.num_vectors - 1) * kPieces;
