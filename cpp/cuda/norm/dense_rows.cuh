@@ -61,10 +61,17 @@ __device__ __forceinline__ void normalise(float (&v)[kVec], const float (&weight
 }
 
 // The sum over the CTA that cta_sum() gives, bit for bit, in fewer steps: what other lanes would be asked for lies side by side.
-// All 32 entries are written: those that no warp has are zeros, by other lanes.
+// All entries that are read are written: those that no warp has are zeros, by other lanes. kShort: for up to 8 warps there is a way of its own.
+template <bool kShort>
 __device__ __forceinline__ float dense_sum(float value, float (&scratch)[kWarpSize], std::uint32_t thread, std::uint32_t num_warps) {
   const std::uint32_t lane = thread % kWarpSize, entry = thread / kWarpSize + lane * num_warps;
   value = warp_sum(value);
+  if (kShort && num_warps <= 8) {
+    if (entry < 8) scratch[entry] = lane == 0 ? value : 0.0f;
+    __syncthreads();
+    const float4 low = *reinterpret_cast<const float4*>(&scratch[0]), high = *reinterpret_cast<const float4*>(&scratch[4]);
+    return ((low.x + high.x) + (low.z + high.z)) + ((low.y + high.y) + (low.w + high.w));
+  }
   // Entry i lies at i % 8 * 4 + i / 8.
   if (entry < kWarpSize) scratch[entry % 8 * 4 + entry / 8] = lane == 0 ? value : 0.0f;
   __syncthreads();
@@ -83,6 +90,7 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
   constexpr bool kAdds = kKind == NormKind::kAddRms, kIsLayer = kKind == NormKind::kLayer;
   constexpr bool kQuantizes = sizeof(Q) == 1, kComputes = kQuantizes && kScale != ScaleGranularity::kTensor;
   constexpr bool kIsInt8 = std::is_same_v<Q, std::int8_t>, kHoldsWeights = kManyRows && kQuantizes && !kIsLayer;
+  constexpr bool kHasShortSum = kManyRows && kQuantizes && !kAdds;
   using Vector = Packed<T, kVec>;
   using Result = Packed<Q, kVec>;
   __shared__ __align__(16) float scratch[kIsLayer ? 2 : 1][kWarpSize];
@@ -155,7 +163,7 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
     for (int i = 0; i < kVectors; ++i) load_weights(i);
   }
   const std::uint32_t num_warps = width / kWarpSize;
-  float total = dense_sum(sum, scratch[0], thread, num_warps), mean = 0.0f;
+  float total = dense_sum<kHasShortSum>(sum, scratch[0], thread, num_warps), mean = 0.0f;
   if constexpr (kIsLayer) {
     mean = __fmul_rn(total, p.inverse_hidden);
     float squares = 0.0f;
@@ -167,7 +175,7 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
       for (int e = 0; e < kVec; ++e) vector_sum = fmaf(v[e] - mean, v[e] - mean, vector_sum);
       squares += is_inside(i) ? vector_sum : 0.0f;
     }
-    total = dense_sum(squares, scratch[1], thread, num_warps);
+    total = dense_sum<kHasShortSum>(squares, scratch[1], thread, num_warps);
   }
   const float inverse = __frsqrt_rn(fmaf(total, p.inverse_hidden, p.eps));
 
