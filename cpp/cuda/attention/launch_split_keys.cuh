@@ -4,12 +4,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 
 #include "cuda/attention/launch.h"
 #include "cuda/attention/mma_cluster_keys.cuh"
 #include "cuda/attention/mma_split_keys.cuh"
 #include "cuda/device/dependent_launch.cuh"
 #include "cuda/once_per_device.h"
+#include "cuda/tensor_map.h"
 
 namespace quire::cuda::attn {
 
@@ -26,11 +28,17 @@ __host__ __device__ constexpr int head_dim_alone(int head_dim, Pairing pairing) 
 template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing>
 __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>::kCtaThreads,
                                   SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>::kCtasPerSm)
-    attention_mma_split_keys_kernel(const __grid_constant__ Plan plan) {
+    attention_mma_split_keys_kernel(const __grid_constant__ Plan plan, const __grid_constant__ KeyMaps maps) {
+#if __CUDA_ARCH__ >= 900
+  if (threadIdx.x == 0) {
+    device::prefetch_tensor_map(&maps.k);
+    device::prefetch_tensor_map(&maps.v);
+  }
+#endif
   device::wait_for_predecessor();
 #if __CUDA_ARCH__ >= 900
   if constexpr (kHasClusters<kVariant, kWide>) {
-    if (plan.in_clusters && attend_in_clusters<kKvDType, head_dim_alone(kHeadDim, kPairing), 2 * kWarps, kPairing != Pairing::kNone>(plan))
+    if (plan.in_clusters && attend_in_clusters<kKvDType, head_dim_alone(kHeadDim, kPairing), 2 * kWarps, kPairing != Pairing::kNone>(plan, maps))
       return;
   }
 #endif
@@ -41,10 +49,16 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
 /// evenly.
 template <DType kKvDType, int kHeadDim, bool kInPairs>
 __global__ void __launch_bounds__(ClusterKeysShape<kKvDType, kHeadDim, kLoneWarps>::kCtaThreads, 1)
-    attention_mma_cluster_keys_kernel(const __grid_constant__ Plan plan) {
+    attention_mma_cluster_keys_kernel(const __grid_constant__ Plan plan, const __grid_constant__ KeyMaps maps) {
 #if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 900
+  if (threadIdx.x == 0) {
+    device::prefetch_tensor_map(&maps.k);
+    device::prefetch_tensor_map(&maps.v);
+  }
+#endif
   device::wait_for_predecessor();
-  attend_in_clusters<kKvDType, kHeadDim, kLoneWarps, kInPairs>(plan);
+  attend_in_clusters<kKvDType, kHeadDim, kLoneWarps, kInPairs>(plan, maps);
 #endif
 }
 
@@ -69,8 +83,37 @@ int largest_cluster(int num_threads, int shared_bytes, int limit, std::int64_t n
 }
 
 /// Launches the kernel with up to `limit` CTAs to a tile, at least `min_size`; false if it cannot.
+inline CUtensorMap make_key_map(const AttentionParams& p, const void* base, std::int64_t block_stride, std::int64_t token_stride,
+                                std::int64_t head_stride, int num_kv_heads, int panel_bytes, int keys_per_box) {
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(p.head_dim), static_cast<cuuint64_t>(num_kv_heads),
+                               static_cast<cuuint64_t>(p.block_size), static_cast<cuuint64_t>(p.num_blocks)};
+  const std::int64_t item = itemsize(p.kv_dtype);
+  const auto bytes = [&](cuuint64_t size, std::int64_t stride) { return size > 1 ? static_cast<cuuint64_t>(stride * item) : 16; };
+  const cuuint64_t strides[3] = {bytes(sizes[1], head_stride), bytes(sizes[2], token_stride), bytes(sizes[3], block_stride)};
+  const cuuint32_t box[4] = {static_cast<cuuint32_t>(panel_bytes / item), 1, static_cast<cuuint32_t>(keys_per_box), 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  static const int promo = std::getenv("QPROMO") ? std::atoi(std::getenv("QPROMO")) : 0;
+  check_tensor_map(encode_tensor_map()(&map, item == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 4,
+                                       const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                       panel_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
+                                       promo == 2 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : promo == 1 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+  return map;
+}
+
+template <typename Shape>
+KeyMaps make_key_maps(const AttentionParams& p, bool in_pairs) {
+  KeyMaps maps;
+  const int heads = static_cast<int>(p.num_kv_heads) * (in_pairs ? 2 : 1), d = in_pairs ? 2 : 1;
+  const int keys = static_cast<int>(std::min<std::int64_t>(p.block_size & -p.block_size, Shape::kKeys));
+  maps.box_shift = std::bit_width(static_cast<unsigned>(keys)) - 1;
+  maps.k = make_key_map(p, p.k, p.k_block_stride, p.k_token_stride, p.k_head_stride / d, heads, Shape::KvRows::kPanelRowBytes, keys);
+  maps.v = make_key_map(p, p.v, p.v_block_stride, p.v_token_stride, p.v_head_stride / d, heads, Shape::KvRows::kPanelRowBytes, keys);
+  return maps;
+}
+
 template <auto kKernel>
-bool launch_clusters(Plan plan, int limit, int min_size, std::int64_t num_tiles, int num_threads, int shared_bytes, Stream stream) {
+bool launch_clusters(const KeyMaps& maps, Plan plan, int limit, int min_size, std::int64_t num_tiles, int num_threads, int shared_bytes, Stream stream) {
   if (limit > 8)
     known_of_device([] {
       QUIRE_CUDA_CHECK(cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
@@ -83,7 +126,7 @@ bool launch_clusters(Plan plan, int limit, int min_size, std::int64_t num_tiles,
   plan.num_ctas = static_cast<int>(std::min<std::int64_t>(plan.num_ctas, num_tiles * size));
   plan.tiles_per_cta = 0;  // what was chosen for equal lengths was for another number of CTAs
   const LaunchShape shape{static_cast<unsigned>(num_tiles * size), static_cast<unsigned>(num_threads), shared_bytes, size};
-  launch_waiting("attention_mma_split_keys_kernel in clusters", kKernel, shape, stream, plan);
+  launch_waiting("attention_mma_split_keys_kernel in clusters", kKernel, shape, stream, plan, maps);
   return true;
 }
 
@@ -99,18 +142,18 @@ void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
         using Lone = ClusterKeysShape<kKvDType, kAlone, kLoneWarps>;
         if (in_clusters && plan.params.num_seqs == 1 && num_head_tiles < kMaxCluster &&
             launch_clusters<attention_mma_cluster_keys_kernel<kKvDType, kAlone, kPairing != Pairing::kNone>>(
-                plan, config.cluster, 8, num_head_tiles, Lone::kCtaThreads, Lone::kSharedBytes, stream))
+                make_key_maps<Lone>(plan.params, kPairing != Pairing::kNone), plan, config.cluster, 8, num_head_tiles, Lone::kCtaThreads, Lone::kSharedBytes, stream))
           return;
       }
       constexpr int kSharedBytes = std::max(Shape::kSharedBytes, ClusterKeysShape<kKvDType, kAlone, 2 * kWarps>::kSharedBytes);
       static_assert(kSharedBytes <= kWideSharedBytes / Shape::kCtasPerSm);
       if (in_clusters && launch_clusters<attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>>(
-                             plan, config.cluster, 1, num_head_tiles, Shape::kCtaThreads, kSharedBytes, stream))
+                             make_key_maps<ClusterKeysShape<kKvDType, kAlone, 2 * kWarps>>(plan.params, kPairing != Pairing::kNone), plan, config.cluster, 1, num_head_tiles, Shape::kCtaThreads, kSharedBytes, stream))
         return;
     }
     const auto kernel = attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>;
     launch_waiting("attention_mma_split_keys_kernel", kernel,
-                   LaunchShape{static_cast<unsigned>(config.num_ctas), Shape::kCtaThreads, Shape::kSharedBytes}, stream, plan);
+                   LaunchShape{static_cast<unsigned>(config.num_ctas), Shape::kCtaThreads, Shape::kSharedBytes}, stream, plan, KeyMaps{});
   };
   const auto of_head_dim = [&]<int kHeadDim>() {
     if constexpr (kHeadDim == 128) {

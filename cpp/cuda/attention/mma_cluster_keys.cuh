@@ -5,6 +5,8 @@
 // keys are dealt to the warps of all CTAs in turn, whatever the length is, and a warp asks for its first block before it knows the length.
 #pragma once
 
+#include <cuda.h>
+
 #include "cuda/attention/mma_split_keys.cuh"
 #include "cuda/device/cluster.cuh"
 #include "cuda/device/tma.cuh"
@@ -14,55 +16,61 @@ namespace quire::cuda::attn {
 /// Of a CTA that is alone on its SM, for one sequence.
 constexpr int kLoneWarps = 16;
 
+/// K's and V's rows as {head_dim, kv head, slot in its block, block}, and boxes of 2^box_shift slots of them.
+struct KeyMaps {
+  CUtensorMap k, v;
+  int box_shift;
+};
+
+/// Rows of a step as boxes bring them: panels of up to 128 bytes of columns, one after the other. Each is as Rows, which is how boxes are swizzled.
+template <int kRowBytes, int kKeys>
+struct PanelRows {
+  static constexpr int kPanelRowBytes = kRowBytes < 128 ? kRowBytes : 128;
+  static constexpr int kPanels = kRowBytes / kPanelRowBytes;
+  static constexpr int kPanelBytes = kKeys * kPanelRowBytes;
+  using Panel = Rows<kPanelRowBytes>;
+
+  __host__ __device__ static constexpr int key(int row) { return Panel::key(row); }
+  __device__ __forceinline__ static std::uint32_t address(std::uint32_t base, int row, int chunk) {
+    return Panel::address(base, row, chunk % Panel::kChunks) + static_cast<std::uint32_t>(chunk / Panel::kChunks * kPanelBytes);
+  }
+  __device__ __forceinline__ static std::uint32_t advance(std::uint32_t thread_address, int rows, int chunks) {
+    return Panel::advance(thread_address, rows, chunks % Panel::kChunks) + static_cast<std::uint32_t>(chunks / Panel::kChunks * kPanelBytes);
+  }
+};
+
+#ifndef V_KEYS
+#define V_KEYS 0
+#endif
 /// Of kv heads of kHeadDim, one by one, also where attend_to_stretches takes them in pairs.
 template <DType kKvDType, int kHeadDim, int kWarpsOfCta>
 struct ClusterKeysShape {
   using Base = SplitKeysShape<kKvDType, kHeadDim, Variant::kMmaSplitKeys8, true, Pairing::kNone>;
   using Types = typename Base::Types;
   static constexpr int kRows = Base::kRows;
-  static constexpr int kKeys = Base::kKeys;
-  static constexpr int kSlots = Base::kSlots;
-  static constexpr int kSlotBytes = Base::kSlotBytes;
+  static constexpr int kKeys = V_KEYS ? V_KEYS : Base::kKeys;
+  using KvRows = PanelRows<Types::kKvRowBytes, kKeys>;
+  static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;
+  static constexpr int kSlots = Base::kRingBytes / kSlotBytes;
   static constexpr int kRingBytes = Base::kRingBytes;
   static constexpr int kOutPitch = Base::kOutPitch;
-  static constexpr int kLead = Base::kLead;
-  static constexpr int kEntryBytes = Base::kEntryBytes;
   static constexpr int kCtaWarps = kWarpsOfCta;
   static constexpr int kCtaThreads = 32 * kCtaWarps;
   static constexpr int kItems = kRows * kHeadDim / 4 + kMaxCluster;  // of four columns, that a CTA receives at most
   static constexpr int kQOffset = kCtaWarps * kRingBytes;
-  static constexpr int kEntriesOffset = kQOffset + kRows * Types::kQRowBytes;
   // From every CTA, items of this one: values and their softmax terms.
-  static constexpr int kReceivedOffset = kEntriesOffset + kCtaWarps * kEntryBytes;
+  static constexpr int kReceivedOffset = kQOffset + kRows * Types::kQRowBytes;
   static constexpr int kReceivedStatsOffset = kReceivedOffset + kItems * static_cast<int>(sizeof(float4));
   static constexpr int kStatsOffset = kReceivedStatsOffset + kItems * static_cast<int>(sizeof(float2));
   static constexpr int kRowParamsOffset = kStatsOffset + kCtaWarps * kRows * static_cast<int>(sizeof(float2));
   static constexpr int kBarrierOffset = kRowParamsOffset + kRows * static_cast<int>(sizeof(RowParams));
-  static constexpr int kSharedBytes = kBarrierOffset + 8;
+  static constexpr int kWarpBarriersOffset = kBarrierOffset + 8;  // of each warp, one for each slot
+  static constexpr int kSharedBytes = kWarpBarriersOffset + kCtaWarps * kSlots * 8;
   static_assert(kBarrierOffset % 8 == 0);
+  static_assert(kRows * kOutPitch * 4 <= kRingBytes && kSlotBytes % 1024 == 0);
   /// Of an item of four columns that goes to another CTA: the columns and their softmax terms.
   static constexpr int kItemBytes = static_cast<int>(sizeof(float4) + sizeof(float2));
 };
-
-/// A warp's copy of a step's rows: lane i knows where key i's are, in chunks from the view's base. Keys that do not exist become zero.
-template <typename Types, int kKeys>
-__device__ __forceinline__ void copy_step(const KvView& view, std::uint32_t offset, std::uint32_t valid, std::uint32_t slot) {
-  using KvRows = Rows<Types::kKvRowBytes>;
-  constexpr int kRowsPerPass = 32 / KvRows::kChunks;
-  const int lane = lane_here();
-  const int chunk = lane % KvRows::kChunks;
-  const int first_row = lane / KvRows::kChunks;
-  const bool exists = chunk * 16 < view.row_bytes;
-  const char* const source = view.base + (exists ? chunk * 16 : 0);
-  const std::uint32_t existing = exists ? valid >> first_row : 0;
-  const std::uint32_t target = KvRows::address(slot, first_row, chunk);
-#pragma unroll
-  for (int row = 0; row < kKeys; row += kRowsPerPass) {
-    const std::uint32_t row_offset = __shfl_sync(kAllLanes, offset, first_row + row);
-    device::copy_async_16_if(KvRows::advance(target, row, KvRows::key(row)), source + static_cast<std::uint64_t>(row_offset) * 16,
-                             (existing & (1u << row)) != 0);
-  }
-}
 
 /// Adds a part's columns and its sum, whose largest score is stats.x, to what is relative to `base`.
 __device__ __forceinline__ void add_part(Partial& to, float base, float4 value, float2 stats) {
@@ -97,14 +105,14 @@ __device__ __forceinline__ bool lengths_are_alike(const Plan& plan) {
 /// A tile to a cluster of plan.cluster CTAs: a query of each sequence, and a group of up to 8 heads. False if the lengths are too different; then
 /// nothing has been done.
 template <DType kKvDType, int kHeadDim, int kWarpsOfCta, bool kInPairs>
-__device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
+__device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMaps& maps) {
   using Types = MmaTypes<kKvDType, kHeadDim>;
   using Shape = ClusterKeysShape<kKvDType, kHeadDim, kWarpsOfCta>;
   constexpr int kRows = Shape::kRows;
   constexpr int kKeys = Shape::kKeys;
   constexpr int kSlots = Shape::kSlots;
   constexpr int kCtaWarps = Shape::kCtaWarps;
-  constexpr int kLead = Shape::kLead;
+  using KvRows = typename Shape::KvRows;
   constexpr bool kEven = kSlots % 2 == 0;
   extern __shared__ __align__(1024) char shared[];
   const AttentionParams& p = plan.params;
@@ -129,25 +137,31 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
   tile.query_len = 1;
   tile.num_rows = static_cast<int>(plan.kv_group.divisor);
   tile.row_begin = kInPairs ? tile_idx % 2 * tile.num_rows : 0;
-  const auto view_of = [&](KvView view, std::int64_t stride) {
-    if (kInPairs && tile_idx % 2 != 0) view.base += stride * Types::kElementBytes / 2;
-    return view;
-  };
 
-  // What needs no other load's result comes first: table entries of the first steps, if they exist, and q.
+  // Each warp's ring is brought by boxes, counted at a barrier for each slot.
+  const std::uint32_t barriers = shared_base + static_cast<std::uint32_t>(Shape::kWarpBarriersOffset + warp * kSlots * 8);
+  if (device::elect_lane()) {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) device::barrier_init(barriers + i * 8, 1);
+    device::barrier_init_fence();
+  }
+
+  // What needs no other load's result comes first: the lanes' boxes, of the warp's first steps, and q. 32 boxes are some steps', or one's.
   const std::int32_t seq_len = p.seq_lens[tile.seq];
   const int stride = size * kCtaWarps * kKeys;
-  const auto lane_key = [&](int key) { return lane < kKeys ? key + lane : INT_MAX; };
-  const std::uint32_t first_entries =
-      shared_base + static_cast<std::uint32_t>(Shape::kEntriesOffset + warp * Shape::kEntryBytes + 4 * lane);
-  std::uint32_t entries = first_entries;
-  int next_key = (warp * size + rank) * kKeys;  // of the step whose K comes next
-  const auto copy_first_entries = [&](int key_end) {
-#pragma unroll
-    for (int i = 0; i < kLead; ++i)
-      copy_entry(plan, tile, lane_key(next_key + i * stride), key_end, first_entries + static_cast<std::uint32_t>(i * kKeys * 4));
+  const int box_shift = maps.box_shift;
+  constexpr int kKeysShift = kKeys == 32 ? 5 : 4;
+  static_assert(kKeys == 1 << kKeysShift);
+  const int boxes_shift = kKeysShift - box_shift;  // of a step
+  const int lane_offset = (lane >> boxes_shift) * stride + ((lane & ((1 << boxes_shift) - 1)) << box_shift);
+  const int lanes_stride = (32 >> boxes_shift) * stride;
+  int next_key = (warp * size + rank) * kKeys;  // of the step whose boxes come next
+  int lane_key = next_key + lane_offset;        // of the lane's box
+  const auto entry_of = [&](int key, int key_end) {
+    return key < key_end ? p.block_tables[tile.seq * p.block_tables_stride + plan.block_size.quotient(key)] : -1;
   };
-  copy_first_entries(plan.key_capacity);
+  int lane_entry = entry_of(lane_key, plan.key_capacity);
+  int next_entry = entry_of(lane_key + lanes_stride, plan.key_capacity);
   using QRows = Rows<Types::kQRowBytes>;
   static_assert(kRows * QRows::kChunks <= Shape::kCtaThreads);
   if (static_cast<int>(threadIdx.x) < kRows * QRows::kChunks) {
@@ -186,111 +200,155 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
     record_error(plan.error_word, plan.op, ArgId::kSeqLens, tile.seq, seq_len);
   const KeyRange range = visible_keys(p, tile, 0);
   const int first_key = range.begin / kKeys * kKeys;
-  device::copy_async_wait<0>();
   if (first_key > 0) {
-    next_key += first_key;
-    copy_first_entries(range.end);
-    device::copy_async_wait_all();
+    next_key += first_key, lane_key += first_key;
+    lane_entry = entry_of(lane_key, range.end);
+    next_entry = entry_of(lane_key + lanes_stride, range.end);
   }
 
-  using MmaState = MmaColumns<kKvDType, kHeadDim, 1, false>;
+  using MmaState = MmaColumns<kKvDType, kHeadDim, 1, false, KvRows>;
   MmaState state;
   typename MmaState::Scale score;
   const std::uint32_t k_offset = MmaState::k_thread_offset();
   const std::uint32_t v_offset = MmaState::v_thread_offset();
   state.reset();
 
-  std::uint32_t last_valid = 0, v_chunks = 0;  // of the step whose K came last: which keys exist, and where the lane's V is
-  const auto copy_k = [&](std::uint32_t slot) {
-    last_valid = 0;
-    if (next_key < range.end) {
-      const int key = lane_key(next_key);
-      const KeyLocation location = locate_key(plan, tile, key < range.begin ? INT_MAX : key, range.end, device::load_shared(entries));
-      last_valid = __ballot_sync(kAllLanes, location.valid);
-      const std::uint32_t entry = location.valid ? static_cast<std::uint32_t>(location.entry) : 0;
-      const std::uint32_t token = location.valid ? static_cast<std::uint32_t>(location.slot) : 0;
-      v_chunks = entry * plan.v_chunk_strides.x + token * plan.v_chunk_strides.y;
-      copy_step<Types, kKeys>(view_of(k_view<Types>(p, plan, pair), p.k_head_stride),
-                              entry * plan.k_chunk_strides.x + token * plan.k_chunk_strides.y, last_valid, slot);
-      copy_entry(plan, tile, lane_key(next_key + kLead * stride), range.end, entries);
-      entries += kKeys * 4;
-      if (entries >= first_entries + Shape::kEntryBytes) entries -= Shape::kEntryBytes;
-    }
-    next_key += stride;
-    return last_valid;
+  // A box that does not exist is outside of the tensor, where zeros come from.
+  bool complete = true;  // whether all blocks so far exist
+  int lane_slot = 0;
+  const auto check_boxes = [&] {
+    const int block = plan.block_size.quotient(lane_key);
+    const bool wanted = lane_key < range.end && lane_key + (1 << box_shift) > range.begin;
+    if (!wanted) lane_entry = -1;
+    const bool valid = lane_entry >= 0 && lane_entry < p.num_blocks;
+    if (!valid && lane_entry != -1)
+      record_error(plan.error_word, plan.op, ArgId::kBlockTables, tile.seq * p.max_blocks_per_seq + block, lane_entry);
+    complete &= __all_sync(kAllLanes, valid || !wanted);
+    if (!valid) lane_entry = -1;
+    lane_slot = plan.block_size.remainder(lane_key, block);
   };
-  const auto copy_v = [&](std::uint32_t slot) {
-    // Zeros for hidden keys, of a whole step too: their weight is 0, and what lies there may not be finite.
-    const int key = next_key - stride;
-    if (key >= first_key && key < range.end)
-      copy_step<Types, kKeys>(view_of(v_view<Types>(p, plan, pair), p.v_head_stride), v_chunks, last_valid, slot);
-  };
-
-  // As in attend_to_stretches.
-  std::uint32_t valid[kLead + 1] = {};
-  std::uint32_t slot = 0;
+  check_boxes();
+#ifdef V_ONCE
+  const std::uint64_t policy = device::read_once_policy();
+#endif
+  int first_lane = 0;  // of the step's boxes
+  const auto copy_step = [&](const CUtensorMap& map, std::uint32_t slot) {
+    if (next_key >= range.end) return;
+    const std::uint32_t target = ring + slot * Shape::kSlotBytes, slot_barrier = barriers + slot * 8;
+    const bool elected = device::elect_lane();
+    if (elected) device::barrier_arrive_expect(slot_barrier, Shape::kSlotBytes);
 #pragma unroll 1
-  for (int round = -kLead;; ++round) {
-    if (round == 0) {
-      if (threadIdx.x >= Shape::kCtaThreads - kRows) {
-        // As make_row_params, for one query that no mask is for.
-        const int row = static_cast<int>(threadIdx.x) - (Shape::kCtaThreads - kRows);
-        RowParams params{p.scale, 0.0f, tile.kv_len - 1, range.begin, range.end, 0, nullptr};
-        if (p.k_scale != nullptr) params.scale *= p.k_scale[kv_head * p.k_scale_stride];
-        if (p.alibi_slopes != nullptr) params.slope = p.alibi_slopes[kv_head * tile.num_rows + min(row, tile.num_rows - 1)] * kLog2E;
-        row_params[row] = params;
-      }
-      if constexpr (Types::kQuantized) {
-        __syncthreads();
-        for (int row = warp; row < kRows; row += kCtaWarps) convert_q<Types, kHeadDim, 1>(plan, row, q_shared, row_params);
-      }
-      __syncthreads();
-      score = make_score_scale<MmaState::kQueries>(p, row_params, MmaState::query);
-      state.attach_q(device::shared_address(q_shared));
-      device::cluster_wait();  // all CTAs have begun, so that their memory may be written; here that costs nothing
-    }
-    const int key = next_key - kLead * stride;
-    if (round >= 0 && key >= range.end) break;
-    const std::uint32_t k_address = ring + slot * Shape::kSlotBytes;
-    slot = slot + 1 == kSlots ? 0 : slot + 1;
-    const std::uint32_t v_address = ring + slot * Shape::kSlotBytes;
-    slot = slot + 1 == kSlots ? 0 : slot + 1;
-
-    float scores[kKeys / 16][1][4];
-    if (round >= 0) {
-      device::copy_async_wait<kSlots - 1>();
-      __syncwarp();
-      state.template multiply_qk<kKeys>(scores, k_address + k_offset);
-      __syncwarp();
-    }
-    if constexpr (kEven) {
-      valid[kLead] = copy_k(k_address);
-    } else {
-      copy_v(k_address);
-    }
-    device::copy_async_commit();
-
-    if (round >= 0) {
-      if (score.transform) state.template transform_scores<kKeys>(scores, row_params, p.softcap, key);
-      constexpr std::uint32_t kAll = kKeys == 32 ? 0xffffffffu : (1u << (kKeys % 32)) - 1;
-      if (valid[0] != kAll) state.template mask_scores<kKeys>(scores, row_params, key, valid[0]);
-      state.template softmax<kKeys>(scores, score);
-
-      device::copy_async_wait<kSlots - 1>();
-      __syncwarp();
-      state.template multiply_pv<kKeys>(scores, v_address + v_offset);
-      __syncwarp();
-    }
-    if constexpr (kEven) {
-      copy_v(v_address);
-    } else {
-      valid[kLead] = copy_k(v_address);
-    }
-    device::copy_async_commit();
+    for (int key = 0, box = first_lane; key < kKeys; key += 1 << box_shift, ++box) {
+      const int entry = __shfl_sync(kAllLanes, lane_entry, box), box_slot = __shfl_sync(kAllLanes, lane_slot, box);
+      if (elected) {
 #pragma unroll
-    for (int i = 0; i < kLead; ++i) valid[i] = valid[i + 1];
+        for (int panel = 0; panel < KvRows::kPanels; ++panel)
+#ifdef V_ONCE
+          device::copy_box_once(target + static_cast<std::uint32_t>(key * KvRows::kPanelRowBytes + panel * KvRows::kPanelBytes), &map, slot_barrier,
+                           panel * KvRows::kPanelRowBytes / Types::kElementBytes, kv_head, box_slot, entry, policy);
+#else
+          device::copy_box(target + static_cast<std::uint32_t>(key * KvRows::kPanelRowBytes + panel * KvRows::kPanelBytes), &map, slot_barrier,
+                           panel * KvRows::kPanelRowBytes / Types::kElementBytes, kv_head, box_slot, entry);
+#endif
+      }
+    }
+  };
+  const auto copy_k = [&](std::uint32_t slot) { copy_step(maps.k, slot); };
+  const auto copy_v = [&](std::uint32_t slot) {
+    copy_step(maps.v, slot);
+    next_key += stride;
+    first_lane += 1 << boxes_shift;
+    if (first_lane == 32) {
+      first_lane = 0;
+      lane_key += lanes_stride;
+      lane_entry = next_entry;
+      check_boxes();
+      next_entry = entry_of(lane_key + lanes_stride, range.end);
+    }
+  };
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    if (i % 2 == 0) {
+      copy_k(static_cast<std::uint32_t>(i));
+    } else {
+      copy_v(static_cast<std::uint32_t>(i));
+    }
+  }
+
+  if (threadIdx.x >= Shape::kCtaThreads - kRows) {
+    // As make_row_params, for one query that no mask is for.
+    const int row = static_cast<int>(threadIdx.x) - (Shape::kCtaThreads - kRows);
+    RowParams params{p.scale, 0.0f, tile.kv_len - 1, range.begin, range.end, 0, nullptr};
+    if (p.k_scale != nullptr) params.scale *= p.k_scale[kv_head * p.k_scale_stride];
+    if (p.alibi_slopes != nullptr) params.slope = p.alibi_slopes[kv_head * tile.num_rows + min(row, tile.num_rows - 1)] * kLog2E;
+    row_params[row] = params;
   }
   device::copy_async_wait<0>();
+  if constexpr (Types::kQuantized) {
+    __syncthreads();
+    for (int row = warp; row < kRows; row += kCtaWarps) convert_q<Types, kHeadDim, 1>(plan, row, q_shared, row_params);
+  }
+  __syncthreads();
+  score = make_score_scale<MmaState::kQueries>(p, row_params, MmaState::query);
+  state.attach_q(device::shared_address(q_shared));
+  device::cluster_wait();  // all CTAs have begun, so that their memory may be written; here that costs nothing
+
+  std::uint32_t slot = 0, parities = 0;
+  const auto wait_for_slot = [&](std::uint32_t of) {
+    device::barrier_wait(barriers + of * 8, parities >> of & 1u);
+    parities ^= 1u << of;
+  };
+#pragma unroll 1
+  for (int key = first_key + (warp * size + rank) * kKeys; key < range.end; key += stride) {
+    const std::uint32_t k_slot = slot, v_slot = slot + 1 == kSlots ? 0 : slot + 1;
+    slot = v_slot + 1 == kSlots ? 0 : v_slot + 1;
+    const bool inner = key >= range.begin && key + kKeys <= range.end;
+
+    float scores[kKeys / 16][1][4];
+    wait_for_slot(k_slot);
+    state.template multiply_qk<kKeys>(scores, ring + k_slot * Shape::kSlotBytes + k_offset);
+    __syncwarp();
+    if constexpr (kEven) {
+      copy_k(k_slot);
+    } else {
+      copy_v(k_slot);
+    }
+
+    if (score.transform) state.template transform_scores<kKeys>(scores, row_params, p.softcap, key);
+    if (!inner || !complete) {
+      // Some keys' blocks may not exist.
+      const int mine = key + lane;
+      std::uint32_t valid = 0xffffffffu;
+      if (!complete) {
+        const int entry = entry_of(lane < kKeys && mine >= range.begin ? mine : INT_MAX, range.end);
+        valid = __ballot_sync(kAllLanes, entry >= 0 && entry < p.num_blocks);
+      }
+      state.template mask_scores<kKeys>(scores, row_params, key, valid);
+    }
+    state.template softmax<kKeys>(scores, score);
+
+    wait_for_slot(v_slot);
+    if (!inner) {
+      // Zeros for hidden keys: their weight is 0, and what lies there may not be finite.
+      for (int row = 0; row < kKeys; ++row) {
+        if (key + row >= range.begin && key + row < range.end) continue;
+        for (int chunk = lane; chunk < Types::kKvRowBytes / 16; chunk += 32) {
+          const std::uint32_t target = KvRows::address(ring + v_slot * Shape::kSlotBytes, row, chunk);
+          asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(target), "r"(0) : "memory");
+        }
+      }
+      device::fence_async_proxy();
+      __syncwarp();
+    }
+    state.template multiply_pv<kKeys>(scores, ring + v_slot * Shape::kSlotBytes + v_offset);
+    __syncwarp();
+    if constexpr (kEven) {
+      copy_v(v_slot);
+    } else {
+      copy_k(v_slot);
+    }
+  }
   state.reduce_sum();
   __syncwarp();
 
