@@ -30,18 +30,12 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
                                   SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>::kCtasPerSm)
     attention_mma_split_keys_kernel(const __grid_constant__ Plan plan, const __grid_constant__ KeyMaps maps) {
 #if __CUDA_ARCH__ >= 900
-  if (threadIdx.x == 0) {
-    device::prefetch_tensor_map(&maps.k);
-    device::prefetch_tensor_map(&maps.v);
-  }
-#endif
-  device::wait_for_predecessor();
-#if __CUDA_ARCH__ >= 900
   if constexpr (kHasClusters<kVariant, kWide>) {
     if (plan.in_clusters && attend_in_clusters<kKvDType, head_dim_alone(kHeadDim, kPairing), 2 * kWarps, kPairing != Pairing::kNone>(plan, maps))
       return;
   }
 #endif
+  device::wait_for_predecessor();
   attend_to_stretches<kKvDType, kHeadDim, kVariant, kWide, kPairing>(plan);
 }
 
@@ -51,13 +45,6 @@ template <DType kKvDType, int kHeadDim, bool kInPairs>
 __global__ void __launch_bounds__(ClusterKeysShape<kKvDType, kHeadDim, kLoneWarps>::kCtaThreads, 1)
     attention_mma_cluster_keys_kernel(const __grid_constant__ Plan plan, const __grid_constant__ KeyMaps maps) {
 #if __CUDA_ARCH__ >= 900
-#if __CUDA_ARCH__ >= 900
-  if (threadIdx.x == 0) {
-    device::prefetch_tensor_map(&maps.k);
-    device::prefetch_tensor_map(&maps.v);
-  }
-#endif
-  device::wait_for_predecessor();
   attend_in_clusters<kKvDType, kHeadDim, kLoneWarps, kInPairs>(plan, maps);
 #endif
 }

@@ -9,6 +9,7 @@
 
 #include "cuda/attention/mma_split_keys.cuh"
 #include "cuda/device/cluster.cuh"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/tma.cuh"
 
 namespace quire::cuda::attn {
@@ -140,11 +141,24 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
 
   // Each warp's ring is brought by boxes, counted at a barrier for each slot.
   const std::uint32_t barriers = shared_base + static_cast<std::uint32_t>(Shape::kWarpBarriersOffset + warp * kSlots * 8);
-  if (device::elect_lane()) {
+  // What the other CTAs send here at the end is counted at a barrier, which they may use when all have arrived below.
+  constexpr int kItemsOfRow = kHeadDim / 4;
+  const int num_items = tile.num_rows * kItemsOfRow;  // of four columns of a row; CTA r puts the items r, r + size, ... together
+  const std::uint32_t barrier = shared_base + static_cast<std::uint32_t>(Shape::kBarrierOffset);
+  if (lane == 0) {
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) device::barrier_init(barriers + i * 8, 1);
+    if (warp == 0) {
+      device::barrier_init(barrier, 1);
+      device::barrier_arrive_expect(barrier, plan.cluster.quotient(num_items - rank + size - 1) * size * Shape::kItemBytes);
+    }
+    if (warp == 1) device::prefetch_tensor_map(&maps.k);
+    if (warp == 2) device::prefetch_tensor_map(&maps.v);
     device::barrier_init_fence();
   }
+  __syncwarp();
+  if constexpr (kWarpsOfCta == kLoneWarps) device::cluster_arrive();
+  device::wait_for_predecessor();
 
   // What needs no other load's result comes first: the lanes' boxes, of the warp's first steps, and q. 32 boxes are some steps', or one's.
   const std::int32_t seq_len = p.seq_lens[tile.seq];
@@ -178,22 +192,16 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     prefetch_tables<Shape::kCtaThreads>(p);
     if (!lengths_are_alike(plan)) {
       device::copy_async_wait<0>();
+      if (lane == 0) {
+#pragma unroll
+        for (int i = 0; i < kSlots; ++i) device::barrier_invalidate(barriers + i * 8);
+        if (warp == 0) device::barrier_invalidate(barrier);
+      }
       __syncthreads();
       return false;
     }
+    device::cluster_arrive();
   }
-
-  // What the other CTAs send here at the end is counted at a barrier, which they may use when all have arrived below.
-  constexpr int kItemsOfRow = kHeadDim / 4;
-  const int num_items = tile.num_rows * kItemsOfRow;  // of four columns of a row; CTA r puts the items r, r + size, ... together
-  const std::uint32_t barrier = shared_base + static_cast<std::uint32_t>(Shape::kBarrierOffset);
-  if (threadIdx.x == 0) {
-    device::barrier_init(barrier, 1);
-    device::barrier_init_fence();
-    device::barrier_arrive_expect(barrier, plan.cluster.quotient(num_items - rank + size - 1) * size * Shape::kItemBytes);
-  }
-  __syncwarp();
-  device::cluster_arrive();
 
   tile.kv_len = min(max(seq_len, 0), plan.key_capacity);
   if (tile.kv_len != seq_len && rank == 0 && kv_head == 0 && threadIdx.x == 0)
@@ -232,30 +240,31 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   const std::uint64_t policy = device::read_once_policy();
 #endif
   int first_lane = 0;  // of the step's boxes
-  const auto copy_step = [&](const CUtensorMap& map, std::uint32_t slot) {
-    if (next_key >= range.end) return;
-    const std::uint32_t target = ring + slot * Shape::kSlotBytes, slot_barrier = barriers + slot * 8;
-    const bool elected = device::elect_lane();
-    if (elected) device::barrier_arrive_expect(slot_barrier, Shape::kSlotBytes);
+  const auto copy_step = [&](int which, std::uint32_t slot) {
+    if (next_key < range.end) {
+      const std::uint32_t slot_barrier = barriers + slot * 8;
+      std::uint32_t target = ring + slot * Shape::kSlotBytes;
+      const bool elected = device::elect_lane();
+      if (elected) device::barrier_arrive_expect(slot_barrier, Shape::kSlotBytes);
+      const std::uint32_t end = target + KvRows::kPanelBytes;
+      const CUtensorMap* const map = &maps.k + which;
 #pragma unroll 1
-    for (int key = 0, box = first_lane; key < kKeys; key += 1 << box_shift, ++box) {
-      const int entry = __shfl_sync(kAllLanes, lane_entry, box), box_slot = __shfl_sync(kAllLanes, lane_slot, box);
-      if (elected) {
+      for (int box = first_lane; target < end; target += static_cast<std::uint32_t>(KvRows::kPanelRowBytes) << box_shift, ++box) {
+        const int entry = __shfl_sync(kAllLanes, lane_entry, box), box_slot = __shfl_sync(kAllLanes, lane_slot, box);
+        if (elected) {
 #pragma unroll
-        for (int panel = 0; panel < KvRows::kPanels; ++panel)
+          for (int panel = 0; panel < KvRows::kPanels; ++panel)
 #ifdef V_ONCE
-          device::copy_box_once(target + static_cast<std::uint32_t>(key * KvRows::kPanelRowBytes + panel * KvRows::kPanelBytes), &map, slot_barrier,
-                           panel * KvRows::kPanelRowBytes / Types::kElementBytes, kv_head, box_slot, entry, policy);
+            device::copy_box_once(target + static_cast<std::uint32_t>(panel * KvRows::kPanelBytes), map, slot_barrier,
+                             panel * KvRows::kPanelRowBytes / Types::kElementBytes, kv_head, box_slot, entry, policy);
 #else
-          device::copy_box(target + static_cast<std::uint32_t>(key * KvRows::kPanelRowBytes + panel * KvRows::kPanelBytes), &map, slot_barrier,
-                           panel * KvRows::kPanelRowBytes / Types::kElementBytes, kv_head, box_slot, entry);
+            device::copy_box(target + static_cast<std::uint32_t>(panel * KvRows::kPanelBytes), map, slot_barrier,
+                             panel * KvRows::kPanelRowBytes / Types::kElementBytes, kv_head, box_slot, entry);
 #endif
+        }
       }
     }
-  };
-  const auto copy_k = [&](std::uint32_t slot) { copy_step(maps.k, slot); };
-  const auto copy_v = [&](std::uint32_t slot) {
-    copy_step(maps.v, slot);
+    if (which == 0) return;
     next_key += stride;
     first_lane += 1 << boxes_shift;
     if (first_lane == 32) {
@@ -266,15 +275,10 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
       next_entry = entry_of(lane_key + lanes_stride, range.end);
     }
   };
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < kSlots; ++i) {
-    if (i % 2 == 0) {
-      copy_k(static_cast<std::uint32_t>(i));
-    } else {
-      copy_v(static_cast<std::uint32_t>(i));
-    }
-  }
+  const auto copy_k = [&](std::uint32_t slot) { copy_step(0, slot); };
+  const auto copy_v = [&](std::uint32_t slot) { copy_step(1, slot); };
+#pragma unroll 1
+  for (int i = 0; i < kSlots; ++i) copy_step(i % 2, static_cast<std::uint32_t>(i));
 
   if (threadIdx.x >= Shape::kCtaThreads - kRows) {
     // As make_row_params, for one query that no mask is for.
