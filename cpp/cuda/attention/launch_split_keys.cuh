@@ -24,6 +24,13 @@ __host__ __device__ constexpr int head_dim_alone(int head_dim, Pairing pairing) 
   return pairing == Pairing::kColumns ? head_dim / 2 : head_dim;
 }
 
+#ifndef V_TEAM
+#define V_TEAM 2
+#endif
+/// Kv heads that the warps of a team read together.
+template <DType kKvDType, int kHeadDim, Pairing kPairing>
+constexpr int heads_of_team = kPairing == Pairing::kWarps && kHeadDim * itemsize(kKvDType) <= 128 ? V_TEAM : 1;
+
 /// Grid: as many CTAs as the device holds, or fewer; plan.cluster of them to a tile if there are clusters.
 template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing>
 __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>::kCtaThreads,
@@ -31,7 +38,7 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
     attention_mma_split_keys_kernel(const __grid_constant__ Plan plan, const __grid_constant__ KeyMaps maps) {
 #if __CUDA_ARCH__ >= 900
   if constexpr (kHasClusters<kVariant, kWide>) {
-    if (plan.in_clusters && attend_in_clusters<kKvDType, head_dim_alone(kHeadDim, kPairing), 2 * kWarps, kPairing != Pairing::kNone>(plan, maps))
+    if (plan.in_clusters && attend_in_clusters<kKvDType, head_dim_alone(kHeadDim, kPairing), 2 * kWarps, kPairing != Pairing::kNone, heads_of_team<kKvDType, kHeadDim, kPairing>>(plan, maps))
       return;
   }
 #endif
@@ -42,10 +49,10 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
 /// The same for one sequence: clusters alone, whose CTAs have all of an SM's warps. Clusters of CTAs of which an SM could hold two do not leave SMs
 /// evenly.
 template <DType kKvDType, int kHeadDim, bool kInPairs>
-__global__ void __launch_bounds__(ClusterKeysShape<kKvDType, kHeadDim, kLoneWarps>::kCtaThreads, 1)
+__global__ void __launch_bounds__(ClusterKeysShape<kKvDType, kHeadDim, kLoneWarps, 1>::kCtaThreads, 1)
     attention_mma_cluster_keys_kernel(const __grid_constant__ Plan plan, const __grid_constant__ KeyMaps maps) {
 #if __CUDA_ARCH__ >= 900
-  attend_in_clusters<kKvDType, kHeadDim, kLoneWarps, kInPairs>(plan, maps);
+  attend_in_clusters<kKvDType, kHeadDim, kLoneWarps, kInPairs, 1>(plan, maps);
 #endif
 }
 
@@ -71,13 +78,13 @@ int largest_cluster(int num_threads, int shared_bytes, int limit, std::int64_t n
 
 /// Launches the kernel with up to `limit` CTAs to a tile, at least `min_size`; false if it cannot.
 inline CUtensorMap make_key_map(const AttentionParams& p, const void* base, std::int64_t block_stride, std::int64_t token_stride,
-                                std::int64_t head_stride, int num_kv_heads, int panel_bytes, int keys_per_box) {
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(p.head_dim), static_cast<cuuint64_t>(num_kv_heads),
-                               static_cast<cuuint64_t>(p.block_size), static_cast<cuuint64_t>(p.num_blocks)};
+                                std::int64_t head_stride, int num_kv_heads, int panel_bytes, int keys_per_box, int heads_per_box) {
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(p.head_dim), static_cast<cuuint64_t>(p.block_size),
+                               static_cast<cuuint64_t>(num_kv_heads), static_cast<cuuint64_t>(p.num_blocks)};
   const std::int64_t item = itemsize(p.kv_dtype);
   const auto bytes = [&](cuuint64_t size, std::int64_t stride) { return size > 1 ? static_cast<cuuint64_t>(stride * item) : 16; };
-  const cuuint64_t strides[3] = {bytes(sizes[1], head_stride), bytes(sizes[2], token_stride), bytes(sizes[3], block_stride)};
-  const cuuint32_t box[4] = {static_cast<cuuint32_t>(panel_bytes / item), 1, static_cast<cuuint32_t>(keys_per_box), 1};
+  const cuuint64_t strides[3] = {bytes(sizes[1], token_stride), bytes(sizes[2], head_stride), bytes(sizes[3], block_stride)};
+  const cuuint32_t box[4] = {static_cast<cuuint32_t>(panel_bytes / item), static_cast<cuuint32_t>(keys_per_box), static_cast<cuuint32_t>(heads_per_box), 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   CUtensorMap map;
   static const int promo = std::getenv("QPROMO") ? std::atoi(std::getenv("QPROMO")) : 0;
@@ -88,14 +95,14 @@ inline CUtensorMap make_key_map(const AttentionParams& p, const void* base, std:
   return map;
 }
 
-template <typename Shape>
+template <typename Shape, int kTeam>
 KeyMaps make_key_maps(const AttentionParams& p, bool in_pairs) {
   KeyMaps maps;
   const int heads = static_cast<int>(p.num_kv_heads) * (in_pairs ? 2 : 1), d = in_pairs ? 2 : 1;
-  const int keys = static_cast<int>(std::min<std::int64_t>(p.block_size & -p.block_size, Shape::kKeys));
+  const int keys = static_cast<int>(std::min<std::int64_t>(p.block_size & -p.block_size, kTeam > 1 ? 16 : Shape::kKeys));
   maps.box_shift = std::bit_width(static_cast<unsigned>(keys)) - 1;
-  maps.k = make_key_map(p, p.k, p.k_block_stride, p.k_token_stride, p.k_head_stride / d, heads, Shape::KvRows::kPanelRowBytes, keys);
-  maps.v = make_key_map(p, p.v, p.v_block_stride, p.v_token_stride, p.v_head_stride / d, heads, Shape::KvRows::kPanelRowBytes, keys);
+  maps.k = make_key_map(p, p.k, p.k_block_stride, p.k_token_stride, p.k_head_stride / d, heads, Shape::KvRows::kPanelRowBytes, keys, kTeam);
+  maps.v = make_key_map(p, p.v, p.v_block_stride, p.v_token_stride, p.v_head_stride / d, heads, Shape::KvRows::kPanelRowBytes, keys, kTeam);
   return maps;
 }
 
@@ -126,16 +133,19 @@ void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
     if constexpr (kHasClusters<kVariant, kWide>) {
       constexpr int kAlone = head_dim_alone(kHeadDim, kPairing);
       if constexpr (kAlone <= 128) {
-        using Lone = ClusterKeysShape<kKvDType, kAlone, kLoneWarps>;
+        using Lone = ClusterKeysShape<kKvDType, kAlone, kLoneWarps, 1>;
         if (in_clusters && plan.params.num_seqs == 1 && num_head_tiles < kMaxCluster &&
             launch_clusters<attention_mma_cluster_keys_kernel<kKvDType, kAlone, kPairing != Pairing::kNone>>(
-                make_key_maps<Lone>(plan.params, kPairing != Pairing::kNone), plan, config.cluster, 8, num_head_tiles, Lone::kCtaThreads, Lone::kSharedBytes, stream))
+                make_key_maps<Lone, 1>(plan.params, kPairing != Pairing::kNone), plan, config.cluster, 8, num_head_tiles, Lone::kCtaThreads, Lone::kSharedBytes, stream))
           return;
       }
-      constexpr int kSharedBytes = std::max(Shape::kSharedBytes, ClusterKeysShape<kKvDType, kAlone, 2 * kWarps>::kSharedBytes);
+      constexpr int kTeam = heads_of_team<kKvDType, kHeadDim, kPairing>;
+      constexpr int kSharedBytes = std::max(Shape::kSharedBytes, ClusterKeysShape<kKvDType, kAlone, 2 * kWarps, kTeam>::kSharedBytes);
       static_assert(kSharedBytes <= kWideSharedBytes / Shape::kCtasPerSm);
-      if (in_clusters && launch_clusters<attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>>(
-                             make_key_maps<ClusterKeysShape<kKvDType, kAlone, 2 * kWarps>>(plan.params, kPairing != Pairing::kNone), plan, config.cluster, 1, num_head_tiles, Shape::kCtaThreads, kSharedBytes, stream))
+      const std::int64_t tiles = num_head_tiles / kTeam;
+      const int limit = kTeam > 1 ? choose_cluster(tiles, current_device_properties().num_sms, Shape::kCtasPerSm, true) : config.cluster;
+      if (in_clusters && limit > 0 && launch_clusters<attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>>(
+                             make_key_maps<ClusterKeysShape<kKvDType, kAlone, 2 * kWarps, kTeam>, kTeam>(plan.params, kPairing != Pairing::kNone), plan, limit, 1, tiles, Shape::kCtaThreads, kSharedBytes, stream))
         return;
     }
     const auto kernel = attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>;

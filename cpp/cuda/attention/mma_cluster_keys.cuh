@@ -24,19 +24,23 @@ struct KeyMaps {
 };
 
 /// Rows of a step as boxes bring them: panels of up to 128 bytes of columns, one after the other. Each is as Rows, which is how boxes are swizzled.
-template <int kRowBytes, int kKeys>
+/// A box has the rows of one head after the other's; 16 keys further on are 16 rows of each head.
+template <int kRowBytes, int kKeys, int kHeads>
 struct PanelRows {
   static constexpr int kPanelRowBytes = kRowBytes < 128 ? kRowBytes : 128;
   static constexpr int kPanels = kRowBytes / kPanelRowBytes;
-  static constexpr int kPanelBytes = kKeys * kPanelRowBytes;
+  static constexpr int kPanelBytes = kKeys * kHeads * kPanelRowBytes;
   using Panel = Rows<kPanelRowBytes>;
 
-  __host__ __device__ static constexpr int key(int row) { return Panel::key(row); }
+  __device__ __forceinline__ static int row(int key, int head, int box_shift) {
+    return ((key >> box_shift) * kHeads + head << box_shift) + (key & ((1 << box_shift) - 1));
+  }
   __device__ __forceinline__ static std::uint32_t address(std::uint32_t base, int row, int chunk) {
     return Panel::address(base, row, chunk % Panel::kChunks) + static_cast<std::uint32_t>(chunk / Panel::kChunks * kPanelBytes);
   }
-  __device__ __forceinline__ static std::uint32_t advance(std::uint32_t thread_address, int rows, int chunks) {
-    return Panel::advance(thread_address, rows, chunks % Panel::kChunks) + static_cast<std::uint32_t>(chunks / Panel::kChunks * kPanelBytes);
+  __device__ __forceinline__ static std::uint32_t advance(std::uint32_t thread_address, int keys, int chunks) {
+    return Panel::advance(thread_address, keys * kHeads, chunks % Panel::kChunks) +
+           static_cast<std::uint32_t>(chunks / Panel::kChunks * kPanelBytes);
   }
 };
 
@@ -44,13 +48,13 @@ struct PanelRows {
 #define V_KEYS 0
 #endif
 /// Of kv heads of kHeadDim, one by one, also where attend_to_stretches takes them in pairs.
-template <DType kKvDType, int kHeadDim, int kWarpsOfCta>
+template <DType kKvDType, int kHeadDim, int kWarpsOfCta, int kTeam>
 struct ClusterKeysShape {
   using Base = SplitKeysShape<kKvDType, kHeadDim, Variant::kMmaSplitKeys8, true, Pairing::kNone>;
   using Types = typename Base::Types;
-  static constexpr int kRows = Base::kRows;
+  static constexpr int kRows = Base::kRows * kTeam;
   static constexpr int kKeys = V_KEYS ? V_KEYS : Base::kKeys;
-  using KvRows = PanelRows<Types::kKvRowBytes, kKeys>;
+  using KvRows = PanelRows<Types::kKvRowBytes, kKeys, kTeam>;
   static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;
   static constexpr int kSlots = Base::kRingBytes / kSlotBytes;
   static constexpr int kRingBytes = Base::kRingBytes;
@@ -59,16 +63,18 @@ struct ClusterKeysShape {
   static constexpr int kCtaThreads = 32 * kCtaWarps;
   static constexpr int kItems = kRows * kHeadDim / 4 + kMaxCluster;  // of four columns, that a CTA receives at most
   static constexpr int kQOffset = kCtaWarps * kRingBytes;
-  // From every CTA, items of this one: values and their softmax terms.
-  static constexpr int kReceivedOffset = kQOffset + kRows * Types::kQRowBytes;
+  // From every CTA, items of this one: values and their softmax terms. They come where q was.
+  static constexpr int kReceivedOffset = kQOffset;
   static constexpr int kReceivedStatsOffset = kReceivedOffset + kItems * static_cast<int>(sizeof(float4));
   static constexpr int kStatsOffset = kReceivedStatsOffset + kItems * static_cast<int>(sizeof(float2));
-  static constexpr int kRowParamsOffset = kStatsOffset + kCtaWarps * kRows * static_cast<int>(sizeof(float2));
+  static_assert(kStatsOffset - kQOffset >= kRows * Types::kQRowBytes);
+  static constexpr int kRowParamsOffset = kStatsOffset + kCtaWarps * Base::kRows * static_cast<int>(sizeof(float2));
   static constexpr int kBarrierOffset = kRowParamsOffset + kRows * static_cast<int>(sizeof(RowParams));
   static constexpr int kWarpBarriersOffset = kBarrierOffset + 8;  // of each warp, one for each slot
-  static constexpr int kSharedBytes = kWarpBarriersOffset + kCtaWarps * kSlots * 8;
+  static constexpr int kCountersOffset = kWarpBarriersOffset + kCtaWarps * kSlots * 8;
+  static constexpr int kSharedBytes = kCountersOffset + kCtaWarps * kSlots * 4;
   static_assert(kBarrierOffset % 8 == 0);
-  static_assert(kRows * kOutPitch * 4 <= kRingBytes && kSlotBytes % 1024 == 0);
+  static_assert(Base::kRows * kOutPitch * 4 <= kRingBytes && kSlotBytes % 1024 == 0);
   /// Of an item of four columns that goes to another CTA: the columns and their softmax terms.
   static constexpr int kItemBytes = static_cast<int>(sizeof(float4) + sizeof(float2));
 };
@@ -105,10 +111,11 @@ __device__ __forceinline__ bool lengths_are_alike(const Plan& plan) {
 
 /// A tile to a cluster of plan.cluster CTAs: a query of each sequence, and a group of up to 8 heads. False if the lengths are too different; then
 /// nothing has been done.
-template <DType kKvDType, int kHeadDim, int kWarpsOfCta, bool kInPairs>
+template <DType kKvDType, int kHeadDim, int kWarpsOfCta, bool kInPairs, int kTeam>
 __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMaps& maps) {
   using Types = MmaTypes<kKvDType, kHeadDim>;
-  using Shape = ClusterKeysShape<kKvDType, kHeadDim, kWarpsOfCta>;
+  using Shape = ClusterKeysShape<kKvDType, kHeadDim, kWarpsOfCta, kTeam>;
+  constexpr int kTeams = Shape::kCtaWarps / kTeam;
   constexpr int kRows = Shape::kRows;
   constexpr int kKeys = Shape::kKeys;
   constexpr int kSlots = Shape::kSlots;
@@ -125,29 +132,41 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
 
   char* const q_shared = shared + Shape::kQOffset;
   auto* const row_params = reinterpret_cast<RowParams*>(shared + Shape::kRowParamsOffset);
-  auto& stats = *reinterpret_cast<float2(*)[kCtaWarps][kRows]>(shared + Shape::kStatsOffset);
+  auto& stats = *reinterpret_cast<float2(*)[kCtaWarps][8]>(shared + Shape::kStatsOffset);
   const std::uint32_t shared_base = device::shared_address(shared);
-  const std::uint32_t ring = shared_base + static_cast<std::uint32_t>(warp * Shape::kRingBytes);
+  const int team = warp / kTeam, member = warp % kTeam;
+  const std::uint32_t ring = shared_base + static_cast<std::uint32_t>(team * (kTeam * Shape::kRingBytes));
 
   // If kInPairs, a kv head of the plan is two here, and rows of the second follow the first's.
-  const int pair_idx = kInPairs ? tile_idx / 2 : tile_idx;
+  constexpr bool kOneByOne = kInPairs && kTeam == 1;
+  static_assert(kTeam == 1 || kInPairs);
+  const int pair_idx = kOneByOne ? tile_idx / 2 : tile_idx;
   Tile tile{};
   tile.seq = tile.first_token = plan.kv_heads.quotient(pair_idx);
   const int pair = plan.kv_heads.remainder(pair_idx, tile.seq);
-  const int kv_head = kInPairs ? 2 * pair + tile_idx % 2 : pair;
+  const int kv_head = kOneByOne ? 2 * pair + tile_idx % 2 : pair * kTeam;  // the first
+  const auto group = static_cast<int>(plan.kv_group.divisor);
   tile.query_len = 1;
-  tile.num_rows = static_cast<int>(plan.kv_group.divisor);
-  tile.row_begin = kInPairs ? tile_idx % 2 * tile.num_rows : 0;
+  tile.num_rows = group * kTeam;
+  tile.row_begin = kOneByOne ? tile_idx % 2 * group : 0;
+  const int first_row = member * group;  // of the warp's
 
   // Each warp's ring is brought by boxes, counted at a barrier for each slot.
-  const std::uint32_t barriers = shared_base + static_cast<std::uint32_t>(Shape::kWarpBarriersOffset + warp * kSlots * 8);
+  const std::uint32_t barriers = shared_base + static_cast<std::uint32_t>(Shape::kWarpBarriersOffset + team * kSlots * 8);
+  [[maybe_unused]] auto* const counters = reinterpret_cast<unsigned*>(shared + Shape::kCountersOffset) + team * kSlots;
   // What the other CTAs send here at the end is counted at a barrier, which they may use when all have arrived below.
   constexpr int kItemsOfRow = kHeadDim / 4;
   const int num_items = tile.num_rows * kItemsOfRow;  // of four columns of a row; CTA r puts the items r, r + size, ... together
   const std::uint32_t barrier = shared_base + static_cast<std::uint32_t>(Shape::kBarrierOffset);
   if (lane == 0) {
+    if (member == 0) {
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) device::barrier_init(barriers + i * 8, 1);
+      for (int i = 0; i < kSlots; ++i) device::barrier_init(barriers + i * 8, 1);
+      if constexpr (kTeam > 1) {
+#pragma unroll
+        for (int i = 0; i < kSlots; ++i) counters[i] = 0;
+      }
+    }
     if (warp == 0) {
       device::barrier_init(barrier, 1);
       device::barrier_arrive_expect(barrier, plan.cluster.quotient(num_items - rank + size - 1) * size * Shape::kItemBytes);
@@ -157,19 +176,18 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     device::barrier_init_fence();
   }
   __syncwarp();
-  if constexpr (kWarpsOfCta == kLoneWarps) device::cluster_arrive();
   device::wait_for_predecessor();
 
   // What needs no other load's result comes first: the lanes' boxes, of the warp's first steps, and q. 32 boxes are some steps', or one's.
   const std::int32_t seq_len = p.seq_lens[tile.seq];
-  const int stride = size * kCtaWarps * kKeys;
+  const int stride = size * kTeams * kKeys;
   const int box_shift = maps.box_shift;
   constexpr int kKeysShift = kKeys == 32 ? 5 : 4;
   static_assert(kKeys == 1 << kKeysShift);
   const int boxes_shift = kKeysShift - box_shift;  // of a step
   const int lane_offset = (lane >> boxes_shift) * stride + ((lane & ((1 << boxes_shift) - 1)) << box_shift);
   const int lanes_stride = (32 >> boxes_shift) * stride;
-  int next_key = (warp * size + rank) * kKeys;  // of the step whose boxes come next
+  int next_key = (team * size + rank) * kKeys;  // of the step whose boxes come next
   int lane_key = next_key + lane_offset;        // of the lane's box
   const auto entry_of = [&](int key, int key_end) {
     return key < key_end ? p.block_tables[tile.seq * p.block_tables_stride + plan.block_size.quotient(key)] : -1;
@@ -181,7 +199,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   if (static_cast<int>(threadIdx.x) < kRows * QRows::kChunks) {
     const int row = static_cast<int>(threadIdx.x) / QRows::kChunks, chunk = static_cast<int>(threadIdx.x) % QRows::kChunks;
     const bool exists = row < tile.num_rows && chunk * 8 < p.head_dim;
-    const std::int64_t head = kv_head * tile.num_rows + row;
+    const std::int64_t head = kv_head * group + row;
     const char* const source =
         static_cast<const char*>(p.q) + (tile.first_token * p.q_token_stride + head * p.q_head_stride) * 2 + chunk * 16;
     device::copy_async_16_if(QRows::address(device::shared_address(q_shared), row, chunk), exists ? source : static_cast<const char*>(p.q),
@@ -192,7 +210,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     prefetch_tables<Shape::kCtaThreads>(p);
     if (!lengths_are_alike(plan)) {
       device::copy_async_wait<0>();
-      if (lane == 0) {
+      if (lane == 0 && member == 0) {
 #pragma unroll
         for (int i = 0; i < kSlots; ++i) device::barrier_invalidate(barriers + i * 8);
         if (warp == 0) device::barrier_invalidate(barrier);
@@ -200,7 +218,6 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
       __syncthreads();
       return false;
     }
-    device::cluster_arrive();
   }
 
   tile.kv_len = min(max(seq_len, 0), plan.key_capacity);
@@ -217,8 +234,10 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   using MmaState = MmaColumns<kKvDType, kHeadDim, 1, false, KvRows>;
   MmaState state;
   typename MmaState::Scale score;
-  const std::uint32_t k_offset = MmaState::k_thread_offset();
-  const std::uint32_t v_offset = MmaState::v_thread_offset();
+  const std::uint32_t k_offset = KvRows::address(0, KvRows::row(lane % 16, member, box_shift), lane / 16);
+  const std::uint32_t v_offset = Types::kQuantized
+                                     ? k_offset
+                                     : KvRows::address(0, KvRows::row(lane / 16 * 8 + lane % 8, member, box_shift), lane / 8 % 2);
   state.reset();
 
   // A box that does not exist is outside of the tensor, where zeros come from.
@@ -240,31 +259,30 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   const std::uint64_t policy = device::read_once_policy();
 #endif
   int first_lane = 0;  // of the step's boxes
-  const auto copy_step = [&](int which, std::uint32_t slot) {
-    if (next_key < range.end) {
-      const std::uint32_t slot_barrier = barriers + slot * 8;
-      std::uint32_t target = ring + slot * Shape::kSlotBytes;
-      const bool elected = device::elect_lane();
-      if (elected) device::barrier_arrive_expect(slot_barrier, Shape::kSlotBytes);
-      const std::uint32_t end = target + KvRows::kPanelBytes;
-      const CUtensorMap* const map = &maps.k + which;
+  const auto copy_step = [&](const CUtensorMap& map, std::uint32_t slot, bool issues) {
+    if (next_key >= range.end || !issues) return;
+    const std::uint32_t target = ring + slot * (kTeam * Shape::kSlotBytes), slot_barrier = barriers + slot * 8;
+    const bool elected = device::elect_lane();
+    if (elected) device::barrier_arrive_expect(slot_barrier, kTeam * Shape::kSlotBytes);
 #pragma unroll 1
-      for (int box = first_lane; target < end; target += static_cast<std::uint32_t>(KvRows::kPanelRowBytes) << box_shift, ++box) {
-        const int entry = __shfl_sync(kAllLanes, lane_entry, box), box_slot = __shfl_sync(kAllLanes, lane_slot, box);
-        if (elected) {
+    for (int key = 0, box = first_lane; key < kKeys; key += 1 << box_shift, ++box) {
+      const int entry = __shfl_sync(kAllLanes, lane_entry, box), box_slot = __shfl_sync(kAllLanes, lane_slot, box);
+      if (elected) {
 #pragma unroll
-          for (int panel = 0; panel < KvRows::kPanels; ++panel)
+        for (int panel = 0; panel < KvRows::kPanels; ++panel)
 #ifdef V_ONCE
-            device::copy_box_once(target + static_cast<std::uint32_t>(panel * KvRows::kPanelBytes), map, slot_barrier,
-                             panel * KvRows::kPanelRowBytes / Types::kElementBytes, kv_head, box_slot, entry, policy);
+          device::copy_box_once(target + static_cast<std::uint32_t>(key * (kTeam * KvRows::kPanelRowBytes) + panel * KvRows::kPanelBytes), &map,
+                           slot_barrier, panel * KvRows::kPanelRowBytes / Types::kElementBytes, box_slot, kv_head, entry, policy);
 #else
-            device::copy_box(target + static_cast<std::uint32_t>(panel * KvRows::kPanelBytes), map, slot_barrier,
-                             panel * KvRows::kPanelRowBytes / Types::kElementBytes, kv_head, box_slot, entry);
+          device::copy_box(target + static_cast<std::uint32_t>(key * (kTeam * KvRows::kPanelRowBytes) + panel * KvRows::kPanelBytes), &map,
+                           slot_barrier, panel * KvRows::kPanelRowBytes / Types::kElementBytes, box_slot, kv_head, entry);
 #endif
-        }
       }
     }
-    if (which == 0) return;
+  };
+  const auto copy_k = [&](std::uint32_t slot, bool issues) { copy_step(maps.k, slot, issues); };
+  const auto copy_v = [&](std::uint32_t slot, bool issues) {
+    copy_step(maps.v, slot, issues);
     next_key += stride;
     first_lane += 1 << boxes_shift;
     if (first_lane == 32) {
@@ -275,17 +293,29 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
       next_entry = entry_of(lane_key + lanes_stride, range.end);
     }
   };
-  const auto copy_k = [&](std::uint32_t slot) { copy_step(0, slot); };
-  const auto copy_v = [&](std::uint32_t slot) { copy_step(1, slot); };
-#pragma unroll 1
-  for (int i = 0; i < kSlots; ++i) copy_step(i % 2, static_cast<std::uint32_t>(i));
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    if (i % 2 == 0) {
+      copy_k(static_cast<std::uint32_t>(i), member == 0);
+    } else {
+      copy_v(static_cast<std::uint32_t>(i), member == 0);
+    }
+  }
+  // Whether the other warps of the team are done with a slot, too: the last one fills it again.
+  const auto is_last = [&](std::uint32_t slot) {
+    if constexpr (kTeam == 1) return true;
+    unsigned before = 0;
+    if (lane == 0) before = atomicAdd(counters + slot, 1u);
+    return (__shfl_sync(kAllLanes, before, 0) + 1) % kTeam == 0;
+  };
 
   if (threadIdx.x >= Shape::kCtaThreads - kRows) {
     // As make_row_params, for one query that no mask is for.
     const int row = static_cast<int>(threadIdx.x) - (Shape::kCtaThreads - kRows);
     RowParams params{p.scale, 0.0f, tile.kv_len - 1, range.begin, range.end, 0, nullptr};
-    if (p.k_scale != nullptr) params.scale *= p.k_scale[kv_head * p.k_scale_stride];
-    if (p.alibi_slopes != nullptr) params.slope = p.alibi_slopes[kv_head * tile.num_rows + min(row, tile.num_rows - 1)] * kLog2E;
+    const int head = kv_head * group + min(row, tile.num_rows - 1);
+    if (p.k_scale != nullptr) params.scale *= p.k_scale[plan.kv_group.quotient(head) * p.k_scale_stride];
+    if (p.alibi_slopes != nullptr) params.slope = p.alibi_slopes[head] * kLog2E;
     row_params[row] = params;
   }
   device::copy_async_wait<0>();
@@ -294,9 +324,12 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     for (int row = warp; row < kRows; row += kCtaWarps) convert_q<Types, kHeadDim, 1>(plan, row, q_shared, row_params);
   }
   __syncthreads();
-  score = make_score_scale<MmaState::kQueries>(p, row_params, MmaState::query);
-  state.attach_q(device::shared_address(q_shared));
-  device::cluster_wait();  // all CTAs have begun, so that their memory may be written; here that costs nothing
+  const RowParams* const warp_row_params = row_params + first_row;
+  score = make_score_scale<MmaState::kQueries>(p, warp_row_params, MmaState::query);
+  static_assert(MmaState::kQInRegisters);
+  state.attach_q(device::shared_address(q_shared), first_row);
+  __syncwarp();
+  device::cluster_arrive();  // others may write where q was
 
   std::uint32_t slot = 0, parities = 0;
   const auto wait_for_slot = [&](std::uint32_t of) {
@@ -304,22 +337,22 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     parities ^= 1u << of;
   };
 #pragma unroll 1
-  for (int key = first_key + (warp * size + rank) * kKeys; key < range.end; key += stride) {
+  for (int key = first_key + (team * size + rank) * kKeys; key < range.end; key += stride) {
     const std::uint32_t k_slot = slot, v_slot = slot + 1 == kSlots ? 0 : slot + 1;
     slot = v_slot + 1 == kSlots ? 0 : v_slot + 1;
     const bool inner = key >= range.begin && key + kKeys <= range.end;
 
     float scores[kKeys / 16][1][4];
     wait_for_slot(k_slot);
-    state.template multiply_qk<kKeys>(scores, ring + k_slot * Shape::kSlotBytes + k_offset);
+    state.template multiply_qk<kKeys>(scores, ring + k_slot * (kTeam * Shape::kSlotBytes) + k_offset);
     __syncwarp();
     if constexpr (kEven) {
-      copy_k(k_slot);
+      copy_k(k_slot, is_last(k_slot));
     } else {
-      copy_v(k_slot);
+      copy_v(k_slot, is_last(k_slot));
     }
 
-    if (score.transform) state.template transform_scores<kKeys>(scores, row_params, p.softcap, key);
+    if (score.transform) state.template transform_scores<kKeys>(scores, warp_row_params, p.softcap, key);
     if (!inner || !complete) {
       // Some keys' blocks may not exist.
       const int mine = key + lane;
@@ -328,7 +361,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
         const int entry = entry_of(lane < kKeys && mine >= range.begin ? mine : INT_MAX, range.end);
         valid = __ballot_sync(kAllLanes, entry >= 0 && entry < p.num_blocks);
       }
-      state.template mask_scores<kKeys>(scores, row_params, key, valid);
+      state.template mask_scores<kKeys>(scores, warp_row_params, key, valid);
     }
     state.template softmax<kKeys>(scores, score);
 
@@ -338,28 +371,29 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
       for (int row = 0; row < kKeys; ++row) {
         if (key + row >= range.begin && key + row < range.end) continue;
         for (int chunk = lane; chunk < Types::kKvRowBytes / 16; chunk += 32) {
-          const std::uint32_t target = KvRows::address(ring + v_slot * Shape::kSlotBytes, row, chunk);
+          const std::uint32_t target = KvRows::address(ring + v_slot * (kTeam * Shape::kSlotBytes), KvRows::row(row, member, box_shift), chunk);
           asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(target), "r"(0) : "memory");
         }
       }
       device::fence_async_proxy();
       __syncwarp();
     }
-    state.template multiply_pv<kKeys>(scores, ring + v_slot * Shape::kSlotBytes + v_offset);
+    state.template multiply_pv<kKeys>(scores, ring + v_slot * (kTeam * Shape::kSlotBytes) + v_offset);
     __syncwarp();
     if constexpr (kEven) {
-      copy_v(v_slot);
+      copy_v(v_slot, is_last(v_slot));
     } else {
-      copy_k(v_slot);
+      copy_k(v_slot, is_last(v_slot));
     }
   }
   state.reduce_sum();
   __syncwarp();
 
-  // Every warp leaves its sums in its own ring, and the CTA puts together those of the warps that had keys.
+  // Every warp leaves its sums in the team's ring, and the CTA puts together those of the warps that had keys.
+  if constexpr (kTeam > 1) __syncthreads();
   const int steps = (range.end - first_key + kKeys - 1) / kKeys;
-  const int num_warps = min(plan.cluster.quotient(max(steps - rank + size - 1, 0)), kCtaWarps);
-  if (warp < num_warps) {
+  const int num_teams = min(plan.cluster.quotient(max(steps - rank + size - 1, 0)), kTeams);
+  if (team < num_teams) {
     if (lane < 4) {
 #pragma unroll
       for (int i = 0; i < MmaState::kQueries; ++i)
@@ -368,7 +402,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
 #pragma unroll
     for (int i = 0; i < MmaState::kQueries; ++i) {
       const int row = MmaState::query(i);
-      if (row < tile.num_rows) {
+      if (row < group) {
         float* const target = reinterpret_cast<float*>(shared + warp * Shape::kRingBytes) + row * Shape::kOutPitch;
 #pragma unroll
         for (int c = 0; c < MmaState::kSteps; ++c)
@@ -379,19 +413,23 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   }
   __syncthreads();
 
+  device::cluster_wait();  // all have come so far that their memory may be written
   const int items_each = plan.cluster.quotient(num_items + size - 1);
   for (int i = static_cast<int>(threadIdx.x); i < num_items; i += Shape::kCtaThreads) {
     const int row = i / kItemsOfRow, column = i % kItemsOfRow * 4;
+    const int of = kTeam > 1 && row >= group ? 1 : 0, own_row = row - of * group;
+    static_assert(kTeam <= 2);
+    const int end = num_teams * kTeam;
     Partial result{float4{0.0f, 0.0f, 0.0f, 0.0f}, -INFINITY, 0.0f};
 #pragma unroll 4
-    for (int w = 0; w < num_warps; ++w) result.top = fmaxf(result.top, stats[w][row].x);
+    for (int w = of; w < end; w += kTeam) result.top = fmaxf(result.top, stats[w][own_row].x);
     const float base = result.top == -INFINITY ? 0.0f : result.top;
 #pragma unroll 4
-    for (int w = 0; w < num_warps; ++w) {
+    for (int w = of; w < end; w += kTeam) {
       add_part(result, base,
-               *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(shared + w * Shape::kRingBytes) + row * Shape::kOutPitch +
-                                                column),
-               stats[w][row]);
+               *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(shared + w * Shape::kRingBytes) +
+                                                own_row * Shape::kOutPitch + column),
+               stats[w][own_row]);
     }
     const int index = plan.cluster.quotient(i), owner = plan.cluster.remainder(i, index);
     const int place = rank * items_each + index;
