@@ -72,7 +72,8 @@ struct ClusterKeysShape {
   static constexpr int kBarrierOffset = kRowParamsOffset + kRows * static_cast<int>(sizeof(RowParams));
   static constexpr int kWarpBarriersOffset = kBarrierOffset + 8;  // of each warp, one for each slot
   static constexpr int kCountersOffset = kWarpBarriersOffset + kCtaWarps * kSlots * 8;
-  static constexpr int kSharedBytes = kCountersOffset + kCtaWarps * kSlots * 4;
+  static constexpr int kBoxesOffset = (kCountersOffset + kCtaWarps * kSlots * 4 + 7) / 8 * 8;  // of each warp, 32: slot and block
+  static constexpr int kSharedBytes = kBoxesOffset + kCtaWarps * 32 * 8;
   static_assert(kBarrierOffset % 8 == 0);
   static_assert(Base::kRows * kOutPitch * 4 <= kRingBytes && kSlotBytes % 1024 == 0);
   /// Of an item of four columns that goes to another CTA: the columns and their softmax terms.
@@ -135,7 +136,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   auto& stats = *reinterpret_cast<float2(*)[kCtaWarps][8]>(shared + Shape::kStatsOffset);
   const std::uint32_t shared_base = device::shared_address(shared);
   const int team = warp / kTeam, member = warp % kTeam;
-  const std::uint32_t ring = shared_base + static_cast<std::uint32_t>(team * (kTeam * Shape::kRingBytes));
+  const auto ring = [&] { return shared_base + static_cast<std::uint32_t>(thread_here() / (32 * kTeam) * (kTeam * Shape::kRingBytes)); };
 
   // If kInPairs, a kv head of the plan is two here, and rows of the second follow the first's.
   constexpr bool kOneByOne = kInPairs && kTeam == 1;
@@ -152,7 +153,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   const int first_row = member * group;  // of the warp's
 
   // Each warp's ring is brought by boxes, counted at a barrier for each slot.
-  const std::uint32_t barriers = shared_base + static_cast<std::uint32_t>(Shape::kWarpBarriersOffset + team * kSlots * 8);
+  const auto barriers = [&] { return shared_base + static_cast<std::uint32_t>(Shape::kWarpBarriersOffset + thread_here() / (32 * kTeam) * (kSlots * 8)); };
   [[maybe_unused]] auto* const counters = reinterpret_cast<unsigned*>(shared + Shape::kCountersOffset) + team * kSlots;
   // What the other CTAs send here at the end is counted at a barrier, which they may use when all have arrived below.
   constexpr int kItemsOfRow = kHeadDim / 4;
@@ -161,7 +162,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   if (lane == 0) {
     if (member == 0) {
 #pragma unroll
-      for (int i = 0; i < kSlots; ++i) device::barrier_init(barriers + i * 8, 1);
+      for (int i = 0; i < kSlots; ++i) device::barrier_init(barriers() + i * 8, 1);
       if constexpr (kTeam > 1) {
 #pragma unroll
         for (int i = 0; i < kSlots; ++i) counters[i] = 0;
@@ -177,6 +178,10 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   }
   __syncwarp();
   device::wait_for_predecessor();
+#ifdef V_TRACE
+  const auto now = [] { unsigned long long t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; };
+  if (threadIdx.x == 0) reinterpret_cast<unsigned long long*>(plan.partial_out)[2 * blockIdx.x] = now();
+#endif
 
   // What needs no other load's result comes first: the lanes' boxes, of the warp's first steps, and q. 32 boxes are some steps', or one's.
   const std::int32_t seq_len = p.seq_lens[tile.seq];
@@ -185,10 +190,13 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   constexpr int kKeysShift = kKeys == 32 ? 5 : 4;
   static_assert(kKeys == 1 << kKeysShift);
   const int boxes_shift = kKeysShift - box_shift;  // of a step
-  const int lane_offset = (lane >> boxes_shift) * stride + ((lane & ((1 << boxes_shift) - 1)) << box_shift);
+  const auto lane_offset = [&] {
+    const int i = lane_here();
+    return (i >> boxes_shift) * stride + ((i & ((1 << boxes_shift) - 1)) << box_shift);
+  };
   const int lanes_stride = (32 >> boxes_shift) * stride;
   int next_key = (team * size + rank) * kKeys;  // of the step whose boxes come next
-  int lane_key = next_key + lane_offset;        // of the lane's box
+  int lane_key = next_key + lane_offset();        // of the lane's box
   const auto entry_of = [&](int key, int key_end) {
     return key < key_end ? p.block_tables[tile.seq * p.block_tables_stride + plan.block_size.quotient(key)] : -1;
   };
@@ -212,7 +220,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
       device::copy_async_wait<0>();
       if (lane == 0 && member == 0) {
 #pragma unroll
-        for (int i = 0; i < kSlots; ++i) device::barrier_invalidate(barriers + i * 8);
+        for (int i = 0; i < kSlots; ++i) device::barrier_invalidate(barriers() + i * 8);
         if (warp == 0) device::barrier_invalidate(barrier);
       }
       __syncthreads();
@@ -240,65 +248,76 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
                                      : KvRows::address(0, KvRows::row(lane / 16 * 8 + lane % 8, member, box_shift), lane / 8 % 2);
   state.reset();
 
+  // In shared memory, since the loop has no registers to spare.
+  const auto range_at = [&](std::size_t offset) {
+    return device::load_shared(shared_base + static_cast<std::uint32_t>(Shape::kRowParamsOffset + offset));
+  };
+  const auto range_begin = [&] { return range_at(offsetof(RowParams, begin)); };
+  const auto range_end = [&] { return range_at(offsetof(RowParams, end)); };
   // A box that does not exist is outside of the tensor, where zeros come from.
   bool complete = true;  // whether all blocks so far exist
-  int lane_slot = 0;
-  const auto check_boxes = [&] {
-    const int block = plan.block_size.quotient(lane_key);
-    const bool wanted = lane_key < range.end && lane_key + (1 << box_shift) > range.begin;
-    if (!wanted) lane_entry = -1;
-    const bool valid = lane_entry >= 0 && lane_entry < p.num_blocks;
-    if (!valid && lane_entry != -1)
-      record_error(plan.error_word, plan.op, ArgId::kBlockTables, tile.seq * p.max_blocks_per_seq + block, lane_entry);
+  std::uint32_t box = 0;  // where the step's first box is, from the warp's first
+  const auto boxes = [&] { return shared_base + static_cast<std::uint32_t>(Shape::kBoxesOffset + thread_here() / 32 * 256); };
+  const auto check_boxes = [&](int key, int entry) {
+    const int block = plan.block_size.quotient(key);
+    const bool wanted = key < range.end && key + (1 << box_shift) > range.begin;
+    const bool valid = entry >= 0 && entry < p.num_blocks;
+    if (wanted && !valid && entry != -1)
+      record_error(plan.error_word, plan.op, ArgId::kBlockTables, tile.seq * p.max_blocks_per_seq + block, entry);
     complete &= __all_sync(kAllLanes, valid || !wanted);
-    if (!valid) lane_entry = -1;
-    lane_slot = plan.block_size.remainder(lane_key, block);
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(boxes() + static_cast<std::uint32_t>(lane_here() * 8)),
+                 "r"(plan.block_size.remainder(key, block)), "r"(valid && wanted ? entry : -1)
+                 : "memory");
+    __syncwarp();
   };
-  check_boxes();
+  check_boxes(lane_key, lane_entry);
 #ifdef V_ONCE
   const std::uint64_t policy = device::read_once_policy();
 #endif
-  int first_lane = 0;  // of the step's boxes
-  const auto copy_step = [&](const CUtensorMap& map, std::uint32_t slot, bool issues) {
-    if (next_key >= range.end || !issues) return;
-    const std::uint32_t target = ring + slot * (kTeam * Shape::kSlotBytes), slot_barrier = barriers + slot * 8;
-    const bool elected = device::elect_lane();
-    if (elected) device::barrier_arrive_expect(slot_barrier, kTeam * Shape::kSlotBytes);
+  const auto copy_step = [&](const CUtensorMap& map, std::uint32_t slot, bool issues, auto&& end_of_keys) {
+    if (!issues || next_key >= end_of_keys()) return;
+    if (device::elect_lane()) {
+      std::uint32_t target = ring() + slot * (kTeam * Shape::kSlotBytes);
+      const std::uint32_t slot_barrier = barriers() + slot * 8, end = target + KvRows::kPanelBytes;
+      device::barrier_arrive_expect(slot_barrier, kTeam * Shape::kSlotBytes);
+      std::uint32_t source = boxes() + box;
 #pragma unroll 1
-    for (int key = 0, box = first_lane; key < kKeys; key += 1 << box_shift, ++box) {
-      const int entry = __shfl_sync(kAllLanes, lane_entry, box), box_slot = __shfl_sync(kAllLanes, lane_slot, box);
-      if (elected) {
+      do {
+        int box_slot, entry;
+        asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(box_slot), "=r"(entry) : "r"(source) : "memory");
 #pragma unroll
-        for (int panel = 0; panel < KvRows::kPanels; ++panel)
+        for (int panel = 0; panel < KvRows::kPanels; ++panel) {
 #ifdef V_ONCE
-          device::copy_box_once(target + static_cast<std::uint32_t>(key * (kTeam * KvRows::kPanelRowBytes) + panel * KvRows::kPanelBytes), &map,
-                           slot_barrier, panel * KvRows::kPanelRowBytes / Types::kElementBytes, box_slot, kv_head, entry, policy);
+          device::copy_box_once(target + static_cast<std::uint32_t>(panel * KvRows::kPanelBytes), &map, slot_barrier,
+                                panel * KvRows::kPanelRowBytes / Types::kElementBytes, box_slot, kv_head, entry, policy);
 #else
-          device::copy_box(target + static_cast<std::uint32_t>(key * (kTeam * KvRows::kPanelRowBytes) + panel * KvRows::kPanelBytes), &map,
-                           slot_barrier, panel * KvRows::kPanelRowBytes / Types::kElementBytes, box_slot, kv_head, entry);
+          device::copy_box(target + static_cast<std::uint32_t>(panel * KvRows::kPanelBytes), &map, slot_barrier,
+                           panel * KvRows::kPanelRowBytes / Types::kElementBytes, box_slot, kv_head, entry);
 #endif
-      }
+        }
+        source += 8, target += static_cast<std::uint32_t>(kTeam * KvRows::kPanelRowBytes) << box_shift;
+      } while (target < end);
     }
+    __syncwarp();
   };
-  const auto copy_k = [&](std::uint32_t slot, bool issues) { copy_step(maps.k, slot, issues); };
-  const auto copy_v = [&](std::uint32_t slot, bool issues) {
-    copy_step(maps.v, slot, issues);
+  const auto copy_k = [&](std::uint32_t slot, bool issues, auto&& end_of_keys) { copy_step(maps.k, slot, issues, end_of_keys); };
+  const auto copy_v = [&](std::uint32_t slot, bool issues, auto&& end_of_keys) {
+    copy_step(maps.v, slot, issues, end_of_keys);
     next_key += stride;
-    first_lane += 1 << boxes_shift;
-    if (first_lane == 32) {
-      first_lane = 0;
-      lane_key += lanes_stride;
-      lane_entry = next_entry;
-      check_boxes();
-      next_entry = entry_of(lane_key + lanes_stride, range.end);
+    box += 8u << boxes_shift;
+    if (box == 256) {
+      box = 0;
+      const int key = next_key + lane_offset();
+      check_boxes(key, next_entry);
+      next_entry = entry_of(key + lanes_stride, end_of_keys());
     }
   };
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
     if (i % 2 == 0) {
-      copy_k(static_cast<std::uint32_t>(i), member == 0);
+      copy_k(static_cast<std::uint32_t>(i), member == 0, [&] { return range.end; });
     } else {
-      copy_v(static_cast<std::uint32_t>(i), member == 0);
+      copy_v(static_cast<std::uint32_t>(i), member == 0, [&] { return range.end; });
     }
   }
   // Whether the other warps of the team are done with a slot, too: the last one fills it again.
@@ -333,57 +352,67 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
 
   std::uint32_t slot = 0, parities = 0;
   const auto wait_for_slot = [&](std::uint32_t of) {
-    device::barrier_wait(barriers + of * 8, parities >> of & 1u);
+    device::barrier_wait(barriers() + of * 8, parities >> of & 1u);
     parities ^= 1u << of;
   };
 #pragma unroll 1
-  for (int key = first_key + (team * size + rank) * kKeys; key < range.end; key += stride) {
+  for (;;) {
+    const int key = next_key - kSlots / 2 * stride;
+    if (key >= range_end()) break;
     const std::uint32_t k_slot = slot, v_slot = slot + 1 == kSlots ? 0 : slot + 1;
     slot = v_slot + 1 == kSlots ? 0 : v_slot + 1;
-    const bool inner = key >= range.begin && key + kKeys <= range.end;
+    const bool inner = key >= range_begin() && key + kKeys <= range_end();
 
     float scores[kKeys / 16][1][4];
     wait_for_slot(k_slot);
-    state.template multiply_qk<kKeys>(scores, ring + k_slot * (kTeam * Shape::kSlotBytes) + k_offset);
+#ifndef V_READ
+    state.template multiply_qk<kKeys>(scores, ring() + k_slot * (kTeam * Shape::kSlotBytes) + k_offset);
+#endif
+
     __syncwarp();
     if constexpr (kEven) {
-      copy_k(k_slot, is_last(k_slot));
+      copy_k(k_slot, is_last(k_slot), range_end);
     } else {
-      copy_v(k_slot, is_last(k_slot));
+      copy_v(k_slot, is_last(k_slot), range_end);
     }
 
+#ifndef V_READ
     if (score.transform) state.template transform_scores<kKeys>(scores, warp_row_params, p.softcap, key);
     if (!inner || !complete) {
       // Some keys' blocks may not exist.
       const int mine = key + lane;
       std::uint32_t valid = 0xffffffffu;
       if (!complete) {
-        const int entry = entry_of(lane < kKeys && mine >= range.begin ? mine : INT_MAX, range.end);
+        const int entry = entry_of(lane < kKeys && mine >= range_begin() ? mine : INT_MAX, range_end());
         valid = __ballot_sync(kAllLanes, entry >= 0 && entry < p.num_blocks);
       }
       state.template mask_scores<kKeys>(scores, warp_row_params, key, valid);
     }
     state.template softmax<kKeys>(scores, score);
 
+#endif
     wait_for_slot(v_slot);
     if (!inner) {
       // Zeros for hidden keys: their weight is 0, and what lies there may not be finite.
       for (int row = 0; row < kKeys; ++row) {
-        if (key + row >= range.begin && key + row < range.end) continue;
+        if (key + row >= range_begin() && key + row < range_end()) continue;
         for (int chunk = lane; chunk < Types::kKvRowBytes / 16; chunk += 32) {
-          const std::uint32_t target = KvRows::address(ring + v_slot * (kTeam * Shape::kSlotBytes), KvRows::row(row, member, box_shift), chunk);
+          const std::uint32_t target = KvRows::address(ring() + v_slot * (kTeam * Shape::kSlotBytes), KvRows::row(row, member, box_shift), chunk);
           asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(target), "r"(0) : "memory");
         }
       }
       device::fence_async_proxy();
       __syncwarp();
     }
-    state.template multiply_pv<kKeys>(scores, ring + v_slot * (kTeam * Shape::kSlotBytes) + v_offset);
+#ifndef V_READ
+    state.template multiply_pv<kKeys>(scores, ring() + v_slot * (kTeam * Shape::kSlotBytes) + v_offset);
+#endif
+
     __syncwarp();
     if constexpr (kEven) {
-      copy_v(v_slot, is_last(v_slot));
+      copy_v(v_slot, is_last(v_slot), range_end);
     } else {
-      copy_k(v_slot, is_last(v_slot));
+      copy_k(v_slot, is_last(v_slot), range_end);
     }
   }
   state.reduce_sum();
@@ -471,6 +500,10 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     }
     if (exists && lane_part == 0) finish(plan, tile, pair, row, column, result);
   }
+#ifdef V_TRACE
+  __syncthreads();
+  if (threadIdx.x == 0) reinterpret_cast<unsigned long long*>(plan.partial_out)[2 * blockIdx.x + 1] = now();
+#endif
   return true;
 }
 
