@@ -606,7 +606,7 @@ struct BlockAllocator::Impl {
     return num_needed;
   }
 
-  // Everything in execute_plan that could throw, done first.
+  // Everything of a plan that could throw, done before its first step.
   void prepare_plan(const char* function, std::int64_t num_needed, std::vector<BlockCopy>& copies) {
     require_available(function, num_needed, num_available());
     std::size_t num_shared = 0;

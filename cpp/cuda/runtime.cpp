@@ -136,7 +136,7 @@ struct LaunchConfig {
 
 }  // namespace
 
-int max_active_clusters(const void* kernel, const LaunchShape& shape) {
+int ask_max_active_clusters(const void* kernel, const LaunchShape& shape) {
   set_max_shared_bytes(kernel, shape.shared_bytes);
   const LaunchConfig config(shape);
   int clusters = 0;

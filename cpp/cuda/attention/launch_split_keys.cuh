@@ -3,8 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
 
 #include "cuda/attention/launch.h"
 #include "cuda/attention/mma_cluster_keys.cuh"
@@ -59,19 +57,9 @@ __global__ void __launch_bounds__(ClusterKeysShape<kKvDType, kHeadDim, kLoneWarp
 /// The most CTAs, up to `limit`, of which `num_clusters` clusters run at once; 0 if there is no such size.
 template <auto kKernel>
 int largest_cluster(int num_threads, int shared_bytes, int limit, std::int64_t num_clusters) {
-  // 1 + the clusters of a size that run at once.
-  constexpr int kMaxDevices = 64;
-  static std::atomic<int> known[kMaxDevices][kMaxCluster + 1];
-  const int device = current_device();
-  if (device >= kMaxDevices) return 0;
   for (int size = limit; size > 0; --size) {
-    int clusters = known[device][size].load(std::memory_order_relaxed) - 1;
-    if (clusters < 0) {
-      clusters = max_active_clusters(reinterpret_cast<const void*>(kKernel),
-                                     LaunchShape{static_cast<unsigned>(size), static_cast<unsigned>(num_threads), shared_bytes, size});
-      known[device][size].store(clusters + 1, std::memory_order_relaxed);
-    }
-    if (clusters >= num_clusters) return size;
+    const LaunchShape shape{static_cast<unsigned>(size), static_cast<unsigned>(num_threads), shared_bytes, size};
+    if (max_active_clusters<kKernel>(shape) >= num_clusters) return size;
   }
   return 0;
 }

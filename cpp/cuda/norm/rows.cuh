@@ -53,9 +53,9 @@ __device__ __forceinline__ void normalise(float (&v)[kVec], const float (&weight
 // Weight (its offset added) and bias of one vector.
 template <NormKind kKind, int kVec>
 __device__ __forceinline__ void load_weights(float (&weight)[kVec], float (&bias)[kVec], const NormParams& p, std::int64_t at) {
-  load_parameter(reinterpret_cast<float (&)[1][kVec]>(weight), p.weight, p.weight_dtype, at, 0, p.hidden);
+  load_parameter(weight, p.weight, p.weight_dtype, at, p.hidden);
   if constexpr (kKind == NormKind::kLayer) {
-    if (p.bias != nullptr) load_parameter(reinterpret_cast<float (&)[1][kVec]>(bias), p.bias, p.bias_dtype, at, 0, p.hidden);
+    if (p.bias != nullptr) load_parameter(bias, p.bias, p.bias_dtype, at, p.hidden);
   } else if (p.weight_offset != 0.0f) {
 #pragma unroll
     for (int e = 0; e < kVec; ++e) weight[e] += p.weight_offset;
