@@ -143,7 +143,10 @@ struct Config {
   int num_ctas;
   Pairing pairing;    // unless kNone, params.num_kv_heads and the heads' strides are as if the two were one
   bool wide;          // CTAs of twice as many warps
-  int cluster;        // > 0: if lengths are alike, up to so many CTAs, a cluster, share a tile's keys (mma_cluster_keys.cuh)
+  // If lengths are alike, up to so many CTAs, a cluster, share a tile's keys (mma_cluster_keys.cuh); 0: there are no clusters. A tile is
+  // cluster_heads kv heads'.
+  int cluster, cluster_heads;
+  int lone_cluster;   // the same of the kernel for one sequence, a tile to each kv head; 0: that is not for this call
   int slots_per_cta;  // of partial results, each of a tile's rows
   int ctas_per_tile, tiles_per_cta;  // if all tiles have one length; 0: that makes no difference
   int line_shift;                    // see Plan
@@ -207,31 +210,38 @@ constexpr int choose_num_splits(std::int64_t num_ctas, std::int64_t num_sms, std
   return best;
 }
 
-/// What keeps Hopper's kernel from a call on a Hopper; null: nothing. It copies K and V by boxes and
-/// q and out by 16 bytes.
-inline const char* wgmma_obstacle(const AttentionParams& p) {
-  if (itemsize(p.dtype) != 2) return "q has more than 16 bits";
-  if (p.float8_queries && p.kv_dtype != DType::kFloat8E4M3FN) return "q is float8_e4m3fn and keys and values are not";
+inline bool aligned_to_16(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
+
+/// What keeps the copy engine from K and V as they lie; null: nothing.
+inline const char* boxes_obstacle(const AttentionParams& p) {
   const bool paged = p.block_tables != nullptr;
   if (paged ? p.num_blocks == 0 : p.num_kv_tokens == 0) return "there are no keys";
-  if (paged && p.block_size % 8 != 0) return "block_size is not a multiple of 8";
   if (p.num_blocks > std::numeric_limits<std::int32_t>::max() || p.block_size > std::numeric_limits<std::int32_t>::max())
     return "the cache has more than 2^31 blocks or slots in a block";
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; };
-  const std::int64_t q_unit = p.float8_queries ? 16 : 8, kv_unit = 16 / itemsize(p.kv_dtype);  // elements of 16 bytes
+  const std::int64_t unit = 16 / itemsize(p.kv_dtype);  // elements of 16 bytes
   const auto stride_fits = [&](std::int64_t size, std::int64_t stride) {
-    return size <= 1 || (stride > 0 && stride % kv_unit == 0 && stride < std::int64_t{1} << 38);
+    return size <= 1 || (stride > 0 && stride % unit == 0 && stride < std::int64_t{1} << 38);
   };
-  if (!aligned(p.q) || !aligned(p.out) || !aligned(p.k) || !aligned(p.v))
-    return "q, out, keys or values do not start at a multiple of 16 bytes";
-  if (p.q_token_stride % q_unit != 0 || p.q_head_stride % q_unit != 0 || p.out_token_stride % 8 != 0 || p.out_head_stride % 8 != 0)
-    return "a stride of q or out is not a multiple of 16 bytes";
+  if (!aligned_to_16(p.k) || !aligned_to_16(p.v)) return "keys or values do not start at a multiple of 16 bytes";
   const std::int64_t slots = paged ? p.block_size : p.num_kv_tokens, blocks = paged ? p.num_blocks : 1;
   if (!stride_fits(p.num_kv_heads, p.k_head_stride) || !stride_fits(p.num_kv_heads, p.v_head_stride) ||
       !stride_fits(slots, p.k_token_stride) || !stride_fits(slots, p.v_token_stride) || !stride_fits(blocks, p.k_block_stride) ||
       !stride_fits(blocks, p.v_block_stride))
     return "a stride of keys or values is not a positive multiple of 16 bytes below 2^38 elements, which the copy engine needs";
   return nullptr;
+}
+
+/// What keeps Hopper's kernel from a call on a Hopper; null: nothing. It copies K and V by boxes and
+/// q and out by 16 bytes.
+inline const char* wgmma_obstacle(const AttentionParams& p) {
+  if (itemsize(p.dtype) != 2) return "q has more than 16 bits";
+  if (p.float8_queries && p.kv_dtype != DType::kFloat8E4M3FN) return "q is float8_e4m3fn and keys and values are not";
+  if (p.block_tables != nullptr && p.num_blocks > 0 && p.block_size % 8 != 0) return "block_size is not a multiple of 8";
+  const std::int64_t q_unit = p.float8_queries ? 16 : 8;  // elements of 16 bytes
+  if (!aligned_to_16(p.q) || !aligned_to_16(p.out)) return "q or out does not start at a multiple of 16 bytes";
+  if (p.q_token_stride % q_unit != 0 || p.q_head_stride % q_unit != 0 || p.out_token_stride % 8 != 0 || p.out_head_stride % 8 != 0)
+    return "a stride of q or out is not a multiple of 16 bytes";
+  return boxes_obstacle(p);
 }
 
 /// What keeps a variant from a call; null: nothing.
@@ -338,6 +348,9 @@ inline Pairing choose_pairing(const AttentionParams& params, std::int64_t num_he
   return Pairing::kWarps;
 }
 
+/// Kv heads that the warps of a cluster read together: rows of up to 128 bytes are short pieces of memory by themselves.
+constexpr int heads_of_team(Pairing pairing, std::int64_t row_bytes) { return pairing != Pairing::kNone && row_bytes <= 128 ? 2 : 1; }
+
 /// `why`, unless null, gets the reasons for the variant. `rows_of_sequence` is what to choose for; 0: the mean.
 inline Config choose_config(const AttentionParams& params, const DeviceProperties& device, bool has_wgmma,
                             std::vector<std::string>* why = nullptr, std::int64_t rows_of_sequence = 0) {
@@ -359,12 +372,31 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
   config.num_tiles = ragged ? params.num_tokens * group / rows + params.num_seqs : config.tiles_per_seq * params.num_seqs;
 
   const std::int64_t num_head_tiles = config.num_tiles * params.num_kv_heads;
+  if (config.variant == Variant::kMmaSplitKeys8) config.pairing = choose_pairing(params, num_head_tiles, device.num_sms);
   if (has_wgmma && config.variant == Variant::kMmaSplitKeys8 && params.block_tables != nullptr && !ragged && params.shared_queries == 0 &&
       !params.float8_queries && !params.batch_invariant && params.mask == nullptr && group <= rows && key_capacity(params) < 1 << 30) {
-    config.cluster = choose_cluster(num_head_tiles, device.num_sms, ctas_per_sm(config.variant, config.head_dim_bucket) / 2,
-                                    params.head_dim * itemsize(params.kv_dtype) % 128 == 0);
+    const std::int64_t per_sm = ctas_per_sm(config.variant, config.head_dim_bucket) / 2, places = device.num_sms * per_sm;
+    const bool long_rows = params.head_dim * itemsize(params.kv_dtype) % 128 == 0;
+    config.cluster_heads = heads_of_team(config.pairing, config.head_dim_bucket * itemsize(params.kv_dtype));
+    const std::int64_t tiles = num_head_tiles / config.cluster_heads;
+    config.cluster = choose_cluster(num_head_tiles, device.num_sms, per_sm, long_rows);
+    if (params.num_seqs == 1 && num_head_tiles < kMaxCluster && config.head_dim_bucket < 256) config.lone_cluster = config.cluster;
+    if (config.lone_cluster == 0 && config.cluster_heads > 1 && tiles * kMaxCluster * 10 < places * 9) {
+      // So few tiles would leave places empty even with the largest clusters.
+      config.pairing = Pairing::kNone;
+      config.cluster_heads = 1;
+    } else if (config.cluster_heads > 1 && (config.cluster > 0 || long_rows)) {
+      config.cluster = choose_cluster(tiles, device.num_sms, per_sm, long_rows);
+    }
+    const char* reason = config.cluster > 0 ? boxes_obstacle(params) : nullptr;
+    if (config.cluster > 0 && config.head_dim_bucket * itemsize(params.kv_dtype) < 128 && params.block_size % 2 != 0)
+      reason = "block_size is odd, and one row of a block is no multiple of 128 bytes";
+    if (reason != nullptr) {
+      config.cluster = config.lone_cluster = 0;
+      config.pairing = choose_pairing(params, num_head_tiles, device.num_sms);
+      if (why != nullptr) why->push_back(std::string("no clusters of CTAs for a tile: ") + reason);
+    }
   }
-  if (config.variant == Variant::kMmaSplitKeys8) config.pairing = choose_pairing(params, num_head_tiles, device.num_sms);
   if (config.pairing == Pairing::kColumns) config.head_dim_bucket = 128;
   if (config.pairing == Pairing::kWarps) config.tile_rows = 16;
   const std::int64_t num_ctas = config.num_tiles * (config.pairing != Pairing::kNone ? params.num_kv_heads / 2 : params.num_kv_heads);

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
+#include <type_traits>
 
 #include "cuda/attention/launch.h"
 #include "cuda/attention/mma_cluster_keys.cuh"
@@ -17,27 +19,28 @@ namespace quire::cuda::attn {
 template <Variant kVariant, bool kWide>
 constexpr bool kHasClusters = kWide && kVariant == Variant::kMmaSplitKeys8;
 
+struct NoMaps {};
+template <bool kHas>
+using MapsOf = std::conditional_t<kHas, KeyMaps, NoMaps>;
+
 /// kHeadDim of a kv head that is not paired.
 __host__ __device__ constexpr int head_dim_alone(int head_dim, Pairing pairing) {
   return pairing == Pairing::kColumns ? head_dim / 2 : head_dim;
 }
 
-#ifndef V_TEAM
-#define V_TEAM 2
-#endif
-/// Kv heads that the warps of a team read together.
+/// Kv heads to a tile of such a kernel's clusters.
 template <DType kKvDType, int kHeadDim, Pairing kPairing>
-constexpr int heads_of_team = kPairing == Pairing::kWarps && kHeadDim * itemsize(kKvDType) <= 128 ? V_TEAM : 1;
+constexpr int kTeamOf = heads_of_team(kPairing, head_dim_alone(kHeadDim, kPairing) * itemsize(kKvDType));
 
 /// Grid: as many CTAs as the device holds, or fewer; plan.cluster of them to a tile if there are clusters.
 template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing>
 __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>::kCtaThreads,
                                   SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>::kCtasPerSm)
-    attention_mma_split_keys_kernel(const __grid_constant__ Plan plan, const __grid_constant__ KeyMaps maps) {
+    attention_mma_split_keys_kernel(const __grid_constant__ Plan plan, const __grid_constant__ MapsOf<kHasClusters<kVariant, kWide>> maps) {
 #if __CUDA_ARCH__ >= 900
   if constexpr (kHasClusters<kVariant, kWide>) {
-    if (plan.in_clusters && attend_in_clusters<kKvDType, head_dim_alone(kHeadDim, kPairing), 2 * kWarps, kPairing != Pairing::kNone, heads_of_team<kKvDType, kHeadDim, kPairing>>(plan, maps))
-      return;
+    constexpr int kAlone = head_dim_alone(kHeadDim, kPairing), kTeam = kTeamOf<kKvDType, kHeadDim, kPairing>;
+    if (plan.in_clusters && attend_in_clusters<kKvDType, kAlone, 2 * kWarps, kPairing != Pairing::kNone, kTeam>(plan, maps)) return;
   }
 #endif
   device::wait_for_predecessor();
@@ -65,80 +68,91 @@ int largest_cluster(int num_threads, int shared_bytes, int limit, std::int64_t n
 }
 
 /// Launches the kernel with up to `limit` CTAs to a tile, at least `min_size`; false if it cannot.
+/// K or V as {head_dim, slot in its block, kv head, block}, in boxes of keys_per_box slots of heads_per_box kv heads.
 inline CUtensorMap make_key_map(const AttentionParams& p, const void* base, std::int64_t block_stride, std::int64_t token_stride,
-                                std::int64_t head_stride, int num_kv_heads, int panel_bytes, int keys_per_box, int heads_per_box) {
+                                std::int64_t head_stride, std::int64_t num_kv_heads, int panel_bytes, int keys_per_box, int heads_per_box) {
   const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(p.head_dim), static_cast<cuuint64_t>(p.block_size),
                                static_cast<cuuint64_t>(num_kv_heads), static_cast<cuuint64_t>(p.num_blocks)};
   const std::int64_t item = itemsize(p.kv_dtype);
+  // Strides of dimensions of size 1 are not used, but must look well.
   const auto bytes = [&](cuuint64_t size, std::int64_t stride) { return size > 1 ? static_cast<cuuint64_t>(stride * item) : 16; };
   const cuuint64_t strides[3] = {bytes(sizes[1], token_stride), bytes(sizes[2], head_stride), bytes(sizes[3], block_stride)};
-  const cuuint32_t box[4] = {static_cast<cuuint32_t>(panel_bytes / item), static_cast<cuuint32_t>(keys_per_box), static_cast<cuuint32_t>(heads_per_box), 1};
+  const cuuint32_t box[4] = {static_cast<cuuint32_t>(panel_bytes / item), static_cast<cuuint32_t>(keys_per_box),
+                             static_cast<cuuint32_t>(heads_per_box), 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
+  // No more than what a box has in one piece of memory.
+  const std::int64_t piece = p.head_dim * item * heads_per_box;
+  const CUtensorMapL2promotion promotion = piece % 256 == 0   ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+                                           : piece % 128 == 0 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+                                                              : CU_TENSOR_MAP_L2_PROMOTION_NONE;
   CUtensorMap map;
-  static const int promo = std::getenv("QPROMO") ? std::atoi(std::getenv("QPROMO")) : 0;
   check_tensor_map(encode_tensor_map()(&map, item == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 4,
                                        const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                       panel_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
-                                       promo == 2 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : promo == 1 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+                                       panel_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B, promotion,
+                                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
   return map;
 }
 
-template <typename Shape, int kTeam>
+/// `in_pairs`: a kv head of p is two.
+template <typename Shape>
 KeyMaps make_key_maps(const AttentionParams& p, bool in_pairs) {
-  KeyMaps maps;
-  const int heads = static_cast<int>(p.num_kv_heads) * (in_pairs ? 2 : 1), d = in_pairs ? 2 : 1;
-  const int keys = static_cast<int>(std::min<std::int64_t>(p.block_size & -p.block_size, kTeam > 1 ? 16 : Shape::kKeys));
-  maps.box_shift = std::bit_width(static_cast<unsigned>(keys)) - 1;
-  maps.k = make_key_map(p, p.k, p.k_block_stride, p.k_token_stride, p.k_head_stride / d, heads, Shape::KvRows::kPanelRowBytes, keys, kTeam);
-  maps.v = make_key_map(p, p.v, p.v_block_stride, p.v_token_stride, p.v_head_stride / d, heads, Shape::KvRows::kPanelRowBytes, keys, kTeam);
-  return maps;
+  const int heads = in_pairs ? 2 : 1;
+  const int keys = static_cast<int>(std::min<std::int64_t>(p.block_size & -p.block_size, Shape::kMaxBoxKeys));
+  const auto make = [&](const void* base, std::int64_t block_stride, std::int64_t token_stride, std::int64_t head_stride) {
+    return make_key_map(p, base, block_stride, token_stride, head_stride / heads, p.num_kv_heads * heads, Shape::KvRows::kPanelRowBytes,
+                        keys, Shape::kTeamHeads);
+  };
+  return KeyMaps{make(p.k, p.k_block_stride, p.k_token_stride, p.k_head_stride),
+                 make(p.v, p.v_block_stride, p.v_token_stride, p.v_head_stride),
+                 static_cast<int>(std::bit_width(static_cast<unsigned>(keys))) - 1};
 }
 
-template <auto kKernel>
-bool launch_clusters(const KeyMaps& maps, Plan plan, int limit, int min_size, std::int64_t num_tiles, int num_threads, int shared_bytes, Stream stream) {
+/// Launches the kernel with up to `limit` CTAs to a tile, at least `min_size`; false if it cannot.
+template <typename Shape, auto kKernel>
+bool launch_clusters(Plan plan, bool in_pairs, int limit, int min_size, std::int64_t num_tiles, int shared_bytes, Stream stream) {
   if (limit > 8)
     known_of_device([] {
       QUIRE_CUDA_CHECK(cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
       return true;
     });
-  const int size = limit == 1 ? 1 : largest_cluster<kKernel>(num_threads, shared_bytes, limit, num_tiles);
+  const int size = limit == 1 ? 1 : largest_cluster<kKernel>(Shape::kCtaThreads, shared_bytes, limit, num_tiles);
   if (size < min_size) return false;
   plan.cluster = Divisor::make(size);
   plan.in_clusters = true;
   plan.num_ctas = static_cast<int>(std::min<std::int64_t>(plan.num_ctas, num_tiles * size));
   plan.tiles_per_cta = 0;  // what was chosen for equal lengths was for another number of CTAs
-  const LaunchShape shape{static_cast<unsigned>(num_tiles * size), static_cast<unsigned>(num_threads), shared_bytes, size};
-  launch_waiting("attention_mma_split_keys_kernel in clusters", kKernel, shape, stream, plan, maps);
+  const LaunchShape shape{static_cast<unsigned>(num_tiles * size), Shape::kCtaThreads, shared_bytes, size};
+  launch_waiting("attention_mma_split_keys_kernel in clusters", kKernel, shape, stream, plan, make_key_maps<Shape>(plan.params, in_pairs));
   return true;
 }
 
 template <DType kKvDType>
 void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
-  const bool in_clusters = config.cluster > 0 && plan.chunk_strides_exist && plan.q_alignment == 16;
+  const bool in_clusters = config.cluster > 0 && plan.q_alignment == 16;
   const std::int64_t num_head_tiles = config.num_tiles * (plan.params.num_heads / plan.kv_group.divisor);
   const auto launch = [&]<int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing = Pairing::kNone>() {
     using Shape = SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>;
     if constexpr (kHasClusters<kVariant, kWide>) {
-      constexpr int kAlone = head_dim_alone(kHeadDim, kPairing);
+      constexpr bool kInPairs = kPairing != Pairing::kNone;
+      constexpr int kAlone = head_dim_alone(kHeadDim, kPairing), kTeam = kTeamOf<kKvDType, kHeadDim, kPairing>;
       if constexpr (kAlone <= 128) {
         using Lone = ClusterKeysShape<kKvDType, kAlone, kLoneWarps, 1>;
-        if (in_clusters && plan.params.num_seqs == 1 && num_head_tiles < kMaxCluster &&
-            launch_clusters<attention_mma_cluster_keys_kernel<kKvDType, kAlone, kPairing != Pairing::kNone>>(
-                make_key_maps<Lone, 1>(plan.params, kPairing != Pairing::kNone), plan, config.cluster, 8, num_head_tiles, Lone::kCtaThreads, Lone::kSharedBytes, stream))
+        if (in_clusters && config.lone_cluster > 0 &&
+            launch_clusters<Lone, attention_mma_cluster_keys_kernel<kKvDType, kAlone, kInPairs>>(
+                plan, kInPairs, config.lone_cluster, 8, num_head_tiles, Lone::kSharedBytes, stream))
           return;
       }
-      constexpr int kTeam = heads_of_team<kKvDType, kHeadDim, kPairing>;
-      constexpr int kSharedBytes = std::max(Shape::kSharedBytes, ClusterKeysShape<kKvDType, kAlone, 2 * kWarps, kTeam>::kSharedBytes);
+      using Cluster = ClusterKeysShape<kKvDType, kAlone, 2 * kWarps, kTeam>;
+      constexpr int kSharedBytes = std::max(Shape::kSharedBytes, Cluster::kSharedBytes);
       static_assert(kSharedBytes <= kWideSharedBytes / Shape::kCtasPerSm);
-      const std::int64_t tiles = num_head_tiles / kTeam;
-      const int limit = kTeam > 1 ? choose_cluster(tiles, current_device_properties().num_sms, Shape::kCtasPerSm, true) : config.cluster;
-      if (in_clusters && limit > 0 && launch_clusters<attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>>(
-                             make_key_maps<ClusterKeysShape<kKvDType, kAlone, 2 * kWarps, kTeam>, kTeam>(plan.params, kPairing != Pairing::kNone), plan, limit, 1, tiles, Shape::kCtaThreads, kSharedBytes, stream))
+      if (in_clusters && launch_clusters<Cluster, attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>>(
+                             plan, kInPairs, config.cluster, 1, num_head_tiles / kTeam, kSharedBytes, stream))
         return;
     }
     const auto kernel = attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>;
     launch_waiting("attention_mma_split_keys_kernel", kernel,
-                   LaunchShape{static_cast<unsigned>(config.num_ctas), Shape::kCtaThreads, Shape::kSharedBytes}, stream, plan, KeyMaps{});
+                   LaunchShape{static_cast<unsigned>(config.num_ctas), Shape::kCtaThreads, Shape::kSharedBytes}, stream, plan,
+                   MapsOf<kHasClusters<kVariant, kWide>>{});
   };
   const auto of_head_dim = [&]<int kHeadDim>() {
     if constexpr (kHeadDim == 128) {

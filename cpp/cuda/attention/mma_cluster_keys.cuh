@@ -17,7 +17,7 @@ namespace quire::cuda::attn {
 /// Of a CTA that is alone on its SM, for one sequence.
 constexpr int kLoneWarps = 16;
 
-/// K's and V's rows as {head_dim, kv head, slot in its block, block}, and boxes of 2^box_shift slots of them.
+/// K's and V's rows as {head_dim, slot in its block, kv head, block}, in boxes of 2^box_shift slots.
 struct KeyMaps {
   CUtensorMap k, v;
   int box_shift;
@@ -44,18 +44,18 @@ struct PanelRows {
   }
 };
 
-#ifndef V_KEYS
-#define V_KEYS 0
-#endif
 /// Of kv heads of kHeadDim, one by one, also where attend_to_stretches takes them in pairs.
 template <DType kKvDType, int kHeadDim, int kWarpsOfCta, int kTeam>
 struct ClusterKeysShape {
   using Base = SplitKeysShape<kKvDType, kHeadDim, Variant::kMmaSplitKeys8, true, Pairing::kNone>;
   using Types = typename Base::Types;
   static constexpr int kRows = Base::kRows * kTeam;
-  static constexpr int kKeys = V_KEYS ? V_KEYS : Base::kKeys;
+  static constexpr int kKeys = Base::kKeys;
   using KvRows = PanelRows<Types::kKvRowBytes, kKeys, kTeam>;
+  static constexpr int kTeamHeads = kTeam;
+  static constexpr int kMaxBoxKeys = kTeam > 1 ? 16 : kKeys;  // 16 keys further on are as many rows, whatever boxes have
   static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;
+  static constexpr int kTeamSlotBytes = kTeam * kSlotBytes;
   static constexpr int kSlots = Base::kRingBytes / kSlotBytes;
   static constexpr int kRingBytes = Base::kRingBytes;
   static constexpr int kOutPitch = Base::kOutPitch;
@@ -153,7 +153,9 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   const int first_row = member * group;  // of the warp's
 
   // Each warp's ring is brought by boxes, counted at a barrier for each slot.
-  const auto barriers = [&] { return shared_base + static_cast<std::uint32_t>(Shape::kWarpBarriersOffset + thread_here() / (32 * kTeam) * (kSlots * 8)); };
+  const auto barriers = [&] {
+    return shared_base + static_cast<std::uint32_t>(Shape::kWarpBarriersOffset + thread_here() / (32 * kTeam) * (kSlots * 8));
+  };
   [[maybe_unused]] auto* const counters = reinterpret_cast<unsigned*>(shared + Shape::kCountersOffset) + team * kSlots;
   // What the other CTAs send here at the end is counted at a barrier, which they may use when all have arrived below.
   constexpr int kItemsOfRow = kHeadDim / 4;
@@ -178,10 +180,6 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   }
   __syncwarp();
   device::wait_for_predecessor();
-#ifdef V_TRACE
-  const auto now = [] { unsigned long long t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; };
-  if (threadIdx.x == 0) reinterpret_cast<unsigned long long*>(plan.partial_out)[2 * blockIdx.x] = now();
-#endif
 
   // What needs no other load's result comes first: the lanes' boxes, of the warp's first steps, and q. 32 boxes are some steps', or one's.
   const std::int32_t seq_len = p.seq_lens[tile.seq];
@@ -196,7 +194,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   };
   const int lanes_stride = (32 >> boxes_shift) * stride;
   int next_key = (team * size + rank) * kKeys;  // of the step whose boxes come next
-  int lane_key = next_key + lane_offset();        // of the lane's box
+  int lane_key = next_key + lane_offset();  // of the lane's box
   const auto entry_of = [&](int key, int key_end) {
     return key < key_end ? p.block_tables[tile.seq * p.block_tables_stride + plan.block_size.quotient(key)] : -1;
   };
@@ -243,9 +241,8 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   MmaState state;
   typename MmaState::Scale score;
   const std::uint32_t k_offset = KvRows::address(0, KvRows::row(lane % 16, member, box_shift), lane / 16);
-  const std::uint32_t v_offset = Types::kQuantized
-                                     ? k_offset
-                                     : KvRows::address(0, KvRows::row(lane / 16 * 8 + lane % 8, member, box_shift), lane / 8 % 2);
+  const std::uint32_t v_offset =
+      Types::kQuantized ? k_offset : KvRows::address(0, KvRows::row(lane / 16 * 8 + lane % 8, member, box_shift), lane / 8 % 2);
   state.reset();
 
   // In shared memory, since the loop has no registers to spare.
@@ -258,67 +255,49 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   bool complete = true;  // whether all blocks so far exist
   std::uint32_t box = 0;  // where the step's first box is, from the warp's first
   const auto boxes = [&] { return shared_base + static_cast<std::uint32_t>(Shape::kBoxesOffset + thread_here() / 32 * 256); };
-  const auto check_boxes = [&](int key, int entry) {
+  const auto place_box = [&](int key, int entry) {
     const int block = plan.block_size.quotient(key);
     const bool wanted = key < range.end && key + (1 << box_shift) > range.begin;
     const bool valid = entry >= 0 && entry < p.num_blocks;
     if (wanted && !valid && entry != -1)
       record_error(plan.error_word, plan.op, ArgId::kBlockTables, tile.seq * p.max_blocks_per_seq + block, entry);
     complete &= __all_sync(kAllLanes, valid || !wanted);
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(boxes() + static_cast<std::uint32_t>(lane_here() * 8)),
-                 "r"(plan.block_size.remainder(key, block)), "r"(valid && wanted ? entry : -1)
-                 : "memory");
+    device::store_shared_8(boxes() + static_cast<std::uint32_t>(lane_here() * 8),
+                           int2{plan.block_size.remainder(key, block), valid && wanted ? entry : -1});
     __syncwarp();
   };
-  check_boxes(lane_key, lane_entry);
-#ifdef V_ONCE
-  const std::uint64_t policy = device::read_once_policy();
-#endif
-  const auto copy_step = [&](const CUtensorMap& map, std::uint32_t slot, bool issues, auto&& end_of_keys) {
-    if (!issues || next_key >= end_of_keys()) return;
+  place_box(lane_key, lane_entry);
+  const auto copy_boxes = [&](const CUtensorMap& map, std::uint32_t slot, int key_end) {
+    if (next_key >= key_end) return;
     if (device::elect_lane()) {
-      std::uint32_t target = ring() + slot * (kTeam * Shape::kSlotBytes);
+      std::uint32_t target = ring() + slot * Shape::kTeamSlotBytes, source = boxes() + box;
       const std::uint32_t slot_barrier = barriers() + slot * 8, end = target + KvRows::kPanelBytes;
-      device::barrier_arrive_expect(slot_barrier, kTeam * Shape::kSlotBytes);
-      std::uint32_t source = boxes() + box;
+      device::barrier_arrive_expect(slot_barrier, Shape::kTeamSlotBytes);
 #pragma unroll 1
       do {
-        int box_slot, entry;
-        asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(box_slot), "=r"(entry) : "r"(source) : "memory");
+        const int2 place = device::load_shared_8(source);
 #pragma unroll
-        for (int panel = 0; panel < KvRows::kPanels; ++panel) {
-#ifdef V_ONCE
-          device::copy_box_once(target + static_cast<std::uint32_t>(panel * KvRows::kPanelBytes), &map, slot_barrier,
-                                panel * KvRows::kPanelRowBytes / Types::kElementBytes, box_slot, kv_head, entry, policy);
-#else
+        for (int panel = 0; panel < KvRows::kPanels; ++panel)
           device::copy_box(target + static_cast<std::uint32_t>(panel * KvRows::kPanelBytes), &map, slot_barrier,
-                           panel * KvRows::kPanelRowBytes / Types::kElementBytes, box_slot, kv_head, entry);
-#endif
-        }
+                           panel * KvRows::kPanelRowBytes / Types::kElementBytes, place.x, kv_head, place.y);
         source += 8, target += static_cast<std::uint32_t>(kTeam * KvRows::kPanelRowBytes) << box_shift;
       } while (target < end);
     }
     __syncwarp();
   };
-  const auto copy_k = [&](std::uint32_t slot, bool issues, auto&& end_of_keys) { copy_step(maps.k, slot, issues, end_of_keys); };
-  const auto copy_v = [&](std::uint32_t slot, bool issues, auto&& end_of_keys) {
-    copy_step(maps.v, slot, issues, end_of_keys);
+  const auto next_step = [&](int key_end) {
     next_key += stride;
     box += 8u << boxes_shift;
-    if (box == 256) {
-      box = 0;
-      const int key = next_key + lane_offset();
-      check_boxes(key, next_entry);
-      next_entry = entry_of(key + lanes_stride, end_of_keys());
-    }
+    if (box < 256) return;
+    box = 0;
+    const int key = next_key + lane_offset();
+    place_box(key, next_entry);
+    next_entry = entry_of(key + lanes_stride, key_end);
   };
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
-    if (i % 2 == 0) {
-      copy_k(static_cast<std::uint32_t>(i), member == 0, [&] { return range.end; });
-    } else {
-      copy_v(static_cast<std::uint32_t>(i), member == 0, [&] { return range.end; });
-    }
+    if (member == 0) copy_boxes(i % 2 == 0 ? maps.k : maps.v, static_cast<std::uint32_t>(i), range.end);
+    if (i % 2 != 0) next_step(range.end);
   }
   // Whether the other warps of the team are done with a slot, too: the last one fills it again.
   const auto is_last = [&](std::uint32_t slot) {
@@ -365,18 +344,12 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
 
     float scores[kKeys / 16][1][4];
     wait_for_slot(k_slot);
-#ifndef V_READ
-    state.template multiply_qk<kKeys>(scores, ring() + k_slot * (kTeam * Shape::kSlotBytes) + k_offset);
-#endif
+    state.template multiply_qk<kKeys>(scores, ring() + k_slot * Shape::kTeamSlotBytes + k_offset);
 
     __syncwarp();
-    if constexpr (kEven) {
-      copy_k(k_slot, is_last(k_slot), range_end);
-    } else {
-      copy_v(k_slot, is_last(k_slot), range_end);
-    }
+    if (is_last(k_slot)) copy_boxes(kEven ? maps.k : maps.v, k_slot, range_end());
+    if constexpr (!kEven) next_step(range_end());
 
-#ifndef V_READ
     if (score.transform) state.template transform_scores<kKeys>(scores, warp_row_params, p.softcap, key);
     if (!inner || !complete) {
       // Some keys' blocks may not exist.
@@ -390,30 +363,24 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     }
     state.template softmax<kKeys>(scores, score);
 
-#endif
     wait_for_slot(v_slot);
     if (!inner) {
       // Zeros for hidden keys: their weight is 0, and what lies there may not be finite.
       for (int row = 0; row < kKeys; ++row) {
         if (key + row >= range_begin() && key + row < range_end()) continue;
         for (int chunk = lane; chunk < Types::kKvRowBytes / 16; chunk += 32) {
-          const std::uint32_t target = KvRows::address(ring() + v_slot * (kTeam * Shape::kSlotBytes), KvRows::row(row, member, box_shift), chunk);
-          asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(target), "r"(0) : "memory");
+          const std::uint32_t target = KvRows::address(ring() + v_slot * Shape::kTeamSlotBytes, KvRows::row(row, member, box_shift), chunk);
+          device::store_shared_16(target, uint4{0, 0, 0, 0});
         }
       }
       device::fence_async_proxy();
       __syncwarp();
     }
-#ifndef V_READ
-    state.template multiply_pv<kKeys>(scores, ring() + v_slot * (kTeam * Shape::kSlotBytes) + v_offset);
-#endif
+    state.template multiply_pv<kKeys>(scores, ring() + v_slot * Shape::kTeamSlotBytes + v_offset);
 
     __syncwarp();
-    if constexpr (kEven) {
-      copy_v(v_slot, is_last(v_slot), range_end);
-    } else {
-      copy_k(v_slot, is_last(v_slot), range_end);
-    }
+    if (is_last(v_slot)) copy_boxes(kEven ? maps.v : maps.k, v_slot, range_end());
+    if constexpr (kEven) next_step(range_end());
   }
   state.reduce_sum();
   __syncwarp();
@@ -500,10 +467,6 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     }
     if (exists && lane_part == 0) finish(plan, tile, pair, row, column, result);
   }
-#ifdef V_TRACE
-  __syncthreads();
-  if (threadIdx.x == 0) reinterpret_cast<unsigned long long*>(plan.partial_out)[2 * blockIdx.x + 1] = now();
-#endif
   return true;
 }
 
