@@ -251,7 +251,7 @@ TEST(CudaAttentionConfig, decode_fills_the_device_whatever_the_batch) {
 }
 
 TEST(CudaAttentionConfig, few_tiles_have_clusters) {
-  const auto cluster = [](const AttentionParams& params) { return configure(params, kDevice, true).cluster; };
+  const auto cluster = [](const AttentionParams& params) { return configure(dense(params), kDevice, true).cluster; };
   EXPECT_EQ(cluster(paged(1, 1024, 32, 8, 128)), 16);
   EXPECT_EQ(cluster(paged(3, 1024, 32, 8, 128)), 11);
   EXPECT_EQ(cluster(paged(32, 1024, 32, 8, 128)), 1);
@@ -262,9 +262,43 @@ TEST(CudaAttentionConfig, few_tiles_have_clusters) {
   EXPECT_EQ(cluster(paged(1, 1024, 72, 8, 128)), 0);
   EXPECT_EQ(cluster(ragged_queries(paged(2, 1024, 32, 8, 128), 4)), 0);
   AttentionParams params = paged(1, 1024, 32, 8, 128);
-  EXPECT_EQ(configure(params, kDevice).cluster, 0);
+  EXPECT_EQ(configure(dense(params), kDevice, true).lone_cluster, 16);  // one sequence has a kernel of its own
+  EXPECT_EQ(configure(dense(paged(2, 1024, 32, 8, 128)), kDevice, true).lone_cluster, 0);
+  EXPECT_EQ(configure(dense(params), kDevice).cluster, 0);
   params.batch_invariant = true;
   EXPECT_EQ(cluster(params), 0);
+}
+
+TEST(CudaAttentionConfig, clusters_read_two_heads_of_8_bits_together) {
+  const auto config = [](std::int64_t num_seqs, std::int64_t head_dim = 128) {
+    AttentionParams params = dense(paged(num_seqs, 1024, 32, 8, head_dim));
+    params.kv_dtype = DType::kFloat8E4M3FN;
+    return configure(params, kDevice, true);
+  };
+  EXPECT_EQ(config(32).cluster_heads, 2);
+  EXPECT_EQ(config(32).cluster, 2);
+  EXPECT_EQ(config(12).cluster, 5);  // 48 tiles; heads one by one would leave places empty
+  EXPECT_EQ(config(1).lone_cluster, 16);
+  EXPECT_EQ(config(2).cluster_heads, 1);  // 8 tiles of two heads would be too few
+  EXPECT_EQ(config(2).pairing, Pairing::kNone);
+  EXPECT_EQ(config(2).cluster, 16);
+  EXPECT_EQ(config(32, 256).cluster_heads, 1);  // long rows
+  EXPECT_EQ(configure(dense(paged(32, 1024, 32, 8, 128)), kDevice, true).cluster_heads, 1);
+}
+
+TEST(CudaAttentionConfig, clusters_need_what_the_copy_engine_can_address) {
+  AttentionParams params = dense(paged(8, 1024, 32, 8, 128));
+  EXPECT_GT(configure(params, kDevice, true).cluster, 0);
+  params.k_token_stride += 4;
+  std::vector<std::string> why;
+  EXPECT_EQ(choose_config(params, kDevice, true, &why).cluster, 0);
+  EXPECT_NE(why.back().find("multiple of 16 bytes"), std::string::npos);
+  params = dense(paged(8, 1024, 32, 8, 64));
+  params.kv_dtype = DType::kInt8;
+  params.block_size = 1;
+  EXPECT_EQ(configure(params, kDevice, true).cluster, 0);
+  params.block_size = 2;
+  EXPECT_GT(configure(params, kDevice, true).cluster, 0);
 }
 
 TEST(CudaAttentionConfig, neighbouring_heads_are_pairs) {
