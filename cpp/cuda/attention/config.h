@@ -391,6 +391,8 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
     const char* reason = config.cluster > 0 ? boxes_obstacle(params) : nullptr;
     if (config.cluster > 0 && config.head_dim_bucket * itemsize(params.kv_dtype) < 128 && params.block_size % 2 != 0)
       reason = "block_size is odd, and one row of a block is no multiple of 128 bytes";
+    const std::int64_t row_bytes = params.head_dim * itemsize(params.kv_dtype);
+    if (config.cluster > 0 && row_bytes > 128 && row_bytes % 128 != 0) reason = "rows are longer than 128 bytes and no multiple of it";
     if (reason != nullptr) {
       config.cluster = config.lone_cluster = 0;
       config.pairing = choose_pairing(params, num_head_tiles, device.num_sms);

@@ -17,30 +17,34 @@ namespace quire::cuda::attn {
 /// Of a CTA that is alone on its SM, for one sequence.
 constexpr int kLoneWarps = 16;
 
-/// K's and V's rows as {head_dim, slot in its block, kv head, block}, in boxes of 2^box_shift slots.
+/// K's and V's rows in boxes of 2^box_shift slots (make_key_map).
 struct KeyMaps {
   CUtensorMap k, v;
   int box_shift;
 };
 
-/// Rows of a step as boxes bring them: panels of up to 128 bytes of columns, one after the other. Each is as Rows, which is how boxes are swizzled.
-/// A box has the rows of one head after the other's; 16 keys further on are 16 rows of each head.
-template <int kRowBytes, int kKeys, int kHeads>
-struct PanelRows {
-  static constexpr int kPanelRowBytes = kRowBytes < 128 ? kRowBytes : 128;
-  static constexpr int kPanels = kRowBytes / kPanelRowBytes;
-  static constexpr int kPanelBytes = kKeys * kHeads * kPanelRowBytes;
-  using Panel = Rows<kPanelRowBytes>;
+/// Rows of a step as boxes bring them: a key's pieces of up to 128 bytes, which are panels of columns or kv heads, lie side by side as they do in
+/// memory, where they are asked for together. Each is a row as in Rows, which is how boxes are swizzled. That two keys of eight then meet in a
+/// bank costs little.
+template <int kRowBytes, int kHeads>
+struct PieceRows {
+  static constexpr int kPieceBytes = kRowBytes < 128 ? kRowBytes : 128;
+  static constexpr int kPanels = kRowBytes / kPieceBytes;
+  static constexpr int kPieces = kPanels * kHeads;
+  static_assert(kPanels == 1 || kHeads == 1);
+  using Piece = Rows<kPieceBytes>;
 
-  __device__ __forceinline__ static int row(int key, int head, int box_shift) {
-    return ((key >> box_shift) * kHeads + head << box_shift) + (key & ((1 << box_shift) - 1));
+  /// Of a head's row of a key.
+  __device__ __forceinline__ static std::uint32_t address(std::uint32_t base, int key, int head, int chunk) {
+    const int panel = chunk / Piece::kChunks;
+    return Piece::address(base, key * kPieces + head + panel, chunk % Piece::kChunks);
   }
-  __device__ __forceinline__ static std::uint32_t address(std::uint32_t base, int row, int chunk) {
-    return Panel::address(base, row, chunk % Panel::kChunks) + static_cast<std::uint32_t>(chunk / Panel::kChunks * kPanelBytes);
-  }
+  /// From a thread's address in panel 0, to `keys` keys (a multiple of 16) and `chunks` chunks further on. Panels differ in their lowest bits,
+  /// which are those of the exchange, too.
   __device__ __forceinline__ static std::uint32_t advance(std::uint32_t thread_address, int keys, int chunks) {
-    return Panel::advance(thread_address, keys * kHeads, chunks % Panel::kChunks) +
-           static_cast<std::uint32_t>(chunks / Panel::kChunks * kPanelBytes);
+    const int panel = chunks / Piece::kChunks;
+    return Piece::advance(thread_address, keys * kPieces, chunks % Piece::kChunks ^ panel) +
+           static_cast<std::uint32_t>(panel * kPieceBytes);
   }
 };
 
@@ -51,9 +55,8 @@ struct ClusterKeysShape {
   using Types = typename Base::Types;
   static constexpr int kRows = Base::kRows * kTeam;
   static constexpr int kKeys = Base::kKeys;
-  using KvRows = PanelRows<Types::kKvRowBytes, kKeys, kTeam>;
+  using KvRows = PieceRows<Types::kKvRowBytes, kTeam>;
   static constexpr int kTeamHeads = kTeam;
-  static constexpr int kMaxBoxKeys = kTeam > 1 ? 16 : kKeys;  // 16 keys further on are as many rows, whatever boxes have
   static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;
   static constexpr int kTeamSlotBytes = kTeam * kSlotBytes;
   static constexpr int kSlots = Base::kRingBytes / kSlotBytes;
@@ -240,9 +243,8 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   using MmaState = MmaColumns<kKvDType, kHeadDim, 1, false, KvRows>;
   MmaState state;
   typename MmaState::Scale score;
-  const std::uint32_t k_offset = KvRows::address(0, KvRows::row(lane % 16, member, box_shift), lane / 16);
-  const std::uint32_t v_offset =
-      Types::kQuantized ? k_offset : KvRows::address(0, KvRows::row(lane / 16 * 8 + lane % 8, member, box_shift), lane / 8 % 2);
+  const std::uint32_t k_offset = KvRows::address(0, lane % 16, member, lane / 16);
+  const std::uint32_t v_offset = Types::kQuantized ? k_offset : KvRows::address(0, lane / 16 * 8 + lane % 8, member, lane / 8 % 2);
   state.reset();
 
   // In shared memory, since the loop has no registers to spare.
@@ -271,16 +273,17 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     if (next_key >= key_end) return;
     if (device::elect_lane()) {
       std::uint32_t target = ring() + slot * Shape::kTeamSlotBytes, source = boxes() + box;
-      const std::uint32_t slot_barrier = barriers() + slot * 8, end = target + KvRows::kPanelBytes;
+      const std::uint32_t slot_barrier = barriers() + slot * 8, end = target + Shape::kTeamSlotBytes;
       device::barrier_arrive_expect(slot_barrier, Shape::kTeamSlotBytes);
 #pragma unroll 1
       do {
         const int2 place = device::load_shared_8(source);
-#pragma unroll
-        for (int panel = 0; panel < KvRows::kPanels; ++panel)
-          device::copy_box(target + static_cast<std::uint32_t>(panel * KvRows::kPanelBytes), &map, slot_barrier,
-                           panel * KvRows::kPanelRowBytes / Types::kElementBytes, place.x, kv_head, place.y);
-        source += 8, target += static_cast<std::uint32_t>(kTeam * KvRows::kPanelRowBytes) << box_shift;
+        if constexpr (KvRows::kPanels > 1) {
+          device::copy_box(target, &map, slot_barrier, 0, 0, place.x, kv_head, place.y);
+        } else {
+          device::copy_box(target, &map, slot_barrier, 0, kv_head, place.x, place.y);
+        }
+        source += 8, target += static_cast<std::uint32_t>(kTeam * Types::kKvRowBytes) << box_shift;
       } while (target < end);
     }
     __syncwarp();
@@ -369,7 +372,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
       for (int row = 0; row < kKeys; ++row) {
         if (key + row >= range_begin() && key + row < range_end()) continue;
         for (int chunk = lane; chunk < Types::kKvRowBytes / 16; chunk += 32) {
-          const std::uint32_t target = KvRows::address(ring() + v_slot * Shape::kTeamSlotBytes, KvRows::row(row, member, box_shift), chunk);
+          const std::uint32_t target = KvRows::address(ring() + v_slot * Shape::kTeamSlotBytes, row, member, chunk);
           device::store_shared_16(target, uint4{0, 0, 0, 0});
         }
       }
