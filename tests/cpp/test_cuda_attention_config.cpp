@@ -279,6 +279,10 @@ TEST(CudaAttentionConfig, clusters_read_two_heads_of_8_bits_together) {
   EXPECT_EQ(config(32).cluster, 2);
   EXPECT_EQ(config(12).cluster, 5);  // 48 tiles; heads one by one would leave places empty
   EXPECT_EQ(config(1).lone_cluster, 16);
+  EXPECT_EQ(config(64).cluster, 1);
+  EXPECT_EQ(config(20).cluster, 0);  // a tenth of the places would be empty
+  EXPECT_EQ(config(8).cluster_heads, 1);  // of few keys each
+  EXPECT_EQ(config(8).cluster, 4);
   EXPECT_EQ(config(2).cluster_heads, 1);  // 8 tiles of two heads would be too few
   EXPECT_EQ(config(2).pairing, Pairing::kNone);
   EXPECT_EQ(config(2).cluster, 16);
@@ -289,7 +293,7 @@ TEST(CudaAttentionConfig, clusters_read_two_heads_of_8_bits_together) {
 TEST(CudaAttentionConfig, clusters_need_what_the_copy_engine_can_address) {
   AttentionParams params = dense(paged(8, 1024, 32, 8, 128));
   EXPECT_GT(configure(params, kDevice, true).cluster, 0);
-  params.k_token_stride += 4;
+  params.k_token_stride += 4;  // 8 bytes
   std::vector<std::string> why;
   EXPECT_EQ(choose_config(params, kDevice, true, &why).cluster, 0);
   EXPECT_NE(why.back().find("multiple of 16 bytes"), std::string::npos);
@@ -341,7 +345,8 @@ TEST(CudaAttentionConfig, pairs_of_16_bits_have_wide_CTAs_while_tiles_are_few) {
   EXPECT_EQ(config(64, DType::kBFloat16).tiles_per_cta, 1);
   EXPECT_TRUE(config(128, DType::kBFloat16).wide);
   EXPECT_FALSE(config(256, DType::kBFloat16).wide);
-  EXPECT_FALSE(config(64, DType::kFloat8E4M3FN).wide);
+  EXPECT_TRUE(config(64, DType::kFloat8E4M3FN).wide);  // clusters of one CTA each
+  EXPECT_FALSE(config(100, DType::kFloat8E4M3FN).wide);
 }
 
 TEST(CudaAttentionConfig, rows_of_many_queries_are_split_where_tiles_are_few) {

@@ -377,22 +377,38 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
       !params.float8_queries && !params.batch_invariant && params.mask == nullptr && group <= rows && key_capacity(params) < 1 << 30) {
     const std::int64_t per_sm = ctas_per_sm(config.variant, config.head_dim_bucket) / 2, places = device.num_sms * per_sm;
     const bool long_rows = params.head_dim * itemsize(params.kv_dtype) % 128 == 0;
-    config.cluster_heads = heads_of_team(config.pairing, config.head_dim_bucket * itemsize(params.kv_dtype));
-    const std::int64_t tiles = num_head_tiles / config.cluster_heads;
+    const std::int64_t row_bytes = params.head_dim * itemsize(params.kv_dtype);
     config.cluster = choose_cluster(num_head_tiles, device.num_sms, per_sm, long_rows);
+    config.cluster_heads = 1;
     if (params.num_seqs == 1 && num_head_tiles < kMaxCluster && config.head_dim_bucket < 256) config.lone_cluster = config.cluster;
-    if (config.lone_cluster == 0 && config.cluster_heads > 1 && tiles * kMaxCluster * 10 < places * 9) {
-      // So few tiles would leave places empty even with the largest clusters.
-      config.pairing = Pairing::kNone;
-      config.cluster_heads = 1;
-    } else if (config.cluster_heads > 1 && (config.cluster > 0 || long_rows)) {
-      config.cluster = choose_cluster(tiles, device.num_sms, per_sm, long_rows);
+    // Boxes of 16-bit rows that end within 128 bytes are slow; stretches are not.
+    if (itemsize(params.kv_dtype) == 2 && row_bytes > 128 && !long_rows && num_head_tiles > 32) config.cluster = 0;
+    const int team = heads_of_team(config.pairing, config.head_dim_bucket * itemsize(params.kv_dtype));
+    if (team > 1 && (config.cluster > 0 || long_rows)) {
+      const std::int64_t tiles = num_head_tiles / team;
+      const int of_team = choose_cluster(tiles, device.num_sms, per_sm, long_rows);
+      if (config.lone_cluster > 0) {
+        config.cluster_heads = team;
+        config.cluster = of_team;
+      } else if (of_team > 0 && config.cluster == 0) {
+        // Only if few places are left empty.
+        if (tiles * 2 <= device.num_sms || tiles * of_team * 20 >= places * 19) {
+          config.cluster_heads = team;
+          config.cluster = of_team;
+        }
+      } else if (config.cluster > 0) {
+        // Larger clusters have more to put together: not where a CTA has few keys, or so few tiles leave places empty.
+        if (of_team > 0 && tiles * kMaxCluster * 10 >= places * 9 && key_capacity(params) >= of_team * std::int64_t{256}) {
+          config.cluster_heads = team;
+          config.cluster = of_team;
+        } else {
+          config.pairing = Pairing::kNone;
+        }
+      }
     }
     const char* reason = config.cluster > 0 ? boxes_obstacle(params) : nullptr;
     if (config.cluster > 0 && config.head_dim_bucket * itemsize(params.kv_dtype) < 128 && params.block_size % 2 != 0)
       reason = "block_size is odd, and one row of a block is no multiple of 128 bytes";
-    const std::int64_t row_bytes = params.head_dim * itemsize(params.kv_dtype);
-    if (config.cluster > 0 && row_bytes > 128 && row_bytes % 128 != 0) reason = "rows are longer than 128 bytes and no multiple of it";
     if (reason != nullptr) {
       config.cluster = config.lone_cluster = 0;
       config.pairing = choose_pairing(params, num_head_tiles, device.num_sms);

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstdlib>
 #include <type_traits>
 
 #include "cuda/attention/launch.h"
@@ -68,42 +67,24 @@ int largest_cluster(int num_threads, int shared_bytes, int limit, std::int64_t n
   return 0;
 }
 
-/// K or V as {head_dim, kv head, slot in its block, block}, in boxes of keys_per_box slots of heads_per_box kv heads; or, where rows are several
-/// pieces, as {column of a piece, piece, slot, kv head, block}.
-template <typename Rows>
-CUtensorMap make_key_map(const AttentionParams& p, const void* base, std::int64_t block_stride, std::int64_t token_stride,
-                         std::int64_t head_stride, std::int64_t num_kv_heads, int keys_per_box, int heads_per_box) {
-  const std::int64_t item = itemsize(p.kv_dtype), piece = Rows::kPieceBytes / item;
-  struct Dimension {
-    std::int64_t size, stride, box;  // in elements
-  };
-  const Dimension slots{p.block_size, token_stride, keys_per_box}, heads{num_kv_heads, head_stride, heads_per_box},
-      blocks{p.num_blocks, block_stride, 1};
-  const Dimension of_pieces[5] = {{piece, 1, piece}, {p.head_dim / piece, piece, Rows::kPanels}, slots, heads, blocks};
-  const Dimension of_rows[4] = {{p.head_dim, 1, piece}, heads, slots, blocks};
-  constexpr int kRank = Rows::kPanels > 1 ? 5 : 4;
-  const Dimension* const dimensions = Rows::kPanels > 1 ? of_pieces : of_rows;
-  cuuint64_t sizes[kRank], strides[kRank];
-  cuuint32_t box[kRank], steps[kRank];
-  for (int i = 0; i < kRank; ++i) {
-    sizes[i] = static_cast<cuuint64_t>(dimensions[i].size);
-    // Strides of dimensions of size 1 are not used, but must look well.
-    strides[i] = sizes[i] > 1 ? static_cast<cuuint64_t>(dimensions[i].stride * item) : 16;
-    box[i] = static_cast<cuuint32_t>(dimensions[i].box);
-    steps[i] = 1;
-  }
-  // No more than what a box has in one piece of memory.
-  static const int promo = std::getenv("QPROMO") ? std::atoi(std::getenv("QPROMO")) : 9;
-  const std::int64_t together = p.head_dim * item * heads_per_box;
-  CUtensorMapL2promotion promotion = together % 256 == 0   ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B
-                                     : together % 128 == 0 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B
-                                                           : CU_TENSOR_MAP_L2_PROMOTION_NONE;
-  if (promo == 0) promotion = CU_TENSOR_MAP_L2_PROMOTION_NONE;
+/// K or V as {head_dim, slot in its block, kv head, block}, in boxes of keys_per_box slots of heads_per_box kv heads.
+/// The L2 is asked for no more than a box has: that made long calls 5 % slower on an H200.
+inline CUtensorMap make_key_map(const AttentionParams& p, const void* base, std::int64_t block_stride, std::int64_t token_stride,
+                                std::int64_t head_stride, std::int64_t num_kv_heads, int panel_bytes, int keys_per_box, int heads_per_box) {
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(p.head_dim), static_cast<cuuint64_t>(p.block_size),
+                               static_cast<cuuint64_t>(num_kv_heads), static_cast<cuuint64_t>(p.num_blocks)};
+  const std::int64_t item = itemsize(p.kv_dtype);
+  // Strides of dimensions of size 1 are not used, but must look well.
+  const auto bytes = [&](cuuint64_t size, std::int64_t stride) { return size > 1 ? static_cast<cuuint64_t>(stride * item) : 16; };
+  const cuuint64_t strides[3] = {bytes(sizes[1], token_stride), bytes(sizes[2], head_stride), bytes(sizes[3], block_stride)};
+  const cuuint32_t box[4] = {static_cast<cuuint32_t>(panel_bytes / item), static_cast<cuuint32_t>(keys_per_box),
+                             static_cast<cuuint32_t>(heads_per_box), 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
   CUtensorMap map;
-  check_tensor_map(encode_tensor_map()(&map, item == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, kRank,
-                                       const_cast<void*>(base), sizes, strides + 1, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                       Rows::kPieceBytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B, promotion,
-                                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+  check_tensor_map(encode_tensor_map()(&map, item == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 4,
+                                       const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                       panel_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
+                                       CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
   return map;
 }
 
@@ -111,10 +92,10 @@ CUtensorMap make_key_map(const AttentionParams& p, const void* base, std::int64_
 template <typename Shape>
 KeyMaps make_key_maps(const AttentionParams& p, bool in_pairs) {
   const int heads = in_pairs ? 2 : 1;
-  const int keys = static_cast<int>(std::min<std::int64_t>(p.block_size & -p.block_size, Shape::kKeys));
+  const int keys = static_cast<int>(std::min<std::int64_t>(p.block_size & -p.block_size, Shape::kMaxBoxKeys));
   const auto make = [&](const void* base, std::int64_t block_stride, std::int64_t token_stride, std::int64_t head_stride) {
-    return make_key_map<typename Shape::KvRows>(p, base, block_stride, token_stride, head_stride / heads, p.num_kv_heads * heads, keys,
-                                                Shape::kTeamHeads);
+    return make_key_map(p, base, block_stride, token_stride, head_stride / heads, p.num_kv_heads * heads, Shape::KvRows::kPanelRowBytes,
+                        keys, Shape::kTeamHeads);
   };
   return KeyMaps{make(p.k, p.k_block_stride, p.k_token_stride, p.k_head_stride),
                  make(p.v, p.v_block_stride, p.v_token_stride, p.v_head_stride),

@@ -2,7 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Most of such a call's time is that of loads that wait for one another and of instructions that are in no cache. So nothing is planned: steps of
-// keys are dealt to the warps of all CTAs in turn, whatever the length is, and a warp asks for its first block before it knows the length.
+// keys are dealt to the warps of all CTAs in turn, whatever the length is, and a warp asks for its first table entries before it knows the length.
+// The copy engine brings keys block by block. Where rows are short, two warps, a team, read two kv heads' keys together: memory gives longer pieces
+// faster, and one box brings both, at one time.
 #pragma once
 
 #include <cuda.h>
@@ -23,40 +25,37 @@ struct KeyMaps {
   int box_shift;
 };
 
-/// Rows of a step as boxes bring them: a key's pieces of up to 128 bytes, which are panels of columns or kv heads, lie side by side as they do in
-/// memory, where they are asked for together. Each is a row as in Rows, which is how boxes are swizzled. That two keys of eight then meet in a
-/// bank costs little.
-template <int kRowBytes, int kHeads>
-struct PieceRows {
-  static constexpr int kPieceBytes = kRowBytes < 128 ? kRowBytes : 128;
-  static constexpr int kPanels = kRowBytes / kPieceBytes;
-  static constexpr int kPieces = kPanels * kHeads;
-  static_assert(kPanels == 1 || kHeads == 1);
-  using Piece = Rows<kPieceBytes>;
+/// Rows of a step as boxes bring them: panels of up to 128 bytes of columns, one after the other. Each is as Rows, which is how boxes are swizzled.
+/// A box has the rows of one head after the other's; 16 keys further on are 16 rows of each head.
+template <int kRowBytes, int kKeys, int kHeads>
+struct PanelRows {
+  static constexpr int kPanelRowBytes = kRowBytes < 128 ? kRowBytes : 128;
+  static constexpr int kPanels = kRowBytes / kPanelRowBytes;
+  static constexpr int kPanelBytes = kKeys * kHeads * kPanelRowBytes;
+  using Panel = Rows<kPanelRowBytes>;
 
-  /// Of a head's row of a key.
-  __device__ __forceinline__ static std::uint32_t address(std::uint32_t base, int key, int head, int chunk) {
-    const int panel = chunk / Piece::kChunks;
-    return Piece::address(base, key * kPieces + head + panel, chunk % Piece::kChunks);
+  __device__ __forceinline__ static int row(int key, int head, int box_shift) {
+    return ((key >> box_shift) * kHeads + head << box_shift) + (key & ((1 << box_shift) - 1));
   }
-  /// From a thread's address in panel 0, to `keys` keys (a multiple of 16) and `chunks` chunks further on. Panels differ in their lowest bits,
-  /// which are those of the exchange, too.
+  __device__ __forceinline__ static std::uint32_t address(std::uint32_t base, int row, int chunk) {
+    return Panel::address(base, row, chunk % Panel::kChunks) + static_cast<std::uint32_t>(chunk / Panel::kChunks * kPanelBytes);
+  }
   __device__ __forceinline__ static std::uint32_t advance(std::uint32_t thread_address, int keys, int chunks) {
-    const int panel = chunks / Piece::kChunks;
-    return Piece::advance(thread_address, keys * kPieces, chunks % Piece::kChunks ^ panel) +
-           static_cast<std::uint32_t>(panel * kPieceBytes);
+    return Panel::advance(thread_address, keys * kHeads, chunks % Panel::kChunks) +
+           static_cast<std::uint32_t>(chunks / Panel::kChunks * kPanelBytes);
   }
 };
 
-/// Of kv heads of kHeadDim, one by one, also where attend_to_stretches takes them in pairs.
+/// Of kv heads of kHeadDim, kTeam of them to a tile, whatever attend_to_stretches takes. A team's warps have a head each of the same keys.
 template <DType kKvDType, int kHeadDim, int kWarpsOfCta, int kTeam>
 struct ClusterKeysShape {
   using Base = SplitKeysShape<kKvDType, kHeadDim, Variant::kMmaSplitKeys8, true, Pairing::kNone>;
   using Types = typename Base::Types;
   static constexpr int kRows = Base::kRows * kTeam;
   static constexpr int kKeys = Base::kKeys;
-  using KvRows = PieceRows<Types::kKvRowBytes, kTeam>;
+  using KvRows = PanelRows<Types::kKvRowBytes, kKeys, kTeam>;
   static constexpr int kTeamHeads = kTeam;
+  static constexpr int kMaxBoxKeys = kTeam > 1 ? 16 : kKeys;  // 16 keys further on are as many rows, whatever boxes have
   static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;
   static constexpr int kTeamSlotBytes = kTeam * kSlotBytes;
   static constexpr int kSlots = Base::kRingBytes / kSlotBytes;
@@ -173,10 +172,6 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
         for (int i = 0; i < kSlots; ++i) counters[i] = 0;
       }
     }
-    if (warp == 0) {
-      device::barrier_init(barrier, 1);
-      device::barrier_arrive_expect(barrier, plan.cluster.quotient(num_items - rank + size - 1) * size * Shape::kItemBytes);
-    }
     if (warp == 1) device::prefetch_tensor_map(&maps.k);
     if (warp == 2) device::prefetch_tensor_map(&maps.v);
     device::barrier_init_fence();
@@ -222,11 +217,15 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
       if (lane == 0 && member == 0) {
 #pragma unroll
         for (int i = 0; i < kSlots; ++i) device::barrier_invalidate(barriers() + i * 8);
-        if (warp == 0) device::barrier_invalidate(barrier);
       }
       __syncthreads();
       return false;
     }
+  }
+  if (threadIdx.x == 0) {
+    device::barrier_init(barrier, 1);
+    device::barrier_init_fence();
+    device::barrier_arrive_expect(barrier, plan.cluster.quotient(num_items - rank + size - 1) * size * Shape::kItemBytes);
   }
 
   tile.kv_len = min(max(seq_len, 0), plan.key_capacity);
@@ -243,8 +242,9 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   using MmaState = MmaColumns<kKvDType, kHeadDim, 1, false, KvRows>;
   MmaState state;
   typename MmaState::Scale score;
-  const std::uint32_t k_offset = KvRows::address(0, lane % 16, member, lane / 16);
-  const std::uint32_t v_offset = Types::kQuantized ? k_offset : KvRows::address(0, lane / 16 * 8 + lane % 8, member, lane / 8 % 2);
+  const std::uint32_t k_offset = KvRows::address(0, KvRows::row(lane % 16, member, box_shift), lane / 16);
+  const std::uint32_t v_offset =
+      Types::kQuantized ? k_offset : KvRows::address(0, KvRows::row(lane / 16 * 8 + lane % 8, member, box_shift), lane / 8 % 2);
   state.reset();
 
   // In shared memory, since the loop has no registers to spare.
@@ -273,17 +273,16 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     if (next_key >= key_end) return;
     if (device::elect_lane()) {
       std::uint32_t target = ring() + slot * Shape::kTeamSlotBytes, source = boxes() + box;
-      const std::uint32_t slot_barrier = barriers() + slot * 8, end = target + Shape::kTeamSlotBytes;
+      const std::uint32_t slot_barrier = barriers() + slot * 8, end = target + KvRows::kPanelBytes;
       device::barrier_arrive_expect(slot_barrier, Shape::kTeamSlotBytes);
 #pragma unroll 1
       do {
         const int2 place = device::load_shared_8(source);
-        if constexpr (KvRows::kPanels > 1) {
-          device::copy_box(target, &map, slot_barrier, 0, 0, place.x, kv_head, place.y);
-        } else {
-          device::copy_box(target, &map, slot_barrier, 0, kv_head, place.x, place.y);
-        }
-        source += 8, target += static_cast<std::uint32_t>(kTeam * Types::kKvRowBytes) << box_shift;
+#pragma unroll
+        for (int panel = 0; panel < KvRows::kPanels; ++panel)
+          device::copy_box(target + static_cast<std::uint32_t>(panel * KvRows::kPanelBytes), &map, slot_barrier,
+                           panel * KvRows::kPanelRowBytes / Types::kElementBytes, place.x, kv_head, place.y);
+        source += 8, target += static_cast<std::uint32_t>(kTeam * KvRows::kPanelRowBytes) << box_shift;
       } while (target < end);
     }
     __syncwarp();
@@ -302,7 +301,8 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     if (member == 0) copy_boxes(i % 2 == 0 ? maps.k : maps.v, static_cast<std::uint32_t>(i), range.end);
     if (i % 2 != 0) next_step(range.end);
   }
-  // Whether the other warps of the team are done with a slot, too: the last one fills it again.
+  // Whether the other warps of the team are done with a slot, too: the last one fills it again. Shared memory takes a warp's accesses in their order,
+  // so that it has read before it counts.
   const auto is_last = [&](std::uint32_t slot) {
     if constexpr (kTeam == 1) return true;
     unsigned before = 0;
@@ -372,7 +372,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
       for (int row = 0; row < kKeys; ++row) {
         if (key + row >= range_begin() && key + row < range_end()) continue;
         for (int chunk = lane; chunk < Types::kKvRowBytes / 16; chunk += 32) {
-          const std::uint32_t target = KvRows::address(ring() + v_slot * Shape::kTeamSlotBytes, row, member, chunk);
+          const std::uint32_t target = KvRows::address(ring() + v_slot * Shape::kTeamSlotBytes, KvRows::row(row, member, box_shift), chunk);
           device::store_shared_16(target, uint4{0, 0, 0, 0});
         }
       }
