@@ -28,7 +28,6 @@ constexpr int kWarps = kThreads / 32;
 constexpr int tile_rows(Variant variant) {
   switch (variant) {
     case Variant::kMmaSplitKeys16: return 16;
-    case Variant::kMmaSplitKeys32: return 32;
     case Variant::kMmaSplitRows:
     case Variant::kMmaSplitRowsSmall: return 64;
     case Variant::kMmaSplitRows128: return 128;
@@ -98,14 +97,13 @@ inline int wgmma_rows(const AttentionParams& params) {
 }
 
 /// What the largest variants need; devices of compute capability 8.0 and 9.0 have it, 8.6, 8.9 and 12.0 have 99 KiB.
-constexpr int kLargeSharedBytes = 110 * 1024;
+constexpr int kLargeSharedBytes = 108 * 1024;
 
 /// Whether a variant's shared memory is more than the smaller devices have.
 constexpr bool needs_large_shared(Variant variant, int bucket, std::int64_t kv_itemsize) {
   switch (variant) {
     case Variant::kMmaSplitKeys8: return bucket == 256;
-    case Variant::kMmaSplitKeys16:
-    case Variant::kMmaSplitKeys32: return true;
+    case Variant::kMmaSplitKeys16: return true;
     case Variant::kMmaSplitRows: return bucket == 256 && kv_itemsize == 2;
     default: return false;
   }
@@ -117,8 +115,7 @@ constexpr int tile_cost(bool wide, std::int64_t num_tiles) { return num_tiles > 
 
 /// Whether a variant's CTAs share the batch's keys on the device (share.cuh), so that the host splits nothing.
 constexpr bool shares_keys(Variant variant) {
-  return variant == Variant::kMmaSplitKeys8 || variant == Variant::kMmaSplitKeys16 || variant == Variant::kMmaSplitKeys32 ||
-         variant == Variant::kMmaSplitKeys8Small;
+  return variant == Variant::kMmaSplitKeys8 || variant == Variant::kMmaSplitKeys16 || variant == Variant::kMmaSplitKeys8Small;
 }
 
 /// Batch-invariant calls cut a tile's keys at these places alone, which depend on nothing: eight parts of 512 keys, then four to each octave,
@@ -247,7 +244,6 @@ inline const char* obstacle(Variant variant, const AttentionParams& params, cons
     return "the device has too little shared memory for it at this head_dim";
   switch (variant) {
     case Variant::kWgmma: return has_wgmma ? wgmma_obstacle(params) : "the device is no Hopper, or this build has no code for it";
-    case Variant::kMmaSplitKeys32:
     case Variant::kMmaSplitRows128: return bucket == 256 ? "head_dim is over 128" : nullptr;
     case Variant::kMmaSplitKeys8Small: return bucket == 256 ? nullptr : "head_dim is at most 128";
     case Variant::kMmaSplitRowsSmall:
@@ -256,12 +252,25 @@ inline const char* obstacle(Variant variant, const AttentionParams& params, cons
   }
 }
 
-/// Of the variants that share keys the smallest for so many rows of a sequence, or else the largest that can run.
-template <typename CanRun>
-Variant choose_split_keys(std::int64_t rows, const CanRun& can_run) {
-  if (rows > 16 && can_run(Variant::kMmaSplitKeys32)) return Variant::kMmaSplitKeys32;
-  if (rows > 8 && can_run(Variant::kMmaSplitKeys16)) return Variant::kMmaSplitKeys16;
-  return can_run(Variant::kMmaSplitKeys8) ? Variant::kMmaSplitKeys8 : Variant::kMmaSplitKeys8Small;
+/// Whether prefill's kernels are faster than two of kMmaSplitKeys16's tiles, each of which reads all keys: for drafts of 17 to 32 rows. 8-bit keys,
+/// which every warp widens anew for 64 rows of which most are empty, are not worth it until tiles are many.
+inline bool prefers_prefill(const AttentionParams& params, const DeviceProperties& device, std::int64_t rows) {
+  return params.block_tables != nullptr && rows > params.num_heads / params.num_kv_heads && rows > 16 && rows <= 32 &&
+         (itemsize(params.kv_dtype) == 2 || params.head_dim > 128 ||
+          params.num_seqs * params.num_kv_heads >= std::int64_t{4} * device.num_sms);
+}
+
+/// What speaks against Hopper's kernel for a call that it can do; null: nothing. `rows` is of a sequence.
+inline const char* wgmma_drawback(const AttentionParams& params, const DeviceProperties& device, std::int64_t rows) {
+  const std::int64_t tile_rows = wgmma_rows(params), num_sms = device.num_sms;
+  const std::int64_t num_tiles = params.num_seqs * params.num_kv_heads * ceil_div(rows, tile_rows);
+  // Tiles of a sequence's only rows need not be full, as keys are what takes the time; of 8 bits over 128 columns that is widening them.
+  const bool reads_enough = num_tiles * 9 >= num_sms * 4 && (itemsize(params.kv_dtype) == 2 || params.head_dim <= 128);
+  if (params.num_tokens * params.num_heads * 3 < tile_rows * num_sms && !reads_enough)
+    return "its tiles, if full, would be fewer than a third of the SMs, and it does not split the keys of a tile";
+  if (params.head_dim <= 64 && params.block_tables != nullptr && rows * 2 < tile_rows && num_tiles > num_sms)
+    return "its tiles would be more than SMs, and more than half empty";
+  return nullptr;
 }
 
 /// The variant for a call, and in `why`, unless null, the reasons. `rows` is the number of packed rows of a sequence.
@@ -292,25 +301,23 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
     return Variant::kMmaSplitKeys8Small;
   }
   if (why != nullptr) because(std::to_string(rows), " rows of each sequence and kv head (queries times heads of the group)");
-  if (rows <= 32) {
+  const bool prefill = rows > 32 || prefers_prefill(params, device, rows);
+  Variant variant = prefill ? Variant::kMmaSplitRows : rows <= 8 ? Variant::kMmaSplitKeys8 : Variant::kMmaSplitKeys16;
+  if (!prefill)
     because("up to 32 rows the warps take turns at the keys: the larger tiles of mma_split_rows and wgmma would be mostly empty");
-    return choose_split_keys(rows, [&](Variant variant) {
-      const char* const reason = prevents(variant);
-      if (reason != nullptr) because("not ", name(variant), ": ", reason);
-      return reason == nullptr;
-    });
+  if (prefill && rows <= 32) because("over 16 rows mma_split_keys_16 would read these keys twice");
+  if (const char* reason = prevents(variant)) {
+    because("not ", name(variant), ": ", reason);
+    if (variant == Variant::kMmaSplitRows) return Variant::kMmaSplitRowsSmall;
+    variant = variant == Variant::kMmaSplitKeys16 && prevents(Variant::kMmaSplitKeys8) == nullptr ? Variant::kMmaSplitKeys8
+                                                                                                  : Variant::kMmaSplitKeys8Small;
   }
-  if (const char* reason = prevents(Variant::kMmaSplitRows)) {
-    because("not ", name(Variant::kMmaSplitRows), ": ", reason);
-    return Variant::kMmaSplitRowsSmall;
-  }
+  if (variant != Variant::kMmaSplitRows) return variant;
   const std::int64_t all_rows = params.num_tokens * params.num_heads;
   if (const char* reason = prevents(Variant::kWgmma)) {
     because("not wgmma: ", reason);
-  } else if (all_rows * 3 < std::int64_t{wgmma_rows(params)} * device.num_sms &&
-             params.num_seqs * params.num_kv_heads * ceil_div(rows, wgmma_rows(params)) * 9 < std::int64_t{device.num_sms} * 4) {
-    // With few tiles, kMmaSplitRows shares each one's keys between CTAs.
-    because("not wgmma: its tiles, if full, would be fewer than a third of the SMs, and it does not split the keys of a tile");
+  } else if (const char* drawback = wgmma_drawback(params, device, rows)) {
+    because("not wgmma: ", drawback);
   } else {
     return Variant::kWgmma;
   }
@@ -325,7 +332,7 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
     because("not mma_split_rows: an SM has too little shared memory for two of its CTAs at this head_dim");
     return Variant::kMmaSplitRowsSmall;
   }
-  return Variant::kMmaSplitRows;
+  return variant;
 }
 
 /// How many CTAs share a tile if lengths are alike; 0: all keys are shared evenly at once. `per_sm` of them run on an SM together.
@@ -475,7 +482,9 @@ inline Launches choose_launches(const AttentionParams& params, const DevicePrope
     why->push_back("the batch may hold decodes and prefills: sequences of up to " + std::to_string(few) +
                    " rows for each kv head are one launch's, the others another's");
   AttentionParams of_few = params;
-  of_few.variant = choose_split_keys(group, [&](Variant variant) { return obstacle(variant, params, device, has_wgmma) == nullptr; });
+  of_few.variant = group <= 8 ? Variant::kMmaSplitKeys8 : Variant::kMmaSplitKeys16;
+  for (const Variant smaller : {Variant::kMmaSplitKeys8, Variant::kMmaSplitKeys8Small})
+    if (obstacle(*of_few.variant, params, device, has_wgmma) != nullptr) of_few.variant = smaller;
   Config decode = choose_config(of_few, device, has_wgmma);
   decode.max_rows = static_cast<int>(few);
   prefill.min_rows = decode.max_rows + 1;
