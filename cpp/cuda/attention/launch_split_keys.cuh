@@ -116,6 +116,12 @@ void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
         if (config.pairing == Pairing::kWarps) return launch.template operator()<256, Variant::kMmaSplitKeys8, false, Pairing::kWarps>();
       if (config.variant == Variant::kMmaSplitKeys8Small) return launch.template operator()<256, Variant::kMmaSplitKeys8Small, false>();
     }
+    if constexpr (kHeadDim <= 128) {
+      if (config.variant == Variant::kMmaSplitKeys32) {
+        return config.wide ? launch.template operator()<kHeadDim, Variant::kMmaSplitKeys32, true>()
+                           : launch.template operator()<kHeadDim, Variant::kMmaSplitKeys32, false>();
+      }
+    }
     if (config.variant == Variant::kMmaSplitKeys16) {
       return config.wide ? launch.template operator()<kHeadDim, Variant::kMmaSplitKeys16, true>()
                          : launch.template operator()<kHeadDim, Variant::kMmaSplitKeys16, false>();
