@@ -261,7 +261,16 @@ def quantized_results(width: int) -> list[dict[str, Any]]:
 
 def norm() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for rows, width in [(3, 64), (200, 128), (5, 4096), (300, 1000), (600, 4104), (2, 33000)]:
+        for rows, width in [
+            (3, 64),
+            (200, 128),
+            (5, 4096),
+            (300, 1000),
+            (600, 4104),
+            (7, 2064),
+            (600, 4112),
+            (2, 33000),
+        ]:
             x, w = normal(rows, width, dtype=dtype), normal(width, dtype=dtype)
             quire.rms_norm(x, w)
             quire.fused_add_rms_norm(x.clone(), x.clone(), w)

@@ -1,4 +1,4 @@
-// Words of a message about an argument: what was expected, what came.
+// Words of Python's for messages: a message's form is core/message.h's.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -6,13 +6,11 @@
 
 #include <string>
 
+#include "core/message.h"
+
 namespace quire::bindings {
 
 namespace nb = nanobind;
-
-inline std::string message(const char* op, const char* arg, const std::string& expected, const std::string& got) {
-  return std::string("[") + op + "] " + arg + ": expected " + expected + ", got " + got;
-}
 
 inline bool starts_with(const std::string& text, const char* prefix) { return text.rfind(prefix, 0) == 0; }
 

@@ -165,6 +165,28 @@ TEST(CudaAttentionConfig, hopper_tiles_have_192_rows_where_three_warpgroups_fit)
   EXPECT_EQ(rows(128, DType::kFloat8E4M3FN, true), 128);
 }
 
+TEST(CudaAttentionConfig, drafts_take_the_kernel_that_reads_keys_once) {
+  const auto variant = [](std::int64_t num_seqs, std::int64_t drafts, std::int64_t head_dim, DType kv_dtype, bool has_wgmma = true) {
+    AttentionParams params = ragged_queries(dense(paged(num_seqs, 4096, 32, 8, head_dim)), num_seqs * drafts);
+    params.kv_dtype = kv_dtype;
+    return configure(params, kDevice, has_wgmma).variant;
+  };
+  for (const DType kv_dtype : {DType::kBFloat16, DType::kFloat8E4M3FN}) {
+    EXPECT_EQ(variant(8, 2, 128, kv_dtype), Variant::kMmaSplitKeys8);
+    EXPECT_EQ(variant(8, 4, 128, kv_dtype), Variant::kMmaSplitKeys16);
+    EXPECT_EQ(variant(8, 9, 128, kv_dtype), Variant::kWgmma);  // 64 tiles
+    EXPECT_EQ(variant(4, 9, 128, kv_dtype), Variant::kMmaSplitRows);
+    EXPECT_EQ(variant(128, 5, 128, kv_dtype), Variant::kWgmma);
+  }
+  EXPECT_EQ(variant(1, 8, 128, DType::kBFloat16), Variant::kMmaSplitRows);
+  EXPECT_EQ(variant(8, 8, 128, DType::kBFloat16), Variant::kWgmma);
+  EXPECT_EQ(variant(8, 8, 128, DType::kBFloat16, false), Variant::kMmaSplitRows);
+  EXPECT_EQ(variant(8, 8, 128, DType::kFloat8E4M3FN), Variant::kMmaSplitKeys16);
+  EXPECT_EQ(variant(8, 8, 256, DType::kFloat8E4M3FN), Variant::kMmaSplitRows);
+  EXPECT_EQ(variant(8, 16, 64, DType::kBFloat16), Variant::kWgmma);
+  EXPECT_EQ(variant(32, 16, 64, DType::kBFloat16), Variant::kMmaSplitRows);  // many tiles, two thirds of each empty
+}
+
 TEST(CudaAttentionConfig, a_variant_that_is_asked_for_runs_or_is_refused) {
   AttentionParams params = dense(paged(4, 1024, 32, 8, 128));
   for (const Variant variant : {Variant::kMmaSplitKeys8, Variant::kMmaSplitKeys16, Variant::kMmaSplitRows, Variant::kMmaSplitRows128,

@@ -262,6 +262,27 @@ inline const char* obstacle(Variant variant, const AttentionParams& params, cons
   }
 }
 
+/// Whether prefill's kernels are faster than two of kMmaSplitKeys16's tiles, each of which reads all keys: for drafts of 17 to 32 rows. 8-bit keys,
+/// which every warp widens anew for 64 rows of which most are empty, are not worth it until tiles are many.
+inline bool prefers_prefill(const AttentionParams& params, const DeviceProperties& device, std::int64_t rows) {
+  return params.block_tables != nullptr && rows > params.num_heads / params.num_kv_heads && rows > 16 && rows <= 32 &&
+         (itemsize(params.kv_dtype) == 2 || params.head_dim > 128 ||
+          params.num_seqs * params.num_kv_heads >= std::int64_t{4} * device.num_sms);
+}
+
+/// What speaks against Hopper's kernel for a call that it can do; null: nothing. `rows` is of a sequence.
+inline const char* wgmma_drawback(const AttentionParams& params, const DeviceProperties& device, std::int64_t rows) {
+  const std::int64_t tile_rows = wgmma_rows(params), num_sms = device.num_sms;
+  const std::int64_t num_tiles = params.num_seqs * params.num_kv_heads * ceil_div(rows, tile_rows);
+  // Tiles of a sequence's only rows need not be full, as keys are what takes the time; of 8 bits over 128 columns that is widening them.
+  const bool reads_enough = num_tiles * 9 >= num_sms * 4 && (itemsize(params.kv_dtype) == 2 || params.head_dim <= 128);
+  if (params.num_tokens * params.num_heads * 3 < tile_rows * num_sms && !reads_enough)
+    return "its tiles, if full, would be fewer than a third of the SMs, and it does not split the keys of a tile";
+  if (params.head_dim <= 64 && params.block_tables != nullptr && rows * 2 < tile_rows && num_tiles > num_sms)
+    return "its tiles would be more than SMs, and more than half empty";
+  return nullptr;
+}
+
 /// The variant for a call, and in `why`, unless null, the reasons. `rows` is the number of packed rows of a sequence.
 inline Variant choose_variant(const AttentionParams& params, const DeviceProperties& device, bool has_wgmma, std::int64_t rows,
                               std::vector<std::string>* why) {
@@ -290,9 +311,11 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
     return Variant::kMmaSplitKeys8Small;
   }
   if (why != nullptr) because(std::to_string(rows), " rows of each sequence and kv head (queries times heads of the group)");
-  Variant variant = rows <= 8 ? Variant::kMmaSplitKeys8 : rows <= 32 ? Variant::kMmaSplitKeys16 : Variant::kMmaSplitRows;
-  if (rows <= 32)
+  const bool prefill = rows > 32 || prefers_prefill(params, device, rows);
+  Variant variant = prefill ? Variant::kMmaSplitRows : rows <= 8 ? Variant::kMmaSplitKeys8 : Variant::kMmaSplitKeys16;
+  if (!prefill)
     because("up to 32 rows the warps take turns at the keys: the larger tiles of mma_split_rows and wgmma would be mostly empty");
+  if (prefill && rows <= 32) because("over 16 rows mma_split_keys_16 would read these keys twice");
   if (const char* reason = prevents(variant)) {
     because("not ", name(variant), ": ", reason);
     if (variant == Variant::kMmaSplitRows) return Variant::kMmaSplitRowsSmall;
@@ -303,9 +326,8 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
   const std::int64_t all_rows = params.num_tokens * params.num_heads;
   if (const char* reason = prevents(Variant::kWgmma)) {
     because("not wgmma: ", reason);
-  } else if (all_rows * 3 < std::int64_t{wgmma_rows(params)} * device.num_sms) {
-    // With few tiles, kMmaSplitRows shares each one's keys between CTAs.
-    because("not wgmma: its tiles would be fewer than a third of the SMs, and it does not split the keys of a tile");
+  } else if (const char* drawback = wgmma_drawback(params, device, rows)) {
+    because("not wgmma: ", drawback);
   } else {
     return Variant::kWgmma;
   }

@@ -154,21 +154,6 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
-/// The same, and whether `value` holds for any of the threads.
-__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool value) {
-  int any;
-  asm volatile(
-      "{\n"
-      ".reg .pred mine, all;\n"
-      "setp.ne.b32 mine, %3, 0;\n"
-      "barrier.cta.red.or.aligned.pred all, %1, %2, mine;\n"
-      "selp.b32 %0, 1, 0, all;\n"
-      "}\n"
-      : "=r"(any)
-      : "r"(id), "r"(threads), "r"(value ? 1 : 0)
-      : "memory");
-  return any != 0;
-}
 
 /// Gives registers of a warpgroup back, or takes them.
 template <int kCount>

@@ -12,8 +12,6 @@
 
 namespace quire::cuda::scaled {
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 template <typename Sum, typename Shape>
 void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream stream) {
   constexpr auto kernel = scaled_matmul_wgmma_kernel<Sum, Shape>;
