@@ -185,6 +185,15 @@ TEST(CudaAttentionConfig, drafts_take_the_kernel_that_reads_keys_once) {
   EXPECT_EQ(variant(8, 8, 256, DType::kFloat8E4M3FN), Variant::kMmaSplitRows);
   EXPECT_EQ(variant(8, 16, 64, DType::kBFloat16), Variant::kWgmma);
   EXPECT_EQ(variant(32, 16, 64, DType::kBFloat16), Variant::kMmaSplitRows);  // many tiles, two thirds of each empty
+  // One sequence of two queries beside decodes of large groups makes no drafts of them.
+  EXPECT_EQ(configure(ragged_queries(dense(paged(65, 16384, 128, 8, 128)), 66), kDevice, true).variant, Variant::kMmaSplitKeys16);
+  // Where one may be very long and others short, keys are shared evenly, unless tiles are many.
+  EXPECT_EQ(configure(ragged_queries(dense(paged(8, 131072, 32, 8, 128)), 40), kDevice, true).variant, Variant::kMmaSplitKeys16);
+  EXPECT_EQ(configure(ragged_queries(dense(paged(64, 131072, 32, 8, 128)), 320), kDevice, true).variant, Variant::kWgmma);
+  // A chunk beside decodes has few tiles, however many the decodes are.
+  const Launches mixed = choose_launches(ragged_queries(dense(paged(33, 131072, 8, 2, 128)), 32 + 64), kDevice, true);
+  ASSERT_EQ(mixed.count, 2);
+  EXPECT_EQ(mixed.configs[1].variant, Variant::kMmaSplitRows);
 }
 
 TEST(CudaAttentionConfig, a_variant_that_is_asked_for_runs_or_is_refused) {
@@ -301,7 +310,7 @@ TEST(CudaAttentionConfig, clusters_read_two_heads_of_8_bits_together) {
   EXPECT_EQ(config(32).cluster, 2);
   EXPECT_EQ(config(12).cluster, 5);  // 48 tiles; heads one by one would leave places empty
   EXPECT_EQ(config(1).lone_cluster, 16);
-  EXPECT_EQ(config(64).cluster, 1);
+  EXPECT_EQ(config(64).cluster, 0);  // a CTA to each tile
   EXPECT_EQ(config(20).cluster, 0);  // a tenth of the places would be empty
   EXPECT_EQ(config(8).cluster_heads, 1);  // of few keys each
   EXPECT_EQ(config(8).cluster, 4);
@@ -367,7 +376,7 @@ TEST(CudaAttentionConfig, pairs_of_16_bits_have_wide_CTAs_while_tiles_are_few) {
   EXPECT_EQ(config(64, DType::kBFloat16).tiles_per_cta, 1);
   EXPECT_TRUE(config(128, DType::kBFloat16).wide);
   EXPECT_FALSE(config(256, DType::kBFloat16).wide);
-  EXPECT_TRUE(config(64, DType::kFloat8E4M3FN).wide);  // clusters of one CTA each
+  EXPECT_FALSE(config(64, DType::kFloat8E4M3FN).wide);  // clusters of one CTA each
   EXPECT_FALSE(config(100, DType::kFloat8E4M3FN).wide);
 }
 

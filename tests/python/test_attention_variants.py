@@ -124,6 +124,32 @@ def test_scores_that_rise(backend, rng, dtype, dim, slope, options):
         assert_lse_close(backend.numpy(lse), want_lse, dtype, backend.device, dim)
 
 
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
+def test_weights_whose_sum_overflows(backend, rng, dtype, dim):
+    """Weights that float32 holds one by one, relative to the last keys, whose scores are 87 or 88 less; but not their sum."""
+    lengths = [400, 300]
+    batch = Batch.make(
+        rng, q_lens=[130, 33], kv_lens=lengths, heads=4, kv_heads=1, dim=dim, block_size=16, dtype=dtype
+    )
+    kind = batch.q.dtype
+    batch.q[...] = 0
+    batch.q[:, :, 0] = 1
+    for s, length in enumerate(lengths):
+        slots = np.arange(length)
+        heights = np.where(slots < length - 160, np.float32(88 if dtype.startswith("float8") else 87), 0)
+        batch.k_cache[batch.block_tables[s][slots // 16], slots % 16, :, 0] = heights.astype(kind)[:, None]
+    options = {"causal": False, "scale": 1.0}
+    want, want_lse = batch.reference(**options)
+    positional, keywords = batch.arguments(backend)
+    results = [quire.paged_attention(*positional, **keywords, **options, return_lse=True)]
+    if backend.device != "cpu":
+        results.append(run_variant(backend, "wgmma", batch, positional, keywords | options))
+    for out, lse in filter(None, results):
+        assert_close("attention", backend.numpy(out), want)
+        assert_lse_close(backend.numpy(lse), want_lse, dtype, backend.device, dim)
+
+
 @pytest.mark.parametrize("dim", [40, 64, 96, 128, 200, 256])
 @pytest.mark.parametrize("variant", ["mma_split_rows", "mma_split_rows_128", "mma_split_rows_small"])
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])

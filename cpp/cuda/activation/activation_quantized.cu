@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) activation_few_kernel(const __grid_c
     scale = computed_scale(warp_max(largest_of(v), 1 << p.group_shift), p.is_int8);
     if (vector >= p.num_vectors) return;
     if ((at & ((1u << p.group_shift) - 1)) == 0)
-      p.scales[blockIdx.y * p.scale_row_stride + (at >> p.group_shift) * p.scale_group_stride] = scale;
+      p.scales[std::uint64_t{blockIdx.y * p.scale_row_stride} + (at >> p.group_shift) * p.scale_group_stride] = scale;
     store_quantized<true>(p.out, out_at, p.is_int8, v, Divisor(scale));
   } else if (vector < p.num_vectors) {
     store_quantized<false>(p.out, out_at, p.is_int8, v, Divisor(scale));

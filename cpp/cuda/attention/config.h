@@ -262,20 +262,32 @@ inline const char* obstacle(Variant variant, const AttentionParams& params, cons
   }
 }
 
+/// Whether tiles, each of whose keys are one CTA's or a fixed number of CTAs', are enough for all SMs. Where a sequence may be very long, others
+/// may be short, and more tiles are needed.
+inline bool are_enough_tiles(const AttentionParams& params, const DeviceProperties& device, std::int64_t num_tiles) {
+  constexpr std::int64_t kLong = 16384;
+  return key_capacity(params) <= kLong ? num_tiles * 9 >= std::int64_t{4} * device.num_sms : num_tiles >= std::int64_t{2} * device.num_sms;
+}
+
 /// Whether prefill's kernels are faster than two of kMmaSplitKeys16's tiles, each of which reads all keys: for drafts of 17 to 32 rows. 8-bit keys,
 /// which every warp widens anew for 64 rows of which most are empty, are not worth it until tiles are many.
 inline bool prefers_prefill(const AttentionParams& params, const DeviceProperties& device, std::int64_t rows) {
-  return params.block_tables != nullptr && rows > params.num_heads / params.num_kv_heads && rows > 16 && rows <= 32 &&
-         (itemsize(params.kv_dtype) == 2 || params.head_dim > 128 ||
-          params.num_seqs * params.num_kv_heads >= std::int64_t{4} * device.num_sms);
+  const std::int64_t group = params.num_heads / params.num_kv_heads, num_tiles = params.num_seqs * params.num_kv_heads;
+  const std::int64_t drafts = params.num_tokens / params.num_seqs;  // of a sequence, at least on average
+  if (params.block_tables == nullptr || drafts < 2 || drafts * group <= 16 || rows > 32) return false;
+  if (itemsize(params.kv_dtype) == 1 && params.head_dim <= 128) return num_tiles >= std::int64_t{4} * device.num_sms;
+  return key_capacity(params) <= 4096 || are_enough_tiles(params, device, num_tiles);
 }
 
-/// What speaks against Hopper's kernel for a call that it can do; null: nothing. `rows` is of a sequence.
+/// What speaks against Hopper's kernel for a call that it can do; null: nothing. `rows` is what a sequence has at most.
 inline const char* wgmma_drawback(const AttentionParams& params, const DeviceProperties& device, std::int64_t rows) {
   const std::int64_t tile_rows = wgmma_rows(params), num_sms = device.num_sms;
-  const std::int64_t num_tiles = params.num_seqs * params.num_kv_heads * ceil_div(rows, tile_rows);
-  // Tiles of a sequence's only rows need not be full, as keys are what takes the time; of 8 bits over 128 columns that is widening them.
-  const bool reads_enough = num_tiles * 9 >= num_sms * 4 && (itemsize(params.kv_dtype) == 2 || params.head_dim <= 128);
+  const std::int64_t num_seqs =
+      std::min(params.num_seqs, ceil_div(params.num_tokens * (params.num_heads / params.num_kv_heads), std::max<std::int64_t>(rows, 1)));
+  const std::int64_t num_tiles = num_seqs * params.num_kv_heads * ceil_div(rows, tile_rows);
+  // Keys are what takes the time of tiles that are mostly empty, so that these are worth as much; over more than 128 columns of 8 bits it is
+  // widening them.
+  const bool reads_enough = are_enough_tiles(params, device, num_tiles) && (itemsize(params.kv_dtype) == 2 || params.head_dim <= 128);
   if (params.num_tokens * params.num_heads * 3 < tile_rows * num_sms && !reads_enough)
     return "its tiles, if full, would be fewer than a third of the SMs, and it does not split the keys of a tile";
   if (params.head_dim <= 64 && params.block_tables != nullptr && rows * 2 < tile_rows && num_tiles > num_sms)
@@ -413,8 +425,8 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
         config.cluster_heads = team;
         config.cluster = of_team;
       } else if (of_team > 0 && config.cluster == 0) {
-        // Only if few places are left empty.
-        if (tiles * 2 <= device.num_sms || tiles * of_team * 20 >= places * 19) {
+        // Not a CTA to each of many tiles: lengths that are not alike would have stretches of wide CTAs then.
+        if (tiles * 2 <= device.num_sms) {
           config.cluster_heads = team;
           config.cluster = of_team;
         }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <limits>
 #include <type_traits>
 
 #include "cuda/attention/launch.h"
@@ -102,6 +103,15 @@ KeyMaps make_key_maps(const AttentionParams& p, bool in_pairs) {
                  static_cast<int>(std::bit_width(static_cast<unsigned>(keys))) - 1};
 }
 
+/// The longest sequences that leave the L2 cache to what is there, if all are alike: keys of a few times its size. Dirty lines would be written back
+/// while keys are read. Longer calls are faster if memory sees no such reads.
+inline int read_once_keys(const Plan& plan) {
+  constexpr std::int64_t kBytes = 192 << 20;
+  const AttentionParams& p = plan.params;
+  const std::int64_t bytes_of_key = p.num_seqs * (p.num_heads / plan.kv_group.divisor) * p.head_dim * itemsize(p.kv_dtype) * 2;
+  return static_cast<int>(std::min<std::int64_t>(kBytes / bytes_of_key, std::numeric_limits<int>::max()));
+}
+
 /// Launches the kernel with up to `limit` CTAs to a tile, at least `min_size`; false if it cannot.
 template <typename Shape, auto kKernel>
 bool launch_clusters(Plan plan, bool in_pairs, int limit, int min_size, std::int64_t num_tiles, int shared_bytes, Stream stream) {
@@ -116,6 +126,7 @@ bool launch_clusters(Plan plan, bool in_pairs, int limit, int min_size, std::int
   plan.in_clusters = true;
   plan.num_ctas = static_cast<int>(std::min<std::int64_t>(plan.num_ctas, num_tiles * size));
   plan.tiles_per_cta = 0;  // what was chosen for equal lengths was for another number of CTAs
+  plan.read_once_keys = read_once_keys(plan);
   const LaunchShape shape{static_cast<unsigned>(num_tiles * size), Shape::kCtaThreads, shared_bytes, size};
   launch_waiting("attention_mma_split_keys_kernel in clusters", kKernel, shape, stream, plan, make_key_maps<Shape>(plan.params, in_pairs));
   return true;

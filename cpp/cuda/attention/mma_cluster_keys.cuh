@@ -272,6 +272,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   const auto copy_boxes = [&](const CUtensorMap& map, std::uint32_t slot, int key_end) {
     if (next_key >= key_end) return;
     if (device::elect_lane()) {
+      const std::uint64_t policy = key_end <= plan.read_once_keys ? device::read_once_policy() : device::usual_policy();
       std::uint32_t target = ring() + slot * Shape::kTeamSlotBytes, source = boxes() + box;
       const std::uint32_t slot_barrier = barriers() + slot * 8, end = target + KvRows::kPanelBytes;
       device::barrier_arrive_expect(slot_barrier, Shape::kTeamSlotBytes);
@@ -280,8 +281,8 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
         const int2 place = device::load_shared_8(source);
 #pragma unroll
         for (int panel = 0; panel < KvRows::kPanels; ++panel)
-          device::copy_box(target + static_cast<std::uint32_t>(panel * KvRows::kPanelBytes), &map, slot_barrier,
-                           panel * KvRows::kPanelRowBytes / Types::kElementBytes, place.x, kv_head, place.y);
+          device::copy_box_by(target + static_cast<std::uint32_t>(panel * KvRows::kPanelBytes), &map, slot_barrier,
+                              panel * KvRows::kPanelRowBytes / Types::kElementBytes, place.x, kv_head, place.y, policy);
         source += 8, target += static_cast<std::uint32_t>(kTeam * KvRows::kPanelRowBytes) << box_shift;
       } while (target < end);
     }

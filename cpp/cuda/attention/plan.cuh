@@ -60,6 +60,8 @@ struct Plan {
   // If all tiles turn out to have one length: of one of these there are several. tiles_per_cta 0: they are shared by length whatever they are.
   Divisor ctas_per_tile;
   int tiles_per_cta;
+  // In clusters: of sequences up to so long keys leave the L2 cache to what is there.
+  int read_once_keys;
   Divisor tiles_of_seq, kv_heads;  // of all kv heads; how many of those there are
   Divisor cluster;  // CTAs of a cluster, if there is one to a tile (mma_cluster_keys.cuh)
   bool in_clusters;

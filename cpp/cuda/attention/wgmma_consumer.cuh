@@ -262,10 +262,11 @@ struct WgmmaConsumer {
       float top = added[r];
 #pragma unroll
       for (int lanes = 1; lanes <= 2; ++lanes) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, lanes));
-      // What is not finite stays so, and shows in the output.
       const int exponent = top >= kLargeWeights ? min(static_cast<int>(__float_as_uint(top) >> 23) - 127, 126) : 0;
-      factor[r] = __uint_as_float(static_cast<unsigned>(127 - exponent) << 23);
-      base[r] += static_cast<float>(exponent);
+      const float raised = base[r] + static_cast<float>(exponent);
+      // A sum that is infinite, of weights that need not be, must show in the output, too.
+      factor[r] = top < INFINITY ? device::exp2_approx(base[r] - raised) : __uint_as_float(0x7fffffffu);
+      base[r] = raised;
       sum[r] *= factor[r];
     }
 #pragma unroll

@@ -82,17 +82,23 @@ __device__ __forceinline__ std::uint64_t read_once_policy() {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
   return policy;
 }
-/// The same with that policy.
-__device__ __forceinline__ void copy_box_once(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1,
-                                              std::uint64_t policy) {
+/// The policy of copies that name none.
+__device__ __forceinline__ std::uint64_t usual_policy() {
+  std::uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;\n" : "=l"(policy));
+  return policy;
+}
+/// The same by a policy.
+__device__ __forceinline__ void copy_box_by(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1,
+                                            std::uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], "
       "%5;\n" ::"r"(dst),
       "l"(tensor_map), "r"(barrier), "r"(c0), "r"(c1), "l"(policy)
       : "memory");
 }
-__device__ __forceinline__ void copy_box_once(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1, int c2,
-                                              int c3, std::uint64_t policy) {
+__device__ __forceinline__ void copy_box_by(std::uint32_t dst, const void* tensor_map, std::uint32_t barrier, int c0, int c1, int c2,
+                                            int c3, std::uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], "
       "%7;\n" ::"r"(dst),

@@ -238,7 +238,7 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
         if (!is_inside(i)) continue;
         store_raw(out + at[i], result);
         if ((at[i] & ((1u << p.group_shift) - 1)) == 0)
-          p.scales[row * p.scale_row_stride + (at[i] >> p.group_shift) * p.scale_group_stride] = scale;
+          p.scales[std::uint64_t{row * p.scale_row_stride} + (at[i] >> p.group_shift) * p.scale_group_stride] = scale;
       }
     }
   }

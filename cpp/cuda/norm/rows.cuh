@@ -123,7 +123,7 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
     sum += vector_sum;
   }
   const float total = row_sum(sum, scratch[0]);
-  float mean = 0.0f, variance = total * inverse_hidden;
+  float mean = 0.0f, spread = total;
   if constexpr (kIsLayer) {
     // Rounded: fused with the subtractions, as the compiler does where the factor is a parameter, few rows would not get the bits of many.
     mean = __fmul_rn(total, inverse_hidden);
@@ -136,9 +136,9 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
       for (int e = 0; e < kVec; ++e) vector_sum = fmaf(v[e] - mean, v[e] - mean, vector_sum);
       if (lane + i * width < limit) squares += vector_sum;
     }
-    variance = row_sum(squares, scratch[1]) * inverse_hidden;
+    spread = row_sum(squares, scratch[1]);
   }
-  const float inverse = __frsqrt_rn(variance + p.eps);
+  const float inverse = __frsqrt_rn(fmaf(spread, inverse_hidden, p.eps));
 
   const auto normalised = [&](float (&v)[kVec], int i) {
     float weight[kVec], bias[kVec] = {};

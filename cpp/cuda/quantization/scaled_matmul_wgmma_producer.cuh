@@ -29,7 +29,7 @@ __device__ void copy_operands(const WgmmaPlan& plan, const WgmmaShared<Shape>& s
       device::barrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
       device::barrier_arrive_expect(full, num_bytes);
       if (plan.reads_rows_once) {
-        device::copy_box_once(shared.rows(ring.stage), &plan.rows, full, k, row, policy);
+        device::copy_box_by(shared.rows(ring.stage), &plan.rows, full, k, row, policy);
       } else {
         device::copy_box(shared.rows(ring.stage), &plan.rows, full, k, row);
       }

@@ -195,9 +195,8 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
         device::barrier_wait(empty + 8 * slot, parity ^ 1);
         if (kOne && slot == kStagesBeforeX && parity == 0) device::barrier_wait(x_there, 0);  // x does not queue behind all these copies
         device::barrier_arrive_expect(ready, bytes);
-        device::copy_box_once(at + x_bytes, &maps.codes, ready, 0, k * (kBits == 8 ? 2 : 1), tile * row_groups, 0, policy);
-        device::copy_box_once(at + x_bytes + code_bytes, &maps.entries, ready, 0, (2 * k) >> plan.group_shift, tile * row_groups, 0,
-                              policy);
+        device::copy_box_by(at + x_bytes, &maps.codes, ready, 0, k * (kBits == 8 ? 2 : 1), tile * row_groups, 0, policy);
+        device::copy_box_by(at + x_bytes + code_bytes, &maps.entries, ready, 0, (2 * k) >> plan.group_shift, tile * row_groups, 0, policy);
         if constexpr (!kOne) {
           if (ahead == 0) {
             copy_x(slot, k);

@@ -195,8 +195,8 @@ __global__ __launch_bounds__(WgmmaShape<kBits, kSmallGroups, kTokens>::kThreads,
         device::barrier_arrive_expect(ready, bytes);
         const int codes_row = k * (Shape::kCodeBytes / kCodeRowBytes), group = kSmallGroups ? 2 * k : k >> plan.group_shift;
         if (plan.num_token_tiles == 1) {
-          device::copy_box_once(slot + Shape::kXBytes, &maps.codes, ready, 0, codes_row, block, 0, policy);
-          device::copy_box_once(slot + Shape::kEntriesAt, &maps.entries, ready, 0, group, block, 0, policy);
+          device::copy_box_by(slot + Shape::kXBytes, &maps.codes, ready, 0, codes_row, block, 0, policy);
+          device::copy_box_by(slot + Shape::kEntriesAt, &maps.entries, ready, 0, group, block, 0, policy);
         } else {
           device::copy_box(slot + Shape::kXBytes, &maps.codes, ready, 0, codes_row, block, 0);
           device::copy_box(slot + Shape::kEntriesAt, &maps.entries, ready, 0, group, block, 0);
