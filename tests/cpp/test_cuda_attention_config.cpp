@@ -376,7 +376,7 @@ TEST(CudaAttentionConfig, pairs_of_16_bits_have_wide_CTAs_while_tiles_are_few) {
   EXPECT_EQ(config(64, DType::kBFloat16).tiles_per_cta, 1);
   EXPECT_TRUE(config(128, DType::kBFloat16).wide);
   EXPECT_FALSE(config(256, DType::kBFloat16).wide);
-  EXPECT_FALSE(config(64, DType::kFloat8E4M3FN).wide);  // clusters of one CTA each
+  EXPECT_FALSE(config(64, DType::kFloat8E4M3FN).wide);
   EXPECT_FALSE(config(100, DType::kFloat8E4M3FN).wide);
 }
 
