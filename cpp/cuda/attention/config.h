@@ -359,8 +359,10 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
   config.num_tiles = ragged ? params.num_tokens * group / rows + params.num_seqs : config.tiles_per_seq * params.num_seqs;
 
   const std::int64_t num_head_tiles = config.num_tiles * params.num_kv_heads;
-  if (has_wgmma && config.variant == Variant::kMmaSplitKeys8 && params.block_tables != nullptr && !ragged && params.shared_queries == 0 &&
-      !params.float8_queries && !params.batch_invariant && params.mask == nullptr && group <= rows && key_capacity(params) < 1 << 30) {
+  const bool may_have_clusters = has_wgmma && config.variant == Variant::kMmaSplitKeys8 && params.block_tables != nullptr && !ragged &&
+                                 params.shared_queries == 0 && !params.float8_queries && params.mask == nullptr && group <= rows &&
+                                 key_capacity(params) < 1 << 30;
+  if (may_have_clusters && !params.batch_invariant) {
     config.cluster = choose_cluster(num_head_tiles, device.num_sms, ctas_per_sm(config.variant, config.head_dim_bucket) / 2,
                                     params.head_dim * itemsize(params.kv_dtype) % 128 == 0);
   }
@@ -397,7 +399,7 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
     const std::int64_t useful = num_ctas * (key_capacity(params) / 64 + 2);
     config.num_ctas = static_cast<int>(
         std::max<std::int64_t>(std::min({std::int64_t{per_sm} * device.num_sms, std::int64_t{kMaxCtas}, fitting, useful}), 1));
-    if (!ragged && params.block_tables != nullptr && !params.batch_invariant) {
+    if (!ragged && params.block_tables != nullptr) {
       // More parts of a tile would cost more to put together. Not if more than a tenth of the CTAs were left without work.
       constexpr std::int64_t kMaxParts = 32;
       const std::int64_t parts = std::clamp<std::int64_t>(config.num_ctas / num_ctas, 1, kMaxParts);
@@ -406,6 +408,16 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
                     : parts == kMaxParts || num_ctas * parts * 10 >= std::int64_t{config.num_ctas} * 9) {
         config.ctas_per_tile = static_cast<int>(parts);
         config.tiles_per_cta = static_cast<int>(tiles);
+      }
+    }
+    if (may_have_clusters && params.batch_invariant) {
+      int parts = 1;
+      while (parts < kMaxCluster && part_begin(parts) < key_capacity(params)) ++parts;
+      const std::int64_t size = std::min<std::int64_t>(config.num_ctas / num_ctas, parts);
+      if (size == 0) {
+        config.cluster = config.tiles_per_cta > 1 ? 1 : 0;  // whole tiles, one after the other
+      } else if (size == parts || num_ctas * 2 <= device.num_sms || num_ctas * size * 10 >= std::int64_t{config.num_ctas} * 9) {
+        config.cluster = static_cast<int>(size);
       }
     }
     return config;

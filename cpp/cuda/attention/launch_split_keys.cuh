@@ -7,6 +7,7 @@
 
 #include "cuda/attention/launch.h"
 #include "cuda/attention/mma_cluster_keys.cuh"
+#include "cuda/attention/mma_cluster_parts.cuh"
 #include "cuda/attention/mma_split_keys.cuh"
 #include "cuda/device/dependent_launch.cuh"
 #include "cuda/once_per_device.h"
@@ -16,6 +17,10 @@ namespace quire::cuda::attn {
 /// Whether a kernel has attend_in_clusters, too.
 template <Variant kVariant, bool kWide>
 constexpr bool kHasClusters = kWide && kVariant == Variant::kMmaSplitKeys8;
+
+/// Whether there is attend_to_parts for the same.
+template <Variant kVariant, bool kWide, Pairing kPairing>
+constexpr bool kHasParts = !kWide && kVariant == Variant::kMmaSplitKeys8 && kPairing == Pairing::kNone;
 
 /// kHeadDim of a kv head that is not paired.
 __host__ __device__ constexpr int head_dim_alone(int head_dim, Pairing pairing) {
@@ -35,6 +40,23 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
   }
 #endif
   attend_to_stretches<kKvDType, kHeadDim, kVariant, kWide, kPairing>(plan);
+}
+
+/// The same for batch-invariant decode that may find lengths alike: plan.cluster CTAs to a tile, or whole tiles to CTAs.
+template <DType kKvDType, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, ctas_per_sm(Variant::kMmaSplitKeys8, kHeadDim))
+    attention_mma_parts_kernel(const __grid_constant__ Plan plan) {
+#if __CUDA_ARCH__ == 900
+  device::wait_for_predecessor();
+  int in_parts = lengths_are_alike(plan) ? 1 : 0;
+  int tile_idx = plan.cluster.quotient(static_cast<int>(blockIdx.x));
+  do {
+    int unfinished = kNothing;
+    if (in_parts != 0 && (unfinished = attend_to_parts<kKvDType, kHeadDim>(plan, tile_idx)) == kNothing) return;
+    attend_to_stretches<kKvDType, kHeadDim, Variant::kMmaSplitKeys8, false, Pairing::kNone, true>(plan, unfinished);
+    asm volatile("" : "+r"(in_parts));  // one copy of the code serves both
+  } while (in_parts != 0);
+#endif
 }
 
 /// The same for one sequence: clusters alone, whose CTAs have all of an SM's warps. Clusters of CTAs of which an SM could hold two do not leave SMs
@@ -108,9 +130,17 @@ void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
                              plan, config.cluster, 1, num_head_tiles, Shape::kCtaThreads, kSharedBytes, stream))
         return;
     }
-    const auto kernel = attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>;
-    launch_waiting("attention_mma_split_keys_kernel", kernel,
-                   LaunchShape{static_cast<unsigned>(config.num_ctas), Shape::kCtaThreads, Shape::kSharedBytes}, stream, plan);
+    const LaunchShape shape{static_cast<unsigned>(config.num_ctas), Shape::kCtaThreads, Shape::kSharedBytes};
+    if constexpr (kHasParts<kVariant, kWide, kPairing>) {
+      constexpr auto kOfParts = attention_mma_parts_kernel<kKvDType, kHeadDim>;
+      if (in_clusters && num_head_tiles > config.num_ctas)
+        return launch_waiting("attention_mma_parts_kernel", kOfParts, shape, stream, plan);
+      if (in_clusters &&
+          launch_clusters<kOfParts>(plan, config.cluster, 1, num_head_tiles, Shape::kCtaThreads, Shape::kSharedBytes, stream))
+        return;
+    }
+    launch_waiting("attention_mma_split_keys_kernel", attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>, shape,
+                   stream, plan);
   };
   const auto of_head_dim = [&]<int kHeadDim>() {
     if constexpr (kHeadDim == 128) {
