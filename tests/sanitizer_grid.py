@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -249,18 +250,40 @@ def kv_cache() -> None:
         host.swap_blocks_from(device, swaps)
 
 
+def quantized_results(width: int) -> list[dict[str, Any]]:
+    """One scale that is given, one for each row, one for each group."""
+    return [
+        {"out_dtype": "float8_e4m3fn", "scale": put(torch.ones(1))},
+        {"out_dtype": "int8", "granularity": "token"},
+        {"out_dtype": "float8_e4m3fn", "granularity": "group", "group_size": math.gcd(width, 128)},
+    ]
+
+
 def norm() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for rows, width in [(3, 64), (200, 128), (5, 4096), (300, 1000), (600, 4104), (2, 33000)]:
+        for rows, width in [
+            (3, 64),
+            (200, 128),
+            (5, 4096),
+            (300, 1000),
+            (600, 4104),
+            (7, 2064),
+            (600, 4112),
+            (2, 33000),
+        ]:
             x, w = normal(rows, width, dtype=dtype), normal(width, dtype=dtype)
             quire.rms_norm(x, w)
             quire.fused_add_rms_norm(x.clone(), x.clone(), w)
             quire.layer_norm(x, w, w)
+            for options in quantized_results(width):
+                quire.rms_norm(x, w, **options)
+                quire.fused_add_rms_norm(x.clone(), x.clone(), w, **options)
+                quire.layer_norm(x, w, w, **options)
 
 
 def activation() -> None:
     for dtype in (torch.bfloat16, torch.float32):
-        for rows, width in [(1, 2048), (77, 30)]:
+        for rows, width in [(1, 2048), (77, 30), (40, 28672)]:
             x = normal(rows, width, dtype=dtype)
             for op in (
                 "silu_and_mul",
@@ -272,6 +295,10 @@ def activation() -> None:
                 "relu_squared",
             ):
                 getattr(quire, op)(x)
+            for op, options in itertools.product(
+                ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"), quantized_results(width // 2)
+            ):
+                getattr(quire, op)(x, **options)
 
 
 def position_encoding() -> None:

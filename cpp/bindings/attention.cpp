@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "bindings/scalar_args.h"
 #include "bindings/tensor_args.h"
 #include "bindings/workspace.h"
 #include "core/check.h"

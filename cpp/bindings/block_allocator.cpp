@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/scalar_args.h"
 #include "bindings/tensor_args.h"
 #include "core/check.h"
 

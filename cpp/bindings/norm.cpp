@@ -3,6 +3,7 @@
 #include "quire/norm.h"
 
 #include "bindings/bindings.h"
+#include "bindings/scalar_args.h"
 #include "bindings/tensor_args.h"
 
 namespace quire::bindings {

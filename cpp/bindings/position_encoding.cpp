@@ -5,6 +5,7 @@
 #include <string>
 
 #include "bindings/bindings.h"
+#include "bindings/scalar_args.h"
 #include "bindings/tensor_args.h"
 
 namespace quire::bindings {

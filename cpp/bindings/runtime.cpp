@@ -9,6 +9,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/gil.h"
+#include "bindings/scalar_args.h"
 #include "bindings/tensor_args.h"
 #include "quire/error.h"
 #include "quire/explain.h"

@@ -10,7 +10,9 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/dlpack_view.h"
 #include "bindings/gil.h"
+#include "bindings/scalar_args.h"
 #include "bindings/tensor_args.h"
 #include "core/check.h"
 #include "core/runtime.h"

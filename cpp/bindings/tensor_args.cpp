@@ -3,13 +3,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "bindings/tensor_args.h"
 
-#include <atomic>
-#include <cstring>
+#include <array>
 #include <deque>
 #include <memory>
+#include <string>
 #include <vector>
 
+#include "bindings/dlpack_view.h"
+#include "bindings/messages.h"
 #include "bindings/tensor.h"
+#include "bindings/tensor_types.h"
 #include "core/check.h"
 #include "core/runtime.h"
 #include "cuda/runtime.h"
@@ -17,105 +20,6 @@
 
 namespace quire::bindings {
 namespace {
-
-enum class Kind { kQuire, kExchange, kNumPy, kCuPy, kJax, kProtocol, kMasked, kNotATensor };
-
-// Interned names and call tuples, made once and kept: they outlive the interpreter's need of them.
-struct Names {
-  PyObject* exchange_api = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
-  PyObject* dlpack = PyUnicode_InternFromString("__dlpack__");
-  PyObject* dlpack_device = PyUnicode_InternFromString("__dlpack_device__");
-  PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
-  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
-  PyObject* cuda_stream = PyUnicode_InternFromString("__cuda_stream__");
-  PyObject* data = PyUnicode_InternFromString("data");
-  PyObject* ptr = PyUnicode_InternFromString("ptr");
-  PyObject* device_id = PyUnicode_InternFromString("device_id");
-  PyObject* dtype = PyUnicode_InternFromString("dtype");
-  PyObject* shape = PyUnicode_InternFromString("shape");
-  PyObject* strides = PyUnicode_InternFromString("strides");
-  PyObject* max_version = Py_BuildValue("(ii)", DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
-  PyObject* kw_version = Py_BuildValue("(s)", "max_version");
-  PyObject* kw_version_stream = Py_BuildValue("(ss)", "max_version", "stream");
-};
-
-const Names& names() {
-  static const Names* const instance = new Names;
-  return *instance;
-}
-
-// The C functions behind a tensor type's `requires_grad` and `is_neg`. Null where the type has none, or they cannot be called directly.
-struct AutogradFlags {
-  getter requires_grad = nullptr;
-  void* requires_grad_closure = nullptr;
-  PyCFunction is_neg = nullptr;
-};
-
-struct TypeInfo {
-  PyTypeObject* type;
-  Kind kind;
-  const DLPackExchangeAPI* api = nullptr;
-  AutogradFlags flags{};
-};
-
-const DLPackExchangeAPI* exchange_api_of(PyTypeObject* type) {
-  PyObject* const capsule = PyObject_GetAttr(reinterpret_cast<PyObject*>(type), names().exchange_api);
-  if (capsule == nullptr) {
-    PyErr_Clear();
-    return nullptr;
-  }
-  const auto* api = PyCapsule_IsValid(capsule, "dlpack_exchange_api")
-                        ? static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"))
-                        : nullptr;
-  Py_DECREF(capsule);
-  while (api != nullptr && api->header.version.major != DLPACK_MAJOR_VERSION)
-    api = reinterpret_cast<const DLPackExchangeAPI*>(api->header.prev_api);
-  if (api != nullptr && (api->dltensor_from_py_object_no_sync == nullptr || api->current_work_stream == nullptr)) return nullptr;
-  return api;
-}
-
-bool starts_with(const std::string& text, const char* prefix) { return text.rfind(prefix, 0) == 0; }
-
-std::string type_text(nb::handle type, const char* attribute) {
-  const nb::object value = nb::getattr(type, attribute, nb::none());
-  return nb::isinstance<nb::str>(value) ? std::string(nb::str(value).c_str()) : std::string();
-}
-
-// Finds them in the base type that defines them, unless a subclass has its own. Two attribute look-ups a tensor cost more than the rest
-// of its import, so they are made once a type.
-AutogradFlags autograd_flags(nb::handle type) {
-  AutogradFlags flags;
-  const nb::object own_grad = nb::getattr(type, "requires_grad", nb::none()), own_neg = nb::getattr(type, "is_neg", nb::none());
-  for (const nb::handle base : nb::borrow<nb::tuple>(nb::getattr(type, "__mro__", nb::tuple()))) {
-    auto* const base_type = reinterpret_cast<PyTypeObject*>(base.ptr());
-    auto* getset = static_cast<PyGetSetDef*>(PyType_GetSlot(base_type, Py_tp_getset));
-    for (; getset != nullptr && getset->name != nullptr; ++getset)
-      if (std::strcmp(getset->name, "requires_grad") == 0 && nb::getattr(base, "requires_grad", nb::none()).is(own_grad)) {
-        flags.requires_grad = getset->get;
-        flags.requires_grad_closure = getset->closure;
-      }
-    auto* method = static_cast<PyMethodDef*>(PyType_GetSlot(base_type, Py_tp_methods));
-    for (; method != nullptr && method->ml_name != nullptr; ++method)
-      if (std::strcmp(method->ml_name, "is_neg") == 0 && method->ml_flags == METH_NOARGS &&
-          nb::getattr(base, "is_neg", nb::none()).is(own_neg))
-        flags.is_neg = method->ml_meth;
-  }
-  PyErr_Clear();
-  return flags;
-}
-
-TypeInfo classify(PyTypeObject* type) {
-  const nb::handle handle(reinterpret_cast<PyObject*>(type));
-  if (handle.is(nb::type<Tensor>())) return {type, Kind::kQuire};
-  if (const DLPackExchangeAPI* api = exchange_api_of(type)) return {type, Kind::kExchange, api, autograd_flags(handle)};
-  const std::string module = type_text(handle, "__module__"), name = type_text(handle, "__name__");
-  if (module == "numpy" && name == "ndarray") return {type, Kind::kNumPy};
-  if (nb::hasattr(handle, "mask") && nb::hasattr(handle, "filled")) return {type, Kind::kMasked};  // numpy.ma's, and what derives from it
-  if (starts_with(module, "cupy")) return {type, Kind::kCuPy};
-  if (starts_with(module, "jax")) return {type, Kind::kJax};
-  const bool tensor = PyObject_HasAttr(handle.ptr(), names().dlpack) != 0 && PyObject_HasAttr(handle.ptr(), names().dlpack_device) != 0;
-  return {type, tensor ? Kind::kProtocol : Kind::kNotATensor};
-}
 
 // CuPy's dtype objects whose meaning is known: NumPy's, of which there is one for each type, and ml_dtypes'. Guarded by the GIL. They are
 // learned from what DLPack says, so that a dtype of another byte order is never among them.
@@ -141,39 +45,6 @@ void learn_dtype(PyObject* object, DType dtype) {
     }
 }
 
-// Types met so far. A handful in a process; the references are kept for ever, so that no address is reused.
-const TypeInfo& type_info(PyObject* object) {
-  constexpr std::size_t kSlots = 64;
-  static std::array<std::atomic<const TypeInfo*>, kSlots> table{};
-  PyTypeObject* const type = Py_TYPE(object);
-  std::size_t slot = (reinterpret_cast<std::uintptr_t>(type) >> 4) % kSlots;
-  for (std::size_t probe = 0; probe < kSlots; ++probe, slot = (slot + 1) % kSlots) {
-    const TypeInfo* const known = table[slot].load(std::memory_order_acquire);
-    if (known != nullptr && known->type == type) return *known;
-    if (known == nullptr) {
-      const auto* fresh = new TypeInfo(classify(type));
-      Py_INCREF(reinterpret_cast<PyObject*>(type));
-      const TypeInfo* expected = nullptr;
-      if (table[slot].compare_exchange_strong(expected, fresh, std::memory_order_acq_rel)) return *fresh;
-      delete fresh;
-      if (expected->type == type) return *expected;
-    }
-  }
-  thread_local TypeInfo overflow{};
-  overflow = classify(type);
-  return overflow;
-}
-
-std::string message(const char* op, const char* arg, const std::string& expected, const std::string& got) {
-  return std::string("[") + op + "] " + arg + ": expected " + expected + ", got " + got;
-}
-
-std::string object_type(nb::handle object) {
-  const nb::handle type(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())));
-  const std::string module = type_text(type, "__module__"), name = type_text(type, "__name__");
-  return module.empty() || module == "builtins" ? name : module + "." + name;
-}
-
 // Drops the pending Python error, unless it is Ctrl-C or the like.
 void drop_python_error() {
   if (PyErr_Occurred() == nullptr) return;
@@ -187,83 +58,6 @@ std::string take_python_error() {
   if (!PyErr_ExceptionMatches(PyExc_Exception)) throw nb::python_error();  // Ctrl-C and the like are not ours to reword
   const nb::python_error error;
   return std::string(nb::str(error.type().attr("__name__")).c_str()) + ": " + nb::str(error.value()).c_str();
-}
-
-std::optional<DType> from_dlpack(DLDataType d) {
-  if (d.lanes != 1) return std::nullopt;
-  switch (d.code) {
-    case kDLFloat:
-      if (d.bits == 32) return DType::kFloat32;
-      if (d.bits == 16) return DType::kFloat16;
-      break;
-    case kDLBfloat:
-      if (d.bits == 16) return DType::kBFloat16;
-      break;
-    case kDLFloat8_e4m3fn:
-      if (d.bits == 8) return DType::kFloat8E4M3FN;
-      break;
-    case kDLFloat8_e5m2:
-      if (d.bits == 8) return DType::kFloat8E5M2;
-      break;
-    case kDLInt:
-      if (d.bits == 8) return DType::kInt8;
-      if (d.bits == 32) return DType::kInt32;
-      if (d.bits == 64) return DType::kInt64;
-      break;
-    case kDLUInt:
-      if (d.bits == 8) return DType::kUInt8;
-      break;
-    case kDLBool:
-      if (d.bits == 8) return DType::kBool;
-      break;
-    default: break;
-  }
-  return std::nullopt;
-}
-
-std::string dlpack_dtype_text(DLDataType d) {
-  static constexpr const char* kCodes[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
-  const std::string code = d.code < std::size(kCodes) ? kCodes[d.code] : "code " + std::to_string(d.code) + " ";
-  return code + std::to_string(d.bits) + (d.lanes == 1 ? "" : "x" + std::to_string(d.lanes));
-}
-
-bool is_cuda(DLDeviceType type) { return type == kDLCUDA || type == kDLCUDAManaged; }
-bool is_host(DLDeviceType type) { return type == kDLCPU || type == kDLCUDAHost; }
-
-[[noreturn]] void throw_other_device(const char* op, const char* arg, DLDeviceType type) {
-  throw UnsupportedError(message(op, arg, "a tensor on cpu or cuda", "one on DLPack device type " + std::to_string(type)));
-}
-
-void fill_view(const char* op, const char* arg, const DLTensor& t, bool read_only, TensorView& view) {
-  const std::optional<DType> dtype = from_dlpack(t.dtype);
-  if (!dtype)
-    throw TypeError(message(op, arg, "float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int8, uint8, int32, int64 or bool",
-                            dlpack_dtype_text(t.dtype)));
-  if (t.ndim < 0 || t.ndim > kMaxRank) throw std::invalid_argument(message(op, arg, "a rank of at most 8", std::to_string(t.ndim)));
-  if (t.ndim > 0 && t.shape == nullptr) throw std::invalid_argument(message(op, arg, "a shape", "null"));
-  if (is_cuda(t.device.device_type)) {
-    if (!kHasCuda) throw_cpu_only_build(op);
-    view.device = Device{DeviceType::kCUDA, t.device.device_id};
-  } else if (is_host(t.device.device_type)) {
-    view.device = Device{};
-  } else {
-    throw_other_device(op, arg, t.device.device_type);
-  }
-  view.dtype = *dtype;
-  view.read_only = read_only;
-  view.ndim = t.ndim;
-  std::int64_t numel = 1;
-  for (int i = t.ndim - 1; i >= 0; --i) {
-    const auto at = static_cast<std::size_t>(i);
-    view.shape[at] = t.shape[i];
-    view.strides[at] = t.strides != nullptr ? t.strides[i] : numel;
-    if (t.shape[i] < 0) throw std::invalid_argument(message(op, arg, "a shape of 0 or more", std::to_string(t.shape[i])));
-    numel = checked_mul(numel, t.shape[i], op, arg);
-  }
-  tame_strides(view, numel > 0);
-  if (t.data == nullptr && numel > 0)
-    throw std::invalid_argument(message(op, arg, "a tensor with data", "one without (a meta or fake tensor); materialize it first"));
-  view.data = t.data == nullptr ? nullptr : static_cast<std::byte*>(t.data) + t.byte_offset;
 }
 
 bool truthy_attribute(nb::handle object, const char* attribute) {
@@ -292,22 +86,6 @@ PyObject* call_method(PyObject* name, PyObject* object, PyObject* const* extra, 
 }
 
 }  // namespace
-
-DLDataType to_dlpack(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32: return {kDLFloat, 32, 1};
-    case DType::kFloat16: return {kDLFloat, 16, 1};
-    case DType::kBFloat16: return {kDLBfloat, 16, 1};
-    case DType::kFloat8E4M3FN: return {kDLFloat8_e4m3fn, 8, 1};
-    case DType::kFloat8E5M2: return {kDLFloat8_e5m2, 8, 1};
-    case DType::kInt8: return {kDLInt, 8, 1};
-    case DType::kUInt8: return {kDLUInt, 8, 1};
-    case DType::kInt32: return {kDLInt, 32, 1};
-    case DType::kInt64: return {kDLInt, 64, 1};
-    case DType::kBool: return {kDLBool, 8, 1};
-  }
-  throw TypeError("[dlpack] dtype: expected a known dtype, got another");
-}
 
 // Imports the tensors of one Args. Two passes, because a producer is told the launch stream when it exports.
 class Importer {
@@ -806,88 +584,6 @@ void Args::synchronize() const {
     const GilRelease release;
     cuda::synchronize(stream_, device_index_);
   }
-}
-
-// ---- scalars -----------------------------------------------------------------------------------------------------------
-double to_double(const char* op, const char* arg, nb::handle value) {
-  const double number = PyFloat_AsDouble(value.ptr());
-  if (number == -1.0 && PyErr_Occurred() != nullptr) {
-    PyErr_Clear();
-    throw TypeError(message(op, arg, "a number", object_type(value)));
-  }
-  return number;
-}
-
-std::optional<double> to_optional_double(const char* op, const char* arg, nb::handle value) {
-  if (value.is_none()) return std::nullopt;
-  return to_double(op, arg, value);
-}
-
-bool to_bool(nb::handle value) {
-  const int truth = PyObject_IsTrue(value.ptr());
-  if (truth < 0) throw nb::python_error();
-  return truth == 1;
-}
-
-std::int64_t to_int(const char* op, const char* arg, nb::handle value) {
-  const nb::object index = nb::steal(PyNumber_Index(value.ptr()));
-  if (!index.is_valid()) {
-    PyErr_Clear();
-    throw TypeError(message(op, arg, "an integer", object_type(value)));
-  }
-  const long long number = PyLong_AsLongLong(index.ptr());
-  if (number == -1 && PyErr_Occurred() != nullptr) {
-    PyErr_Clear();
-    throw std::invalid_argument(message(op, arg, "an integer of 64 bits", std::string(nb::str(value).c_str())));
-  }
-  return number;
-}
-
-ScaleGranularity to_granularity(const char* op, nb::handle value) {
-  const std::string text = nb::str(value).c_str();
-  if (text == "tensor") return ScaleGranularity::kTensor;
-  if (text == "token") return ScaleGranularity::kToken;
-  if (text == "group") return ScaleGranularity::kGroup;
-  throw std::invalid_argument(std::string("[") + op + "] granularity: expected \"tensor\", \"token\" or \"group\", got \"" + text + "\"");
-}
-
-Device to_device(const char* op, nb::handle value) {
-  std::string text;
-  if (nb::isinstance<nb::str>(value)) {
-    text = nb::str(value).c_str();
-  } else {  // torch.device and the like
-    const nb::object type = nb::getattr(value, "type", nb::none());
-    const nb::object index = nb::getattr(value, "index", nb::none());
-    if (nb::isinstance<nb::str>(type)) text = nb::str(type).c_str();
-    if (nb::isinstance<nb::int_>(index)) text.append(1, ':').append(nb::str(index).c_str());
-  }
-  if (text == "cpu" || text == "cpu:0") return Device{};
-  if (text == "cuda") return Device{DeviceType::kCUDA, 0};
-  if (starts_with(text, "cuda:") && text.size() > 5 && text.size() <= 7 && text.find_first_not_of("0123456789", 5) == std::string::npos)
-    return Device{DeviceType::kCUDA, std::stoi(text.substr(5))};
-  throw std::invalid_argument(message(op, "device", "\"cpu\", \"cuda\" or \"cuda:<index>\"", text.empty() ? object_type(value) : text));
-}
-
-DType to_dtype(const char* op, const char* arg, nb::handle value) {
-  std::string text;
-  if (nb::isinstance<nb::str>(value)) {
-    text = nb::str(value).c_str();
-  } else {
-    const nb::object name_attribute = nb::getattr(value, "name", nb::none());
-    const nb::object type_attribute = nb::getattr(value, "__name__", nb::none());
-    if (nb::isinstance<nb::str>(name_attribute)) {
-      text = nb::str(name_attribute).c_str();
-    } else if (nb::isinstance<nb::str>(type_attribute)) {
-      text = nb::str(type_attribute).c_str();
-    } else {
-      text = nb::str(value).c_str();  // "torch.bfloat16"
-    }
-  }
-  if (starts_with(text, "torch.")) text = text.substr(6);
-  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat8E4M3FN, DType::kFloat8E5M2, DType::kInt8,
-                      DType::kUInt8, DType::kInt32, DType::kInt64, DType::kBool})
-    if (text == name(dtype)) return dtype;
-  throw TypeError(message(op, arg, "float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int8, uint8, int32, int64 or bool", text));
 }
 
 }  // namespace quire::bindings

@@ -98,26 +98,10 @@ class Args {
   std::size_t num_producer_streams_ = 0;
 };
 
-/// Conversions of scalar arguments, with the library's message form.
-double to_double(const char* op, const char* arg, nb::handle value);
-std::int64_t to_int(const char* op, const char* arg, nb::handle value);
-std::optional<double> to_optional_double(const char* op, const char* arg, nb::handle value);
-/// By Python's rules of truth.
-bool to_bool(nb::handle value);
-
-/// "tensor", "token" or "group".
-ScaleGranularity to_granularity(const char* op, nb::handle value);
 /// What an op does with its scales.
 inline Access scale_access(ScaleGranularity granularity) {
   return granularity == ScaleGranularity::kTensor ? Access::kRead : Access::kWrite;
 }
-
-/// "cpu", "cuda", "cuda:1", or an object with `type` and `index`, as a Device.
-Device to_device(const char* op, nb::handle value);
-/// A dtype name, or an object that has one (NumPy, ml_dtypes, JAX, PyTorch, CuPy dtypes).
-DType to_dtype(const char* op, const char* arg, nb::handle value);
-
-DLDataType to_dlpack(DType dtype);
 
 /// Marks a tensor as written by this thread's last CUDA launch, so that whoever takes it through DLPack on a stream waits for that.
 void hand_over(Tensor& tensor);

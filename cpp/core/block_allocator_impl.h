@@ -12,6 +12,7 @@
 
 #include "core/block_allocator_records.h"
 #include "core/block_hash.h"
+#include "core/layout.h"
 #include "quire/block_allocator.h"
 
 namespace quire {
@@ -25,7 +26,6 @@ inline constexpr std::int32_t kMaxReferences = std::int32_t{1} << 30;
 inline constexpr std::size_t kMaxSpareSequences = 1024;
 inline constexpr std::size_t kMaxSpareTokens = 32768;
 
-inline constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline constexpr std::size_t to_index(std::int64_t i) { return static_cast<std::size_t>(i); }
 
 inline std::string text(std::int64_t value) { return std::to_string(value); }
@@ -606,7 +606,7 @@ struct BlockAllocator::Impl {
     return num_needed;
   }
 
-  // Everything in execute_plan that could throw, done first.
+  // Everything of a plan that could throw, done before its first step.
   void prepare_plan(const char* function, std::int64_t num_needed, std::vector<BlockCopy>& copies) {
     require_available(function, num_needed, num_available());
     std::size_t num_shared = 0;

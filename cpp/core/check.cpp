@@ -7,6 +7,7 @@
 #include <cstddef>
 
 #include "core/dispatch.h"
+#include "core/message.h"
 
 namespace quire {
 namespace {
@@ -18,10 +19,6 @@ std::string shape_text(const std::int64_t* shape, std::size_t ndim) {
     text += shape[i] == kAny ? std::string("*") : std::to_string(shape[i]);
   }
   return text + "]";
-}
-
-std::string message(const char* op, const char* arg, const std::string& expected, const std::string& got) {
-  return std::string("[") + op + "] " + arg + ": expected " + expected + ", got " + got;
 }
 
 // True if distinct index tuples may name one element. Exact for layouts where each dimension steps over all smaller ones.

@@ -66,13 +66,34 @@ inline bool parameter_is_vectors(const void* data, DType dtype, int num_elements
   return is_aligned(data, num_bytes < 16 ? num_bytes : 16);
 }
 
-/// Elements [index, index + kCount) of a float32, float16 or bfloat16 parameter, for kVectors indices `stride` apart; an index
-/// at or past `limit` reads nothing and gives 0. The dtype is a run-time value because its branch is uniform and costs less
-/// than three copies of each kernel.
+/// f(elements) of a float32, float16 or bfloat16 parameter. The dtype is a run-time value because its branch is uniform and costs less than three
+/// copies of each kernel.
+template <typename F>
+__device__ __forceinline__ void with_parameter(const void* src, DType dtype, F&& f) {
+  if (dtype == DType::kFloat32) {
+    f(static_cast<const float*>(src));
+  } else if (dtype == DType::kFloat16) {
+    f(static_cast<const __half*>(src));
+  } else {
+    f(static_cast<const __nv_bfloat16*>(src));
+  }
+}
+
+/// Elements [index, index + kCount) of a parameter; an index at or past `limit` reads nothing and gives 0.
+template <int kCount>
+__device__ __forceinline__ void load_parameter(float (&dst)[kCount], const void* src, DType dtype, std::int64_t index, std::int64_t limit) {
+  with_parameter(src, dtype, [&](auto* elements) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) dst[e] = 0.0f;
+    if (index < limit) load_floats(dst, elements + index);
+  });
+}
+
+/// The same for kVectors indices `stride` apart.
 template <int kVectors, int kCount>
 __device__ __forceinline__ void load_parameter(float (&dst)[kVectors][kCount], const void* src, DType dtype, std::int64_t index,
                                                std::int64_t stride, std::int64_t limit) {
-  const auto load_all = [&](auto* elements) {
+  with_parameter(src, dtype, [&](auto* elements) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const std::int64_t at = index + i * stride;
@@ -80,14 +101,7 @@ __device__ __forceinline__ void load_parameter(float (&dst)[kVectors][kCount], c
       for (int e = 0; e < kCount; ++e) dst[i][e] = 0.0f;
       if (at < limit) load_floats(dst[i], elements + at);
     }
-  };
-  if (dtype == DType::kFloat32) {
-    load_all(static_cast<const float*>(src));
-  } else if (dtype == DType::kFloat16) {
-    load_all(static_cast<const __half*>(src));
-  } else {
-    load_all(static_cast<const __nv_bfloat16*>(src));
-  }
+  });
 }
 
 /// The bits of kCount elements of a parameter, for loads that are to be on their way before the first one is looked at: a branch

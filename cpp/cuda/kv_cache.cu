@@ -165,14 +165,133 @@ __global__ void __maxnreg__(kRegisters) kv_kernel(const __grid_constant__ KvKern
   }
 }
 
+// write_kv of few tokens whose heads lie side by side under one scale: nothing general on the way to the first loads. Parameters in the order of
+// their use, in the lines of the constant cache (cuda/norm/dense_rows.cuh); of K, then of V. Strides of tokens are counted in 16 bytes, those of
+// caches in vectors.
+struct FewKvParams {
+  const void* slot_mapping;
+  const void* tokens[2];
+  std::uint32_t slot_step, token_strides[2];  // slot_step in bytes
+  std::uint32_t num_vectors, num_slots;       // vectors of K of one token
+  std::uint16_t threads;                      // of a CTA
+  bool slots_are_int64;
+  // Here ends a line.
+  const float* scales[2];
+  void* caches[2];
+  std::uint32_t slot_strides[2];
+  std::int64_t block_gaps[2];
+  std::uint32_t block_shift;  // block_size is two to this, or there are no gaps
+  ErrorWord* error_word;
+};
+
+// Sides that a thread of write_few_kernel writes: both where there is nothing to compute.
+template <bool kRaw>
+inline constexpr int kFewSides = kRaw ? 2 : 1;
+
+// Grid: (chunks of a token's vectors, each for K and for V unless a thread writes both; tokens). A thread writes one vector of each of its sides.
+// kRaw copies bits, of whatever type.
+template <bool kRaw, typename T, typename CacheT>
+__global__ void __launch_bounds__(kThreads) write_few_kernel(const __grid_constant__ FewKvParams p) {
+  constexpr int kVec = 16 / static_cast<int>(sizeof(CacheT)), kPieces = kVec * static_cast<int>(sizeof(T)) / 16, kSides = kFewSides<kRaw>;
+  using Source = Packed<T, kVec>;
+  using Result = Packed<CacheT, kVec>;
+  const std::uint32_t token = blockIdx.y, chunk = kSides == 2 ? blockIdx.x : blockIdx.x / 2;
+  const std::uint32_t vector = chunk * p.threads + threadIdx.x, first_side = kSides == 2 ? 0 : blockIdx.x % 2;
+  const auto* const words = reinterpret_cast<const std::uint32_t*>(static_cast<const char*>(p.slot_mapping) + token * p.slot_step);
+  device::wait_for_predecessor();
+
+  // Load. The halves of a slot have registers of their own, so that nothing waits for one before the other. A thread past the end reads what
+  // the last one reads.
+  uint2 bits = {words[0], 0};
+  if (p.slots_are_int64) bits.y = words[1];
+  const std::uint32_t at = min(vector, p.num_vectors - 1) * kPieces;
+  Source rows[kSides];
+  float scales[kSides];
+#pragma unroll
+  for (int i = 0; i < kSides; ++i) {
+    const std::uint32_t side = first_side + static_cast<std::uint32_t>(i);
+    rows[i] = load_raw_once<sizeof(Source)>(static_cast<const uint4*>(p.tokens[side]) + (token * p.token_strides[side] + at));
+    scales[i] = 1.0f;
+    if (!kRaw && p.scales[side] != nullptr) scales[i] = *p.scales[side];
+  }
+  // Nothing is changed here, but the slot needs the rows, which the compiler would else load under the condition of the stores, behind the slot.
+  const std::uint32_t nothing = p.num_vectors >> 31;
+#pragma unroll
+  for (int i = 0; i < kSides * kPieces; ++i) bits.x ^= rows[i / kPieces].words[i % kPieces * 4] & nothing;
+  const std::uint32_t slot = bits.y == 0 ? bits.x : 0xffffffffu;
+  const std::uint32_t block_idx = slot >> p.block_shift;
+  const bool stores = slot < p.num_slots && vector < p.num_vectors;
+
+  // Convert and store.
+#pragma unroll
+  for (int i = 0; i < kSides; ++i) {
+    const std::uint32_t side = first_side + static_cast<std::uint32_t>(i);
+    Result result;
+    if constexpr (kRaw) {
+      result = rows[i];
+    } else {
+      float x[kVec];
+      unpack<T, kVec>(x, rows[i]);
+      result = Divisor(scales[i]).template divide_and_pack<CacheT>(x);
+    }
+    const std::int64_t to = std::int64_t{slot} * p.slot_strides[side] + block_idx * p.block_gaps[side] + vector;
+    if (stores) store_raw(static_cast<Result*>(p.caches[side]) + to, result);
+  }
+  if (vector == 0 && first_side == 0 && slot >= p.num_slots) {
+    const std::int64_t given = IndexBits{bits}.value(p.slots_are_int64);
+    if (given != -1) record_error(p.error_word, OpId::kWriteKv, ArgId::kSlotMapping, token, given);
+  }
+}
+
 // One kernel, as the launcher needs it: its code is not a template, as there are many kernels.
 struct KvKernel {
   void (*kernel)(KvKernelParams);
   int vec, tokens;                 // elements of a vector; tokens of a thread, blockDim.y apart
   void (*single)(KvKernelParams);  // has one token to a thread
+  void (*few)(FewKvParams);        // or null; its vectors have vec elements, too
+  int few_sides;
 };
 
-void launch_kv_of(const KvKernel& choice, KvKernelParams p, const char* name, Stream stream) {
+// Whether choice.few took the tokens.
+bool write_few(const KvKernel& choice, const KvKernelParams& p, std::int64_t item_bytes, const char* name, Stream stream) {
+  constexpr std::int64_t kMost = 0xffffffff;
+  const std::int64_t vec = choice.vec, num_vectors = p.head_dim / vec, pieces = p.head_dim * item_bytes / 16;
+  const std::int64_t slot_step = p.num_tokens == 1 ? 0 : p.slot_stride_bytes;
+  const bool has_gaps = p.sides[0].block_gap != 0 || p.sides[1].block_gap != 0;
+  const auto piece_stride = [&](const KvSide& side) { return side.token_stride * item_bytes / 16; };
+  const auto fits = [&](const KvSide& side) {
+    return side.scale_stride == 0 && side.cache_slot_stride >= 0 && side.cache_slot_stride % vec == 0 &&
+           side.cache_slot_stride / vec <= kMost &&
+           (p.num_tokens == 1 || (piece_stride(side) >= 0 && piece_stride(side) <= (kMost - pieces) / p.num_tokens));
+  };
+  if (choice.few == nullptr || p.num_heads != 1 || (has_gaps && p.block_shift < 0) || p.num_tokens > 0xffff || slot_step < 0 ||
+      slot_step > kMost / p.num_tokens || !fits(p.sides[0]) || !fits(p.sides[1]))
+    return false;
+  const std::int64_t num_chunks = ceil_div(num_vectors, kThreads);
+  FewKvParams few{.slot_mapping = p.slot_mapping,
+                  .tokens = {p.sides[0].tokens, p.sides[1].tokens},
+                  .slot_step = static_cast<std::uint32_t>(slot_step),
+                  .token_strides = {},
+                  .num_vectors = static_cast<std::uint32_t>(num_vectors),
+                  .num_slots = p.num_slots,
+                  .threads = static_cast<std::uint16_t>(ceil_div(ceil_div(num_vectors, num_chunks), 32) * 32),
+                  .slots_are_int64 = p.slots_are_int64,
+                  .scales = {p.sides[0].scale, p.sides[1].scale},
+                  .caches = {p.sides[0].cache, p.sides[1].cache},
+                  .slot_strides = {},
+                  .block_gaps = {p.sides[0].block_gap / vec, p.sides[1].block_gap / vec},
+                  .block_shift = has_gaps ? static_cast<std::uint32_t>(p.block_shift) : 31,
+                  .error_word = p.error_word};
+  for (int i = 0; i < 2; ++i) {
+    few.token_strides[i] = static_cast<std::uint32_t>(piece_stride(p.sides[i]));
+    few.slot_strides[i] = static_cast<std::uint32_t>(p.sides[i].cache_slot_stride / vec);
+  }
+  const dim3 grid(static_cast<unsigned>(num_chunks * (2 / choice.few_sides)), static_cast<unsigned>(p.num_tokens));
+  launch_waiting(name, choice.few, grid, few.threads, stream, few);
+  return true;
+}
+
+void launch_kv_of(const KvKernel& choice, KvKernelParams p, std::int64_t item_bytes, const char* name, Stream stream) {
   p.vectors_per_head = p.head_dim / static_cast<std::uint32_t>(choice.vec);
   p.num_vectors = p.num_heads * p.vectors_per_head;
   p.num_chunks = static_cast<std::uint32_t>(ceil_div(p.num_vectors, 2 * kThreads));
@@ -182,6 +301,7 @@ void launch_kv_of(const KvKernel& choice, KvKernelParams p, const char* name, St
   const std::int64_t half_a_round = kResidentThreads / 2 * current_device_properties().num_sms;
   const bool in_one = choice.tokens == 1 || 2 * p.num_tokens * p.num_vectors < half_a_round * choice.tokens;
   p.block_shift = std::has_single_bit(p.block_size) ? std::countr_zero(p.block_size) : -1;
+  if (in_one && write_few(choice, p, item_bytes, name, stream)) return;
   const std::int64_t tile_tokens = rows * static_cast<unsigned>(in_one ? 1 : choice.tokens),
                      tiles_per_launch = 0x7fffffff / (2 * p.num_chunks);
   for (; p.first_token < p.num_tokens; p.first_token += tiles_per_launch * tile_tokens) {
@@ -206,7 +326,7 @@ void launch_kv_vectors(const KvKernel& vectors, const KvKernel& elements, std::i
                                : !side_is_aligned(p.sides[1])                            ? "v or v_cache"
                                                                                          : nullptr;
   if (explain_vectors(obstacle)) return;
-  launch_kv_of(obstacle == nullptr ? vectors : elements, p, name, stream);
+  launch_kv_of(obstacle == nullptr ? vectors : elements, p, item_bytes, name, stream);
 }
 
 template <bool kWrite, bool kRaw, typename T, typename CacheT>
@@ -216,8 +336,11 @@ void launch_kv(const KvKernelParams& p, const char* name, Stream stream) {
   // Copies have the registers for many tokens. Conversions gain more from threads, and rare pairs of types get less code.
   constexpr int kTokens = kRaw ? 8 : 1, kRegisters = kRaw ? 64 : 40;
   const auto single = kv_kernel<kWrite, kRaw, T, CacheT, kVec, 1, 40>, elements = kv_kernel<kWrite, kRaw, T, CacheT, 1, 1, 40>;
-  launch_kv_vectors({kv_kernel<kWrite, kRaw, T, CacheT, kVec, kTokens, kRegisters>, kVec, kTokens, single}, {elements, 1, 1, elements},
-                    sizeof(T), sizeof(CacheT), p, name, stream);
+  void (*few)(FewKvParams) = nullptr;
+  if constexpr (kWrite && kRaw) few = write_few_kernel<true, std::uint32_t, std::uint32_t>;
+  if constexpr (kWrite && !kRaw && sizeof(T) == 2 && sizeof(CacheT) == 1) few = write_few_kernel<false, T, CacheT>;
+  launch_kv_vectors({kv_kernel<kWrite, kRaw, T, CacheT, kVec, kTokens, kRegisters>, kVec, kTokens, single, few, kFewSides<kRaw>},
+                    {elements, 1, 1, elements, nullptr, 1}, sizeof(T), sizeof(CacheT), p, name, stream);
 }
 
 template <bool kWrite>

@@ -52,8 +52,8 @@ struct LaunchShape {
   int cluster_ctas = 0;  // 0: no clusters
 };
 
-/// Clusters of the shape that run on the current device at once.
-int max_active_clusters(const void* kernel, const LaunchShape& shape);
+/// Clusters of the shape that run on the current device at once; max_active_clusters in cuda/once_per_device.h remembers it.
+int ask_max_active_clusters(const void* kernel, const LaunchShape& shape);
 
 void launch_waiting(const char* name, const void* kernel, const LaunchShape& shape, Stream stream, void** arguments);
 

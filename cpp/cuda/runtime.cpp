@@ -11,14 +11,13 @@
 
 #include "cuda/device_code.h"
 #include "cuda/launch.h"
+#include "cuda/once_per_device.h"
 #include "quire/error.h"
 #include "quire/runtime.h"
 
 namespace quire {
 namespace cuda {
 namespace {
-
-constexpr int kMaxDevices = 64;
 
 // Of the innermost DeviceScope; -1: none. Each question to the driver costs some 30 ns, and an op would ask up to eight times.
 thread_local int scoped_device = -1;
@@ -34,8 +33,8 @@ struct DeviceState {
 };
 
 DeviceState& device_state(int device_index) {
-  static DeviceState* const states = new DeviceState[kMaxDevices];
-  if (device_index < 0 || device_index >= kMaxDevices)
+  static DeviceState* const states = new DeviceState[kMaxRememberedDevices];
+  if (device_index < 0 || device_index >= kMaxRememberedDevices)
     throw UnsupportedError("[cuda] device: expected 0 to 63, got " + std::to_string(device_index));
   return states[device_index];
 }
@@ -136,7 +135,7 @@ struct LaunchConfig {
 
 }  // namespace
 
-int max_active_clusters(const void* kernel, const LaunchShape& shape) {
+int ask_max_active_clusters(const void* kernel, const LaunchShape& shape) {
   set_max_shared_bytes(kernel, shape.shared_bytes);
   const LaunchConfig config(shape);
   int clusters = 0;

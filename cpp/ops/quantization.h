@@ -246,7 +246,7 @@ void column_sums(std::int32_t* sums, const std::int8_t* b, std::int64_t n, std::
 }  // namespace cpu
 
 namespace cuda {
-// cuda/quantization/quantize.cu
+// cuda/quantization/quantize*, dequantize.cu
 void quantize(const QuantizeParams& params, Stream stream);
 void set_default_scales(const QuantizeParams& params, Stream stream);
 void dequantize(const QuantizeParams& params, Stream stream);

@@ -17,6 +17,20 @@ from quire import _core
 #: Any tensor with ``__dlpack__``: NumPy, CuPy, PyTorch, JAX, quire.Tensor, ...
 Array = Any
 
+#: Bytes of an element, by the dtype's name.
+ITEM_BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int8": 1,
+    "uint8": 1,
+    "int32": 4,
+    "int64": 8,
+    "bool": 1,
+}
+
 
 def framework_of(x: Array) -> str:
     """The root module of a tensor's type: "numpy", "torch", "cupy", "jax", "jaxlib", "quire", ..."""
@@ -146,8 +160,17 @@ def device_of(x: Array) -> str:
     return f"cuda:{index}" if int(kind) in (2, 13) else "cpu"  # kDLCUDA, kDLCUDAManaged
 
 
-def finish(out: Array, like: Array) -> Array:
-    """Turns what empty() gave for ``like`` into a tensor of its framework, now that it is written."""
+def finish(out: Array, like: Array, op: str = "finish") -> Array:
+    """Turns what empty() gave for ``like`` into a tensor of its framework, now that it is written.
+
+    Args:
+        out: What empty() gave.
+        like: As for empty().
+        op: Whose result it is, where it may be of float8, which not every JAX takes.
+
+    Raises:
+        TypeError: It is of float8, and this JAX does not take it.
+    """
     if type(out) is _core.Tensor and framework_of(like) in ("jax", "jaxlib"):
         jax = sys.modules["jax"]
         _core.hand_over(out)
@@ -157,7 +180,7 @@ def finish(out: Array, like: Array) -> Array:
             if not out.dtype.startswith("float8"):
                 raise
             raise TypeError(
-                f"a result of {out.dtype}: JAX {jax.__version__} does not take it through DLPack: {e}"
+                f"[{op}] out: expected a dtype that JAX {jax.__version__} takes through DLPack, got {out.dtype}: {e}"
             ) from e
         # DLPack knows one CPU, JAX may have several.
         return result if result.device == like.device else jax.device_put(result, like.device)

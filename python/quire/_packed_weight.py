@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from quire import _core
-from quire._allocate import Array, device_of, dtype_name, empty, finish, from_numpy, numpy_dtype
+from quire._allocate import ITEM_BYTES, Array, device_of, dtype_name, empty, finish, from_numpy
 from quire._quantized import Granularity, quantize, whole_number
 from quire._refusals import called_as, unexpected
 from quire._weight_source import (
@@ -59,7 +59,7 @@ def _nbytes(t: Array) -> int:
     count = 1
     for n in t.shape:
         count *= int(n)
-    return count * numpy_dtype(dtype_name(t.dtype)).itemsize
+    return count * ITEM_BYTES[dtype_name(t.dtype)]
 
 
 class PackedWeight:

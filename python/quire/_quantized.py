@@ -39,7 +39,7 @@ class Quantized:
         name = dtype_name(out_dtype)
         if name not in ("float8_e4m3fn", "int8"):
             raise TypeError(f"[{op}] out_dtype: expected float8_e4m3fn or int8, got {name}")
-        self._like, self._given = like, out
+        self._op, self._like, self._given = op, like, out
         self.out: Array = out
         self.scales: Array = scale
         if granularity == "tensor":
@@ -70,7 +70,7 @@ class Quantized:
         """``(out, scales)`` in the caller's framework, now that they are written."""
         if self._given is not None:
             return self.out, self.scales
-        out = finish(self.out, self._like)
+        out = finish(self.out, self._like, self._op)
         return out, finish(self.scales, self._like)
 
 
@@ -176,7 +176,7 @@ def quantize(
     call = _core.quantize_fp8 if dtype == "float8_e4m3fn" else _core.quantize_int8
     call(q, scale, zero_point, x, granularity, group_size, computes, bound, stream)
     if fresh:
-        q = finish(q, x)
+        q = finish(q, x, op)
         if computes:
             scale = finish(scale, x)
             zero_point = None if zero_point is None else finish(zero_point, x)

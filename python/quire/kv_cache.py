@@ -9,9 +9,9 @@ import operator
 from collections.abc import Sequence
 
 from quire import _core
-from quire._allocate import Array, dtype_name, empty, finish, shape_of
+from quire._allocate import ITEM_BYTES, Array, dtype_name, empty, finish, shape_of
 from quire._refusals import called_as
-from quire.kv_transfer import ITEM_BYTES, KVBlocks, KVCacheDescription, export_blocks, import_blocks
+from quire.kv_transfer import CACHE_DTYPES, KVBlocks, KVCacheDescription, export_blocks, import_blocks
 
 __all__ = ["KVBlocks", "KVCache", "KVCacheDescription", "copy_blocks", "gather_kv", "swap_blocks", "write_kv"]
 
@@ -469,6 +469,6 @@ class KVCache:
 
 def _item_bytes(dtype: object) -> int:
     name = dtype_name(dtype)
-    if name not in ITEM_BYTES:
-        raise TypeError(f"[KVCache] dtype: expected one of {', '.join(ITEM_BYTES)}, got {name}")
+    if name not in CACHE_DTYPES:
+        raise TypeError(f"[KVCache] dtype: expected one of {', '.join(CACHE_DTYPES)}, got {name}")
     return ITEM_BYTES[name]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quire import _core
-from quire._allocate import Array
+from quire._allocate import ITEM_BYTES, Array
 from quire._refusals import called_as
 
 if TYPE_CHECKING:
@@ -30,10 +30,8 @@ _VERSION = 1
 _FIXED = struct.Struct("<8s10I2Q")
 _ALIGNMENT = 64
 _MAX_HEADER_BYTES = 1 << 30
-#: Never renumbered.
-_DTYPES = {"float32": 1, "float16": 2, "bfloat16": 3, "float8_e4m3fn": 4, "float8_e5m2": 5, "int8": 6}
-#: Of an element of a cache; these are the dtypes that one may have.
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
+#: The dtypes that a cache may have, and their numbers here, which never change.
+CACHE_DTYPES = {"float32": 1, "float16": 2, "bfloat16": 3, "float8_e4m3fn": 4, "float8_e5m2": 5, "int8": 6}
 
 
 @dataclass(frozen=True)
@@ -205,7 +203,7 @@ def _make_header(blocks: tuple[str, int, int, int, int, int, int, int], keys: Se
     header_bytes = -(-(_FIXED.size + len(key_bytes) + 4) // _ALIGNMENT) * _ALIGNMENT
     payload_bytes = num_layers * 2 * num_blocks * block_size * count * head_dim * ITEM_BYTES[dtype]
     fixed = _FIXED.pack(
-        _MAGIC, _VERSION, header_bytes, _DTYPES[dtype], num_layers, block_size, head_dim, total, start, count, keys is not None,
+        _MAGIC, _VERSION, header_bytes, CACHE_DTYPES[dtype], num_layers, block_size, head_dim, total, start, count, keys is not None,
         num_blocks, payload_bytes,
     )  # fmt: skip
     body = (fixed + key_bytes).ljust(header_bytes - 4, b"\0")
@@ -229,7 +227,7 @@ def _read_header(
         raise refuse(f"{header_bytes} bytes", f"{len(header)}")
     if zlib.crc32(header[:-4]) != struct.unpack("<I", header[-4:])[0]:
         raise refuse("its own checksum", "an altered header")
-    names = {number: name for name, number in _DTYPES.items()}
+    names = {number: name for name, number in CACHE_DTYPES.items()}
     if dtype not in names or has_keys > 1 or start + count > total:
         raise refuse(
             "a dtype, heads and flags that are known",

@@ -58,6 +58,9 @@ TEST(CudaAttentionConfig, variant_follows_packed_rows_per_sequence) {
   EXPECT_EQ(configure(paged(4, 1024, 32, 8, 128), kDevice).variant, Variant::kMmaSplitKeys8);
   EXPECT_EQ(configure(paged(4, 1024, 64, 8, 128), kDevice).variant, Variant::kMmaSplitKeys8);
   EXPECT_EQ(configure(paged(4, 1024, 72, 8, 128), kDevice).variant, Variant::kMmaSplitKeys16);
+  EXPECT_EQ(configure(paged(4, 1024, 128, 8, 128), kDevice).variant, Variant::kMmaSplitKeys16);
+  EXPECT_EQ(configure(paged(4, 1024, 136, 8, 128), kDevice).variant, Variant::kMmaSplitKeys32);
+  EXPECT_EQ(configure(paged(4, 1024, 136, 8, 256), kDevice).variant, Variant::kMmaSplitKeys16);
   EXPECT_EQ(configure(paged(4, 1024, 71, 1, 128), kDevice).variant, Variant::kMmaSplitRows);
   EXPECT_EQ(configure(ragged_queries(paged(4, 1024, 32, 8, 128), 4), kDevice).variant, Variant::kMmaSplitKeys8);
   EXPECT_EQ(configure(ragged_queries(paged(4, 1024, 32, 8, 128), 4096), kDevice).variant, Variant::kMmaSplitRows128);
@@ -167,8 +170,7 @@ TEST(CudaAttentionConfig, hopper_tiles_have_192_rows_where_three_warpgroups_fit)
 
 TEST(CudaAttentionConfig, a_variant_that_is_asked_for_runs_or_is_refused) {
   AttentionParams params = dense(paged(4, 1024, 32, 8, 128));
-  for (const Variant variant : {Variant::kMmaSplitKeys8, Variant::kMmaSplitKeys16, Variant::kMmaSplitRows, Variant::kMmaSplitRows128,
-                                Variant::kWgmma, Variant::kMmaSplitKeys8Small, Variant::kMmaSplitRowsSmall, Variant::kSimt}) {
+  for (const Variant variant : kAttentionVariants) {
     params.variant = variant;
     if (obstacle(variant, params, kDevice, true) == nullptr) {
       EXPECT_EQ(configure(params, kDevice, true).variant, variant);

@@ -805,6 +805,22 @@ def test_importing_quire_imports_no_jax():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_float8_result_that_jax_refuses(monkeypatch):
+    def refuse(x):
+        raise jax.errors.JaxRuntimeError("float8")
+
+    monkeypatch.setattr(jax.dlpack, "from_dlpack", refuse)
+    x = jnp.ones((2, 16))
+    for op, call in (
+        ("quantize_fp8", quire.quantize_fp8),
+        ("rms_norm", lambda x: quire.rms_norm(x, x[0], out_dtype="float8_e4m3fn", granularity="token")),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"^\[{op}\] out: expected a dtype that JAX .* got float8_e4m3fn"
+        ):
+            call(x)
+
+
 # ---- packed weights --------------------------------------------------------------------------------------------------------
 
 

@@ -109,14 +109,15 @@ def test_rounding_and_saturation(backend, cache_dtype):
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("heads_dim", [(8, 128), (3, 24), (1, 4096), (2, 17)])
 @pytest.mark.parametrize("pad", [0, 8])
-def test_many_tokens(backend, rng, heads_dim, cache_dtype, pad):
-    """More tokens than fill a device: rows that are dense on both sides, and rows that are not; some skipped, one out of range."""
+@pytest.mark.parametrize(("num_tokens", "block_size"), [(1300, 16), (70, 16), (70, 12)])
+def test_token_counts(backend, rng, num_tokens, block_size, heads_dim, cache_dtype, pad):
+    """More tokens than fill a device, and few: rows that are dense on both sides, and rows that are not; some skipped, one out of range."""
     heads, dim = heads_dim
-    num_tokens, blocks, block_size = 1300, 90, 16
+    blocks = num_tokens // block_size + 9
     k, v = (draw(rng, (num_tokens, heads, dim), "bfloat16") for _ in range(2))
     slots = rng.permutation(blocks * block_size)[:num_tokens]
     slots[rng.integers(0, num_tokens, 40)] = -1
-    slots[77] = blocks * block_size
+    slots[num_tokens // 2] = blocks * block_size
     scale = None if cache_dtype in DTYPES else np.array([0.5 if pad else 0.0371], np.float32)
     scales = {} if scale is None else {"k_scale": backend.array(scale), "v_scale": backend.array(scale)}
     caches = [backend.array(poisoned((blocks, block_size, heads, dim), cache_dtype)) for _ in range(2)]

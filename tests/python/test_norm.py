@@ -360,6 +360,54 @@ def test_quantized_dtypes(backend, rng, op, dtype, out_dtype, granularity):
         check_quantized(backend, rng, op, (num_rows, hidden), dtype, out_dtype, granularity)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("out_dtype", QUANTIZED)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("op", OPS)
+def test_quantized_wide_rows(backend, rng, op, dtype, out_dtype, granularity):
+    """Weights of x's dtype, and CTAs of several warps whose last one is not full."""
+    for num_rows, hidden in ((3, 4224), (600, 1152)):
+        check_quantized(
+            backend, rng, op, (num_rows, hidden), dtype, out_dtype, granularity, 64, weight_dtype=dtype
+        )
+
+
+@pytest.mark.parametrize("granularity", [None, *GRANULARITIES])
+@pytest.mark.parametrize("num_rows", [6, 700])
+@pytest.mark.parametrize("op", OPS)
+def test_layouts_agree_bit_for_bit(backend, rng, op, num_rows, granularity):
+    """Rows at two strides give what the same rows at one stride give."""
+    for dtype, hidden in (("bfloat16", 1040), ("float16", 4096)):
+        shape = (2, num_rows // 2 + 1, hidden)
+        weight, bias = draw(rng, shape[-1:], dtype), draw(rng, shape[-1:], dtype)
+        x, residual = draw(rng, shape, dtype), draw(rng, shape, dtype)
+        options = {} if granularity is None else {"out_dtype": "float8_e4m3fn", "granularity": granularity}
+        if granularity == "tensor":
+            options["scale"] = backend.array(np.array([0.017], np.float32))
+        if granularity == "group":
+            options["group_size"] = 16
+        results = []
+        for layout in ("one stride", "two strides"):
+
+            def rows(array):
+                if layout == "two strides":
+                    return backend.array(array)[:, :-1]
+                return backend.array(np.ascontiguousarray(array[:, :-1]).reshape(-1, hidden))
+
+            bx, br, bw = rows(x), rows(residual), backend.array(weight)
+            if op == "rms_norm":
+                got = quire.rms_norm(bx, bw, weight_offset=1.0, **options)
+            elif op == "layer_norm":
+                got = quire.layer_norm(bx, bw, backend.array(bias), **options)
+            else:
+                got = quire.fused_add_rms_norm(bx, br, bw, **options)
+                got = (*got, br) if isinstance(got, tuple) else (got, br)
+            got = got if isinstance(got, tuple) else (got,)
+            results.append([np.ascontiguousarray(backend.numpy(g)).reshape(-1).view(np.uint8) for g in got])
+        for one, two in zip(*results, strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
 @pytest.mark.parametrize("hidden", [*HIDDEN, 40000])
 @pytest.mark.parametrize("op", OPS)
@@ -406,14 +454,16 @@ def test_quantized_strides(backend, rng, op, pad, granularity):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("out_dtype", QUANTIZED)
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("num_rows", [3, 800])
-def test_quantized_bit_for_bit(backend, rng, num_rows, out_dtype, granularity):
+def test_quantized_bit_for_bit(backend, rng, num_rows, weight_dtype, out_dtype, granularity):
     """Rows of +1 and -1 have norm 1 exactly, so the results are the weights: quotients are those of float32 division, ties included."""
-    hidden = 1024
+    hidden = 2048
     x = np.where(rng.random((num_rows, hidden)) < 0.5, -1.0, 1.0).astype(np_dtype("bfloat16"))
     weight = (rng.standard_normal(hidden) * np.exp2(rng.integers(-12, 4, hidden))).astype(np.float32)
     weight[:200] = np.arange(200) / 16  # ties under a scale of a power of two
-    y = x.astype(np.float32) * weight
+    weight = weight.astype(np_dtype(weight_dtype))
+    y = x.astype(np.float32) * weight.astype(np.float32)
     for scale in (0.125, 0.0371, 3.0, 1e-3, 2.0**-70, 1e25):
         given = np.array([scale], np.float32)
         out, scales = quire.rms_norm(

@@ -14,7 +14,7 @@ import pytest
 from frameworks import as_float64
 from gpu_work import SHORT_DELAY, CuPyWork, assert_same, busy
 from op_list import draw
-from test_quantization import HELPED, assert_helped, skip_unless_helped
+from quantization_draws import HELPED, assert_helped, skip_unless_helped
 from tolerances import assert_product_close
 
 import quire

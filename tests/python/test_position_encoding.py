@@ -75,6 +75,29 @@ def test_token_and_head_counts(backend, rng, num_tokens, kv_heads):
 
 
 @pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("table_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 96, 256])
+def test_few_tokens_as_many(backend, rng, head_dim, dtype, table_dtype, style):
+    """A token's bits do not depend on how many others there are, nor on the dtype of positions; skipped ones keep theirs."""
+    num_tokens, few = 1500, 65
+    positions = rng.integers(0, 64, num_tokens)
+    positions[3] = -1
+    q, k = draw(rng, (num_tokens, 3, head_dim), dtype), draw(rng, (num_tokens, 2, head_dim), dtype)
+    table = backend.array(quire.rope_cache(head_dim, 64, dtype=table_dtype))
+    want = [backend.array(q), backend.array(k)]
+    quire.rotary_embedding(backend.array(positions), *want, table, style=style)
+    for index_dtype in (np.int32, np.int64):
+        got = [backend.array(q[:few]), backend.array(k[:few])]
+        quire.rotary_embedding(backend.array(positions[:few].astype(index_dtype)), *got, table, style=style)
+        for one, all_of_them in zip(got, want):
+            np.testing.assert_array_equal(
+                np.ascontiguousarray(backend.numpy(one)).view(np.uint8),
+                np.ascontiguousarray(backend.numpy(all_of_them)[:few]).view(np.uint8),
+            )
+
+
+@pytest.mark.parametrize("style", STYLES)
 def test_every_writable_framework(framework, rng, style):
     if not framework.writable:
         with pytest.raises(

@@ -11,7 +11,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/jax/call.h"
-#include "bindings/tensor_args.h"
+#include "bindings/scalar_args.h"
 #include "core/explain.h"
 
 namespace quire::bindings {

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <bit>
+#include <optional>
 
 #include "core/dispatch.h"
 #include "core/explain_vectors.h"
@@ -24,6 +25,8 @@ constexpr int kVectorsPerThread = 2;
 constexpr int kMaxRowThreads = 1024;
 // Vectors of twice as many elements, which share the work per group, pay from so many of kVec for each SM on.
 constexpr std::int64_t kManyVectorsPerSm = 8192;
+// Vectors of kFewVec up to which there are few for each SM.
+constexpr std::int64_t kFewVectorsPerSm = 1024;
 
 // The result's vector from its gate and its up.
 template <Activation kActivation, typename T, int kCount>
@@ -67,6 +70,49 @@ __global__ void __launch_bounds__(kThreads) activation_group_kernel(const __grid
     store_quantized<true>(p.out, p.out_rows.offset(row) + at, is_int8, v, Divisor(scale));
   } else if (inside) {
     store_quantized<false>(p.out, p.out_rows.offset(row) + at, is_int8, v, Divisor(given_scale));
+  }
+}
+
+// Few rows at one stride, one scale or one per group. Parameters in the order of their use, in the lines of the constant cache
+// (cuda/norm/dense_rows.cuh); strides of x and of the result in vectors.
+struct FewRows {
+  const void* x;
+  const float* given_scale;  // null: one per group
+  std::uint32_t x_stride, num_vectors;  // vectors of a row of the result
+  void* out;
+  float* scales;
+  std::uint32_t out_stride, scale_row_stride;
+  // Here ends a line.
+  std::uint32_t scale_group_stride, group_shift;  // lanes of a group are two to this
+  bool is_int8;
+};
+
+// Elements of a thread: few rows gain from threads.
+constexpr int kFewVec = 8;
+
+// Grid: (chunks of a row's vectors, rows). A group's vectors lie in neighbouring lanes, all inside or none.
+template <Activation kActivation, typename T>
+__global__ void __launch_bounds__(kThreads) activation_few_kernel(const __grid_constant__ FewRows p) {
+  using Vector = Packed<T, kFewVec>;
+  const std::uint32_t vector = blockIdx.x * kThreads + threadIdx.x, at = min(vector, p.num_vectors - 1);
+  const Vector* const gates = static_cast<const Vector*>(p.x) + (blockIdx.y * p.x_stride + at);
+  device::wait_for_predecessor();
+
+  // Load. A thread past the end reads what the last one reads.
+  const Vector gate = load_raw<sizeof(Vector)>(gates), up = load_raw<sizeof(Vector)>(gates + p.num_vectors);
+  float scale = 1.0f;
+  if (p.given_scale != nullptr) scale = *p.given_scale;
+  float v[kFewVec];
+  gated<kActivation, T, kFewVec>(v, gate, up);
+  const auto out_at = static_cast<std::int64_t>(blockIdx.y * p.out_stride + at) * kFewVec;
+  if (p.given_scale == nullptr) {
+    scale = computed_scale(warp_max(largest_of(v), 1 << p.group_shift), p.is_int8);
+    if (vector >= p.num_vectors) return;
+    if ((at & ((1u << p.group_shift) - 1)) == 0)
+      p.scales[blockIdx.y * p.scale_row_stride + (at >> p.group_shift) * p.scale_group_stride] = scale;
+    store_quantized<true>(p.out, out_at, p.is_int8, v, Divisor(scale));
+  } else if (vector < p.num_vectors) {
+    store_quantized<false>(p.out, out_at, p.is_int8, v, Divisor(scale));
   }
 }
 
@@ -159,6 +205,38 @@ std::int64_t whole_warps(std::int64_t num_threads) {
   return std::min<std::int64_t>(ceil_div(num_threads, kWarpSize) * kWarpSize, kMaxRowThreads);
 }
 
+// The parameters of activation_few_kernel, where it takes these rows, whose layouts have vectors.
+std::optional<FewRows> few_rows(const ActivationParams& p) {
+  const bool per_group = p.quant.granularity == ScaleGranularity::kGroup;
+  const std::int64_t num_vectors = p.width / kFewVec, group_lanes = per_group ? p.quant.group_size / kFewVec : 1;
+  // Offsets have 32 bits, and so has a stride of `unit` elements.
+  const auto stride = [&](const RowLayout& rows, std::int64_t unit) -> std::optional<std::uint32_t> {
+    if (rows.inner_extents[0] != 1 || rows.inner_extents[1] != 1) return std::nullopt;
+    if (p.num_rows == 1) return 0;
+    if (rows.strides[0] % unit != 0 || rows.strides[0] < 0 || rows.strides[0] / unit > (0xffffffff - num_vectors) / p.num_rows)
+      return std::nullopt;
+    return static_cast<std::uint32_t>(rows.strides[0] / unit);
+  };
+  const auto x_stride = stride(p.x_rows, kFewVec), out_stride = stride(p.out_rows, kFewVec);
+  const auto scale_row_stride = per_group ? stride(p.quant.scale_rows, 1) : 0;
+  const bool are_few =
+      p.num_rows <= 0xffff && num_vectors <= 0xffffff && p.num_rows * num_vectors <= kFewVectorsPerSm * current_device_properties().num_sms;
+  if (p.quant.granularity == ScaleGranularity::kToken || !are_few || !x_stride || !out_stride || !scale_row_stride ||
+      group_lanes > kWarpSize || p.quant.group_stride < 0 || p.quant.group_stride > 0xffffffff / num_vectors)
+    return std::nullopt;
+  return FewRows{.x = p.x,
+                 .given_scale = per_group ? nullptr : p.quant.scales,
+                 .x_stride = *x_stride,
+                 .num_vectors = static_cast<std::uint32_t>(num_vectors),
+                 .out = p.out,
+                 .scales = p.quant.scales,
+                 .out_stride = *out_stride,
+                 .scale_row_stride = *scale_row_stride,
+                 .scale_group_stride = static_cast<std::uint32_t>(p.quant.group_stride),
+                 .group_shift = static_cast<std::uint32_t>(std::countr_zero(static_cast<std::uint64_t>(group_lanes))),
+                 .is_int8 = p.quant.dtype == DType::kInt8};
+}
+
 template <Activation kActivation, typename T>
 void launch_quantized(const ActivationParams& p, Stream stream) {
   const auto num_row_ctas = static_cast<unsigned>(std::min<std::int64_t>(p.num_rows, 0x7fffffff));
@@ -175,6 +253,12 @@ void launch_quantized(const ActivationParams& p, Stream stream) {
                                : !per_token && !lanes_fit                                      ? "group_size"
                                                                                                : nullptr;
   if (explain_vectors(obstacle)) return;
+  if constexpr (sizeof(T) == 2) {
+    if (const std::optional<FewRows> rows = obstacle == nullptr ? few_rows(p) : std::nullopt) {
+      const dim3 grid(static_cast<unsigned>(ceil_div(rows->num_vectors, kThreads)), static_cast<unsigned>(p.num_rows));
+      return launch_waiting("activation", activation_few_kernel<kActivation, T>, grid, kThreads, stream, *rows);
+    }
+  }
   if (obstacle == nullptr && per_token) {
     const std::int64_t num_threads = whole_warps(ceil_div(num_vectors, kVectorsPerThread));
     launch_waiting("activation", activation_token_kernel<kActivation, T>, num_row_ctas, static_cast<unsigned>(num_threads), stream, p);

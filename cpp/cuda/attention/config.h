@@ -28,6 +28,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int tile_rows(Variant variant) {
   switch (variant) {
     case Variant::kMmaSplitKeys16: return 16;
+    case Variant::kMmaSplitKeys32: return 32;
     case Variant::kMmaSplitRows:
     case Variant::kMmaSplitRowsSmall: return 64;
     case Variant::kMmaSplitRows128: return 128;
@@ -97,13 +98,14 @@ inline int wgmma_rows(const AttentionParams& params) {
 }
 
 /// What the largest variants need; devices of compute capability 8.0 and 9.0 have it, 8.6, 8.9 and 12.0 have 99 KiB.
-constexpr int kLargeSharedBytes = 108 * 1024;
+constexpr int kLargeSharedBytes = 110 * 1024;
 
 /// Whether a variant's shared memory is more than the smaller devices have.
 constexpr bool needs_large_shared(Variant variant, int bucket, std::int64_t kv_itemsize) {
   switch (variant) {
     case Variant::kMmaSplitKeys8: return bucket == 256;
-    case Variant::kMmaSplitKeys16: return true;
+    case Variant::kMmaSplitKeys16:
+    case Variant::kMmaSplitKeys32: return true;
     case Variant::kMmaSplitRows: return bucket == 256 && kv_itemsize == 2;
     default: return false;
   }
@@ -115,7 +117,8 @@ constexpr int tile_cost(bool wide, std::int64_t num_tiles) { return num_tiles > 
 
 /// Whether a variant's CTAs share the batch's keys on the device (share.cuh), so that the host splits nothing.
 constexpr bool shares_keys(Variant variant) {
-  return variant == Variant::kMmaSplitKeys8 || variant == Variant::kMmaSplitKeys16 || variant == Variant::kMmaSplitKeys8Small;
+  return variant == Variant::kMmaSplitKeys8 || variant == Variant::kMmaSplitKeys16 || variant == Variant::kMmaSplitKeys32 ||
+         variant == Variant::kMmaSplitKeys8Small;
 }
 
 /// Batch-invariant calls cut a tile's keys at these places alone, which depend on nothing: eight parts of 512 keys, then four to each octave,
@@ -127,6 +130,9 @@ __host__ __device__ constexpr int part_begin(int index) {
   const int octave = (index - 8) / 4;
   return (4096 << octave) + (index - 8) % 4 * (1024 << octave);
 }
+
+/// Whether batch-invariant decode has a kernel for lengths that are alike (mma_cluster_parts.cuh). 8-bit keys are not faster there.
+constexpr bool has_parts(std::int64_t kv_itemsize, int head_dim_bucket) { return kv_itemsize == 2 && head_dim_bucket >= 128; }
 
 /// How two neighbouring kv heads are one tile's: memory gives what lies in longer pieces faster.
 enum class Pairing {
@@ -244,12 +250,21 @@ inline const char* obstacle(Variant variant, const AttentionParams& params, cons
     return "the device has too little shared memory for it at this head_dim";
   switch (variant) {
     case Variant::kWgmma: return has_wgmma ? wgmma_obstacle(params) : "the device is no Hopper, or this build has no code for it";
+    case Variant::kMmaSplitKeys32:
     case Variant::kMmaSplitRows128: return bucket == 256 ? "head_dim is over 128" : nullptr;
     case Variant::kMmaSplitKeys8Small: return bucket == 256 ? nullptr : "head_dim is at most 128";
     case Variant::kMmaSplitRowsSmall:
       return bucket != 256 ? "head_dim is at most 128" : itemsize(params.kv_dtype) != 2 ? "keys and values are not 16-bit" : nullptr;
     default: return nullptr;
   }
+}
+
+/// Of the variants that share keys the smallest for so many rows of a sequence, or else the largest that can run.
+template <typename CanRun>
+Variant choose_split_keys(std::int64_t rows, const CanRun& can_run) {
+  if (rows > 16 && can_run(Variant::kMmaSplitKeys32)) return Variant::kMmaSplitKeys32;
+  if (rows > 8 && can_run(Variant::kMmaSplitKeys16)) return Variant::kMmaSplitKeys16;
+  return can_run(Variant::kMmaSplitKeys8) ? Variant::kMmaSplitKeys8 : Variant::kMmaSplitKeys8Small;
 }
 
 /// The variant for a call, and in `why`, unless null, the reasons. `rows` is the number of packed rows of a sequence.
@@ -280,22 +295,25 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
     return Variant::kMmaSplitKeys8Small;
   }
   if (why != nullptr) because(std::to_string(rows), " rows of each sequence and kv head (queries times heads of the group)");
-  Variant variant = rows <= 8 ? Variant::kMmaSplitKeys8 : rows <= 32 ? Variant::kMmaSplitKeys16 : Variant::kMmaSplitRows;
-  if (rows <= 32)
+  if (rows <= 32) {
     because("up to 32 rows the warps take turns at the keys: the larger tiles of mma_split_rows and wgmma would be mostly empty");
-  if (const char* reason = prevents(variant)) {
-    because("not ", name(variant), ": ", reason);
-    if (variant == Variant::kMmaSplitRows) return Variant::kMmaSplitRowsSmall;
-    variant = variant == Variant::kMmaSplitKeys16 && prevents(Variant::kMmaSplitKeys8) == nullptr ? Variant::kMmaSplitKeys8
-                                                                                                  : Variant::kMmaSplitKeys8Small;
+    return choose_split_keys(rows, [&](Variant variant) {
+      const char* const reason = prevents(variant);
+      if (reason != nullptr) because("not ", name(variant), ": ", reason);
+      return reason == nullptr;
+    });
   }
-  if (variant != Variant::kMmaSplitRows) return variant;
+  if (const char* reason = prevents(Variant::kMmaSplitRows)) {
+    because("not ", name(Variant::kMmaSplitRows), ": ", reason);
+    return Variant::kMmaSplitRowsSmall;
+  }
   const std::int64_t all_rows = params.num_tokens * params.num_heads;
   if (const char* reason = prevents(Variant::kWgmma)) {
     because("not wgmma: ", reason);
-  } else if (all_rows * 3 < std::int64_t{wgmma_rows(params)} * device.num_sms) {
+  } else if (all_rows * 3 < std::int64_t{wgmma_rows(params)} * device.num_sms &&
+             params.num_seqs * params.num_kv_heads * ceil_div(rows, wgmma_rows(params)) * 9 < std::int64_t{device.num_sms} * 4) {
     // With few tiles, kMmaSplitRows shares each one's keys between CTAs.
-    because("not wgmma: its tiles would be fewer than a third of the SMs, and it does not split the keys of a tile");
+    because("not wgmma: its tiles, if full, would be fewer than a third of the SMs, and it does not split the keys of a tile");
   } else {
     return Variant::kWgmma;
   }
@@ -310,7 +328,7 @@ inline Variant choose_variant(const AttentionParams& params, const DevicePropert
     because("not mma_split_rows: an SM has too little shared memory for two of its CTAs at this head_dim");
     return Variant::kMmaSplitRowsSmall;
   }
-  return variant;
+  return Variant::kMmaSplitRows;
 }
 
 /// How many CTAs share a tile if lengths are alike; 0: all keys are shared evenly at once. `per_sm` of them run on an SM together.
@@ -410,7 +428,7 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
         config.tiles_per_cta = static_cast<int>(tiles);
       }
     }
-    if (may_have_clusters && params.batch_invariant) {
+    if (may_have_clusters && params.batch_invariant && has_parts(itemsize(params.kv_dtype), config.head_dim_bucket)) {
       int parts = 1;
       while (parts < kMaxCluster && part_begin(parts) < key_capacity(params)) ++parts;
       const std::int64_t size = std::min<std::int64_t>(config.num_ctas / num_ctas, parts);
@@ -472,9 +490,7 @@ inline Launches choose_launches(const AttentionParams& params, const DevicePrope
     why->push_back("the batch may hold decodes and prefills: sequences of up to " + std::to_string(few) +
                    " rows for each kv head are one launch's, the others another's");
   AttentionParams of_few = params;
-  of_few.variant = group <= 8 ? Variant::kMmaSplitKeys8 : Variant::kMmaSplitKeys16;
-  for (const Variant smaller : {Variant::kMmaSplitKeys8, Variant::kMmaSplitKeys8Small})
-    if (obstacle(*of_few.variant, params, device, has_wgmma) != nullptr) of_few.variant = smaller;
+  of_few.variant = choose_split_keys(group, [&](Variant variant) { return obstacle(variant, params, device, has_wgmma) == nullptr; });
   Config decode = choose_config(of_few, device, has_wgmma);
   decode.max_rows = static_cast<int>(few);
   prefill.min_rows = decode.max_rows + 1;

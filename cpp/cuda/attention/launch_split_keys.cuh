@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 
 #include "cuda/attention/launch.h"
 #include "cuda/attention/mma_cluster_keys.cuh"
@@ -19,8 +18,9 @@ template <Variant kVariant, bool kWide>
 constexpr bool kHasClusters = kWide && kVariant == Variant::kMmaSplitKeys8;
 
 /// Whether there is attend_to_parts for the same.
-template <Variant kVariant, bool kWide, Pairing kPairing>
-constexpr bool kHasParts = !kWide && kVariant == Variant::kMmaSplitKeys8 && kPairing == Pairing::kNone;
+template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing>
+constexpr bool kHasParts =
+    !kWide && kVariant == Variant::kMmaSplitKeys8 && kPairing == Pairing::kNone && has_parts(itemsize(kKvDType), kHeadDim);
 
 /// kHeadDim of a kv head that is not paired.
 __host__ __device__ constexpr int head_dim_alone(int head_dim, Pairing pairing) {
@@ -73,19 +73,9 @@ __global__ void __launch_bounds__(ClusterKeysShape<kKvDType, kHeadDim, kLoneWarp
 /// The most CTAs, up to `limit`, of which `num_clusters` clusters run at once; 0 if there is no such size.
 template <auto kKernel>
 int largest_cluster(int num_threads, int shared_bytes, int limit, std::int64_t num_clusters) {
-  // 1 + the clusters of a size that run at once.
-  constexpr int kMaxDevices = 64;
-  static std::atomic<int> known[kMaxDevices][kMaxCluster + 1];
-  const int device = current_device();
-  if (device >= kMaxDevices) return 0;
   for (int size = limit; size > 0; --size) {
-    int clusters = known[device][size].load(std::memory_order_relaxed) - 1;
-    if (clusters < 0) {
-      clusters = max_active_clusters(reinterpret_cast<const void*>(kKernel),
-                                     LaunchShape{static_cast<unsigned>(size), static_cast<unsigned>(num_threads), shared_bytes, size});
-      known[device][size].store(clusters + 1, std::memory_order_relaxed);
-    }
-    if (clusters >= num_clusters) return size;
+    const LaunchShape shape{static_cast<unsigned>(size), static_cast<unsigned>(num_threads), shared_bytes, size};
+    if (max_active_clusters<kKernel>(shape) >= num_clusters) return size;
   }
   return 0;
 }
@@ -131,7 +121,7 @@ void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
         return;
     }
     const LaunchShape shape{static_cast<unsigned>(config.num_ctas), Shape::kCtaThreads, Shape::kSharedBytes};
-    if constexpr (kHasParts<kVariant, kWide, kPairing>) {
+    if constexpr (kHasParts<kKvDType, kHeadDim, kVariant, kWide, kPairing>) {
       constexpr auto kOfParts = attention_mma_parts_kernel<kKvDType, kHeadDim>;
       if (in_clusters && num_head_tiles > config.num_ctas)
         return launch_waiting("attention_mma_parts_kernel", kOfParts, shape, stream, plan);
@@ -139,8 +129,10 @@ void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
           launch_clusters<kOfParts>(plan, config.cluster, 1, num_head_tiles, Shape::kCtaThreads, Shape::kSharedBytes, stream))
         return;
     }
+    Plan of_stretches = plan;
+    if (plan.params.batch_invariant) of_stretches.tiles_per_cta = 0;
     launch_waiting("attention_mma_split_keys_kernel", attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>, shape,
-                   stream, plan);
+                   stream, of_stretches);
   };
   const auto of_head_dim = [&]<int kHeadDim>() {
     if constexpr (kHeadDim == 128) {
@@ -156,6 +148,12 @@ void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
       if constexpr (itemsize(kKvDType) == 1)
         if (config.pairing == Pairing::kWarps) return launch.template operator()<256, Variant::kMmaSplitKeys8, false, Pairing::kWarps>();
       if (config.variant == Variant::kMmaSplitKeys8Small) return launch.template operator()<256, Variant::kMmaSplitKeys8Small, false>();
+    }
+    if constexpr (kHeadDim <= 128) {
+      if (config.variant == Variant::kMmaSplitKeys32) {
+        return config.wide ? launch.template operator()<kHeadDim, Variant::kMmaSplitKeys32, true>()
+                           : launch.template operator()<kHeadDim, Variant::kMmaSplitKeys32, false>();
+      }
     }
     if (config.variant == Variant::kMmaSplitKeys16) {
       return config.wide ? launch.template operator()<kHeadDim, Variant::kMmaSplitKeys16, true>()

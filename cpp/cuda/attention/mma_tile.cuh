@@ -289,7 +289,7 @@ template <DType kKvDType>
 constexpr bool kMayBeNotFinite = kKvDType != DType::kInt8;
 
 /// Takes elements that are not finite out of rows [first_row, end_row) of a V slot, of which row 0 is key `first_key`, and notes
-/// them for the tile's rows [first_tile_row, end_tile_row). A warp's work.
+/// them for the tile's rows. A warp's work.
 template <DType kKvDType, int kHeadDim>
 __device__ __forceinline__ void take_out_not_finite(const AttentionParams& p, char* slot, int first_row, int end_row, int first_key,
                                                     const RowParams* row_params, std::uint32_t* notes, int num_tile_rows) {

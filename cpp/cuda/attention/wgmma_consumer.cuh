@@ -17,10 +17,11 @@ struct WgmmaConsumer {
   static constexpr int kHeadDim = Shape::kHeadDim;
   static constexpr int kKeys = Shape::kKeys;
   static constexpr int kTurnBarrier = 1;  // and the next ones: a warpgroup's turn at products
-  static constexpr int kVoteBarrier = 4;  // and the next ones: one warpgroup
   static constexpr int kAllBarrier = 8;   // all consumers
   /// Weights of one step and thread that add up to less are kept as they are: float16 holds them.
   static constexpr float kLargeWeights = 16384.0f;
+  /// Of a row whose keys were hidden so far. Hidden keys, of score -inf, weigh nothing even so.
+  static constexpr float kNoBase = -3.0e38f;
 
   const Plan& plan;
   const WgmmaInputs& inputs;
@@ -31,7 +32,7 @@ struct WgmmaConsumer {
   float out[kHeadDim / 2];
   float score[kKeys / 2];
   std::uint32_t weights[kKeys / 16][4];
-  float base[2];  // what weights are relative to, in log2 units; -inf while a row that sees keys has none
+  float base[2];  // what weights are relative to, in log2 units; kNoBase while a row that sees keys has none
   float sum[2];  // of weights so far, of this thread's columns
 
   __device__ __forceinline__ Control& control() const { return *reinterpret_cast<Control*>(shared + Shape::kControlOffset); }
@@ -43,6 +44,9 @@ struct WgmmaConsumer {
   __device__ __forceinline__ static void release(const std::uint64_t (&barriers)[kPlaces], unsigned uses) {
     if (threadIdx.x % 32 == 0) device::barrier_arrive(device::shared_address(&barriers[uses % kPlaces]));
   }
+
+  /// A value that is the same in all lanes, so that the compiler knows.
+  __device__ __forceinline__ static int uniform(int value) { return __shfl_sync(kAllLanes, value, 0); }
 
   __device__ __forceinline__ int row(int r) const {
     return 64 * group + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * r;
@@ -106,7 +110,8 @@ struct WgmmaConsumer {
   struct Work {
     TileSlot* slot;  // until it is finished
     RowParams rows[2];  // only with options
-    int full_begin, full_end;  // keys that all of the warp's rows see, and whose scores need nothing
+    // Keys that all of the warp's rows see, and whose scores need nothing. The end is ~end while that is not so, because rows have no base.
+    int full_begin, full_end;
     float log2_scale;  // of scores, to log2 units; where it differs from WgmmaInputs'
     bool scale_first;  // scores are multiplied by all of it beforehand, because it would not keep their order
     bool sees_keys[2];  // for each of the thread's rows
@@ -162,6 +167,22 @@ struct WgmmaConsumer {
     }
   }
 
+  /// The base of rows that need one, as a step after a tile's first has hidden keys.
+  __device__ __forceinline__ void give_bases(Work& work) {
+    if (work.full_end >= 0) return;
+    float factor[2];
+    if (work.selecting) {
+      device::wgmma_wait<0>();
+      device::pin_registers(out);
+      raise_base(log2_scale(work), true, factor);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= factor[i / 2 % 2];
+    } else {
+      raise_base(log2_scale(work), false, factor);
+      if (__all_sync(kAllLanes, base[0] != kNoBase && base[1] != kNoBase)) work.full_end = ~work.full_end;
+    }
+  }
+
   static_assert(kKeys <= 128);
   /// find_seen's bits of the keys before `end`.
   __device__ __forceinline__ static std::uint32_t bits_below(int end) {
@@ -211,9 +232,9 @@ struct WgmmaConsumer {
     }
   }
 
-  /// Makes the maximum of the scores the base of rows that need one: those whose weights would be large. Earlier weights of a row are to be
+  /// Makes the maximum of the scores the base of rows that have none, or of all rows where it is larger. Earlier weights of a row are to be
   /// multiplied by `factor`. A row's base follows from its own scores alone.
-  __device__ __forceinline__ void raise_base(float log2_scale, const float (&added)[2], float (&factor)[2]) {
+  __device__ __forceinline__ void raise_base(float log2_scale, bool all, float (&factor)[2]) {
     float top[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j)
@@ -223,27 +244,29 @@ struct WgmmaConsumer {
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
       for (int lanes = 1; lanes <= 2; ++lanes) top[r] = fmaxf(top[r], __shfl_xor_sync(kAllLanes, top[r], lanes));
-      const unsigned large = __ballot_sync(kAllLanes, !(added[r] < kLargeWeights)) >> (threadIdx.x % 32 & ~3u) & 15u;
-      factor[r] = 1.0f;
-      const float raised = fmaxf(base[r], top[r] * log2_scale);
-      if (large == 0 || raised == -INFINITY) continue;
+      const float raised = all || base[r] == kNoBase ? fmaxf(base[r], top[r] * log2_scale) : base[r];
       factor[r] = device::exp2_approx(base[r] - raised);
       base[r] = raised;
       sum[r] *= factor[r];
     }
   }
 
-  /// raise_base, then weights whatever they come to.
-  __device__ __forceinline__ void weigh_anew(float log2_scale, const float (&large)[2], float (&factor)[2]) {
-    raise_base(log2_scale, large, factor);
-    float added[2];
-    const float kept[2] = {base[0], base[1]};
+  /// After a step's large weights, which `added` has told: the base of their rows becomes larger by a whole number. `factor`: what that makes
+  /// of the output.
+  __device__ __forceinline__ void lower_weights(const float (&added)[2], float (&factor)[2]) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      if (base[r] == -INFINITY) base[r] = 0.0f;
-    weigh(log2_scale, added);
+    for (int r = 0; r < 2; ++r) {
+      float top = added[r];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) base[r] = kept[r], sum[r] += added[r];
+      for (int lanes = 1; lanes <= 2; ++lanes) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, lanes));
+      // What is not finite stays so, and shows in the output.
+      const int exponent = top >= kLargeWeights ? min(static_cast<int>(__float_as_uint(top) >> 23) - 127, 126) : 0;
+      factor[r] = __uint_as_float(static_cast<unsigned>(127 - exponent) << 23);
+      base[r] += static_cast<float>(exponent);
+      sum[r] *= factor[r];
+    }
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i) score[i] *= factor[i / 2 % 2];
   }
 
   __device__ __forceinline__ void pack_weights() {
@@ -307,16 +330,17 @@ struct WgmmaConsumer {
     for (;;) {
       wait_full(control().tile_full, tile_uses);
       work.slot = &control().tiles[tile_uses % kTileSlots];
-      const TileKind kind = work.slot->kind;
-      const bool has_keys = work.slot->tile.key_end > 0, has_rows = 64 * group < work.slot->tile.num_rows;
+      const auto kind = static_cast<TileKind>(uniform(static_cast<int>(work.slot->kind)));
+      const int key_begin = uniform(work.slot->tile.key_begin), key_end = uniform(work.slot->tile.key_end);
+      const bool has_keys = key_end > 0, has_rows = 64 * group < uniform(work.slot->tile.num_rows);
       // On a second pass all consumers work on V.
       const bool usual = has_keys && (has_rows || kind == TileKind::kSelecting);
       // What is not usual waits as well: the ring is not to fill up behind the tile that is unfinished.
       if (kind == TileKind::kEnd || (unfinished && (kind == TileKind::kNone || !usual))) return false;
       ++tile_uses;
       if (kind != TileKind::kNone) {
-        work.first = work.slot->tile.key_begin / kKeys;
-        work.step = (work.slot->tile.key_end + kKeys - 1) / kKeys - 1;
+        work.first = key_begin / kKeys;
+        work.step = (key_end + kKeys - 1) / kKeys - 1;
         if (usual) return true;
         if (has_keys) {
           const int num_steps = work.step + 1 - work.first;
@@ -351,7 +375,9 @@ struct WgmmaConsumer {
       work.scale_first = !(work.log2_scale > 0.0f && work.log2_scale < INFINITY);
       if (work.scale_first) work.log2_scale = 1.0f, work.full_end = 0;
     }
-    work.selecting = work.slot->kind == TileKind::kSelecting;
+    work.selecting = uniform(static_cast<int>(work.slot->kind)) == static_cast<int>(TileKind::kSelecting);
+    // A second pass takes the maximum first in every step.
+    if (work.selecting) work.full_end = -1;
   }
 
   /// Gives the tile's slot back, each lane for itself.
@@ -399,10 +425,11 @@ struct WgmmaConsumer {
     mask_scores(work, masked, seen);
     release_keys(work);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) base[r] = work.sees_keys[r] ? -INFINITY : 0.0f, sum[r] = 0.0f;
-    const float large[2] = {INFINITY, INFINITY};
+    for (int r = 0; r < 2; ++r) base[r] = work.sees_keys[r] ? kNoBase : 0.0f, sum[r] = 0.0f;
     float factor[2];
-    weigh_anew(log2_scale(work), large, factor);
+    raise_base(log2_scale(work), true, factor);
+    if (work.full_end >= 0 && !__all_sync(kAllLanes, base[0] != kNoBase && base[1] != kNoBase)) work.full_end = ~work.full_end;
+    weigh(log2_scale(work), sum);
   }
 
   /// The first scores of a tile, with nothing else under way.
@@ -450,35 +477,25 @@ struct WgmmaConsumer {
       release_values(1);
       return ending;
     } else {
-      // Few of these steps are masked: what that takes is not worth registers here.
-      const auto mask = [&] {
-        std::uint32_t seen[2];
-        const bool masked = find_seen(scores, valid, seen);
-        mask_scores(scores, masked, seen);
-      };
       device::wgmma_wait<1>();
       device::pin_registers(score);
-      mask();
+      // Few of these steps are masked: what that takes is not worth registers before the scores are there.
+      std::uint32_t seen[2];
+      const bool masked = find_seen(scores, valid, seen);
+      mask_scores(scores, masked, seen);
+      if (masked) give_bases(scores);
       float added[2];
       weigh(log2_scale(scores), added);
-      // Products are a warpgroup's: all of it takes one branch.
-      const bool large = !(added[0] < kLargeWeights && added[1] < kLargeWeights);
-      if (device::named_barrier_any(kVoteBarrier + group, 128, large)) {
-        // Rare after a tile's first steps: the scores are computed again, for they are weights now.
-        device::pin_registers(score);
-        device::wgmma_fence();
-        start_scores(from);
-        device::wgmma_wait<0>();
-        device::pin_registers(score);
+      sum[0] += added[0], sum[1] += added[1];
+      // Rare after a tile's first steps. Without a branch here the compiler would wait for the output amid the exponentials.
+      const bool large = __any_sync(kAllLanes, !(added[0] < kLargeWeights && added[1] < kLargeWeights));
+      float factor[2];
+      if (large) lower_weights(added, factor);
+      device::wgmma_wait<0>();
+      if (large) {
         device::pin_registers(out);
-        mask();
-        float factor[2];
-        weigh_anew(log2_scale(scores), added, factor);
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= factor[i / 2 % 2];
-      } else {
-        sum[0] += added[0], sum[1] += added[1];
-        device::wgmma_wait<0>();
       }
       release_keys(scores);
       release_values(1);

@@ -12,12 +12,11 @@
 #include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
+#include "cuda/norm/dense_rows.cuh"
 #include "ops/norm.h"
 
 namespace quire::cuda {
 namespace norm {
-
-enum class NormKind { kRms, kAddRms, kLayer };
 
 // Threads of a CTA at most.
 inline constexpr int kMaxThreads = 1024;
@@ -26,36 +25,12 @@ inline constexpr int kNarrowThreads = 256;
 // Rows per SM from which the device counts as full.
 inline constexpr int kManyRowsPerSm = 4;
 
-// The rounded sum of the fused form.
-template <typename T, int kVec>
-__device__ __forceinline__ Packed<T, kVec> add(const Packed<T, kVec>& x, const Packed<T, kVec>& residual) {
-  float a[kVec], b[kVec];
-  unpack<T, kVec>(a, x);
-  unpack<T, kVec>(b, residual);
-#pragma unroll
-  for (int e = 0; e < kVec; ++e) a[e] += b[e];
-  return pack<T, kVec>(a);
-}
-
-template <NormKind kKind, int kVec>
-__device__ __forceinline__ void normalise(float (&v)[kVec], const float (&weight)[kVec], const float (&bias)[kVec], float mean,
-                                          float inverse) {
-#pragma unroll
-  for (int e = 0; e < kVec; ++e) {
-    if constexpr (kKind == NormKind::kLayer) {
-      v[e] = fmaf((v[e] - mean) * inverse, weight[e], bias[e]);
-    } else {
-      v[e] = v[e] * inverse * weight[e];
-    }
-  }
-}
-
 // Weight (its offset added) and bias of one vector.
 template <NormKind kKind, int kVec>
 __device__ __forceinline__ void load_weights(float (&weight)[kVec], float (&bias)[kVec], const NormParams& p, std::int64_t at) {
-  load_parameter(reinterpret_cast<float (&)[1][kVec]>(weight), p.weight, p.weight_dtype, at, 0, p.hidden);
+  load_parameter(weight, p.weight, p.weight_dtype, at, p.hidden);
   if constexpr (kKind == NormKind::kLayer) {
-    if (p.bias != nullptr) load_parameter(reinterpret_cast<float (&)[1][kVec]>(bias), p.bias, p.bias_dtype, at, 0, p.hidden);
+    if (p.bias != nullptr) load_parameter(bias, p.bias, p.bias_dtype, at, p.hidden);
   } else if (p.weight_offset != 0.0f) {
 #pragma unroll
     for (int e = 0; e < kVec; ++e) weight[e] += p.weight_offset;
@@ -186,20 +161,19 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
     }
   } else {
     // One copy of the code that reads weights and of each that stores serves all granularities: there is much of it.
-    constexpr bool kHasGroups = kVec > 16;  // and nothing else: see launch_rows
     const bool is_int8 = p.quant.dtype == DType::kInt8;
     const std::int64_t out_at = row_offset(p.out_rows, row) + lane * kVec;
     float v[kVectors][kVec];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) normalised(v[i], i);
-    if (!kHasGroups && p.quant.granularity == ScaleGranularity::kTensor) {
+    if (p.quant.granularity == ScaleGranularity::kTensor) {
       const Divisor divisor(kManyRows ? p.quant.scales[0] : given_scale);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i)
         if (lane + i * width < limit) store_quantized<false>(p.out, out_at + i * width * kVec, is_int8, v[i], divisor);
       return;
     }
-    const bool per_group = kHasGroups || p.quant.granularity == ScaleGranularity::kGroup;
+    const bool per_group = p.quant.granularity == ScaleGranularity::kGroup;
     float scale = 1.0f;
     if (!per_group) {
       float largest = 0.0f;
@@ -371,8 +345,9 @@ void launch_rows_of(const NormParams& p, const char* name, Stream stream) {
 
 template <NormKind kKind, bool kQuantizes, typename T, int kVec>
 void launch_rows(const NormParams& p, const char* name, Stream stream) {
-  constexpr bool kIsLayer = kKind == NormKind::kLayer;
   constexpr int kMaxVectors = kQuantizes ? 2 : 4;
+  // Vectors of a row above which a thread of many rows has four: CTAs of many threads wait longer for their sums, of which a layer norm has two.
+  constexpr std::int64_t kLongVectors = kKind == NormKind::kLayer ? 256 : 512;
   const std::int64_t num_vectors = p.hidden / kVec;
   const bool per_group = kQuantizes && p.quant.granularity == ScaleGranularity::kGroup;
   const std::int64_t group_lanes = per_group ? lanes_of_group<kVec>(p.quant) : 1;
@@ -388,20 +363,30 @@ void launch_rows(const NormParams& p, const char* name, Stream stream) {
     // stay whole sectors; and a group's lanes must be there.
     std::int64_t vectors = ceil_div(num_vectors, kMaxThreads);
     if (many_rows) vectors = std::max(vectors, std::min({std::int64_t{2}, ceil_div(num_vectors, 4), num_vectors / group_lanes}));
+    // What the kernels of dense rows do not take comes below: narrow rows, very long ones, two strides, weights of another type.
+    constexpr bool kHasDense = sizeof(T) == 2, kHasFewQuantized = kHasDense && kKind != NormKind::kLayer;
+    if constexpr (kHasDense && kQuantizes) {
+      if constexpr (kHasFewQuantized) {
+        if (!many_rows && vectors == 1 && launch_dense_rows<kKind, true, T, kVec, 1, false, 64>(p, name, stream)) return;
+      }
+      if (many_rows && vectors == 2 && launch_dense_rows<kKind, true, T, kVec, 2, true, 64>(p, name, stream)) return;
+    } else if constexpr (kHasDense) {
+      constexpr int kRegisters = kKind == NormKind::kAddRms ? 48 : 40;
+      const bool is_long = num_vectors > kLongVectors;
+      if (!many_rows && vectors == 1 && launch_dense_rows<kKind, false, T, kVec, 1, false, 64>(p, name, stream)) return;
+      if (many_rows && is_long && launch_dense_rows<kKind, false, T, kVec, 4, true, 64>(p, name, stream)) return;
+      if (many_rows && !is_long && vectors == 2 && launch_dense_rows<kKind, false, T, kVec, 2, true, kRegisters>(p, name, stream)) return;
+    }
     if constexpr (kQuantizes) {
-      if (!many_rows && vectors == 1) return launch_rows_of<kKind, true, T, kVec, 1, false, 64>(p, name, stream);
-      if constexpr (kKind == NormKind::kRms) {
-        // The work per group is shared by twice as many elements.
-        if (per_group && p.hidden % (2 * kVec) == 0 && lanes_of_group<2 * kVec>(p.quant) != 0)
-          return launch_rows_of<kKind, true, T, 2 * kVec, 1, true, 64>(p, name, stream);
+      if constexpr (!kHasFewQuantized) {
+        if (!many_rows && vectors == 1) return launch_rows_of<kKind, true, T, kVec, 1, false, 64>(p, name, stream);
       }
       if (vectors == 1) return launch_rows_of<kKind, true, T, kVec, 1, true, 48>(p, name, stream);
       launch_rows_of<kKind, true, T, kVec, 2, true, kKind == NormKind::kRms ? 56 : 64>(p, name, stream);
     } else {
       if (!many_rows && vectors == 1) return launch_rows_of<kKind, false, T, kVec, 1, false, 64>(p, name, stream);
       if (!many_rows && vectors == 2) return launch_rows_of<kKind, false, T, kVec, 2, false, 64>(p, name, stream);
-      // CTAs of many threads wait longer for their sums, of which a layer norm has two.
-      if (num_vectors > (kIsLayer ? 256 : 512)) return launch_rows_of<kKind, false, T, kVec, 4, true, 64>(p, name, stream);
+      if (num_vectors > kLongVectors) return launch_rows_of<kKind, false, T, kVec, 4, true, 64>(p, name, stream);
       if (vectors == 1) return launch_rows_of<kKind, false, T, kVec, 1, true, 40>(p, name, stream);
       launch_rows_of<kKind, false, T, kVec, 2, true, kKind == NormKind::kAddRms ? 48 : 40>(p, name, stream);
     }

@@ -8,6 +8,7 @@
 #include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/divisor.cuh"
 #include "cuda/device/reduce.cuh"
+#include "cuda/position_encoding/rotate_few.cuh"
 #include "cuda/position_encoding/shared.cuh"
 #include "quire/error.h"
 
@@ -19,8 +20,6 @@ constexpr int kThreads = 256;
 constexpr int kHeadsPerThread = 2;
 // Threads of this kernel that an SM holds at once: the registers of a thread are bounded accordingly.
 constexpr int kResidentThreads = 1024;
-// Tokens per SM below which heads are spread over as many threads as there are.
-constexpr int kManyTokensPerSm = 8;
 
 // Grid: work item = blockDim.z tokens x one chunk of heads x one chunk of angles; gridDim.x CTAs walk all items. Thread (x, y, z)
 // rotates kVec pairs of up to kHeadsPerThread heads of a token; the heads of q and k are numbered as one list. The position of
@@ -283,7 +282,7 @@ void rotary_embedding(const RotaryParams& params, Stream stream) {
                                                                                                                                  : nullptr;
     if (explain_vectors(obstacle)) return;
     const bool neox = params.style == RopeStyle::kNeox;
-    if (obstacle == nullptr && rotate_few_tokens(params, stream)) return;
+    if (obstacle == nullptr && rotate_few_tokens<T>(params, stream)) return;
     if (obstacle == nullptr) {
       neox ? launch_rotary<T, RopeStyle::kNeox, kVec>(params, stream) : launch_rotary<T, RopeStyle::kGptj, kVec>(params, stream);
     } else {

@@ -16,8 +16,6 @@ namespace quire::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-// Tokens per SM below which a row is one head.
-constexpr int kManyTokensPerSm = 8;
 
 struct RopeRows {
   std::uint32_t query_rows, kv_rows;  // rows of a token: of q; of k, and as many of v
@@ -444,22 +442,6 @@ void launch_rope(const RopeParams& p, const char* name, Stream stream) {
 }
 
 }  // namespace
-
-bool rotate_few_tokens(const RotaryParams& params, Stream stream) {
-  RopeParams p;
-  p.rotary = params;
-  p.op = OpId::kRotaryEmbedding;
-  if (params.head_dim != params.rotary_dim || params.head_dim > 512 || !are_few(p)) return false;
-  p.kv.k = params.k;
-  p.kv.num_kv_heads = params.k == nullptr ? 0 : params.num_kv_heads;
-  p.kv.k_token_stride = params.k_token_stride;
-  p.kv.k_head_stride = params.k_head_stride;
-  dispatch_float(params.dtype, "rotary_embedding", [&](auto dtype) {
-    using T = Element<decltype(dtype)::value>;
-    launch_rope_of({rope_kernel<false, NoCache, T, 4, 1, 48>, 4, 1, false}, p, "rotary_embedding", stream);
-  });
-  return true;
-}
 
 void rope_vectors(const RopeParams& params, const char* name, Stream stream) {
   dispatch_float(params.rotary.dtype, name, [&](auto dtype) {

@@ -12,8 +12,8 @@ namespace quire::cuda {
 /// rope_write.cu: qk_norm_rope and rope_and_write_kv for layouts that have vectors.
 void rope_vectors(const RopeParams& params, const char* name, Stream stream);
 
-/// rope_write.cu: rotary_embedding of few tokens and whole heads, for layouts that have vectors; else does nothing and is false.
-bool rotate_few_tokens(const RotaryParams& params, Stream stream);
+/// Tokens per SM below which there are few, and heads are spread over as many threads as there are.
+inline constexpr int kManyTokensPerSm = 8;
 
 /// Heads of q, then of k, then of v, numbered as one list.
 enum class HeadKind { kQuery, kKey, kValue };

@@ -32,8 +32,6 @@ constexpr float kReadOnce = 0.85f;              // of that time where the L2 cac
 constexpr float kReadAtOnce = 0.95f;            // and where column tiles read it at one time
 constexpr float kFewCtas = 0.12f;               // more of it, the fewer CTAs read
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 const char* prevents_wgmma(const ScaledMatmulParams& p, int compute_capability) {

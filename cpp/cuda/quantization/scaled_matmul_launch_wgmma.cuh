@@ -2,33 +2,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <array>
-#include <atomic>
+#include <algorithm>
 
 #include "cuda/launch.h"
+#include "cuda/once_per_device.h"
 #include "cuda/quantization/scaled_matmul.h"
 #include "cuda/quantization/scaled_matmul_wgmma.cuh"
-#include "cuda/runtime.h"
 #include "cuda/tensor_map.h"
 
 namespace quire::cuda::scaled {
-
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-/// How many clusters run at once. Asked once per kernel, device and size.
-template <auto kKernel>
-int max_clusters(const LaunchShape& shape) {
-  constexpr int kDevices = 64, kSizes = 9;
-  static std::array<std::atomic<int>, kDevices * kSizes> known{};
-  const int device = current_device();
-  std::atomic<int>* slot = device < kDevices ? &known[static_cast<std::size_t>(device * kSizes + shape.cluster_ctas)] : nullptr;
-  int count = slot != nullptr ? slot->load(std::memory_order_relaxed) : 0;
-  if (count == 0) {
-    count = std::max(max_active_clusters(reinterpret_cast<const void*>(kKernel), shape), 1);
-    if (slot != nullptr) slot->store(count, std::memory_order_relaxed);
-  }
-  return count;
-}
 
 template <typename Sum, typename Shape>
 void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream stream) {
@@ -58,7 +40,7 @@ void launch_wgmma(const ScaledMatmulParams& p, const WgmmaChoice& choice, Stream
   LaunchShape shape{static_cast<unsigned>(cluster_size), Shape::kThreads, Shape::kSharedBytes, cluster_size};
   int num_clusters = plan.num_items;
   if (choice.splits == 1) {
-    const int most = max_clusters<kernel>(shape);
+    const int most = std::max(max_active_clusters<kernel>(shape), 1);
     const int rest = plan.num_items % most;
     if (Shape::kHalves && choice.halves && choice.shared_columns == 2 && plan.num_items > most && rest > 0 && 2 * rest <= most) {
       plan.num_items -= rest;

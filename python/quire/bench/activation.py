@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 import quire
+from quire._allocate import ITEM_BYTES
 from quire._quantized import Granularity
-from quire.bench.arrays import item_bytes
 from quire.bench.harness import Case, Context, Target, Work
 from quire.bench.peers import peers_of
 
@@ -35,7 +35,7 @@ def cases(context: Context) -> Iterator[Case]:
                 yield Case(
                     name=f"{op} T{tokens} I{width} {dtype}",
                     prepare=partial(_prepare, context, op, (tokens, width), dtype),
-                    num_bytes=item_bytes(dtype) * 3 * tokens * width,
+                    num_bytes=ITEM_BYTES[dtype] * 3 * tokens * width,
                     bound="copy",
                     target=Target(min_speedup=2.0) if held else None,
                     op=op,

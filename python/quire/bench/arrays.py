@@ -16,7 +16,7 @@ from quire import _core
 from quire._allocate import Array, numpy_dtype
 from quire.bench import BenchError
 
-__all__ = ["Arrays", "CupyArrays", "NumpyArrays", "TorchArrays", "available", "for_device", "item_bytes"]
+__all__ = ["Arrays", "CupyArrays", "NumpyArrays", "TorchArrays", "available", "for_device"]
 
 _TILE = 1 << 20  # numbers drawn; larger tensors repeat them
 
@@ -27,11 +27,6 @@ def available(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
-
-
-def item_bytes(dtype: str) -> int:
-    """Bytes of an element."""
-    return numpy_dtype(dtype).itemsize
 
 
 def _random(shape: Sequence[int], dtype: str, scale: float) -> np.ndarray[Any, Any]:

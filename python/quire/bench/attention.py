@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 import quire
-from quire._allocate import Array
-from quire.bench.arrays import item_bytes
+from quire._allocate import ITEM_BYTES, Array
 from quire.bench.harness import Case, Context, Target, Work
 from quire.bench.peers import peers_of
 
@@ -239,7 +238,7 @@ def _verify_cases(
 
 def _invariant_cases(context: Context, shapes: list[Shape], cache_dtype: str) -> Iterator[Case]:
     for batch, length, num_heads, num_kv_heads, head_dim in shapes:
-        kv_bytes = 2 * batch * length * num_kv_heads * head_dim * item_bytes(cache_dtype)
+        kv_bytes = 2 * batch * length * num_kv_heads * head_dim * ITEM_BYTES[cache_dtype]
         yield Case(
             name=f"invariant B{batch} L{length} {num_heads}/{num_kv_heads} D{head_dim}, cache {cache_dtype}",
             prepare=partial(
@@ -310,7 +309,7 @@ def _decode_case(
 ) -> Case:
     num_heads, num_kv_heads, head_dim = heads
     num_tokens = float(lengths.sum())
-    kv_bytes = 2 * num_tokens * num_kv_heads * head_dim * item_bytes(cache_dtype)
+    kv_bytes = 2 * num_tokens * num_kv_heads * head_dim * ITEM_BYTES[cache_dtype]
     return Case(
         name=name,
         prepare=partial(_decode, context, lengths, heads, cache_dtype),

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 import quire
-from quire.bench.arrays import item_bytes
+from quire._allocate import ITEM_BYTES
 from quire.bench.harness import Case, Context, Work
 from quire.bench.peers import peers_of
 
@@ -30,7 +30,7 @@ def cases(context: Context) -> Iterator[Case]:
                 yield Case(
                     name=f"{op} T{tokens} bfloat16, cache {cache_dtype}",
                     prepare=partial(prepare, context, tokens, cache_dtype),
-                    num_bytes=tokens * (numbers * (2 + item_bytes(cache_dtype)) + 8),
+                    num_bytes=tokens * (numbers * (2 + ITEM_BYTES[cache_dtype]) + 8),
                     bound="copy",
                     op=op,
                 )

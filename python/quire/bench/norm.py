@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 import quire
+from quire._allocate import ITEM_BYTES
 from quire._quantized import Granularity
-from quire.bench.arrays import item_bytes
 from quire.bench.harness import Case, Context, Target, Work
 from quire.bench.peers import peers_of
 
@@ -52,7 +52,7 @@ def cases(context: Context) -> Iterator[Case]:
                 yield Case(
                     name=f"{op} T{tokens} H{hidden} {dtype}",
                     prepare=partial(prepare, context, (tokens, hidden), dtype),
-                    num_bytes=item_bytes(dtype) * (num_passes * tokens + 1) * hidden,
+                    num_bytes=ITEM_BYTES[dtype] * (num_passes * tokens + 1) * hidden,
                     bound="copy",
                     target=Target(min_speedup=2.0) if held else None,
                     op=op,
