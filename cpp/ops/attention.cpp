@@ -316,7 +316,6 @@ const char* name(AttentionVariant variant) {
   switch (variant) {
     case AttentionVariant::kMmaSplitKeys8: return "mma_split_keys_8";
     case AttentionVariant::kMmaSplitKeys16: return "mma_split_keys_16";
-    case AttentionVariant::kMmaSplitKeys32: return "mma_split_keys_32";
     case AttentionVariant::kMmaSplitRows: return "mma_split_rows";
     case AttentionVariant::kMmaSplitRows128: return "mma_split_rows_128";
     case AttentionVariant::kWgmma: return "wgmma";

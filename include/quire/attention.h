@@ -33,7 +33,6 @@ enum class Validate {
 enum class AttentionVariant : std::uint8_t {
   kMmaSplitKeys8,       ///< 8 rows; the four warps of a CTA take turns at the keys: decode.
   kMmaSplitKeys16,      ///< The same with 16 rows.
-  kMmaSplitKeys32,      ///< The same with 32 rows, head_dim up to 128.
   kMmaSplitRows,        ///< 64 rows; 16 to each of four warps, which share the keys: prefill.
   kMmaSplitRows128,     ///< The same with 128 rows, 32 to each warp: prefill of enough rows, head_dim up to 128.
   kWgmma,               ///< 128 rows, 192 at head_dim 64; 64 to each warpgroup: prefill on Hopper.
@@ -42,10 +41,14 @@ enum class AttentionVariant : std::uint8_t {
   kSimt,  ///< 8 rows, float32 throughout: float32 queries.
 };
 
-inline constexpr AttentionVariant kAttentionVariants[] = {
-    AttentionVariant::kMmaSplitKeys8,      AttentionVariant::kMmaSplitKeys16,    AttentionVariant::kMmaSplitKeys32,
-    AttentionVariant::kMmaSplitRows,       AttentionVariant::kMmaSplitRows128,   AttentionVariant::kWgmma,
-    AttentionVariant::kMmaSplitKeys8Small, AttentionVariant::kMmaSplitRowsSmall, AttentionVariant::kSimt};
+inline constexpr AttentionVariant kAttentionVariants[] = {AttentionVariant::kMmaSplitKeys8,
+                                                          AttentionVariant::kMmaSplitKeys16,
+                                                          AttentionVariant::kMmaSplitRows,
+                                                          AttentionVariant::kMmaSplitRows128,
+                                                          AttentionVariant::kWgmma,
+                                                          AttentionVariant::kMmaSplitKeys8Small,
+                                                          AttentionVariant::kMmaSplitRowsSmall,
+                                                          AttentionVariant::kSimt};
 
 /// "mma_split_keys_8" and so on.
 QUIRE_API const char* name(AttentionVariant variant);

@@ -30,7 +30,6 @@ Window = int | tuple[int, int] | None
 Variant = Literal[
     "mma_split_keys_8",
     "mma_split_keys_16",
-    "mma_split_keys_32",
     "mma_split_rows",
     "mma_split_rows_128",
     "wgmma",

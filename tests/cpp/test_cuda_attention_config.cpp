@@ -58,9 +58,6 @@ TEST(CudaAttentionConfig, variant_follows_packed_rows_per_sequence) {
   EXPECT_EQ(configure(paged(4, 1024, 32, 8, 128), kDevice).variant, Variant::kMmaSplitKeys8);
   EXPECT_EQ(configure(paged(4, 1024, 64, 8, 128), kDevice).variant, Variant::kMmaSplitKeys8);
   EXPECT_EQ(configure(paged(4, 1024, 72, 8, 128), kDevice).variant, Variant::kMmaSplitKeys16);
-  EXPECT_EQ(configure(paged(4, 1024, 128, 8, 128), kDevice).variant, Variant::kMmaSplitKeys16);
-  EXPECT_EQ(configure(paged(4, 1024, 136, 8, 128), kDevice).variant, Variant::kMmaSplitKeys32);
-  EXPECT_EQ(configure(paged(4, 1024, 136, 8, 256), kDevice).variant, Variant::kMmaSplitKeys16);
   EXPECT_EQ(configure(paged(4, 1024, 71, 1, 128), kDevice).variant, Variant::kMmaSplitRows);
   EXPECT_EQ(configure(ragged_queries(paged(4, 1024, 32, 8, 128), 4), kDevice).variant, Variant::kMmaSplitKeys8);
   EXPECT_EQ(configure(ragged_queries(paged(4, 1024, 32, 8, 128), 4096), kDevice).variant, Variant::kMmaSplitRows128);
@@ -168,9 +165,32 @@ TEST(CudaAttentionConfig, hopper_tiles_have_192_rows_where_three_warpgroups_fit)
   EXPECT_EQ(rows(128, DType::kFloat8E4M3FN, true), 128);
 }
 
+TEST(CudaAttentionConfig, drafts_take_the_kernel_that_reads_keys_once) {
+  const auto variant = [](std::int64_t num_seqs, std::int64_t drafts, std::int64_t head_dim, DType kv_dtype, bool has_wgmma = true) {
+    AttentionParams params = ragged_queries(dense(paged(num_seqs, 4096, 32, 8, head_dim)), num_seqs * drafts);
+    params.kv_dtype = kv_dtype;
+    return configure(params, kDevice, has_wgmma).variant;
+  };
+  for (const DType kv_dtype : {DType::kBFloat16, DType::kFloat8E4M3FN}) {
+    EXPECT_EQ(variant(8, 2, 128, kv_dtype), Variant::kMmaSplitKeys8);
+    EXPECT_EQ(variant(8, 4, 128, kv_dtype), Variant::kMmaSplitKeys16);
+    EXPECT_EQ(variant(8, 9, 128, kv_dtype), Variant::kWgmma);  // 64 tiles
+    EXPECT_EQ(variant(4, 9, 128, kv_dtype), Variant::kMmaSplitRows);
+    EXPECT_EQ(variant(128, 5, 128, kv_dtype), Variant::kWgmma);
+  }
+  EXPECT_EQ(variant(1, 8, 128, DType::kBFloat16), Variant::kMmaSplitRows);
+  EXPECT_EQ(variant(8, 8, 128, DType::kBFloat16), Variant::kWgmma);
+  EXPECT_EQ(variant(8, 8, 128, DType::kBFloat16, false), Variant::kMmaSplitRows);
+  EXPECT_EQ(variant(8, 8, 128, DType::kFloat8E4M3FN), Variant::kMmaSplitKeys16);
+  EXPECT_EQ(variant(8, 8, 256, DType::kFloat8E4M3FN), Variant::kMmaSplitRows);
+  EXPECT_EQ(variant(8, 16, 64, DType::kBFloat16), Variant::kWgmma);
+  EXPECT_EQ(variant(32, 16, 64, DType::kBFloat16), Variant::kMmaSplitRows);  // many tiles, two thirds of each empty
+}
+
 TEST(CudaAttentionConfig, a_variant_that_is_asked_for_runs_or_is_refused) {
   AttentionParams params = dense(paged(4, 1024, 32, 8, 128));
-  for (const Variant variant : kAttentionVariants) {
+  for (const Variant variant : {Variant::kMmaSplitKeys8, Variant::kMmaSplitKeys16, Variant::kMmaSplitRows, Variant::kMmaSplitRows128,
+                                Variant::kWgmma, Variant::kMmaSplitKeys8Small, Variant::kMmaSplitRowsSmall, Variant::kSimt}) {
     params.variant = variant;
     if (obstacle(variant, params, kDevice, true) == nullptr) {
       EXPECT_EQ(configure(params, kDevice, true).variant, variant);
@@ -253,7 +273,7 @@ TEST(CudaAttentionConfig, decode_fills_the_device_whatever_the_batch) {
 }
 
 TEST(CudaAttentionConfig, few_tiles_have_clusters) {
-  const auto cluster = [](const AttentionParams& params) { return configure(params, kDevice, true).cluster; };
+  const auto cluster = [](const AttentionParams& params) { return configure(dense(params), kDevice, true).cluster; };
   EXPECT_EQ(cluster(paged(1, 1024, 32, 8, 128)), 16);
   EXPECT_EQ(cluster(paged(3, 1024, 32, 8, 128)), 11);
   EXPECT_EQ(cluster(paged(32, 1024, 32, 8, 128)), 1);
@@ -264,7 +284,9 @@ TEST(CudaAttentionConfig, few_tiles_have_clusters) {
   EXPECT_EQ(cluster(paged(1, 1024, 72, 8, 128)), 0);
   EXPECT_EQ(cluster(ragged_queries(paged(2, 1024, 32, 8, 128), 4)), 0);
   AttentionParams params = paged(1, 1024, 32, 8, 128);
-  EXPECT_EQ(configure(params, kDevice).cluster, 0);
+  EXPECT_EQ(configure(dense(params), kDevice, true).lone_cluster, 16);  // one sequence has a kernel of its own
+  EXPECT_EQ(configure(dense(paged(2, 1024, 32, 8, 128)), kDevice, true).lone_cluster, 0);
+  EXPECT_EQ(configure(dense(params), kDevice).cluster, 0);
 }
 
 TEST(CudaAttentionConfig, batch_invariant_tiles_have_clusters_or_whole_CTAs) {
@@ -277,7 +299,9 @@ TEST(CudaAttentionConfig, batch_invariant_tiles_have_clusters_or_whole_CTAs) {
   EXPECT_EQ(cluster(1, 1024), 2);  // parts
   EXPECT_EQ(cluster(32, 8192), 2);
   EXPECT_EQ(cluster(64, 8192), 1);
-  EXPECT_EQ(cluster(20, 8192), 3);
+  EXPECT_EQ(cluster(2, 8192), 0);
+  EXPECT_EQ(cluster(8, 8192), 0);  // the line of keys is faster
+  EXPECT_EQ(cluster(31, 8192), 0);
   EXPECT_EQ(cluster(44, 8192), 0);   // a third of the places would be left empty
   EXPECT_EQ(cluster(256, 8192), 1);  // whole tiles, one after the other
   EXPECT_EQ(cluster(70, 8192), 0);   // of which the last would leave most places empty
@@ -285,6 +309,42 @@ TEST(CudaAttentionConfig, batch_invariant_tiles_have_clusters_or_whole_CTAs) {
   params.batch_invariant = true;
   EXPECT_EQ(configure(params, kDevice).cluster, 0);
   EXPECT_EQ(configure(ragged_queries(params, 32), kDevice, true).cluster, 0);
+}
+
+TEST(CudaAttentionConfig, clusters_read_two_heads_of_8_bits_together) {
+  const auto config = [](std::int64_t num_seqs, std::int64_t head_dim = 128) {
+    AttentionParams params = dense(paged(num_seqs, 1024, 32, 8, head_dim));
+    params.kv_dtype = DType::kFloat8E4M3FN;
+    return configure(params, kDevice, true);
+  };
+  EXPECT_EQ(config(32).cluster_heads, 2);
+  EXPECT_EQ(config(32).cluster, 2);
+  EXPECT_EQ(config(12).cluster, 5);  // 48 tiles; heads one by one would leave places empty
+  EXPECT_EQ(config(1).lone_cluster, 16);
+  EXPECT_EQ(config(64).cluster, 1);
+  EXPECT_EQ(config(20).cluster, 0);  // a tenth of the places would be empty
+  EXPECT_EQ(config(8).cluster_heads, 1);  // of few keys each
+  EXPECT_EQ(config(8).cluster, 4);
+  EXPECT_EQ(config(2).cluster_heads, 1);  // 8 tiles of two heads would be too few
+  EXPECT_EQ(config(2).pairing, Pairing::kNone);
+  EXPECT_EQ(config(2).cluster, 16);
+  EXPECT_EQ(config(32, 256).cluster_heads, 1);  // long rows
+  EXPECT_EQ(configure(dense(paged(32, 1024, 32, 8, 128)), kDevice, true).cluster_heads, 1);
+}
+
+TEST(CudaAttentionConfig, clusters_need_what_the_copy_engine_can_address) {
+  AttentionParams params = dense(paged(8, 1024, 32, 8, 128));
+  EXPECT_GT(configure(params, kDevice, true).cluster, 0);
+  params.k_token_stride += 4;  // 8 bytes
+  std::vector<std::string> why;
+  EXPECT_EQ(choose_config(params, kDevice, true, &why).cluster, 0);
+  EXPECT_NE(why.back().find("multiple of 16 bytes"), std::string::npos);
+  params = dense(paged(8, 1024, 32, 8, 64));
+  params.kv_dtype = DType::kInt8;
+  params.block_size = 1;
+  EXPECT_EQ(configure(params, kDevice, true).cluster, 0);
+  params.block_size = 2;
+  EXPECT_GT(configure(params, kDevice, true).cluster, 0);
 }
 
 TEST(CudaAttentionConfig, neighbouring_heads_are_pairs) {
@@ -327,7 +387,8 @@ TEST(CudaAttentionConfig, pairs_of_16_bits_have_wide_CTAs_while_tiles_are_few) {
   EXPECT_EQ(config(64, DType::kBFloat16).tiles_per_cta, 1);
   EXPECT_TRUE(config(128, DType::kBFloat16).wide);
   EXPECT_FALSE(config(256, DType::kBFloat16).wide);
-  EXPECT_FALSE(config(64, DType::kFloat8E4M3FN).wide);
+  EXPECT_TRUE(config(64, DType::kFloat8E4M3FN).wide);  // clusters of one CTA each
+  EXPECT_FALSE(config(100, DType::kFloat8E4M3FN).wide);
 }
 
 TEST(CudaAttentionConfig, rows_of_many_queries_are_split_where_tiles_are_few) {

@@ -13,7 +13,6 @@ import quire
 VARIANTS = (
     "mma_split_keys_8",
     "mma_split_keys_16",
-    "mma_split_keys_32",
     "mma_split_rows",
     "mma_split_rows_128",
     "wgmma",
@@ -34,12 +33,12 @@ def refusal(
     if (variant == "simt") != (dtype == "float32"):
         return "q is not float32" if variant == "simt" else "q is float32"
     if capability in SMALL_SHARED and (
-        variant in ("mma_split_keys_16", "mma_split_keys_32")
+        variant == "mma_split_keys_16"
         or (variant == "mma_split_keys_8" and dim > 128)
         or (variant == "mma_split_rows" and dim > 128 and kv_bits == 16)
     ):
         return "the device has too little shared memory"
-    if variant in ("mma_split_keys_32", "mma_split_rows_128") and dim > 128:
+    if variant == "mma_split_rows_128" and dim > 128:
         return "head_dim is over 128"
     if variant.endswith("_small") and dim <= 128:
         return "head_dim is at most 128"

@@ -88,6 +88,42 @@ def test_groups_in_hoppers_kernel(backend, rng, dtype, group, dim):
     assert_lse_close(backend.numpy(lse), want_lse, dtype, backend.device, dim)
 
 
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    ("slope", "options"),
+    [(0.03, {}), (0.5, {"window": (37, -1)}), (4.0, {}), (4.0, {"causal": False, "window": (130, 9)})],
+)
+def test_scores_that_rise(backend, rng, dtype, dim, slope, options):
+    """Scores that rise from key to key, or fall: by less than a power of two in a step of keys, and by more than float32 has room for. Rows'
+    last keys lie in other steps than the tile's."""
+    batch = Batch.make(
+        rng,
+        q_lens=[150, 33, 40],
+        kv_lens=[400, 33, 290],
+        heads=4,
+        kv_heads=1,
+        dim=dim,
+        block_size=16,
+        dtype=dtype,
+    )
+    kind = batch.q.dtype
+    batch.q[...] = 0
+    batch.q[:, :, 0] = rng.choice(np.float32([1, 2, 8, -8, 0.5]), batch.q.shape[:2]).astype(kind)
+    for s, length in enumerate(batch.seq_lens):
+        slots = np.arange(length)
+        heights = np.minimum((length - slots) * np.float32(slope), 448).astype(kind)
+        batch.k_cache[batch.block_tables[s][slots // 16], slots % 16, :, 0] = heights[:, None]
+    want, want_lse = batch.reference(**options)
+    positional, keywords = batch.arguments(backend)
+    results = [quire.paged_attention(*positional, **keywords, **options, return_lse=True)]
+    if backend.device != "cpu":
+        results.append(run_variant(backend, "wgmma", batch, positional, keywords | options))
+    for out, lse in filter(None, results):
+        assert_close("attention", backend.numpy(out), want)
+        assert_lse_close(backend.numpy(lse), want_lse, dtype, backend.device, dim)
+
+
 @pytest.mark.parametrize("dim", [40, 64, 96, 128, 200, 256])
 @pytest.mark.parametrize("variant", ["mma_split_rows", "mma_split_rows_128", "mma_split_rows_small"])
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])

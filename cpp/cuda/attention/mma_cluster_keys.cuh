@@ -2,11 +2,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Most of such a call's time is that of loads that wait for one another and of instructions that are in no cache. So nothing is planned: steps of
-// keys are dealt to the warps of all CTAs in turn, whatever the length is, and a warp asks for its first block before it knows the length.
+// keys are dealt to the warps of all CTAs in turn, whatever the length is, and a warp asks for its first table entries before it knows the length.
+// The copy engine brings keys block by block. Where rows are short, two warps, a team, read two kv heads' keys together: memory gives longer pieces
+// faster, and one box brings both, at one time.
 #pragma once
+
+#include <cuda.h>
 
 #include "cuda/attention/mma_split_keys.cuh"
 #include "cuda/device/cluster.cuh"
+#include "cuda/device/dependent_launch.cuh"
 #include "cuda/device/tma.cuh"
 
 namespace quire::cuda::attn {
@@ -14,55 +19,68 @@ namespace quire::cuda::attn {
 /// Of a CTA that is alone on its SM, for one sequence.
 constexpr int kLoneWarps = 16;
 
-/// Of kv heads of kHeadDim, one by one, also where attend_to_stretches takes them in pairs.
-template <DType kKvDType, int kHeadDim, int kWarpsOfCta>
+/// K's and V's rows in boxes of 2^box_shift slots (make_key_map).
+struct KeyMaps {
+  CUtensorMap k, v;
+  int box_shift;
+};
+
+/// Rows of a step as boxes bring them: panels of up to 128 bytes of columns, one after the other. Each is as Rows, which is how boxes are swizzled.
+/// A box has the rows of one head after the other's; 16 keys further on are 16 rows of each head.
+template <int kRowBytes, int kKeys, int kHeads>
+struct PanelRows {
+  static constexpr int kPanelRowBytes = kRowBytes < 128 ? kRowBytes : 128;
+  static constexpr int kPanels = kRowBytes / kPanelRowBytes;
+  static constexpr int kPanelBytes = kKeys * kHeads * kPanelRowBytes;
+  using Panel = Rows<kPanelRowBytes>;
+
+  __device__ __forceinline__ static int row(int key, int head, int box_shift) {
+    return ((key >> box_shift) * kHeads + head << box_shift) + (key & ((1 << box_shift) - 1));
+  }
+  __device__ __forceinline__ static std::uint32_t address(std::uint32_t base, int row, int chunk) {
+    return Panel::address(base, row, chunk % Panel::kChunks) + static_cast<std::uint32_t>(chunk / Panel::kChunks * kPanelBytes);
+  }
+  __device__ __forceinline__ static std::uint32_t advance(std::uint32_t thread_address, int keys, int chunks) {
+    return Panel::advance(thread_address, keys * kHeads, chunks % Panel::kChunks) +
+           static_cast<std::uint32_t>(chunks / Panel::kChunks * kPanelBytes);
+  }
+};
+
+/// Of kv heads of kHeadDim, kTeam of them to a tile, whatever attend_to_stretches takes. A team's warps have a head each of the same keys.
+template <DType kKvDType, int kHeadDim, int kWarpsOfCta, int kTeam>
 struct ClusterKeysShape {
   using Base = SplitKeysShape<kKvDType, kHeadDim, Variant::kMmaSplitKeys8, true, Pairing::kNone>;
   using Types = typename Base::Types;
-  static constexpr int kRows = Base::kRows;
+  static constexpr int kRows = Base::kRows * kTeam;
   static constexpr int kKeys = Base::kKeys;
-  static constexpr int kSlots = Base::kSlots;
-  static constexpr int kSlotBytes = Base::kSlotBytes;
+  using KvRows = PanelRows<Types::kKvRowBytes, kKeys, kTeam>;
+  static constexpr int kTeamHeads = kTeam;
+  static constexpr int kMaxBoxKeys = kTeam > 1 ? 16 : kKeys;  // 16 keys further on are as many rows, whatever boxes have
+  static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;
+  static constexpr int kTeamSlotBytes = kTeam * kSlotBytes;
+  static constexpr int kSlots = Base::kRingBytes / kSlotBytes;
   static constexpr int kRingBytes = Base::kRingBytes;
   static constexpr int kOutPitch = Base::kOutPitch;
-  static constexpr int kLead = Base::kLead;
-  static constexpr int kEntryBytes = Base::kEntryBytes;
   static constexpr int kCtaWarps = kWarpsOfCta;
   static constexpr int kCtaThreads = 32 * kCtaWarps;
   static constexpr int kItems = kRows * kHeadDim / 4 + kMaxCluster;  // of four columns, that a CTA receives at most
   static constexpr int kQOffset = kCtaWarps * kRingBytes;
-  static constexpr int kEntriesOffset = kQOffset + kRows * Types::kQRowBytes;
-  // From every CTA, items of this one: values and their softmax terms.
-  static constexpr int kReceivedOffset = kEntriesOffset + kCtaWarps * kEntryBytes;
+  // From every CTA, items of this one: values and their softmax terms. They come where q was.
+  static constexpr int kReceivedOffset = kQOffset;
   static constexpr int kReceivedStatsOffset = kReceivedOffset + kItems * static_cast<int>(sizeof(float4));
   static constexpr int kStatsOffset = kReceivedStatsOffset + kItems * static_cast<int>(sizeof(float2));
-  static constexpr int kRowParamsOffset = kStatsOffset + kCtaWarps * kRows * static_cast<int>(sizeof(float2));
+  static_assert(kStatsOffset - kQOffset >= kRows * Types::kQRowBytes);
+  static constexpr int kRowParamsOffset = kStatsOffset + kCtaWarps * Base::kRows * static_cast<int>(sizeof(float2));
   static constexpr int kBarrierOffset = kRowParamsOffset + kRows * static_cast<int>(sizeof(RowParams));
-  static constexpr int kSharedBytes = kBarrierOffset + 8;
+  static constexpr int kWarpBarriersOffset = kBarrierOffset + 8;  // of each warp, one for each slot
+  static constexpr int kCountersOffset = kWarpBarriersOffset + kCtaWarps * kSlots * 8;
+  static constexpr int kBoxesOffset = (kCountersOffset + kCtaWarps * kSlots * 4 + 7) / 8 * 8;  // of each warp, 32: slot and block
+  static constexpr int kSharedBytes = kBoxesOffset + kCtaWarps * 32 * 8;
   static_assert(kBarrierOffset % 8 == 0);
+  static_assert(Base::kRows * kOutPitch * 4 <= kRingBytes && kSlotBytes % 1024 == 0);
   /// Of an item of four columns that goes to another CTA: the columns and their softmax terms.
   static constexpr int kItemBytes = static_cast<int>(sizeof(float4) + sizeof(float2));
 };
-
-/// A warp's copy of a step's rows: lane i knows where key i's are, in chunks from the view's base. Keys that do not exist become zero.
-template <typename Types, int kKeys>
-__device__ __forceinline__ void copy_step(const KvView& view, std::uint32_t offset, std::uint32_t valid, std::uint32_t slot) {
-  using KvRows = Rows<Types::kKvRowBytes>;
-  constexpr int kRowsPerPass = 32 / KvRows::kChunks;
-  const int lane = lane_here();
-  const int chunk = lane % KvRows::kChunks;
-  const int first_row = lane / KvRows::kChunks;
-  const bool exists = chunk * 16 < view.row_bytes;
-  const char* const source = view.base + (exists ? chunk * 16 : 0);
-  const std::uint32_t existing = exists ? valid >> first_row : 0;
-  const std::uint32_t target = KvRows::address(slot, first_row, chunk);
-#pragma unroll
-  for (int row = 0; row < kKeys; row += kRowsPerPass) {
-    const std::uint32_t row_offset = __shfl_sync(kAllLanes, offset, first_row + row);
-    device::copy_async_16_if(KvRows::advance(target, row, KvRows::key(row)), source + static_cast<std::uint64_t>(row_offset) * 16,
-                             (existing & (1u << row)) != 0);
-  }
-}
 
 /// Whether sequences are so much alike that clusters may have one tile each. A warp's work.
 __device__ __forceinline__ bool lengths_are_alike(const Plan& plan) {
@@ -88,15 +106,16 @@ __device__ __forceinline__ bool lengths_are_alike(const Plan& plan) {
 
 /// A tile to a cluster of plan.cluster CTAs: a query of each sequence, and a group of up to 8 heads. False if the lengths are too different; then
 /// nothing has been done.
-template <DType kKvDType, int kHeadDim, int kWarpsOfCta, bool kInPairs>
-__device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
+template <DType kKvDType, int kHeadDim, int kWarpsOfCta, bool kInPairs, int kTeam>
+__device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMaps& maps) {
   using Types = MmaTypes<kKvDType, kHeadDim>;
-  using Shape = ClusterKeysShape<kKvDType, kHeadDim, kWarpsOfCta>;
+  using Shape = ClusterKeysShape<kKvDType, kHeadDim, kWarpsOfCta, kTeam>;
+  constexpr int kTeams = Shape::kCtaWarps / kTeam;
   constexpr int kRows = Shape::kRows;
   constexpr int kKeys = Shape::kKeys;
   constexpr int kSlots = Shape::kSlots;
   constexpr int kCtaWarps = Shape::kCtaWarps;
-  constexpr int kLead = Shape::kLead;
+  using KvRows = typename Shape::KvRows;
   constexpr bool kEven = kSlots % 2 == 0;
   extern __shared__ __align__(1024) char shared[];
   const AttentionParams& p = plan.params;
@@ -108,44 +127,75 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
 
   char* const q_shared = shared + Shape::kQOffset;
   auto* const row_params = reinterpret_cast<RowParams*>(shared + Shape::kRowParamsOffset);
-  auto& stats = *reinterpret_cast<float2(*)[kCtaWarps][kRows]>(shared + Shape::kStatsOffset);
+  auto& stats = *reinterpret_cast<float2(*)[kCtaWarps][8]>(shared + Shape::kStatsOffset);
   const std::uint32_t shared_base = device::shared_address(shared);
-  const std::uint32_t ring = shared_base + static_cast<std::uint32_t>(warp * Shape::kRingBytes);
+  const int team = warp / kTeam, member = warp % kTeam;
+  const auto ring = [&] { return shared_base + static_cast<std::uint32_t>(thread_here() / (32 * kTeam) * (kTeam * Shape::kRingBytes)); };
 
   // If kInPairs, a kv head of the plan is two here, and rows of the second follow the first's.
-  const int pair_idx = kInPairs ? tile_idx / 2 : tile_idx;
+  constexpr bool kOneByOne = kInPairs && kTeam == 1;
+  static_assert(kTeam == 1 || kInPairs);
+  const int pair_idx = kOneByOne ? tile_idx / 2 : tile_idx;
   Tile tile{};
   tile.seq = tile.first_token = plan.kv_heads.quotient(pair_idx);
   const int pair = plan.kv_heads.remainder(pair_idx, tile.seq);
-  const int kv_head = kInPairs ? 2 * pair + tile_idx % 2 : pair;
+  const int kv_head = kOneByOne ? 2 * pair + tile_idx % 2 : pair * kTeam;  // the first
+  const auto group = static_cast<int>(plan.kv_group.divisor);
   tile.query_len = 1;
-  tile.num_rows = static_cast<int>(plan.kv_group.divisor);
-  tile.row_begin = kInPairs ? tile_idx % 2 * tile.num_rows : 0;
-  const auto view_of = [&](KvView view, std::int64_t stride) {
-    if (kInPairs && tile_idx % 2 != 0) view.base += stride * Types::kElementBytes / 2;
-    return view;
-  };
+  tile.num_rows = group * kTeam;
+  tile.row_begin = kOneByOne ? tile_idx % 2 * group : 0;
+  const int first_row = member * group;  // of the warp's
 
-  // What needs no other load's result comes first: table entries of the first steps, if they exist, and q.
-  const std::int32_t seq_len = p.seq_lens[tile.seq];
-  const int stride = size * kCtaWarps * kKeys;
-  const auto lane_key = [&](int key) { return lane < kKeys ? key + lane : INT_MAX; };
-  const std::uint32_t first_entries =
-      shared_base + static_cast<std::uint32_t>(Shape::kEntriesOffset + warp * Shape::kEntryBytes + 4 * lane);
-  std::uint32_t entries = first_entries;
-  int next_key = (warp * size + rank) * kKeys;  // of the step whose K comes next
-  const auto copy_first_entries = [&](int key_end) {
-#pragma unroll
-    for (int i = 0; i < kLead; ++i)
-      copy_entry(plan, tile, lane_key(next_key + i * stride), key_end, first_entries + static_cast<std::uint32_t>(i * kKeys * 4));
+  // Each warp's ring is brought by boxes, counted at a barrier for each slot.
+  const auto barriers = [&] {
+    return shared_base + static_cast<std::uint32_t>(Shape::kWarpBarriersOffset + thread_here() / (32 * kTeam) * (kSlots * 8));
   };
-  copy_first_entries(plan.key_capacity);
+  [[maybe_unused]] auto* const counters = reinterpret_cast<unsigned*>(shared + Shape::kCountersOffset) + team * kSlots;
+  // What the other CTAs send here at the end is counted at a barrier, which they may use when all have arrived below.
+  constexpr int kItemsOfRow = kHeadDim / 4;
+  const int num_items = tile.num_rows * kItemsOfRow;  // of four columns of a row; CTA r puts the items r, r + size, ... together
+  const std::uint32_t barrier = shared_base + static_cast<std::uint32_t>(Shape::kBarrierOffset);
+  if (lane == 0) {
+    if (member == 0) {
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) device::barrier_init(barriers() + i * 8, 1);
+      if constexpr (kTeam > 1) {
+#pragma unroll
+        for (int i = 0; i < kSlots; ++i) counters[i] = 0;
+      }
+    }
+    if (warp == 1) device::prefetch_tensor_map(&maps.k);
+    if (warp == 2) device::prefetch_tensor_map(&maps.v);
+    device::barrier_init_fence();
+  }
+  __syncwarp();
+  device::wait_for_predecessor();
+
+  // What needs no other load's result comes first: the lanes' boxes, of the warp's first steps, and q. 32 boxes are some steps', or one's.
+  const std::int32_t seq_len = p.seq_lens[tile.seq];
+  const int stride = size * kTeams * kKeys;
+  const int box_shift = maps.box_shift;
+  constexpr int kKeysShift = kKeys == 32 ? 5 : 4;
+  static_assert(kKeys == 1 << kKeysShift);
+  const int boxes_shift = kKeysShift - box_shift;  // of a step
+  const auto lane_offset = [&] {
+    const int i = lane_here();
+    return (i >> boxes_shift) * stride + ((i & ((1 << boxes_shift) - 1)) << box_shift);
+  };
+  const int lanes_stride = (32 >> boxes_shift) * stride;
+  int next_key = (team * size + rank) * kKeys;  // of the step whose boxes come next
+  int lane_key = next_key + lane_offset();  // of the lane's box
+  const auto entry_of = [&](int key, int key_end) {
+    return key < key_end ? p.block_tables[tile.seq * p.block_tables_stride + plan.block_size.quotient(key)] : -1;
+  };
+  int lane_entry = entry_of(lane_key, plan.key_capacity);
+  int next_entry = entry_of(lane_key + lanes_stride, plan.key_capacity);
   using QRows = Rows<Types::kQRowBytes>;
   static_assert(kRows * QRows::kChunks <= Shape::kCtaThreads);
   if (static_cast<int>(threadIdx.x) < kRows * QRows::kChunks) {
     const int row = static_cast<int>(threadIdx.x) / QRows::kChunks, chunk = static_cast<int>(threadIdx.x) % QRows::kChunks;
     const bool exists = row < tile.num_rows && chunk * 8 < p.head_dim;
-    const std::int64_t head = kv_head * tile.num_rows + row;
+    const std::int64_t head = kv_head * group + row;
     const char* const source =
         static_cast<const char*>(p.q) + (tile.first_token * p.q_token_stride + head * p.q_head_stride) * 2 + chunk * 16;
     device::copy_async_16_if(QRows::address(device::shared_address(q_shared), row, chunk), exists ? source : static_cast<const char*>(p.q),
@@ -156,140 +206,185 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
     prefetch_tables<Shape::kCtaThreads>(p);
     if (!lengths_are_alike(plan)) {
       device::copy_async_wait<0>();
+      if (lane == 0 && member == 0) {
+#pragma unroll
+        for (int i = 0; i < kSlots; ++i) device::barrier_invalidate(barriers() + i * 8);
+      }
       __syncthreads();
       return false;
     }
   }
-
-  // What the other CTAs send here at the end is counted at a barrier, which they may use when all have arrived below.
-  constexpr int kItemsOfRow = kHeadDim / 4;
-  const int num_items = tile.num_rows * kItemsOfRow;  // of four columns of a row; CTA r puts the items r, r + size, ... together
-  const std::uint32_t barrier = shared_base + static_cast<std::uint32_t>(Shape::kBarrierOffset);
   if (threadIdx.x == 0) {
     device::barrier_init(barrier, 1);
     device::barrier_init_fence();
     device::barrier_arrive_expect(barrier, plan.cluster.quotient(num_items - rank + size - 1) * size * Shape::kItemBytes);
   }
-  __syncwarp();
-  device::cluster_arrive();
 
   tile.kv_len = min(max(seq_len, 0), plan.key_capacity);
   if (tile.kv_len != seq_len && rank == 0 && kv_head == 0 && threadIdx.x == 0)
     record_error(plan.error_word, plan.op, ArgId::kSeqLens, tile.seq, seq_len);
   const KeyRange range = visible_keys(p, tile, 0);
   const int first_key = range.begin / kKeys * kKeys;
-  device::copy_async_wait<0>();
   if (first_key > 0) {
-    next_key += first_key;
-    copy_first_entries(range.end);
-    device::copy_async_wait_all();
+    next_key += first_key, lane_key += first_key;
+    lane_entry = entry_of(lane_key, range.end);
+    next_entry = entry_of(lane_key + lanes_stride, range.end);
   }
 
-  using MmaState = MmaColumns<kKvDType, kHeadDim, 1, false>;
+  using MmaState = MmaColumns<kKvDType, kHeadDim, 1, false, KvRows>;
   MmaState state;
   typename MmaState::Scale score;
-  const std::uint32_t k_offset = MmaState::k_thread_offset();
-  const std::uint32_t v_offset = MmaState::v_thread_offset();
+  const std::uint32_t k_offset = KvRows::address(0, KvRows::row(lane % 16, member, box_shift), lane / 16);
+  const std::uint32_t v_offset =
+      Types::kQuantized ? k_offset : KvRows::address(0, KvRows::row(lane / 16 * 8 + lane % 8, member, box_shift), lane / 8 % 2);
   state.reset();
 
-  std::uint32_t last_valid = 0, v_chunks = 0;  // of the step whose K came last: which keys exist, and where the lane's V is
-  const auto copy_k = [&](std::uint32_t slot) {
-    last_valid = 0;
-    if (next_key < range.end) {
-      const int key = lane_key(next_key);
-      const KeyLocation location = locate_key(plan, tile, key < range.begin ? INT_MAX : key, range.end, device::load_shared(entries));
-      last_valid = __ballot_sync(kAllLanes, location.valid);
-      const std::uint32_t entry = location.valid ? static_cast<std::uint32_t>(location.entry) : 0;
-      const std::uint32_t token = location.valid ? static_cast<std::uint32_t>(location.slot) : 0;
-      v_chunks = entry * plan.v_chunk_strides.x + token * plan.v_chunk_strides.y;
-      copy_step<Types, kKeys>(view_of(k_view<Types>(p, plan, pair), p.k_head_stride),
-                              entry * plan.k_chunk_strides.x + token * plan.k_chunk_strides.y, last_valid, slot);
-      copy_entry(plan, tile, lane_key(next_key + kLead * stride), range.end, entries);
-      entries += kKeys * 4;
-      if (entries >= first_entries + Shape::kEntryBytes) entries -= Shape::kEntryBytes;
-    }
-    next_key += stride;
-    return last_valid;
+  // In shared memory, since the loop has no registers to spare.
+  const auto range_at = [&](std::size_t offset) {
+    return device::load_shared(shared_base + static_cast<std::uint32_t>(Shape::kRowParamsOffset + offset));
   };
-  const auto copy_v = [&](std::uint32_t slot) {
-    // Zeros for hidden keys, of a whole step too: their weight is 0, and what lies there may not be finite.
-    const int key = next_key - stride;
-    if (key >= first_key && key < range.end)
-      copy_step<Types, kKeys>(view_of(v_view<Types>(p, plan, pair), p.v_head_stride), v_chunks, last_valid, slot);
+  const auto range_begin = [&] { return range_at(offsetof(RowParams, begin)); };
+  const auto range_end = [&] { return range_at(offsetof(RowParams, end)); };
+  // A box that does not exist is outside of the tensor, where zeros come from.
+  bool complete = true;  // whether all blocks so far exist
+  std::uint32_t box = 0;  // where the step's first box is, from the warp's first
+  const auto boxes = [&] { return shared_base + static_cast<std::uint32_t>(Shape::kBoxesOffset + thread_here() / 32 * 256); };
+  const auto place_box = [&](int key, int entry) {
+    const int block = plan.block_size.quotient(key);
+    const bool wanted = key < range.end && key + (1 << box_shift) > range.begin;
+    const bool valid = entry >= 0 && entry < p.num_blocks;
+    if (wanted && !valid && entry != -1)
+      record_error(plan.error_word, plan.op, ArgId::kBlockTables, tile.seq * p.max_blocks_per_seq + block, entry);
+    complete &= __all_sync(kAllLanes, valid || !wanted);
+    device::store_shared_8(boxes() + static_cast<std::uint32_t>(lane_here() * 8),
+                           int2{plan.block_size.remainder(key, block), valid && wanted ? entry : -1});
+    __syncwarp();
   };
-
-  // As in attend_to_stretches.
-  std::uint32_t valid[kLead + 1] = {};
-  std::uint32_t slot = 0;
+  place_box(lane_key, lane_entry);
+  const auto copy_boxes = [&](const CUtensorMap& map, std::uint32_t slot, int key_end) {
+    if (next_key >= key_end) return;
+    if (device::elect_lane()) {
+      std::uint32_t target = ring() + slot * Shape::kTeamSlotBytes, source = boxes() + box;
+      const std::uint32_t slot_barrier = barriers() + slot * 8, end = target + KvRows::kPanelBytes;
+      device::barrier_arrive_expect(slot_barrier, Shape::kTeamSlotBytes);
 #pragma unroll 1
-  for (int round = -kLead;; ++round) {
-    if (round == 0) {
-      if (threadIdx.x >= Shape::kCtaThreads - kRows) {
-        // As make_row_params, for one query that no mask is for.
-        const int row = static_cast<int>(threadIdx.x) - (Shape::kCtaThreads - kRows);
-        RowParams params{p.scale, 0.0f, tile.kv_len - 1, range.begin, range.end, 0, nullptr};
-        if (p.k_scale != nullptr) params.scale *= p.k_scale[kv_head * p.k_scale_stride];
-        if (p.alibi_slopes != nullptr) params.slope = p.alibi_slopes[kv_head * tile.num_rows + min(row, tile.num_rows - 1)] * kLog2E;
-        row_params[row] = params;
-      }
-      if constexpr (Types::kQuantized) {
-        __syncthreads();
-        for (int row = warp; row < kRows; row += kCtaWarps) convert_q<Types, kHeadDim, 1>(plan, row, q_shared, row_params);
-      }
-      __syncthreads();
-      score = make_score_scale<MmaState::kQueries>(p, row_params, MmaState::query);
-      state.attach_q(device::shared_address(q_shared));
-      device::cluster_wait();  // all CTAs have begun, so that their memory may be written; here that costs nothing
-    }
-    const int key = next_key - kLead * stride;
-    if (round >= 0 && key >= range.end) break;
-    const std::uint32_t k_address = ring + slot * Shape::kSlotBytes;
-    slot = slot + 1 == kSlots ? 0 : slot + 1;
-    const std::uint32_t v_address = ring + slot * Shape::kSlotBytes;
-    slot = slot + 1 == kSlots ? 0 : slot + 1;
-
-    float scores[kKeys / 16][1][4];
-    if (round >= 0) {
-      device::copy_async_wait<kSlots - 1>();
-      __syncwarp();
-      state.template multiply_qk<kKeys>(scores, k_address + k_offset);
-      __syncwarp();
-    }
-    if constexpr (kEven) {
-      valid[kLead] = copy_k(k_address);
-    } else {
-      copy_v(k_address);
-    }
-    device::copy_async_commit();
-
-    if (round >= 0) {
-      if (score.transform) state.template transform_scores<kKeys>(scores, row_params, p.softcap, key);
-      constexpr std::uint32_t kAll = kKeys == 32 ? 0xffffffffu : (1u << (kKeys % 32)) - 1;
-      if (valid[0] != kAll) state.template mask_scores<kKeys>(scores, row_params, key, valid[0]);
-      state.template softmax<kKeys>(scores, score);
-
-      device::copy_async_wait<kSlots - 1>();
-      __syncwarp();
-      state.template multiply_pv<kKeys>(scores, v_address + v_offset);
-      __syncwarp();
-    }
-    if constexpr (kEven) {
-      copy_v(v_address);
-    } else {
-      valid[kLead] = copy_k(v_address);
-    }
-    device::copy_async_commit();
+      do {
+        const int2 place = device::load_shared_8(source);
 #pragma unroll
-    for (int i = 0; i < kLead; ++i) valid[i] = valid[i + 1];
+        for (int panel = 0; panel < KvRows::kPanels; ++panel)
+          device::copy_box(target + static_cast<std::uint32_t>(panel * KvRows::kPanelBytes), &map, slot_barrier,
+                           panel * KvRows::kPanelRowBytes / Types::kElementBytes, place.x, kv_head, place.y);
+        source += 8, target += static_cast<std::uint32_t>(kTeam * KvRows::kPanelRowBytes) << box_shift;
+      } while (target < end);
+    }
+    __syncwarp();
+  };
+  const auto next_step = [&](int key_end) {
+    next_key += stride;
+    box += 8u << boxes_shift;
+    if (box < 256) return;
+    box = 0;
+    const int key = next_key + lane_offset();
+    place_box(key, next_entry);
+    next_entry = entry_of(key + lanes_stride, key_end);
+  };
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    if (member == 0) copy_boxes(i % 2 == 0 ? maps.k : maps.v, static_cast<std::uint32_t>(i), range.end);
+    if (i % 2 != 0) next_step(range.end);
+  }
+  // Whether the other warps of the team are done with a slot, too: the last one fills it again. Shared memory takes a warp's accesses in their order,
+  // so that it has read before it counts.
+  const auto is_last = [&](std::uint32_t slot) {
+    if constexpr (kTeam == 1) return true;
+    unsigned before = 0;
+    if (lane == 0) before = atomicAdd(counters + slot, 1u);
+    return (__shfl_sync(kAllLanes, before, 0) + 1) % kTeam == 0;
+  };
+
+  if (threadIdx.x >= Shape::kCtaThreads - kRows) {
+    // As make_row_params, for one query that no mask is for.
+    const int row = static_cast<int>(threadIdx.x) - (Shape::kCtaThreads - kRows);
+    RowParams params{p.scale, 0.0f, tile.kv_len - 1, range.begin, range.end, 0, nullptr};
+    const int head = kv_head * group + min(row, tile.num_rows - 1);
+    if (p.k_scale != nullptr) params.scale *= p.k_scale[plan.kv_group.quotient(head) * p.k_scale_stride];
+    if (p.alibi_slopes != nullptr) params.slope = p.alibi_slopes[head] * kLog2E;
+    row_params[row] = params;
   }
   device::copy_async_wait<0>();
+  if constexpr (Types::kQuantized) {
+    __syncthreads();
+    for (int row = warp; row < kRows; row += kCtaWarps) convert_q<Types, kHeadDim, 1>(plan, row, q_shared, row_params);
+  }
+  __syncthreads();
+  const RowParams* const warp_row_params = row_params + first_row;
+  score = make_score_scale<MmaState::kQueries>(p, warp_row_params, MmaState::query);
+  static_assert(MmaState::kQInRegisters);
+  state.attach_q(device::shared_address(q_shared), first_row);
+  __syncwarp();
+  device::cluster_arrive();  // others may write where q was
+
+  std::uint32_t slot = 0, parities = 0;
+  const auto wait_for_slot = [&](std::uint32_t of) {
+    device::barrier_wait(barriers() + of * 8, parities >> of & 1u);
+    parities ^= 1u << of;
+  };
+#pragma unroll 1
+  for (;;) {
+    const int key = next_key - kSlots / 2 * stride;
+    if (key >= range_end()) break;
+    const std::uint32_t k_slot = slot, v_slot = slot + 1 == kSlots ? 0 : slot + 1;
+    slot = v_slot + 1 == kSlots ? 0 : v_slot + 1;
+    const bool inner = key >= range_begin() && key + kKeys <= range_end();
+
+    float scores[kKeys / 16][1][4];
+    wait_for_slot(k_slot);
+    state.template multiply_qk<kKeys>(scores, ring() + k_slot * Shape::kTeamSlotBytes + k_offset);
+
+    __syncwarp();
+    if (is_last(k_slot)) copy_boxes(kEven ? maps.k : maps.v, k_slot, range_end());
+    if constexpr (!kEven) next_step(range_end());
+
+    if (score.transform) state.template transform_scores<kKeys>(scores, warp_row_params, p.softcap, key);
+    if (!inner || !complete) {
+      // Some keys' blocks may not exist.
+      const int mine = key + lane;
+      std::uint32_t valid = 0xffffffffu;
+      if (!complete) {
+        const int entry = entry_of(lane < kKeys && mine >= range_begin() ? mine : INT_MAX, range_end());
+        valid = __ballot_sync(kAllLanes, entry >= 0 && entry < p.num_blocks);
+      }
+      state.template mask_scores<kKeys>(scores, warp_row_params, key, valid);
+    }
+    state.template softmax<kKeys>(scores, score);
+
+    wait_for_slot(v_slot);
+    if (!inner) {
+      // Zeros for hidden keys: their weight is 0, and what lies there may not be finite.
+      for (int row = 0; row < kKeys; ++row) {
+        if (key + row >= range_begin() && key + row < range_end()) continue;
+        for (int chunk = lane; chunk < Types::kKvRowBytes / 16; chunk += 32) {
+          const std::uint32_t target = KvRows::address(ring() + v_slot * Shape::kTeamSlotBytes, KvRows::row(row, member, box_shift), chunk);
+          device::store_shared_16(target, uint4{0, 0, 0, 0});
+        }
+      }
+      device::fence_async_proxy();
+      __syncwarp();
+    }
+    state.template multiply_pv<kKeys>(scores, ring() + v_slot * Shape::kTeamSlotBytes + v_offset);
+
+    __syncwarp();
+    if (is_last(v_slot)) copy_boxes(kEven ? maps.v : maps.k, v_slot, range_end());
+    if constexpr (kEven) next_step(range_end());
+  }
   state.reduce_sum();
   __syncwarp();
 
-  // Every warp leaves its sums in its own ring, and the CTA puts together those of the warps that had keys.
+  // Every warp leaves its sums in the team's ring, and the CTA puts together those of the warps that had keys.
+  if constexpr (kTeam > 1) __syncthreads();
   const int steps = (range.end - first_key + kKeys - 1) / kKeys;
-  const int num_warps = min(plan.cluster.quotient(max(steps - rank + size - 1, 0)), kCtaWarps);
-  if (warp < num_warps) {
+  const int num_teams = min(plan.cluster.quotient(max(steps - rank + size - 1, 0)), kTeams);
+  if (team < num_teams) {
     if (lane < 4) {
 #pragma unroll
       for (int i = 0; i < MmaState::kQueries; ++i)
@@ -298,7 +393,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
 #pragma unroll
     for (int i = 0; i < MmaState::kQueries; ++i) {
       const int row = MmaState::query(i);
-      if (row < tile.num_rows) {
+      if (row < group) {
         float* const target = reinterpret_cast<float*>(shared + warp * Shape::kRingBytes) + row * Shape::kOutPitch;
 #pragma unroll
         for (int c = 0; c < MmaState::kSteps; ++c)
@@ -309,19 +404,23 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan) {
   }
   __syncthreads();
 
+  device::cluster_wait();  // all have come so far that their memory may be written
   const int items_each = plan.cluster.quotient(num_items + size - 1);
   for (int i = static_cast<int>(threadIdx.x); i < num_items; i += Shape::kCtaThreads) {
     const int row = i / kItemsOfRow, column = i % kItemsOfRow * 4;
+    const int of = kTeam > 1 && row >= group ? 1 : 0, own_row = row - of * group;
+    static_assert(kTeam <= 2);
+    const int end = num_teams * kTeam;
     Partial result{float4{0.0f, 0.0f, 0.0f, 0.0f}, -INFINITY, 0.0f};
 #pragma unroll 4
-    for (int w = 0; w < num_warps; ++w) result.top = fmaxf(result.top, stats[w][row].x);
+    for (int w = of; w < end; w += kTeam) result.top = fmaxf(result.top, stats[w][own_row].x);
     const float base = result.top == -INFINITY ? 0.0f : result.top;
 #pragma unroll 4
-    for (int w = 0; w < num_warps; ++w) {
+    for (int w = of; w < end; w += kTeam) {
       add_part(result, base,
-               *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(shared + w * Shape::kRingBytes) + row * Shape::kOutPitch +
-                                                column),
-               stats[w][row]);
+               *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(shared + w * Shape::kRingBytes) +
+                                                own_row * Shape::kOutPitch + column),
+               stats[w][own_row]);
     }
     const int index = plan.cluster.quotient(i), owner = plan.cluster.remainder(i, index);
     const int place = rank * items_each + index;

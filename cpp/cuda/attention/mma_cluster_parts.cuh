@@ -14,6 +14,26 @@ constexpr int kNothing = -1;
 
 #if __CUDA_ARCH__ >= 900
 
+/// A warp's copy of a step's rows: lane i knows where key i's are, in chunks from the view's base. Keys that do not exist become zero.
+template <typename Types, int kKeys>
+__device__ __forceinline__ void copy_step(const KvView& view, std::uint32_t offset, std::uint32_t valid, std::uint32_t slot) {
+  using KvRows = Rows<Types::kKvRowBytes>;
+  constexpr int kRowsPerPass = 32 / KvRows::kChunks;
+  const int lane = lane_here();
+  const int chunk = lane % KvRows::kChunks;
+  const int first_row = lane / KvRows::kChunks;
+  const bool exists = chunk * 16 < view.row_bytes;
+  const char* const source = view.base + (exists ? chunk * 16 : 0);
+  const std::uint32_t existing = exists ? valid >> first_row : 0;
+  const std::uint32_t target = KvRows::address(slot, first_row, chunk);
+#pragma unroll
+  for (int row = 0; row < kKeys; row += kRowsPerPass) {
+    const std::uint32_t row_offset = __shfl_sync(kAllLanes, offset, first_row + row);
+    device::copy_async_16_if(KvRows::advance(target, row, KvRows::key(row)), source + static_cast<std::uint64_t>(row_offset) * 16,
+                             (existing & (1u << row)) != 0);
+  }
+}
+
 /// The part that CTA `rank` of `size` begins with: cut where the keys before it are its share, more or less. The tile's parts are [first, last), and
 /// the first one's CTA has one.
 __device__ __forceinline__ int first_part(const Divisor& size, int rank, KeyRange range, int first, int last) {
@@ -93,7 +113,7 @@ __device__ __forceinline__ int attend_to_parts(const Plan& plan, int& tile_idx) 
     device::copy_async_commit();
     device::copy_async_wait<0>();
 
-    using MmaState = MmaColumns<kKvDType, kHeadDim, 1, false, kHeadDim != 128>;
+    using MmaState = MmaColumns<kKvDType, kHeadDim, 1, false, Rows<Types::kKvRowBytes>, kHeadDim != 128>;
     MmaState state;
     typename MmaState::Scale score;
     const std::uint32_t k_offset = MmaState::k_thread_offset();

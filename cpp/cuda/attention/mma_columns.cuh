@@ -11,10 +11,10 @@ namespace quire::cuda::attn {
 
 /// kPaired: K and V rows hold two kv heads, and a query is one of either half of head_dim's. The halves' scores are summed apart, so that what
 /// is not finite in one head does not reach the other. kKeepsQ: where registers suffice, queries stay in them.
-template <DType kKvDType, int kHeadDim, int kTiles, bool kPaired, bool kKeepsQ = true>
+template <DType kKvDType, int kHeadDim, int kTiles, bool kPaired, typename KvRows = Rows<MmaTypes<kKvDType, kHeadDim>::kKvRowBytes>,
+          bool kKeepsQ = true>
 struct MmaColumns {
   using Types = MmaTypes<kKvDType, kHeadDim>;
-  using KvRows = Rows<Types::kKvRowBytes>;
   static constexpr bool kBf16 = Types::kBf16;
   static constexpr int kSteps = kHeadDim / 16;
   static constexpr int kQueries = 2 * kTiles;  // of a thread

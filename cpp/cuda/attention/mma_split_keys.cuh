@@ -20,8 +20,7 @@ struct SplitKeysShape {
   static constexpr int kCtaThreads = 32 * kCtaWarps;
   static constexpr int kHeadWarps = kPairedWarps ? kCtaWarps / 2 : kCtaWarps;  // that take turns at the keys
   // Per step of a warp; 32 as long as the ring has three slots and registers suffice.
-  static constexpr bool kLongRows =
-      Types::kKvRowBytes >= 512 || (Types::kKvRowBytes >= 256 && (kHeadDim < 256 || kTiles > 1)) || (kHeadDim >= 128 && kTiles > 2);
+  static constexpr bool kLongRows = Types::kKvRowBytes >= 512 || (Types::kKvRowBytes >= 256 && (kHeadDim < 256 || kTiles > 1));
   static constexpr int kKeys = kLongRows ? 16 : 32;
   static constexpr int kSlotBytes = kKeys * Types::kKvRowBytes;      // one step's K or V
   // 192 KiB for all warps of an SM, or 64 KiB for a CTA.
@@ -44,8 +43,9 @@ struct SplitKeysShape {
   /// Of paired warps: whether this one has the second kv head.
   __device__ __forceinline__ static bool is_upper_warp() { return (threadIdx.x & 32u) != 0; }
   static_assert(kSlots >= 2);
-  static_assert(kWide ||
-                kSharedBytes <= (kTiles > 1 || kHeadDim == 256 && kVariant == Variant::kMmaSplitKeys8 ? kLargeSharedBytes : 99 * 1024));
+  static_assert(kWide || kSharedBytes <= (kVariant == Variant::kMmaSplitKeys16 || kHeadDim == 256 && kVariant == Variant::kMmaSplitKeys8
+                                              ? kLargeSharedBytes
+                                              : 99 * 1024));
   static_assert(!kWide || kSharedBytes <= kWideSharedBytes / kCtasPerSm);
   static_assert(kRows * kOutPitch * 4 <= kRingBytes, "the rings hold the merge");
 };
@@ -308,7 +308,7 @@ __device__ __forceinline__ void prefetch_tables(const AttentionParams& p) {
   asm volatile("prefetch.global.L2 [%0];\n" ::"l"(reinterpret_cast<const char*>(p.block_tables) + offset));
 }
 
-/// A CTA has an equal stretch of the batch's line of keys (share.cuh). It computes 8, 16 or 32 packed rows at a time against the keys that it has of
+/// A CTA has an equal stretch of the batch's line of keys (share.cuh). It computes 8 or 16 packed rows at a time against the keys that it has of
 /// them and writes them to out and lse, or to the workspace if other CTAs have keys of them too. Or only `lone_tile`, of all kv heads, where lengths
 /// are aligned.
 template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing, bool kInvariant = false>
@@ -355,7 +355,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
     if (threadIdx.x == 0 && (!fresh || walk.more)) next_tile<kRows, kKeys>(plan, walk, fresh, invariant());
     __syncthreads();
     if (!walk.more) return;
-    using MmaState = MmaColumns<kKvDType, kHeadDim, kTiles, kPaired, !(kInvariant && kHeadDim == 128)>;
+    using MmaState = MmaColumns<kKvDType, kHeadDim, kTiles, kPaired, Rows<Types::kKvRowBytes>, !(kInvariant && kHeadDim == 128)>;
     MmaState state;
     typename MmaState::Scale score;
     const std::uint32_t k_offset = MmaState::k_thread_offset();

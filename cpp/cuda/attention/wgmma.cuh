@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   using Control = WgmmaControl<Shape>;
   extern __shared__ __align__(1024) char shared[];
   auto* control = reinterpret_cast<Control*>(shared + Shape::kControlOffset);
-  const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0);
+  int warp = static_cast<int>(threadIdx.x) / 32;
+  if constexpr (Shape::kKnowsUniform) warp = __shfl_sync(kAllLanes, warp, 0);
   if (threadIdx.x == 0) {
     const auto init = [](std::uint64_t& barrier, int arrivals) { device::barrier_init(device::shared_address(&barrier), arrivals); };
     for (int i = 0; i < Shape::kStages; ++i) {

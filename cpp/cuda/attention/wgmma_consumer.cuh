@@ -45,8 +45,11 @@ struct WgmmaConsumer {
     if (threadIdx.x % 32 == 0) device::barrier_arrive(device::shared_address(&barriers[uses % kPlaces]));
   }
 
-  /// A value that is the same in all lanes, so that the compiler knows.
-  __device__ __forceinline__ static int uniform(int value) { return __shfl_sync(kAllLanes, value, 0); }
+  /// A value that is the same in all lanes, so that the compiler knows, where that is faster.
+  __device__ __forceinline__ static int uniform(int value) {
+    if constexpr (Shape::kKnowsUniform) return __shfl_sync(kAllLanes, value, 0);
+    return value;
+  }
 
   __device__ __forceinline__ int row(int r) const {
     return 64 * group + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * r;
@@ -484,6 +487,7 @@ struct WgmmaConsumer {
       const bool masked = find_seen(scores, valid, seen);
       mask_scores(scores, masked, seen);
       if (masked) give_bases(scores);
+      release_keys(scores);
       float added[2];
       weigh(log2_scale(scores), added);
       sum[0] += added[0], sum[1] += added[1];
@@ -497,7 +501,6 @@ struct WgmmaConsumer {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= factor[i / 2 % 2];
       }
-      release_keys(scores);
       release_values(1);
     }
   }

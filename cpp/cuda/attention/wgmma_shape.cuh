@@ -45,6 +45,8 @@ struct WgmmaShape {
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kNarrowKv ? 216 : 232;
   /// Warpgroups take turns at issuing products where that is faster.
   static constexpr bool kTakeTurns = kDim <= 128 && (!kNarrowKv || kWidenBeside);
+  /// The compiler is told what is the same in all lanes where that is faster; elsewhere registers come out worse.
+  static constexpr bool kKnowsUniform = kNarrowKv ? kDim == 64 || (kNarrowQ && kDim == 128) : kDim != 96;
   /// ptxas counts 128 registers for a thread of four warpgroups, too few for one product with all columns.
   static constexpr int kOutputParts = kNarrowKv && kDim > 128 ? 2 : 1;
 

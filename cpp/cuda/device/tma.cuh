@@ -11,6 +11,10 @@ namespace quire::cuda::device {
 __device__ __forceinline__ void barrier_init(std::uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals) : "memory");
 }
+/// Gives a barrier's memory back.
+__device__ __forceinline__ void barrier_invalidate(std::uint32_t barrier) {
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
+}
 /// Makes barrier_init known to the copy engine.
 __device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory"); }
 
@@ -149,21 +153,6 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
 }
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
-}
-/// The same, and whether `value` holds for any of the threads.
-__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool value) {
-  int any;
-  asm volatile(
-      "{\n"
-      ".reg .pred mine, all;\n"
-      "setp.ne.b32 mine, %3, 0;\n"
-      "barrier.cta.red.or.aligned.pred all, %1, %2, mine;\n"
-      "selp.b32 %0, 1, 0, all;\n"
-      "}\n"
-      : "=r"(any)
-      : "r"(id), "r"(threads), "r"(value ? 1 : 0)
-      : "memory");
-  return any != 0;
 }
 
 /// Gives registers of a warpgroup back, or takes them.

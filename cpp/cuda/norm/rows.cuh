@@ -364,9 +364,9 @@ void launch_rows(const NormParams& p, const char* name, Stream stream) {
     std::int64_t vectors = ceil_div(num_vectors, kMaxThreads);
     if (many_rows) vectors = std::max(vectors, std::min({std::int64_t{2}, ceil_div(num_vectors, 4), num_vectors / group_lanes}));
     // What the kernels of dense rows do not take comes below: narrow rows, very long ones, two strides, weights of another type.
-    constexpr bool kHasDense = sizeof(T) == 2, kHasFewQuantized = kHasDense && kKind != NormKind::kLayer;
+    constexpr bool kHasDense = sizeof(T) == 2;
     if constexpr (kHasDense && kQuantizes) {
-      if constexpr (kHasFewQuantized) {
+      if constexpr (kKind != NormKind::kLayer) {
         if (!many_rows && vectors == 1 && launch_dense_rows<kKind, true, T, kVec, 1, false, 64>(p, name, stream)) return;
       }
       if (many_rows && vectors == 2 && launch_dense_rows<kKind, true, T, kVec, 2, true, 64>(p, name, stream)) return;
@@ -378,9 +378,7 @@ void launch_rows(const NormParams& p, const char* name, Stream stream) {
       if (many_rows && !is_long && vectors == 2 && launch_dense_rows<kKind, false, T, kVec, 2, true, kRegisters>(p, name, stream)) return;
     }
     if constexpr (kQuantizes) {
-      if constexpr (!kHasFewQuantized) {
-        if (!many_rows && vectors == 1) return launch_rows_of<kKind, true, T, kVec, 1, false, 64>(p, name, stream);
-      }
+      if (!many_rows && vectors == 1) return launch_rows_of<kKind, true, T, kVec, 1, false, 64>(p, name, stream);
       if (vectors == 1) return launch_rows_of<kKind, true, T, kVec, 1, true, 48>(p, name, stream);
       launch_rows_of<kKind, true, T, kVec, 2, true, kKind == NormKind::kRms ? 56 : 64>(p, name, stream);
     } else {
