@@ -296,8 +296,28 @@ TEST(CudaAttentionConfig, few_tiles_have_clusters) {
   EXPECT_EQ(configure(dense(params), kDevice, true).lone_cluster, 16);  // one sequence has a kernel of its own
   EXPECT_EQ(configure(dense(paged(2, 1024, 32, 8, 128)), kDevice, true).lone_cluster, 0);
   EXPECT_EQ(configure(dense(params), kDevice).cluster, 0);
+}
+
+TEST(CudaAttentionConfig, batch_invariant_tiles_have_clusters_or_whole_CTAs) {
+  const auto cluster = [](std::int64_t num_seqs, std::int64_t num_keys) {
+    AttentionParams params = paged(num_seqs, num_keys, 32, 8, 128);
+    params.batch_invariant = true;
+    return configure(params, kDevice, true).cluster;
+  };
+  EXPECT_EQ(cluster(1, 65536), 16);
+  EXPECT_EQ(cluster(1, 1024), 2);  // parts
+  EXPECT_EQ(cluster(32, 8192), 2);
+  EXPECT_EQ(cluster(64, 8192), 1);
+  EXPECT_EQ(cluster(2, 8192), 0);
+  EXPECT_EQ(cluster(8, 8192), 0);  // the line of keys is faster
+  EXPECT_EQ(cluster(31, 8192), 0);
+  EXPECT_EQ(cluster(44, 8192), 0);   // a third of the places would be left empty
+  EXPECT_EQ(cluster(256, 8192), 1);  // whole tiles, one after the other
+  EXPECT_EQ(cluster(70, 8192), 0);   // of which the last would leave most places empty
+  AttentionParams params = paged(32, 8192, 32, 8, 128);
   params.batch_invariant = true;
-  EXPECT_EQ(cluster(params), 0);
+  EXPECT_EQ(configure(params, kDevice).cluster, 0);
+  EXPECT_EQ(configure(ragged_queries(params, 32), kDevice, true).cluster, 0);
 }
 
 TEST(CudaAttentionConfig, clusters_read_two_heads_of_8_bits_together) {

@@ -110,6 +110,32 @@ def test_batch_invariance(backend, rng, dtype, kv_dtype, dim, group):
     assert_same_bits(invariant_rows(backend, rng, watched, 5, q_lens=[1, 1, 30], **options), want)
 
 
+@pytest.mark.parametrize("finite", [True, False], ids=["finite", "infinite"])
+@pytest.mark.parametrize(
+    ("kv_dtype", "dim"),
+    [("bfloat16", 128), ("float8_e4m3fn", 64), ("float8_e4m3fn", 128), ("bfloat16", 256)],
+)
+def test_batch_invariance_where_lengths_are_alike(backend, rng, kv_dtype, dim, finite):
+    """Several CTAs, one, or a part of one's time for a tile, by the number of sequences; and stretches beside a long one."""
+    watched = [
+        Watched(
+            draw(rng, (1, 8, dim), "bfloat16"),
+            draw_stored(rng, (n, 2, dim), kv_dtype),
+            draw_stored(rng, (n, 2, dim), kv_dtype),
+        )
+        for n in (1, 560)
+    ]
+    if not finite:
+        watched[1].v[[3, 540], 0, 5] = np.nan if kv_dtype != "bfloat16" else np.inf
+    options = {"dtype": "bfloat16", "kv_dtype": kv_dtype}
+    want = [invariant_rows(backend, rng, [w], 0, **options)[0] for w in watched]
+    for num_seqs in (2, 20, 64, 257, 520):
+        got = invariant_rows(backend, rng, watched, num_seqs - 2, **options)
+        assert_same_bits(got, want)
+    long = Watched(watched[1].q, watched[1].k.repeat(10, 0), watched[1].v.repeat(10, 0))
+    assert_same_bits(invariant_rows(backend, rng, [*watched, long], 61, **options)[:2], want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("finite", [True, False], ids=["finite", "infinite"])

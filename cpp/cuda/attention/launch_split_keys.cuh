@@ -9,6 +9,7 @@
 
 #include "cuda/attention/launch.h"
 #include "cuda/attention/mma_cluster_keys.cuh"
+#include "cuda/attention/mma_cluster_parts.cuh"
 #include "cuda/attention/mma_split_keys.cuh"
 #include "cuda/device/dependent_launch.cuh"
 #include "cuda/once_per_device.h"
@@ -19,6 +20,11 @@ namespace quire::cuda::attn {
 /// Whether a kernel has attend_in_clusters, too.
 template <Variant kVariant, bool kWide>
 constexpr bool kHasClusters = kWide && kVariant == Variant::kMmaSplitKeys8;
+
+/// Whether there is attend_to_parts for the same.
+template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing>
+constexpr bool kHasParts =
+    !kWide && kVariant == Variant::kMmaSplitKeys8 && kPairing == Pairing::kNone && has_parts(itemsize(kKvDType), kHeadDim);
 
 struct NoMaps {};
 template <bool kHas>
@@ -46,6 +52,23 @@ __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, k
 #endif
   device::wait_for_predecessor();
   attend_to_stretches<kKvDType, kHeadDim, kVariant, kWide, kPairing>(plan);
+}
+
+/// The same for batch-invariant decode that may find lengths alike: plan.cluster CTAs to a tile, or whole tiles to CTAs.
+template <DType kKvDType, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, ctas_per_sm(Variant::kMmaSplitKeys8, kHeadDim))
+    attention_mma_parts_kernel(const __grid_constant__ Plan plan) {
+#if __CUDA_ARCH__ == 900
+  device::wait_for_predecessor();
+  int in_parts = lengths_are_alike(plan) ? 1 : 0;
+  int tile_idx = plan.cluster.quotient(static_cast<int>(blockIdx.x));
+  do {
+    int unfinished = kNothing;
+    if (in_parts != 0 && (unfinished = attend_to_parts<kKvDType, kHeadDim>(plan, tile_idx)) == kNothing) return;
+    attend_to_stretches<kKvDType, kHeadDim, Variant::kMmaSplitKeys8, false, Pairing::kNone, true>(plan, unfinished);
+    asm volatile("" : "+r"(in_parts));  // one copy of the code serves both
+  } while (in_parts != 0);
+#endif
 }
 
 /// The same for one sequence: clusters alone, whose CTAs have all of an SM's warps. Clusters of CTAs of which an SM could hold two do not leave SMs
@@ -112,8 +135,8 @@ inline int read_once_keys(const Plan& plan) {
   return static_cast<int>(std::min<std::int64_t>(kBytes / bytes_of_key, std::numeric_limits<int>::max()));
 }
 
-/// Launches the kernel with up to `limit` CTAs to a tile, at least `min_size`; false if it cannot.
-template <typename Shape, auto kKernel>
+/// Launches the kernel with up to `limit` CTAs to a tile, at least `min_size`; false if it cannot. kHasMaps: it takes maps of K and V.
+template <typename Shape, auto kKernel, bool kHasMaps = true>
 bool launch_clusters(Plan plan, bool in_pairs, int limit, int min_size, std::int64_t num_tiles, int shared_bytes, Stream stream) {
   if (limit > 8)
     known_of_device([] {
@@ -128,7 +151,12 @@ bool launch_clusters(Plan plan, bool in_pairs, int limit, int min_size, std::int
   plan.tiles_per_cta = 0;  // what was chosen for equal lengths was for another number of CTAs
   plan.read_once_keys = read_once_keys(plan);
   const LaunchShape shape{static_cast<unsigned>(num_tiles * size), Shape::kCtaThreads, shared_bytes, size};
-  launch_waiting("attention_mma_split_keys_kernel in clusters", kKernel, shape, stream, plan, make_key_maps<Shape>(plan.params, in_pairs));
+  if constexpr (kHasMaps) {
+    launch_waiting("attention_mma_split_keys_kernel in clusters", kKernel, shape, stream, plan,
+                   make_key_maps<Shape>(plan.params, in_pairs));
+  } else {
+    launch_waiting("attention_mma_parts_kernel in clusters", kKernel, shape, stream, plan);
+  }
   return true;
 }
 
@@ -155,10 +183,20 @@ void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
                              plan, kInPairs, config.cluster, 1, num_head_tiles / kTeam, kSharedBytes, stream))
         return;
     }
-    const auto kernel = attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>;
-    launch_waiting("attention_mma_split_keys_kernel", kernel,
-                   LaunchShape{static_cast<unsigned>(config.num_ctas), Shape::kCtaThreads, Shape::kSharedBytes}, stream, plan,
-                   MapsOf<kHasClusters<kVariant, kWide>>{});
+    const LaunchShape shape{static_cast<unsigned>(config.num_ctas), Shape::kCtaThreads, Shape::kSharedBytes};
+    if constexpr (kHasParts<kKvDType, kHeadDim, kVariant, kWide, kPairing>) {
+      const bool copies_rows = in_clusters && plan.chunk_strides_exist;  // by chunks, not by boxes
+      constexpr auto kOfParts = attention_mma_parts_kernel<kKvDType, kHeadDim>;
+      if (copies_rows && num_head_tiles > config.num_ctas)
+        return launch_waiting("attention_mma_parts_kernel", kOfParts, shape, stream, plan);
+      if (copies_rows &&
+          launch_clusters<Shape, kOfParts, false>(plan, false, config.cluster, 1, num_head_tiles, Shape::kSharedBytes, stream))
+        return;
+    }
+    Plan of_stretches = plan;
+    if (plan.params.batch_invariant) of_stretches.tiles_per_cta = 0;
+    launch_waiting("attention_mma_split_keys_kernel", attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>, shape,
+                   stream, of_stretches, MapsOf<kHasClusters<kVariant, kWide>>{});
   };
   const auto of_head_dim = [&]<int kHeadDim>() {
     if constexpr (kHeadDim == 128) {

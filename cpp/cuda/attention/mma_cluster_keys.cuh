@@ -82,14 +82,6 @@ struct ClusterKeysShape {
   static constexpr int kItemBytes = static_cast<int>(sizeof(float4) + sizeof(float2));
 };
 
-/// Adds a part's columns and its sum, whose largest score is stats.x, to what is relative to `base`.
-__device__ __forceinline__ void add_part(Partial& to, float base, float4 value, float2 stats) {
-  const float weight = device::exp2_approx(stats.x - base);
-  to.sum = fmaf(weight, stats.y, to.sum);
-  to.value.x = fmaf(weight, value.x, to.value.x), to.value.y = fmaf(weight, value.y, to.value.y);
-  to.value.z = fmaf(weight, value.z, to.value.z), to.value.w = fmaf(weight, value.w, to.value.w);
-}
-
 /// Whether sequences are so much alike that clusters may have one tile each. A warp's work.
 __device__ __forceinline__ bool lengths_are_alike(const Plan& plan) {
   const auto num_seqs = static_cast<int>(plan.params.num_seqs);

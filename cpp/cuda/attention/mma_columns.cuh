@@ -10,14 +10,15 @@
 namespace quire::cuda::attn {
 
 /// kPaired: K and V rows hold two kv heads, and a query is one of either half of head_dim's. The halves' scores are summed apart, so that what
-/// is not finite in one head does not reach the other.
-template <DType kKvDType, int kHeadDim, int kTiles, bool kPaired, typename KvRows = Rows<MmaTypes<kKvDType, kHeadDim>::kKvRowBytes>>
+/// is not finite in one head does not reach the other. kKeepsQ: where registers suffice, queries stay in them.
+template <DType kKvDType, int kHeadDim, int kTiles, bool kPaired, typename KvRows = Rows<MmaTypes<kKvDType, kHeadDim>::kKvRowBytes>,
+          bool kKeepsQ = true>
 struct MmaColumns {
   using Types = MmaTypes<kKvDType, kHeadDim>;
   static constexpr bool kBf16 = Types::kBf16;
   static constexpr int kSteps = kHeadDim / 16;
   static constexpr int kQueries = 2 * kTiles;  // of a thread
-  static constexpr bool kQInRegisters = kSteps * kTiles <= 16;
+  static constexpr bool kQInRegisters = kKeepsQ && kSteps * kTiles <= 16;
   using Scale = ScoreScale<kQueries>;
 
   float out[kSteps][kTiles][4];  // columns of V by queries

@@ -188,6 +188,14 @@ __device__ __forceinline__ void fold(Partial& a, const Partial& b) {
   a.top = top;
 }
 
+/// Adds a part's columns and its sum, whose largest score is stats.x, to what is relative to `base`.
+__device__ __forceinline__ void add_part(Partial& to, float base, float4 value, float2 stats) {
+  const float weight = device::exp2_approx(stats.x - base);
+  to.sum = fmaf(weight, stats.y, to.sum);
+  to.value.x = fmaf(weight, value.x, to.value.x), to.value.y = fmaf(weight, value.y, to.value.y);
+  to.value.z = fmaf(weight, value.z, to.value.z), to.value.w = fmaf(weight, value.w, to.value.w);
+}
+
 /// Writes four columns of a row of out, and with the first ones its lse.
 __device__ __forceinline__ void finish(const Plan& plan, const Tile& tile, int kv_head, int row, int column, const Partial& result) {
   const AttentionParams& p = plan.params;
@@ -301,9 +309,10 @@ __device__ __forceinline__ void prefetch_tables(const AttentionParams& p) {
 }
 
 /// A CTA has an equal stretch of the batch's line of keys (share.cuh). It computes 8 or 16 packed rows at a time against the keys that it has of
-/// them and writes them to out and lse, or to the workspace if other CTAs have keys of them too.
-template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing>
-__device__ __forceinline__ void attend_to_stretches(const Plan& plan) {
+/// them and writes them to out and lse, or to the workspace if other CTAs have keys of them too. Or only `lone_tile`, of all kv heads, where lengths
+/// are aligned.
+template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing, bool kInvariant = false>
+__device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_tile = -1) {
   using Types = MmaTypes<kKvDType, kHeadDim>;
   using Shape = SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>;
   constexpr bool kPaired = Shape::kPaired, kPairedWarps = Shape::kPairedWarps;
@@ -320,7 +329,8 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan) {
 
   char* q_shared = shared + Shape::kQOffset;
   auto* row_params = reinterpret_cast<RowParams*>(shared + Shape::kRowParamsOffset);
-  auto& stats = *reinterpret_cast<float (*)[2][kCtaWarps][kRows]>(shared + Shape::kStatsOffset);
+  // Of warps: a row's largest score in units of log2, and its sum of exponentials.
+  auto& stats = *reinterpret_cast<float2(*)[kCtaWarps][kRows]>(shared + Shape::kStatsOffset);
   // Which warps have a row's keys: [first, first + kWarpStep, ...).
   constexpr int kWarpStep = kPairedWarps ? 2 : 1;
   auto& folded_stats = *reinterpret_cast<float2(*)[2][kRows]>(shared + Shape::kFoldedOffset);
@@ -332,16 +342,20 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan) {
   Walk& walk = *reinterpret_cast<Walk*>(shared + Shape::kWalkOffset);
   const Tile& tile = walk.tile;
   // Batch-invariant calls have narrow CTAs and no pairs.
-  const auto invariant = [&] { return !kWide && kPairing == Pairing::kNone && plan.batch_invariant; };
+  const auto invariant = [&] { return kInvariant || (!kWide && kPairing == Pairing::kNone && plan.batch_invariant); };
 
   if (static_cast<int>(blockIdx.x) >= plan.num_ctas) return;
   prefetch_tables<Shape::kCtaThreads>(p);
-  if (warp == 0) begin_walk<kRows, kKeys>(plan, walk);
+  if (lone_tile >= 0) {
+    if (threadIdx.x == 0) begin_lone_walk(walk, lone_tile);
+  } else if (warp == 0) {
+    begin_walk<kRows, kKeys>(plan, walk);
+  }
   for (bool fresh = true;; fresh = false) {
     if (threadIdx.x == 0 && (!fresh || walk.more)) next_tile<kRows, kKeys>(plan, walk, fresh, invariant());
     __syncthreads();
     if (!walk.more) return;
-    using MmaState = MmaColumns<kKvDType, kHeadDim, kTiles, kPaired>;
+    using MmaState = MmaColumns<kKvDType, kHeadDim, kTiles, kPaired, Rows<Types::kKvRowBytes>, !(kInvariant && kHeadDim == 128)>;
     MmaState state;
     typename MmaState::Scale score;
     const std::uint32_t k_offset = MmaState::k_thread_offset();
@@ -456,32 +470,24 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan) {
           break;
       }
 
-      // Bring the warps to one maximum.
+      // Every warp leaves its sums in its own ring.
       state.reduce_sum();
       if (lane < 4) {
 #pragma unroll
-        for (int i = 0; i < MmaState::kQueries; ++i) {
-          const int row = first_row() + MmaState::query(i);
-          stats[0][warp][row] = state.largest[i] * score.log2_scale[i];
-          stats[1][warp][row] = state.sum[i];
-        }
+        for (int i = 0; i < MmaState::kQueries; ++i)
+          stats[warp][first_row() + MmaState::query(i)] = float2{state.largest[i] * score.log2_scale[i], state.sum[i]};
       }
-      __syncthreads();
+      __syncwarp();
 #pragma unroll
       for (int i = 0; i < MmaState::kQueries; ++i) {
         const int row = first_row() + MmaState::query(i);
         if (kPairedWarps && MmaState::query(i) >= static_cast<int>(plan.kv_group.divisor)) continue;
-        const int first_warp = kPairedWarps ? warp % 2 : 0;
-        float top = stats[0][first_warp][row];
-#pragma unroll 4
-        for (int w = first_warp + kWarpStep; w < kCtaWarps; w += kWarpStep) top = fmaxf(top, stats[0][w][row]);
-        const float weight = device::exp2_approx(stats[0][warp][row] - (top == -INFINITY ? 0.0f : top));
         if (row < tile.num_rows) {
-          float* target = merged + (warp * kRows + row) * Shape::kOutPitch;
+          float* target = merged + warp * (Shape::kRingBytes / 4) + row * Shape::kOutPitch;
 #pragma unroll
           for (int c = 0; c < MmaState::kSteps; ++c)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) target[MmaState::column(c, half)] = weight * state.out[c][i / 2][2 * half + i % 2];
+            for (int half = 0; half < 2; ++half) target[MmaState::column(c, half)] = state.out[c][i / 2][2 * half + i % 2];
         }
       }
       __syncthreads();
@@ -506,15 +512,14 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan) {
             int merged_column = column, first_warp = 0;
             if (kPaired && is_upper(plan, row_index(plan, tile, walk.kv_head, row).head)) merged_column += Shape::kColumns;
             if (kPairedWarps && row >= static_cast<int>(plan.kv_group.divisor)) first_warp = 1;
-            result = Partial{float4{0.0f, 0.0f, 0.0f, 0.0f}, stats[0][first_warp][row], 0.0f};
+            result = Partial{float4{0.0f, 0.0f, 0.0f, 0.0f}, stats[first_warp][row].x, 0.0f};
 #pragma unroll 4
-            for (int w = first_warp + kWarpStep; w < kCtaWarps; w += kWarpStep) result.top = fmaxf(result.top, stats[0][w][row]);
+            for (int w = first_warp + kWarpStep; w < kCtaWarps; w += kWarpStep) result.top = fmaxf(result.top, stats[w][row].x);
+            const float base = result.top == -INFINITY ? 0.0f : result.top;
+            const float* const of_warps = merged + row * Shape::kOutPitch + merged_column;
 #pragma unroll 4
-            for (int w = first_warp; w < kCtaWarps; w += kWarpStep) {
-              result.sum += stats[1][w][row] * device::exp2_approx(stats[0][w][row] - (result.top == -INFINITY ? 0.0f : result.top));
-              const float4 of_warp = *reinterpret_cast<const float4*>(merged + (w * kRows + row) * Shape::kOutPitch + merged_column);
-              result.value.x += of_warp.x, result.value.y += of_warp.y, result.value.z += of_warp.z, result.value.w += of_warp.w;
-            }
+            for (int w = first_warp; w < kCtaWarps; w += kWarpStep)
+              add_part(result, base, *reinterpret_cast<const float4*>(of_warps + w * (Shape::kRingBytes / 4)), stats[w][row]);
             if (selecting) result.value = with_notes<kHeadDim>(result.value, notes, row, merged_column);
           }
           const int slot = part == walk.unit_first || folds ? first_slot(plan) : part - walk.unit_begin;

@@ -34,6 +34,7 @@ struct Walk {
   int tile_in_seq, tiles_in_seq;
   int kv_head;
   bool more;              // false: nothing is left
+  bool lone;              // only the aligned tile that it begins with
   bool all_see_the_same;  // the tile's rows
   // The CTA's units [unit_begin, unit_end) of the tile's [unit_first, unit_last): steps from its first key, or in batch-invariant calls parts.
   int unit_begin, unit_end, unit_first, unit_last;
@@ -120,6 +121,15 @@ __device__ __forceinline__ void enter_part(Walk& walk, int unit, bool invariant)
   walk.part_end = last ? tile.key_end : invariant ? part_begin(unit + 1) : tile.key_begin + walk.unit_end * kKeys;
 }
 
+/// Whole tiles go to whoever is ready for one: the next of them, or none. Every tile but the CTAs' first takes a ticket, and every CTA one more in vain:
+/// as many as there are tiles. The last one makes the counter zero again.
+__device__ __forceinline__ int take_ticket(const Plan& plan, int num_tiles) {
+  unsigned* const tickets = plan.counters + kMaxCtas;
+  const unsigned ticket = atomicAdd(tickets, 1u);
+  if (ticket == static_cast<unsigned>(num_tiles) - 1) *tickets = 0;
+  return static_cast<int>(min(ticket + static_cast<unsigned>(plan.num_ctas), static_cast<unsigned>(num_tiles)));
+}
+
 /// Moves on to the next tile that the CTA has a part of, which may be where it stands if it is `fresh`. One thread's work.
 template <int kRows, int kKeys>
 __device__ __forceinline__ void next_tile(const Plan& plan, Walk& walk, bool fresh, bool invariant) {
@@ -130,17 +140,12 @@ __device__ __forceinline__ void next_tile(const Plan& plan, Walk& walk, bool fre
     if (walk.aligned_length > 0) {
       if (!fresh) {
         walk.more = false;
-        if (plan.tiles_per_cta <= 1) return;
-        // Whole tiles go to whoever is ready for one. Every tile but the CTAs' first takes a ticket, and every CTA one more in vain: as many
-        // as there are tiles. The last one makes the counter zero again.
-        const auto num_tiles = static_cast<unsigned>(p.num_seqs) * plan.tiles_of_seq.divisor;
-        const auto num_ctas = static_cast<unsigned>(plan.num_ctas);
-        unsigned* const tickets = plan.counters + kMaxCtas;
-        const unsigned ticket = atomicAdd(tickets, 1u);
-        if (ticket == num_tiles - 1) *tickets = 0;
-        if (ticket + num_ctas >= num_tiles) return;
+        if (plan.tiles_per_cta <= 1 || walk.lone) return;
+        const auto num_tiles = static_cast<int>(p.num_seqs) * static_cast<int>(plan.tiles_of_seq.divisor);
+        const int tile_idx = take_ticket(plan, num_tiles);
+        if (tile_idx >= num_tiles) return;
         walk.more = true;
-        walk.tile_idx = static_cast<int>(ticket + num_ctas);
+        walk.tile_idx = tile_idx;
         walk.begin = walk.tile_idx * walk.stretch;
         walk.end = walk.begin + walk.stretch;
       }
@@ -225,9 +230,19 @@ __device__ __forceinline__ bool begin_aligned_walk(const Plan& plan, Walk& walk)
     walk.begin = stretch * cta;
     walk.end = walk.begin + stretch;
     walk.length = walk.aligned_length = ctas_per_tile * stretch;
+    walk.lone = false;
   }
   __syncwarp();
   return true;
+}
+
+/// The walk of a CTA that has one whole tile. One thread's work.
+__device__ __forceinline__ void begin_lone_walk(Walk& walk, int tile_idx) {
+  walk.more = walk.lone = true;
+  walk.tile_idx = tile_idx;
+  // All lies between 0 and 1.
+  walk.begin = walk.length = 0;
+  walk.end = walk.aligned_length = walk.stretch = 1;
 }
 
 /// Finds the CTA's stretch and the tile in which it begins. A warp's work.
