@@ -70,7 +70,7 @@ DLDataType to_dlpack(DType dtype) {
   throw TypeError("[dlpack] dtype: expected a known dtype, got another");
 }
 
-[[noreturn]] void throw_other_device(const char* op, const char* arg, DLDeviceType type) {
+void throw_other_device(const char* op, const char* arg, DLDeviceType type) {
   throw UnsupportedError(message(op, arg, "a tensor on cpu or cuda", "one on DLPack device type " + std::to_string(type)));
 }
 

@@ -49,7 +49,7 @@ ScaleGranularity to_granularity(const char* op, nb::handle value) {
   if (text == "tensor") return ScaleGranularity::kTensor;
   if (text == "token") return ScaleGranularity::kToken;
   if (text == "group") return ScaleGranularity::kGroup;
-  throw std::invalid_argument(std::string("[") + op + "] granularity: expected \"tensor\", \"token\" or \"group\", got \"" + text + "\"");
+  throw std::invalid_argument(message(op, "granularity", "\"tensor\", \"token\" or \"group\"", '"' + text + '"'));
 }
 
 Device to_device(const char* op, nb::handle value) {

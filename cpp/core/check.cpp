@@ -12,15 +12,6 @@
 namespace quire {
 namespace {
 
-std::string shape_text(const std::int64_t* shape, std::size_t ndim) {
-  std::string text = "[";
-  for (std::size_t i = 0; i < ndim; ++i) {
-    if (i > 0) text += ", ";
-    text += shape[i] == kAny ? std::string("*") : std::to_string(shape[i]);
-  }
-  return text + "]";
-}
-
 // True if distinct index tuples may name one element. Exact for layouts where each dimension steps over all smaller ones.
 bool overlaps_itself(const TensorView& t) {
   int order[kMaxRank];
@@ -43,6 +34,15 @@ bool overlaps_itself(const TensorView& t) {
 
 void throw_unsupported_dtype(const char* op, DType dtype, const char* supported) {
   throw UnsupportedError(message(op, "dtype", supported, name(dtype)));
+}
+
+std::string shape_text(const std::int64_t* shape, std::size_t ndim) {
+  std::string text = "[";
+  for (std::size_t i = 0; i < ndim; ++i) {
+    if (i > 0) text += ", ";
+    text += shape[i] == kAny ? std::string("*") : std::to_string(shape[i]);
+  }
+  return text + "]";
 }
 
 std::string describe(Device device) {
@@ -102,7 +102,7 @@ void Check::shape(const TensorView& t, const char* arg, std::initializer_list<st
       ++i;
     }
   }
-  if (!good) fail_value(arg, std::string(name(t.dtype)) + " " + shape_text(expected.begin(), expected.size()), describe(t));
+  if (!good) fail_value(arg, std::string(name(t.dtype)) + " " + shape_text(expected), describe(t));
 }
 
 void Check::rank(const TensorView& t, const char* arg, int low, int high) const {
@@ -185,7 +185,7 @@ std::int64_t Check::scale(const TensorView* t, const char* arg, DType kv_dtype, 
 }
 
 void Check::tensor(const TensorView& t, const char* arg, DType dtype_, std::initializer_list<std::int64_t> shape_) const {
-  if (t.dtype != dtype_) fail_dtype(arg, std::string(name(dtype_)) + " " + shape_text(shape_.begin(), shape_.size()), describe(t));
+  if (t.dtype != dtype_) fail_dtype(arg, std::string(name(dtype_)) + " " + shape_text(shape_), describe(t));
   shape(t, arg, shape_);
 }
 

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -21,9 +23,12 @@ std::string describe(const TensorView& t);
 std::string describe(Device device);
 /// "strides [24, 2] for shape [4, 12]".
 std::string describe_strides(const TensorView& t);
+/// "[4, *]": a shape, or one that is expected; kAny is a star.
+std::string shape_text(const std::int64_t* shape, std::size_t ndim);
+inline std::string shape_text(std::initializer_list<std::int64_t> shape) { return shape_text(shape.begin(), shape.size()); }
 
-/// An extent that a shape check leaves open.
-inline constexpr std::int64_t kAny = -1;
+/// An extent that a shape check leaves open; none that a caller could give by mistake.
+inline constexpr std::int64_t kAny = std::numeric_limits<std::int64_t>::min();
 
 /// The checks of one call of one op. Cheap when they pass; each throws the documented type when it fails.
 class Check {

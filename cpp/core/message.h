@@ -1,4 +1,4 @@
-// The form of every message about an argument.
+// The form of messages about arguments.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <initializer_list>
 #include <limits>
 #include <string>
 
@@ -14,16 +13,6 @@ namespace quire {
 
 /// Extents below this have products of three that fit 64 bits only where one is small; of two, always.
 inline constexpr std::int64_t kMaxExtent = std::numeric_limits<std::int32_t>::max();
-
-/// As a message has a shape.
-inline std::string shape_text(std::initializer_list<std::int64_t> extents) {
-  std::string text = "[";
-  for (std::int64_t extent : extents) {
-    if (text.size() > 1) text += ", ";
-    text += std::to_string(extent);
-  }
-  return text + "]";
-}
 
 /// The rows of a [..., width] tensor that lie at one distance, which is returned.
 inline std::int64_t check_rows(const Check& check, const TensorView& t, const char* arg, std::int64_t& num_rows) {

@@ -119,6 +119,7 @@ def cuda_variants(rng):
     return [
         (shape([1, 1], decode=True), {}, "mma_split_keys_8", "8 rows|4 rows"),
         (shape([2, 2]), {}, "mma_split_keys_8", "8 rows"),
+        (shape([4, 4]), {}, "mma_split_keys_16", "16 rows"),
         (shape([8, 8]), {}, "mma_split_rows", "twice"),
         (shape([20, 20]), {}, mixed + "mma_split_rows", "fewer than a third of the SMs"),
         (shape([3000, 200]), {}, mixed + "wgmma", ""),

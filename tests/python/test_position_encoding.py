@@ -80,7 +80,7 @@ def test_token_and_head_counts(backend, rng, num_tokens, kv_heads):
 @pytest.mark.parametrize("head_dim", [64, 96, 256])
 def test_few_tokens_as_many(backend, rng, head_dim, dtype, table_dtype, style):
     """A token's bits do not depend on how many others there are, nor on the dtype of positions; skipped ones keep theirs."""
-    num_tokens, few = 1500, 65
+    num_tokens, few = 3000, 65
     positions = rng.integers(0, 64, num_tokens)
     positions[3] = -1
     q, k = draw(rng, (num_tokens, 3, head_dim), dtype), draw(rng, (num_tokens, 2, head_dim), dtype)

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 import quire
-from quire._allocate import Array
+from quire._allocate import ITEM_BYTES, Array
 from quire.bench.harness import Case, Context, Work
 from quire.bench.peers import peers_of
 
@@ -23,28 +23,29 @@ _NUM_HEADS, _NUM_KV_HEADS, _HEAD_DIM, _BLOCK_SIZE = 32, 8, 128, 16
 def cases(context: Context) -> Iterator[Case]:
     """T tokens with 32 query heads and 8 KV heads of 128, style neox."""
     grid = [16] if context.quick else [1, 16, 64, 4096, 16384] if context.is_cuda else [1, 64, 2048]
-    for dtype, item_bytes in (("bfloat16", 2),) if context.is_cuda else (("bfloat16", 2), ("float32", 4)):
+    for dtype in ("bfloat16",) if context.is_cuda else ("bfloat16", "float32"):
         for tokens in grid:
             numbers = tokens * (_NUM_HEADS + _NUM_KV_HEADS) * _HEAD_DIM
             yield Case(
                 name=f"rotary_embedding T{tokens} {dtype}",
                 prepare=partial(_prepare, context, tokens, dtype),
-                num_bytes=2 * item_bytes * numbers + tokens * (4 * _HEAD_DIM + 8),
+                num_bytes=2 * ITEM_BYTES[dtype] * numbers + tokens * (4 * _HEAD_DIM + 8),
                 bound="copy",
                 op="rotary_embedding",
             )
             yield Case(
                 name=f"qk_norm_rope T{tokens} {dtype}",
                 prepare=partial(_prepare_norm, context, tokens, dtype),
-                num_bytes=2 * item_bytes * numbers + tokens * (4 * _HEAD_DIM + 8),
+                num_bytes=2 * ITEM_BYTES[dtype] * numbers + tokens * (4 * _HEAD_DIM + 8),
                 bound="copy",
                 op="qk_norm_rope",
             )
-    for cache_dtype, cache_item_bytes in (("bfloat16", 2), ("float8_e4m3fn", 1)):
+    for cache_dtype in ("bfloat16", "float8_e4m3fn"):
         for norms in (False, True):
             for tokens in grid:
                 per_token = (
-                    2 * 2 * _NUM_HEADS * _HEAD_DIM + 2 * (2 + cache_item_bytes) * _NUM_KV_HEADS * _HEAD_DIM
+                    2 * 2 * _NUM_HEADS * _HEAD_DIM
+                    + 2 * (2 + ITEM_BYTES[cache_dtype]) * _NUM_KV_HEADS * _HEAD_DIM
                 )
                 yield Case(
                     name=f"rope_and_write_kv{' with norms' if norms else ''} T{tokens} bfloat16, cache {cache_dtype}",
