@@ -103,8 +103,7 @@ def gather_kv(
                 f"[gather_kv] k_cache: expected [num_blocks, block_size, num_kv_heads, head_dim], got {list(cache_shape)}"
             )
         num_tokens = shape_of("gather_kv", "slot_mapping", slot_mapping)[:1] or (0,)
-        name = dtype_name(k_cache.dtype)
-        dtype = "float32" if name in CACHE_DTYPES and ITEM_BYTES[name] == 1 else None
+        dtype = "float32" if ITEM_BYTES.get(dtype_name(k_cache.dtype)) == 1 else None
         shape = (*num_tokens, *cache_shape[2:])
         k, v = empty(k_cache, shape, dtype), empty(k_cache, shape, dtype)
     else:
