@@ -34,6 +34,19 @@ def run_variant(backend, variant, batch, positional, keywords):
     return call()
 
 
+def check_by_default_and_wgmma(backend, batch, options):
+    """By the kernel that the call takes of itself, and on a GPU by Hopper's too."""
+    want, want_lse = batch.reference(**options)
+    positional, keywords = batch.arguments(backend)
+    results = [quire.paged_attention(*positional, **keywords, **options, return_lse=True)]
+    if backend.device != "cpu":
+        results.append(run_variant(backend, "wgmma", batch, positional, keywords | options))
+    dtype, dim = batch.q.dtype.name, batch.q.shape[2]
+    for out, lse in filter(None, results):
+        assert_close("attention", backend.numpy(out), want)
+        assert_lse_close(backend.numpy(lse), want_lse, dtype, backend.device, dim)
+
+
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "simt"])
 def test_masks_in_every_kernel(backend, rng, variant, dim):
@@ -114,14 +127,7 @@ def test_scores_that_rise(backend, rng, dtype, dim, slope, options):
         slots = np.arange(length)
         heights = np.minimum((length - slots) * np.float32(slope), 448).astype(kind)
         batch.k_cache[batch.block_tables[s][slots // 16], slots % 16, :, 0] = heights[:, None]
-    want, want_lse = batch.reference(**options)
-    positional, keywords = batch.arguments(backend)
-    results = [quire.paged_attention(*positional, **keywords, **options, return_lse=True)]
-    if backend.device != "cpu":
-        results.append(run_variant(backend, "wgmma", batch, positional, keywords | options))
-    for out, lse in filter(None, results):
-        assert_close("attention", backend.numpy(out), want)
-        assert_lse_close(backend.numpy(lse), want_lse, dtype, backend.device, dim)
+    check_by_default_and_wgmma(backend, batch, options)
 
 
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
@@ -140,14 +146,7 @@ def test_weights_whose_sum_overflows(backend, rng, dtype, dim):
         heights = np.where(slots < length - 160, np.float32(88 if dtype.startswith("float8") else 87), 0)
         batch.k_cache[batch.block_tables[s][slots // 16], slots % 16, :, 0] = heights.astype(kind)[:, None]
     options = {"causal": False, "scale": 1.0}
-    want, want_lse = batch.reference(**options)
-    positional, keywords = batch.arguments(backend)
-    results = [quire.paged_attention(*positional, **keywords, **options, return_lse=True)]
-    if backend.device != "cpu":
-        results.append(run_variant(backend, "wgmma", batch, positional, keywords | options))
-    for out, lse in filter(None, results):
-        assert_close("attention", backend.numpy(out), want)
-        assert_lse_close(backend.numpy(lse), want_lse, dtype, backend.device, dim)
+    check_by_default_and_wgmma(backend, batch, options)
 
 
 @pytest.mark.parametrize("dim", [40, 64, 96, 128, 200, 256])

@@ -12,6 +12,7 @@
 #include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
+#include "cuda/row_stride.h"
 
 namespace quire::cuda {
 namespace {
@@ -209,14 +210,7 @@ std::int64_t whole_warps(std::int64_t num_threads) {
 std::optional<FewRows> few_rows(const ActivationParams& p) {
   const bool per_group = p.quant.granularity == ScaleGranularity::kGroup;
   const std::int64_t num_vectors = p.width / kFewVec, group_lanes = per_group ? p.quant.group_size / kFewVec : 1;
-  // Offsets have 32 bits, and so has a stride of `unit` elements.
-  const auto stride = [&](const RowLayout& rows, std::int64_t unit) -> std::optional<std::uint32_t> {
-    if (rows.inner_extents[0] != 1 || rows.inner_extents[1] != 1) return std::nullopt;
-    if (p.num_rows == 1) return 0;
-    if (rows.strides[0] % unit != 0 || rows.strides[0] < 0 || rows.strides[0] / unit > (0xffffffff - num_vectors) / p.num_rows)
-      return std::nullopt;
-    return static_cast<std::uint32_t>(rows.strides[0] / unit);
-  };
+  const auto stride = [&](const RowLayout& rows, std::int64_t unit) { return short_row_stride(rows, p.num_rows, num_vectors, unit); };
   const auto x_stride = stride(p.x_rows, kFewVec), out_stride = stride(p.out_rows, kFewVec);
   const auto scale_row_stride = per_group ? stride(p.quant.scale_rows, 1) : 0;
   const bool are_few =

@@ -12,6 +12,7 @@
 #include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
+#include "cuda/row_stride.h"
 #include "ops/norm.h"
 
 namespace quire::cuda::norm {
@@ -248,14 +249,7 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
 inline std::optional<DenseRows> dense_rows(const NormParams& p, int vec, int vectors) {
   const bool computes = p.quant.scales != nullptr && p.quant.granularity != ScaleGranularity::kTensor;
   const std::int64_t num_vectors = p.hidden / vec, width = ceil_div(ceil_div(num_vectors, vectors), kWarpSize) * kWarpSize;
-  // A row's offset has 32 bits, and so has its stride in `unit` elements.
-  const auto stride = [&](const RowLayout& rows, std::int64_t unit) -> std::optional<std::uint32_t> {
-    if (rows.inner_extents[0] != 1 || rows.inner_extents[1] != 1) return std::nullopt;
-    if (p.num_rows == 1) return 0;
-    if (rows.strides[0] % unit != 0 || rows.strides[0] < 0 || rows.strides[0] / unit > (0xffffffff - num_vectors) / p.num_rows)
-      return std::nullopt;
-    return static_cast<std::uint32_t>(rows.strides[0] / unit);
-  };
+  const auto stride = [&](const RowLayout& rows, std::int64_t unit) { return short_row_stride(rows, p.num_rows, num_vectors, unit); };
   const auto x_stride = stride(p.x_rows, vec), out_stride = stride(p.out_rows, vec);
   const auto residual_stride = p.residual == nullptr ? 0 : stride(p.residual_rows, vec);
   const auto scale_row_stride = computes ? stride(p.quant.scale_rows, 1) : 0;
