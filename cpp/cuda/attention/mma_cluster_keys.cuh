@@ -104,6 +104,19 @@ __device__ __forceinline__ bool lengths_are_alike(const Plan& plan) {
 
 #if __CUDA_ARCH__ >= 900
 
+/// Writes zeros over a step's rows of one head but [begin, end). A warp's work.
+template <typename KvRows, int kRowBytes, int kKeys>
+__device__ __forceinline__ void hide_rows(std::uint32_t slot_address, int head, int box_shift, int begin, int end) {
+  constexpr int kChunks = kRowBytes / 16, kRowsPerPass = 32 / kChunks;
+  const int lane = lane_here(), chunk = lane % kChunks;
+#pragma unroll 2
+  for (int row = lane / kChunks; row < kKeys; row += kRowsPerPass)
+    if (row < begin || row >= end)
+      device::store_shared_16(KvRows::address(slot_address, KvRows::row(row, head, box_shift), chunk), uint4{0, 0, 0, 0});
+  device::fence_async_proxy();
+  __syncwarp();
+}
+
 /// A tile to a cluster of plan.cluster CTAs: a query of each sequence, and a group of up to 8 heads. False if the lengths are too different; then
 /// nothing has been done.
 template <DType kKvDType, int kHeadDim, int kWarpsOfCta, bool kInPairs, int kTeam>
@@ -362,15 +375,8 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     wait_for_slot(v_slot);
     if (!inner) {
       // Zeros for hidden keys: their weight is 0, and what lies there may not be finite.
-      for (int row = 0; row < kKeys; ++row) {
-        if (key + row >= range_begin() && key + row < range_end()) continue;
-        for (int chunk = lane; chunk < Types::kKvRowBytes / 16; chunk += 32) {
-          const std::uint32_t target = KvRows::address(ring() + v_slot * Shape::kTeamSlotBytes, KvRows::row(row, member, box_shift), chunk);
-          device::store_shared_16(target, uint4{0, 0, 0, 0});
-        }
-      }
-      device::fence_async_proxy();
-      __syncwarp();
+      hide_rows<KvRows, Types::kKvRowBytes, kKeys>(ring() + v_slot * Shape::kTeamSlotBytes, member, box_shift, range_begin() - key,
+                                                   range_end() - key);
     }
     state.template multiply_pv<kKeys>(scores, ring() + v_slot * Shape::kTeamSlotBytes + v_offset);
 
