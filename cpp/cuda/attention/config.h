@@ -138,6 +138,11 @@ enum class Pairing {
   kWarps     // every second warp has the second head
 };
 
+/// Whether there are kernels that share keys evenly and have them brought by the copy engine, two heads' at once (key_boxes.cuh): rows of a line.
+constexpr bool has_box_stretches(std::int64_t kv_itemsize, std::int64_t head_dim) {
+  return kv_itemsize * head_dim == 128 && kv_itemsize == 1;
+}
+
 struct Config {
   Variant variant;
   int head_dim_bucket;
@@ -145,6 +150,7 @@ struct Config {
   // If shares_keys.
   int num_ctas;
   Pairing pairing;    // unless kNone, params.num_kv_heads and the heads' strides are as if the two were one
+  bool by_boxes;      // of pairs: the copy engine brings keys also where they are shared evenly
   bool wide;          // CTAs of twice as many warps
   // If lengths are alike, up to so many CTAs, a cluster, share a tile's keys (mma_cluster_keys.cuh); 0: there are no clusters. A tile is
   // cluster_heads kv heads'.
@@ -471,6 +477,8 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
                                  params.shared_queries == 0 && !params.float8_queries && params.mask == nullptr && group <= rows &&
                                  key_capacity(params) < 1 << 30;
   if (may_have_clusters && !params.batch_invariant) choose_clusters(params, device, num_head_tiles, config, why);
+  config.by_boxes = has_wgmma && config.pairing == Pairing::kWarps && has_box_stretches(itemsize(params.kv_dtype), params.head_dim) &&
+                    boxes_obstacle(params) == nullptr && (config.cluster > 0 || params.block_size % 8 == 0);
   if (config.pairing == Pairing::kColumns) config.head_dim_bucket = 128;
   if (config.pairing == Pairing::kWarps) config.tile_rows = 16;
   const std::int64_t num_ctas = config.num_tiles * (config.pairing != Pairing::kNone ? params.num_kv_heads / 2 : params.num_kv_heads);
@@ -485,7 +493,8 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
     // CTAs of more warps where tiles are so few that each has many parts: then it has fewer.
     config.wide = !params.batch_invariant && config.variant != Variant::kMmaSplitKeys8Small &&
                   (config.cluster > 0 || (num_ctas * 2 <= device.num_sms && key_capacity(params) > 2048) ||
-                   (config.pairing == Pairing::kWarps && itemsize(params.kv_dtype) == 2 && num_ctas <= 4 * device.num_sms)) &&
+                   (config.pairing == Pairing::kWarps && itemsize(params.kv_dtype) == 2 && num_ctas <= 4 * device.num_sms) ||
+                   (config.by_boxes && num_ctas <= 2 * device.num_sms)) &&
                   device.max_shared_bytes_per_cta >= kWideSharedBytes;
     config.tile_cost = tile_cost(config.wide, num_ctas);
     config.slots_per_cta = params.batch_invariant ? kCutParts + 1 : 2;
