@@ -185,10 +185,11 @@ TEST(CudaAttentionConfig, drafts_take_the_kernel_that_reads_keys_once) {
   EXPECT_EQ(variant(8, 8, 256, DType::kFloat8E4M3FN), Variant::kMmaSplitRows);
   EXPECT_EQ(variant(8, 16, 64, DType::kBFloat16), Variant::kWgmma);
   EXPECT_EQ(variant(32, 16, 64, DType::kBFloat16), Variant::kMmaSplitRows);  // many tiles, two thirds of each empty
+  EXPECT_EQ(variant(32, 16, 64, DType::kFloat8E4M3FN), Variant::kMmaSplitRows);  // half of each
   // One sequence of two queries beside decodes of large groups makes no drafts of them.
   EXPECT_EQ(configure(ragged_queries(dense(paged(65, 16384, 128, 8, 128)), 66), kDevice, true).variant, Variant::kMmaSplitKeys16);
   // Where one may be very long and others short, keys are shared evenly, unless tiles are many.
-  EXPECT_EQ(configure(ragged_queries(dense(paged(8, 131072, 32, 8, 128)), 40), kDevice, true).variant, Variant::kMmaSplitKeys16);
+  EXPECT_EQ(configure(ragged_queries(dense(paged(8, 131072, 32, 8, 128)), 40), kDevice, true).variant, Variant::kMmaSplitRows);
   EXPECT_EQ(configure(ragged_queries(dense(paged(64, 131072, 32, 8, 128)), 320), kDevice, true).variant, Variant::kWgmma);
   // A chunk beside decodes has few tiles, however many the decodes are.
   const Launches mixed = choose_launches(ragged_queries(dense(paged(33, 131072, 8, 2, 128)), 32 + 64), kDevice, true);

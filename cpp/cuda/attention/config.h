@@ -284,7 +284,8 @@ inline bool prefers_prefill(const AttentionParams& params, const DevicePropertie
   const std::int64_t group = params.num_heads / params.num_kv_heads, num_tiles = params.num_seqs * params.num_kv_heads;
   const std::int64_t drafts = params.num_tokens / params.num_seqs;  // of a sequence, at least on average
   if (params.block_tables == nullptr || drafts < 2 || drafts * group <= 16 || rows > 32) return false;
-  if (itemsize(params.kv_dtype) == 1 && params.head_dim <= 128) return num_tiles >= std::int64_t{4} * device.num_sms;
+  if (itemsize(params.kv_dtype) == 2) return true;
+  if (params.head_dim <= 128) return num_tiles >= std::int64_t{4} * device.num_sms;
   return key_capacity(params) <= 4096 || are_enough_tiles(params, device, num_tiles);
 }
 
@@ -299,8 +300,8 @@ inline const char* wgmma_drawback(const AttentionParams& params, const DevicePro
   const bool reads_enough = are_enough_tiles(params, device, num_tiles) && (itemsize(params.kv_dtype) == 2 || params.head_dim <= 128);
   if (params.num_tokens * params.num_heads * 3 < tile_rows * num_sms && !reads_enough)
     return "its tiles, if full, would be fewer than a third of the SMs, and it does not split the keys of a tile";
-  if (params.head_dim <= 64 && params.block_tables != nullptr && rows * 2 < tile_rows && num_tiles > num_sms)
-    return "its tiles would be more than SMs, and more than half empty";
+  if (params.head_dim <= 64 && params.block_tables != nullptr && rows * 2 <= tile_rows && num_tiles > num_sms)
+    return "its tiles would be more than SMs, and half empty or more";
   return nullptr;
 }
 

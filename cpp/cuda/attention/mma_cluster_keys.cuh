@@ -188,7 +188,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   if (threadIdx.x == 0) {
     device::barrier_init(barrier, 1);
     device::barrier_init_fence();
-    device::barrier_arrive_expect(barrier, plan.cluster.quotient(num_items - rank + size - 1) * size * Shape::kItemBytes);
+    device::barrier_arrive_expect(barrier, plan.cluster.quotient(num_items - rank + size - 1) * (size - 1) * Shape::kItemBytes);
   }
 
   tile.kv_len = min(max(seq_len, 0), plan.key_capacity);
@@ -289,6 +289,8 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
 
   device::cluster_wait();  // all have come so far that their memory may be written
   const int items_each = plan.cluster.quotient(num_items + size - 1);
+  auto* const received = reinterpret_cast<float4*>(shared + Shape::kReceivedOffset);
+  auto* const received_stats = reinterpret_cast<float2*>(shared + Shape::kReceivedStatsOffset);
   for (int i = static_cast<int>(threadIdx.x); i < num_items; i += Shape::kCtaThreads) {
     const int row = i / kItemsOfRow, column = i % kItemsOfRow * 4;
     const int of = kTeam > 1 && row >= group ? 1 : 0, own_row = row - of * group;
@@ -307,6 +309,11 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     }
     const int index = plan.cluster.quotient(i), owner = plan.cluster.remainder(i, index);
     const int place = rank * items_each + index;
+    if (owner == rank) {
+      received[place] = result.value;
+      received_stats[place] = float2{result.top, result.sum};
+      continue;
+    }
     const std::uint32_t mapped = device::address_in_cta(shared_base, owner);
     const std::uint32_t mapped_barrier = mapped + static_cast<std::uint32_t>(Shape::kBarrierOffset);
     device::cluster_store_16(mapped + static_cast<std::uint32_t>(Shape::kReceivedOffset + place * 16), mapped_barrier, result.value.x,
@@ -314,10 +321,9 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     device::cluster_store_8(mapped + static_cast<std::uint32_t>(Shape::kReceivedStatsOffset + place * 8), mapped_barrier, result.top,
                             result.sum);
   }
+  __syncthreads();  // the CTA's own items
   device::barrier_wait(barrier, 0);
 
-  const auto* const received = reinterpret_cast<const float4*>(shared + Shape::kReceivedOffset);
-  const auto* const received_stats = reinterpret_cast<const float2*>(shared + Shape::kReceivedStatsOffset);
   // Four lanes share the parts of an item.
   const int lane_part = lane / 8;
   for (int first = warp * 8; first < items_each; first += kCtaWarps * 8) {
