@@ -303,13 +303,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __g
   }
 }
 
-// Lanes that hold one group's vectors, where the kernel over vectors can do that; else 0.
-template <int kVec>
-std::int64_t lanes_of_group(const QuantParams& p) {
-  const std::int64_t lanes = p.group_size / kVec;
-  return p.group_size % kVec == 0 && lanes <= kWarpSize && std::has_single_bit(static_cast<std::uint64_t>(lanes)) ? lanes : 0;
-}
-
 // What launches a kernel is no template, as there are many.
 using NormKernel = void (*)(NormParams);
 using NormRowsKernel = void (*)(NormParams, float);
@@ -350,7 +343,7 @@ void launch_rows(const NormParams& p, const char* name, Stream stream) {
   constexpr std::int64_t kLongVectors = kKind == NormKind::kLayer ? 256 : 512;
   const std::int64_t num_vectors = p.hidden / kVec;
   const bool per_group = kQuantizes && p.quant.granularity == ScaleGranularity::kGroup;
-  const std::int64_t group_lanes = per_group ? lanes_of_group<kVec>(p.quant) : 1;
+  const std::int64_t group_lanes = per_group ? lanes_of_group(p.quant, kVec) : 1;
   if (group_lanes == 0 || num_vectors > kMaxVectors * kMaxThreads || p.num_rows > 0x7fffffff) {
     launch_long_rows<kKind, kQuantizes, T, kQuantizes ? 1 : kVec>(p, name, stream);
     return;
@@ -397,20 +390,13 @@ void launch_norm(const NormParams& p, const char* name, Stream stream) {
     using T = Element<decltype(dtype)::value>;
     // Quantized: the result is written 16 bytes at a time.
     constexpr int kVec = kQuantizes ? 16 : kElementsPer16Bytes<T>;
-    const auto outputs_are_vectors = [&] {
-      if constexpr (kQuantizes) {
-        return p.hidden % kVec == 0 && is_aligned(p.out, kVec) && p.out_rows.strides[0] % kVec == 0 && p.out_rows.strides[1] % kVec == 0 &&
-               p.out_rows.strides[2] % kVec == 0;
-      } else {
-        return rows_are_vectors<T>(p.out, p.out_rows, p.hidden);
-      }
-    };
+    using Result = std::conditional_t<kQuantizes, std::int8_t, T>;  // or as many bytes
     const char* const obstacle = !rows_are_vectors<T>(p.x, p.x_rows, p.hidden)                                               ? "x"
-                                 : !outputs_are_vectors()                                                                    ? "out"
+                                 : !rows_are_vectors<Result>(p.out, p.out_rows, p.hidden)                                    ? "out"
                                  : kKind == NormKind::kAddRms && !rows_are_vectors<T>(p.residual, p.residual_rows, p.hidden) ? "residual"
                                  : !parameter_is_vectors(p.weight, p.weight_dtype, kVec)                                     ? "weight"
                                  : kKind == NormKind::kLayer && !parameter_is_vectors(p.bias, p.bias_dtype, kVec)            ? "bias"
-                                 : kQuantizes && p.quant.granularity == ScaleGranularity::kGroup && lanes_of_group<kVec>(p.quant) == 0
+                                 : kQuantizes && p.quant.granularity == ScaleGranularity::kGroup && lanes_of_group(p.quant, kVec) == 0
                                      ? "group_size"
                                      : nullptr;
     if (explain_vectors(obstacle)) return;
