@@ -12,12 +12,11 @@
 #include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
+#include "cuda/norm/statistics.cuh"
 #include "cuda/row_stride.h"
 #include "ops/norm.h"
 
 namespace quire::cuda::norm {
-
-enum class NormKind { kRms, kAddRms, kLayer };
 
 // Parameters lie behind 16 bytes of the launch's own in lines of 64 bytes of the constant cache, each a miss of its own where rows are few.
 // What is needed first has the rest of the first. Strides are counted in vectors of the kernel's.
@@ -35,29 +34,21 @@ struct DenseRows {
   float weight_offset;
   std::uint32_t offset_passes;  // 0 or 1: whether there is an offset
   const void* bias;             // of x's dtype, or null; layer_norm only
+  std::uint32_t two_to_16;
 };
 
-// The rounded sum of the fused form.
+// unpack(), with multiplications for shifts: masks, maxima and conversions have a unit of half the rate to themselves, and `two_to_16` is one
+// where the compiler does not see it.
 template <typename T, int kVec>
-__device__ __forceinline__ Packed<T, kVec> add(const Packed<T, kVec>& x, const Packed<T, kVec>& residual) {
-  float a[kVec], b[kVec];
-  unpack<T, kVec>(a, x);
-  unpack<T, kVec>(b, residual);
+__device__ __forceinline__ void unpack_by_products(float (&dst)[kVec], const Packed<T, kVec>& src, std::uint32_t two_to_16) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
 #pragma unroll
-  for (int e = 0; e < kVec; ++e) a[e] += b[e];
-  return pack<T, kVec>(a);
-}
-
-template <NormKind kKind, int kVec>
-__device__ __forceinline__ void normalise(float (&v)[kVec], const float (&weight)[kVec], const float (&bias)[kVec], float mean,
-                                          float inverse) {
-#pragma unroll
-  for (int e = 0; e < kVec; ++e) {
-    if constexpr (kKind == NormKind::kLayer) {
-      v[e] = fmaf((v[e] - mean) * inverse, weight[e], bias[e]);
-    } else {
-      v[e] = v[e] * inverse * weight[e];
+    for (int i = 0; i < kVec / 2; ++i) {
+      dst[2 * i] = __uint_as_float(src.words[i] * two_to_16);
+      dst[2 * i + 1] = __uint_as_float(src.words[i] & 0xffff0000u);
     }
+  } else {
+    unpack<T, kVec>(dst, src);
   }
 }
 
@@ -83,6 +74,19 @@ __device__ __forceinline__ float dense_sum(float value, float (&scratch)[kWarpSi
   return sum;
 }
 
+// The maximum that cta_max() gives, likewise.
+__device__ __forceinline__ float dense_max(float value, float (&scratch)[kWarpSize], std::uint32_t thread, std::uint32_t num_warps) {
+  const std::uint32_t lane = thread % kWarpSize, entry = thread / kWarpSize + lane * num_warps;
+  value = warp_max_of_bits(value);
+  if (entry < kWarpSize) scratch[entry] = lane == 0 ? value : 0.0f;
+  __syncthreads();
+  if (num_warps <= 4) {
+    const float4 four = *reinterpret_cast<const float4*>(scratch);
+    return fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
+  }
+  return warp_max_of_bits(scratch[lane]);
+}
+
 // Grid: a CTA per row; kVectors vectors of kVec elements for each thread. The sums, the order of their terms and the roundings are those of
 // norm_kernel, so that results are its own. Q is the result's type; kScale counts where that is one of 8 bits. Weights are read with the row where
 // rows are few, before its sum where there are registers for them, and else after it.
@@ -95,7 +99,7 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
   using Vector = Packed<T, kVec>;
   using Result = Packed<Q, kVec>;
   __shared__ __align__(16) float scratch[kIsLayer ? 2 : 1][kWarpSize];
-  __shared__ float max_scratch[kComputes ? kWarpSize : 1];
+  __shared__ __align__(16) float max_scratch[kWarpSize];
   const std::uint32_t thread = threadIdx.x, row = blockIdx.x, width = p.width;
   const Vector* const x = static_cast<const Vector*>(p.x) + row * p.x_stride;
   Vector* const residual = static_cast<Vector*>(p.residual) + row * p.residual_stride;
@@ -141,50 +145,30 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
   }
 
   // Statistics.
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    float v[kVec], vector_sum = 0.0f;
-    unpack<T, kVec>(v, current[i]);
-#pragma unroll
-    for (int e = 0; e < kVec; ++e) vector_sum = kIsLayer ? vector_sum + v[e] : fmaf(v[e], v[e], vector_sum);
-    sum += is_inside(i) ? vector_sum : 0.0f;
-  }
-  // Nothing is changed here, but this has the weights loaded with the row: what the sum does not need, the compiler loads after it.
-  if constexpr (!kManyRows) {
-    const std::uint32_t nothing = p.num_vectors >> 31;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i)
-#pragma unroll
-      for (int word = 0; word < static_cast<int>(sizeof(Vector)) / 4; word += 4)
-        sum = __uint_as_float(__float_as_uint(sum) ^ (weight_bits[i].words[word] & nothing));
-  }
-  if constexpr (kHoldsWeights) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) load_weights(i);
-  }
   const std::uint32_t num_warps = width / kWarpSize;
-  float total = dense_sum<kHasShortSum>(sum, scratch[0], thread, num_warps), mean = 0.0f;
-  if constexpr (kIsLayer) {
-    mean = __fmul_rn(total, p.inverse_hidden);
-    float squares = 0.0f;
+  const auto row_sum = [&](float sum, int turn) {
+    // Nothing is changed here, but this has the weights loaded with the row: what the sum does not need, the compiler loads after it.
+    if constexpr (!kManyRows) {
+      const std::uint32_t nothing = turn == 0 ? p.num_vectors >> 31 : 0;
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      float v[kVec], vector_sum = 0.0f;
-      unpack<T, kVec>(v, current[i]);
+      for (int i = 0; i < kVectors; ++i)
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) vector_sum = fmaf(v[e] - mean, v[e] - mean, vector_sum);
-      squares += is_inside(i) ? vector_sum : 0.0f;
+        for (int word = 0; word < static_cast<int>(sizeof(Vector)) / 4; word += 4)
+          sum = __uint_as_float(__float_as_uint(sum) ^ (weight_bits[i].words[word] & nothing));
     }
-    total = dense_sum<kHasShortSum>(squares, scratch[1], thread, num_warps);
-  }
-  const float inverse = __frsqrt_rn(fmaf(total, p.inverse_hidden, p.eps));
+    if constexpr (kHoldsWeights) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) load_weights(i);
+    }
+    return dense_sum<kHasShortSum>(sum, scratch[turn], thread, num_warps);
+  };
+  const Statistics statistics = statistics_of<kKind, T, kVec, kVectors>(current, p.inverse_hidden, p.eps, is_inside, row_sum);
 
   const auto normalised = [&](float (&v)[kVec], int i) {
     float weight[kVec], bias[kVec];
     if constexpr (kManyRows && !kHoldsWeights) load_weights(i);
-    unpack<T, kVec>(weight, weight_bits[i]);
-    unpack<T, kVec>(bias, bias_bits[i]);
+    unpack_by_products<T, kVec>(weight, weight_bits[i], p.two_to_16);
+    unpack_by_products<T, kVec>(bias, bias_bits[i], p.two_to_16);
     if constexpr (!kIsLayer) {
       // A loop is a branch: of a condition the compiler would make predicates, and additions that do nothing.
 #pragma unroll 1
@@ -193,8 +177,8 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
         for (int e = 0; e < kVec; ++e) weight[e] += p.weight_offset;
       }
     }
-    unpack<T, kVec>(v, current[i]);
-    normalise<kKind>(v, weight, bias, mean, inverse);
+    unpack_by_products<T, kVec>(v, current[i], p.two_to_16);
+    normalise<kKind>(v, weight, bias, statistics);
   };
   Result* const out = static_cast<Result*>(p.out) + row * p.out_stride;
   if constexpr (!kQuantizes) {
@@ -222,7 +206,7 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
 #pragma unroll
       for (int i = 0; i < kVectors; ++i)
         if (is_inside(i)) largest = fmaxf(largest, largest_of(v[i]));
-      const float scale = computed_scale(cta_max(largest, max_scratch), kIsInt8);
+      const float scale = computed_scale(dense_max(largest, max_scratch, thread, num_warps), kIsInt8);
       if (thread == 0) p.scales[row * p.scale_row_stride] = scale;
       const Divisor divisor(scale);
 #pragma unroll
@@ -277,7 +261,8 @@ inline std::optional<DenseRows> dense_rows(const NormParams& p, int vec, int vec
                    .group_shift = static_cast<std::uint32_t>(std::countr_zero(static_cast<std::uint64_t>(group_lanes))),
                    .weight_offset = p.weight_offset,
                    .offset_passes = p.weight_offset != 0.0f,
-                   .bias = p.bias};
+                   .bias = p.bias,
+                   .two_to_16 = 1u << 16};
 }
 
 // Whether the kernel of these arguments took the rows.

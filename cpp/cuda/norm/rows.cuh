@@ -75,7 +75,6 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
   __shared__ float scratch[kIsLayer ? 2 : 1][kWarpSize], max_scratch[kQuantizes ? kWarpSize : 1];
   const int num_vectors = static_cast<int>(p.hidden) / kVec;
   const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
-  const auto row_sum = [&](float value, float* memory) { return width <= kWarpSize ? warp_sum(value, width) : cta_sum(value, memory); };
   const std::uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
   // A row past the end has no vectors, but its threads take part in the sums.
   const int limit = row < p.num_rows ? num_vectors : 0;
@@ -112,33 +111,9 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
     }
   }
 
-  // Statistics. A sum of its own for each vector keeps the chains of dependent additions short.
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    float v[kVec], vector_sum = 0.0f;
-    unpack<T, kVec>(v, current[i]);
-#pragma unroll
-    for (int e = 0; e < kVec; ++e) vector_sum = kIsLayer ? vector_sum + v[e] : fmaf(v[e], v[e], vector_sum);
-    sum += vector_sum;
-  }
-  const float total = row_sum(sum, scratch[0]);
-  float mean = 0.0f, spread = total;
-  if constexpr (kIsLayer) {
-    // Rounded: fused with the subtractions, as the compiler does where the factor is a parameter, few rows would not get the bits of many.
-    mean = __fmul_rn(total, inverse_hidden);
-    float squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      float v[kVec], vector_sum = 0.0f;
-      unpack<T, kVec>(v, current[i]);
-#pragma unroll
-      for (int e = 0; e < kVec; ++e) vector_sum = fmaf(v[e] - mean, v[e] - mean, vector_sum);
-      if (lane + i * width < limit) squares += vector_sum;
-    }
-    spread = row_sum(squares, scratch[1]);
-  }
-  const float inverse = __frsqrt_rn(fmaf(spread, inverse_hidden, p.eps));
+  const auto row_sum = [&](float value, int turn) { return width <= kWarpSize ? warp_sum(value, width) : cta_sum(value, scratch[turn]); };
+  const Statistics statistics =
+      statistics_of<kKind, T, kVec, kVectors>(current, inverse_hidden, p.eps, [&](int i) { return lane + i * width < limit; }, row_sum);
 
   const auto normalised = [&](float (&v)[kVec], int i) {
     float weight[kVec], bias[kVec] = {};
@@ -148,7 +123,7 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
       unpack_weights<kKind>(weight, bias, p, weight_bits[i], bias_bits[kIsLayer ? i : 0]);
     }
     unpack<T, kVec>(v, current[i]);
-    normalise<kKind>(v, weight, bias, mean, inverse);
+    normalise<kKind>(v, weight, bias, statistics);
   };
   if constexpr (!kQuantizes) {
     // Output.
@@ -243,13 +218,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __g
       }
       variance = cta_sum(squares, scratch[1]) / count;
     }
-    const float inverse = __frsqrt_rn(variance + p.eps);
+    const Statistics statistics{mean, inverse_root<T>(variance + p.eps)};
 
     const auto normalised = [&](float (&v)[kVec], std::int64_t at) {
       float weight[kVec], bias[kVec] = {};
       load_floats(v, x + at);
       load_weights<kKind>(weight, bias, p, at);
-      normalise<kKind>(v, weight, bias, mean, inverse);
+      normalise<kKind>(v, weight, bias, statistics);
     };
     if constexpr (!kQuantizes) {
       // Output.
@@ -359,9 +334,7 @@ void launch_rows(const NormParams& p, const char* name, Stream stream) {
     // What the kernels of dense rows do not take comes below: narrow rows, very long ones, two strides, weights of another type.
     constexpr bool kHasDense = sizeof(T) == 2;
     if constexpr (kHasDense && kQuantizes) {
-      if constexpr (kKind != NormKind::kLayer) {
-        if (!many_rows && vectors == 1 && launch_dense_rows<kKind, true, T, kVec, 1, false, 64>(p, name, stream)) return;
-      }
+      if (!many_rows && vectors == 1 && launch_dense_rows<kKind, true, T, kVec, 1, false, 64>(p, name, stream)) return;
       if (many_rows && vectors == 2 && launch_dense_rows<kKind, true, T, kVec, 2, true, 64>(p, name, stream)) return;
     } else if constexpr (kHasDense) {
       constexpr int kRegisters = kKind == NormKind::kAddRms ? 48 : 40;
