@@ -37,11 +37,11 @@ struct DenseRows {
   std::uint32_t two_to_16;
 };
 
-// unpack(), with multiplications for shifts: masks, maxima and conversions have a unit of half the rate to themselves, and `two_to_16` is one
-// where the compiler does not see it.
-template <typename T, int kVec>
-__device__ __forceinline__ void unpack_by_products(float (&dst)[kVec], const Packed<T, kVec>& src, std::uint32_t two_to_16) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+// unpack(), on request with multiplications for shifts, which have another unit than masks, maxima and conversions: `two_to_16` is a number
+// that the compiler does not see.
+template <bool kByProducts, typename T, int kVec>
+__device__ __forceinline__ void unpack_dense(float (&dst)[kVec], const Packed<T, kVec>& src, std::uint32_t two_to_16) {
+  if constexpr (kByProducts && std::is_same_v<T, __nv_bfloat16>) {
 #pragma unroll
     for (int i = 0; i < kVec / 2; ++i) {
       dst[2 * i] = __uint_as_float(src.words[i] * two_to_16);
@@ -50,41 +50,6 @@ __device__ __forceinline__ void unpack_by_products(float (&dst)[kVec], const Pac
   } else {
     unpack<T, kVec>(dst, src);
   }
-}
-
-// The sum over the CTA that cta_sum() gives, bit for bit, in fewer steps: what other lanes would be asked for lies side by side.
-// All entries that are read are written: those that no warp has are zeros, by other lanes. kShort: for up to 8 warps there is a way of its own.
-template <bool kShort>
-__device__ __forceinline__ float dense_sum(float value, float (&scratch)[kWarpSize], std::uint32_t thread, std::uint32_t num_warps) {
-  const std::uint32_t lane = thread % kWarpSize, entry = thread / kWarpSize + lane * num_warps;
-  value = warp_sum(value);
-  if (kShort && num_warps <= 8) {
-    if (entry < 8) scratch[entry] = lane == 0 ? value : 0.0f;
-    __syncthreads();
-    const float4 low = *reinterpret_cast<const float4*>(&scratch[0]), high = *reinterpret_cast<const float4*>(&scratch[4]);
-    return ((low.x + high.x) + (low.z + high.z)) + ((low.y + high.y) + (low.w + high.w));
-  }
-  // Entry i lies at i % 8 * 4 + i / 8.
-  if (entry < kWarpSize) scratch[entry % 8 * 4 + entry / 8] = lane == 0 ? value : 0.0f;
-  __syncthreads();
-  const float4 four = *reinterpret_cast<const float4*>(&scratch[lane % 8 * 4]);
-  float sum = (four.x + four.z) + (four.y + four.w);
-#pragma unroll
-  for (int lane_mask = 4; lane_mask > 0; lane_mask /= 2) sum += __shfl_xor_sync(kFullMask, sum, lane_mask);
-  return sum;
-}
-
-// The maximum that cta_max() gives, likewise.
-__device__ __forceinline__ float dense_max(float value, float (&scratch)[kWarpSize], std::uint32_t thread, std::uint32_t num_warps) {
-  const std::uint32_t lane = thread % kWarpSize, entry = thread / kWarpSize + lane * num_warps;
-  value = warp_max_of_bits(value);
-  if (entry < kWarpSize) scratch[entry] = lane == 0 ? value : 0.0f;
-  __syncthreads();
-  if (num_warps <= 4) {
-    const float4 four = *reinterpret_cast<const float4*>(scratch);
-    return fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
-  }
-  return warp_max_of_bits(scratch[lane]);
 }
 
 // Grid: a CTA per row; kVectors vectors of kVec elements for each thread. The sums, the order of their terms and the roundings are those of
@@ -96,10 +61,13 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
   constexpr bool kQuantizes = sizeof(Q) == 1, kComputes = kQuantizes && kScale != ScaleGranularity::kTensor;
   constexpr bool kIsInt8 = std::is_same_v<Q, std::int8_t>, kHoldsWeights = kManyRows && kQuantizes && !kIsLayer;
   constexpr bool kHasShortSum = kManyRows && kQuantizes && !kAdds;
+  // What has gained from it.
+  constexpr bool kByProducts = kIsLayer && kManyRows && kQuantizes;
   using Vector = Packed<T, kVec>;
   using Result = Packed<Q, kVec>;
-  __shared__ __align__(16) float scratch[kIsLayer ? 2 : 1][kWarpSize];
-  __shared__ __align__(16) float max_scratch[kWarpSize];
+  __shared__ __align__(16) float scratch[kWarpSize];
+  __shared__ __align__(16) float2 moment_scratch[kWarpSize];
+  __shared__ float max_scratch[kComputes ? kWarpSize : 1];
   const std::uint32_t thread = threadIdx.x, row = blockIdx.x, width = p.width;
   const Vector* const x = static_cast<const Vector*>(p.x) + row * p.x_stride;
   Vector* const residual = static_cast<Vector*>(p.residual) + row * p.residual_stride;
@@ -146,10 +114,10 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
 
   // Statistics.
   const std::uint32_t num_warps = width / kWarpSize;
-  const auto row_sum = [&](float sum, int turn) {
+  const auto before_sum = [&](float sum) {
     // Nothing is changed here, but this has the weights loaded with the row: what the sum does not need, the compiler loads after it.
     if constexpr (!kManyRows) {
-      const std::uint32_t nothing = turn == 0 ? p.num_vectors >> 31 : 0;
+      const std::uint32_t nothing = p.num_vectors >> 31;
 #pragma unroll
       for (int i = 0; i < kVectors; ++i)
 #pragma unroll
@@ -160,15 +128,25 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) load_weights(i);
     }
-    return dense_sum<kHasShortSum>(sum, scratch[turn], thread, num_warps);
+    return sum;
   };
-  const Statistics statistics = statistics_of<kKind, T, kVec, kVectors>(current, p.inverse_hidden, p.eps, is_inside, row_sum);
+  Statistics statistics;
+  if constexpr (kIsLayer) {
+    statistics = layer_statistics_of<T, kVec, kVectors>(
+        current, p.inverse_hidden, p.eps, is_inside,
+        [&](Moments moments) { return cta_moments({before_sum(moments.sum), moments.squares}, moment_scratch, thread, num_warps); },
+        [&](float squares) { return cta_sum<false>(squares, scratch, thread, num_warps); });
+  } else {
+    statistics = statistics_of<kKind, kHasShortRoot<kKind, T, kQuantizes, kManyRows>, T, kVec, kVectors>(
+        current, p.inverse_hidden, p.eps, is_inside,
+        [&](float sum, int) { return cta_sum<kHasShortSum>(before_sum(sum), scratch, thread, num_warps); });
+  }
 
   const auto normalised = [&](float (&v)[kVec], int i) {
     float weight[kVec], bias[kVec];
     if constexpr (kManyRows && !kHoldsWeights) load_weights(i);
-    unpack_by_products<T, kVec>(weight, weight_bits[i], p.two_to_16);
-    unpack_by_products<T, kVec>(bias, bias_bits[i], p.two_to_16);
+    unpack_dense<kByProducts, T, kVec>(weight, weight_bits[i], p.two_to_16);
+    unpack_dense<kByProducts, T, kVec>(bias, bias_bits[i], p.two_to_16);
     if constexpr (!kIsLayer) {
       // A loop is a branch: of a condition the compiler would make predicates, and additions that do nothing.
 #pragma unroll 1
@@ -177,7 +155,7 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
         for (int e = 0; e < kVec; ++e) weight[e] += p.weight_offset;
       }
     }
-    unpack_by_products<T, kVec>(v, current[i], p.two_to_16);
+    unpack_dense<kByProducts, T, kVec>(v, current[i], p.two_to_16);
     normalise<kKind>(v, weight, bias, statistics);
   };
   Result* const out = static_cast<Result*>(p.out) + row * p.out_stride;
@@ -206,7 +184,7 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
 #pragma unroll
       for (int i = 0; i < kVectors; ++i)
         if (is_inside(i)) largest = fmaxf(largest, largest_of(v[i]));
-      const float scale = computed_scale(dense_max(largest, max_scratch, thread, num_warps), kIsInt8);
+      const float scale = computed_scale(cta_max(largest, max_scratch), kIsInt8);
       if (thread == 0) p.scales[row * p.scale_row_stride] = scale;
       const Divisor divisor(scale);
 #pragma unroll

@@ -72,7 +72,9 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
   // Few rows wait for nothing that the host has done. Many: with this division elsewhere, the compiler spills registers of quantized rows.
   const float inverse_hidden = kManyRows ? 1.0f / static_cast<float>(p.hidden) : given_inverse;
   constexpr bool kAdds = kKind == NormKind::kAddRms, kIsLayer = kKind == NormKind::kLayer;
-  __shared__ float scratch[kIsLayer ? 2 : 1][kWarpSize], max_scratch[kQuantizes ? kWarpSize : 1];
+  __shared__ __align__(16) float scratch[kIsLayer ? 2 : 1][kWarpSize];
+  __shared__ __align__(16) float2 moment_scratch[kWarpSize];
+  __shared__ float max_scratch[kQuantizes ? kWarpSize : 1];
   const int num_vectors = static_cast<int>(p.hidden) / kVec;
   const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
   const std::uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
@@ -111,9 +113,21 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
     }
   }
 
-  const auto row_sum = [&](float value, int turn) { return width <= kWarpSize ? warp_sum(value, width) : cta_sum(value, scratch[turn]); };
-  const Statistics statistics =
-      statistics_of<kKind, T, kVec, kVectors>(current, inverse_hidden, p.eps, [&](int i) { return lane + i * width < limit; }, row_sum);
+  const std::uint32_t num_warps = blockDim.x / kWarpSize;
+  const auto is_inside = [&](int i) { return lane + i * width < limit; };
+  const auto row_sum = [&](float value, int turn) {
+    return width <= kWarpSize ? warp_sum(value, width) : cta_sum(value, scratch[turn], threadIdx.x, num_warps);
+  };
+  Statistics statistics;
+  if (kIsLayer && sizeof(T) == 2 && width > kWarpSize) {
+    statistics = layer_statistics_of<T, kVec, kVectors>(
+        current, inverse_hidden, p.eps, is_inside,
+        [&](Moments moments) { return cta_moments(moments, moment_scratch, threadIdx.x, num_warps); },
+        [&](float squares) { return cta_sum(squares, scratch[0], threadIdx.x, num_warps); });
+  } else {
+    statistics = statistics_of<kKind, kHasShortRoot<kKind, T, kQuantizes, kManyRows>, T, kVec, kVectors>(current, inverse_hidden, p.eps,
+                                                                                                         is_inside, row_sum);
+  }
 
   const auto normalised = [&](float (&v)[kVec], int i) {
     float weight[kVec], bias[kVec] = {};
@@ -181,7 +195,8 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
 template <NormKind kKind, bool kQuantizes, typename T, int kVec>
 __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __grid_constant__ NormParams p) {
   device::wait_for_predecessor();
-  __shared__ float scratch[3][kWarpSize];
+  __shared__ __align__(16) float scratch[3][kWarpSize];
+  const unsigned num_warps = blockDim.x / kWarpSize;
   const std::int64_t lane = static_cast<std::int64_t>(threadIdx.x) * kVec, step = static_cast<std::int64_t>(blockDim.x) * kVec;
   for (std::int64_t row = blockIdx.x; row < p.num_rows; row += gridDim.x) {
     const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
@@ -205,7 +220,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __g
       for (int i = 0; i < 4; ++i) sums[i] += i == turn ? sum : 0.0f;
     }
     const float count = static_cast<float>(p.hidden);
-    float mean = 0.0f, variance = cta_sum((sums[0] + sums[1]) + (sums[2] + sums[3]), scratch[0]) / count;
+    float mean = 0.0f, variance = cta_sum((sums[0] + sums[1]) + (sums[2] + sums[3]), scratch[0], threadIdx.x, num_warps) / count;
     if constexpr (kKind == NormKind::kAddRms) x = residual;
     if constexpr (kKind == NormKind::kLayer) {
       mean = variance;
@@ -216,9 +231,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __g
 #pragma unroll
         for (int e = 0; e < kVec; ++e) squares = fmaf(v[e] - mean, v[e] - mean, squares);
       }
-      variance = cta_sum(squares, scratch[1]) / count;
+      variance = cta_sum(squares, scratch[1], threadIdx.x, num_warps) / count;
     }
-    const Statistics statistics{mean, inverse_root<T>(variance + p.eps)};
+    const Statistics statistics{mean, inverse_root<false>(variance + p.eps)};
 
     const auto normalised = [&](float (&v)[kVec], std::int64_t at) {
       float weight[kVec], bias[kVec] = {};
@@ -264,7 +279,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __g
       } else {
         // The residual of a group was written by other threads.
         __syncthreads();
-        const std::int64_t warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
+        const std::int64_t warp = threadIdx.x / kWarpSize;
         const std::int64_t warp_lane = static_cast<std::int64_t>(threadIdx.x % kWarpSize) * kVec;
         for (std::int64_t group = warp; group * p.quant.group_size < p.hidden; group += num_warps) {
           const std::int64_t first = group * p.quant.group_size + warp_lane, end = (group + 1) * p.quant.group_size;
