@@ -181,6 +181,8 @@ def attention_shared_keys() -> None:
         paged(None, [40, 0, 900, 17], (8, 2), 64, bf16, kv)  # pairs of kv heads
         paged(None, [33] * 70, (16, 4), 128, bf16, kv, hostile=True)
         paged(None, [20] * 300, (4, 2), 128, bf16, kv)  # more tiles than CTAs
+        paged(None, [900, 40] * 6, (32, 8), 128, bf16, kv)  # may go in clusters of pairs, but lengths differ
+        paged(None, [400] * 4, (32, 8), 96, bf16, kv)
         paged([1, 150, 1, 1, 90], [400, 150, 0, 70, 300], (4, 2), 128, bf16, kv)  # decodes and prefills
         paged([1, 3, 2], [500, 70, 9], (20, 2), 128, bf16, kv)  # 16 rows of a tile
     paged(None, [3000, 5], (8, 2), 128, E4M3, E4M3, q_scale=put(torch.rand(2) + 0.5))

@@ -188,7 +188,7 @@ TEST(CudaAttentionConfig, drafts_take_the_kernel_that_reads_keys_once) {
   EXPECT_EQ(variant(32, 16, 64, DType::kFloat8E4M3FN), Variant::kMmaSplitRows);  // half of each
   // One sequence of two queries beside decodes of large groups makes no drafts of them.
   EXPECT_EQ(configure(ragged_queries(dense(paged(65, 16384, 128, 8, 128)), 66), kDevice, true).variant, Variant::kMmaSplitKeys16);
-  // Where one may be very long and others short, keys are shared evenly, unless tiles are many.
+  // Where one may be very long and others short, a tile's keys are shared, unless tiles are many.
   EXPECT_EQ(configure(ragged_queries(dense(paged(8, 131072, 32, 8, 128)), 40), kDevice, true).variant, Variant::kMmaSplitRows);
   EXPECT_EQ(configure(ragged_queries(dense(paged(64, 131072, 32, 8, 128)), 320), kDevice, true).variant, Variant::kWgmma);
   // A chunk beside decodes has few tiles, however many the decodes are.
@@ -413,6 +413,14 @@ TEST(CudaAttentionConfig, pairs_of_8_bits_come_by_boxes) {
   EXPECT_EQ(config(64).ctas_per_tile, 1);
   EXPECT_FALSE(config(100).wide);
   EXPECT_FALSE(configure(params(64, 96), kDevice, true).by_boxes);
+  // What falls out of clusters, or is in them, is by boxes whatever the columns.
+  for (const std::int64_t head_dim : {80, 96, 112, 128}) {
+    for (const std::int64_t num_seqs : {1, 4, 5, 6, 8}) {
+      const Config few = configure(params(num_seqs, head_dim), kDevice, true);
+      EXPECT_GT(few.cluster, 0);
+      EXPECT_TRUE(few.by_boxes || few.pairing == Pairing::kNone) << num_seqs << " " << head_dim;
+    }
+  }
   EXPECT_FALSE(configure(params(256, 256), kDevice, true).by_boxes);
   EXPECT_FALSE(configure(dense(paged(100, 4096, 32, 8, 128)), kDevice, true).by_boxes);
   EXPECT_FALSE(configure(params(100), kDevice).by_boxes);

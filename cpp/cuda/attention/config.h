@@ -139,9 +139,7 @@ enum class Pairing {
 };
 
 /// Whether there are kernels that share keys evenly and have them brought by the copy engine, two heads' at once (key_boxes.cuh): rows of a line.
-constexpr bool has_box_stretches(std::int64_t kv_itemsize, std::int64_t head_dim) {
-  return kv_itemsize * head_dim == 128 && kv_itemsize == 1;
-}
+constexpr bool has_box_stretches(std::int64_t kv_itemsize, std::int64_t head_dim) { return kv_itemsize == 1 && head_dim == 128; }
 
 struct Config {
   Variant variant;
@@ -478,8 +476,10 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
                                  params.shared_queries == 0 && !params.float8_queries && params.mask == nullptr && group <= rows &&
                                  key_capacity(params) < 1 << 30;
   if (may_have_clusters && !params.batch_invariant) choose_clusters(params, device, num_head_tiles, config, why);
-  config.by_boxes = has_wgmma && config.pairing == Pairing::kWarps && has_box_stretches(itemsize(params.kv_dtype), params.head_dim) &&
-                    boxes_obstacle(params) == nullptr && (config.cluster > 0 || params.block_size % 8 == 0);
+  // Heads of 80 to 112 columns come as 128 with zeros, and are worth it for the sake of clusters alone, which these kernels have, too.
+  config.by_boxes = has_wgmma && config.pairing == Pairing::kWarps &&
+                    has_box_stretches(itemsize(params.kv_dtype), config.head_dim_bucket) && boxes_obstacle(params) == nullptr &&
+                    (config.cluster > 0 || (params.head_dim == 128 && params.block_size % 8 == 0));
   if (config.pairing == Pairing::kColumns) config.head_dim_bucket = 128;
   if (config.pairing == Pairing::kWarps) config.tile_rows = 16;
   const std::int64_t num_ctas = config.num_tiles * (config.pairing != Pairing::kNone ? params.num_kv_heads / 2 : params.num_kv_heads);

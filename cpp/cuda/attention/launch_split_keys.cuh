@@ -22,7 +22,7 @@ template <DType kKvDType, int kHeadDim, Variant kVariant, Pairing kPairing>
 constexpr bool kHasBoxes =
     kVariant == Variant::kMmaSplitKeys8 && kPairing == Pairing::kWarps && has_box_stretches(itemsize(kKvDType), kHeadDim);
 
-/// Whether a kernel has attend_in_clusters, too.
+/// Whether attention_mma_split_keys_kernel has attend_in_clusters, too.
 template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing>
 constexpr bool kHasClusters = kWide && kVariant == Variant::kMmaSplitKeys8 && !kHasBoxes<kKvDType, kHeadDim, kVariant, kPairing>;
 
@@ -188,10 +188,9 @@ bool launch_clusters(Plan plan, bool in_pairs, int limit, int min_size, std::int
   plan.read_once_keys = read_once_keys(plan);
   const LaunchShape shape{static_cast<unsigned>(num_tiles * size), Shape::kCtaThreads, shared_bytes, size};
   if constexpr (kHasMaps) {
-    launch_waiting("attention_mma_split_keys_kernel in clusters", kKernel, shape, stream, plan,
-                   make_key_maps<Shape>(plan.params, in_pairs));
+    launch_waiting("decode in clusters", kKernel, shape, stream, plan, make_key_maps<Shape>(plan.params, in_pairs));
   } else {
-    launch_waiting("attention_mma_parts_kernel in clusters", kKernel, shape, stream, plan);
+    launch_waiting("batch-invariant decode in clusters", kKernel, shape, stream, plan);
   }
   return true;
 }

@@ -43,7 +43,7 @@ struct ClusterKeysShape {
   static_assert(kStatsOffset - kQOffset >= kRows * Types::kQRowBytes);
   static constexpr int kRowParamsOffset = kStatsOffset + kCtaWarps * Base::kRows * static_cast<int>(sizeof(float2));
   static constexpr int kBarrierOffset = kRowParamsOffset + kRows * static_cast<int>(sizeof(RowParams));
-  static constexpr int kSlotBarriersOffset = kBarrierOffset + 8;  // of each warp, one for each slot
+  static constexpr int kSlotBarriersOffset = kBarrierOffset + 8;  // of each team, one for each slot
   static constexpr int kCountersOffset = kSlotBarriersOffset + kCtaWarps * kSlots * 8;
   static constexpr int kBoxesOffset = (kCountersOffset + kCtaWarps * kSlots * 4 + 7) / 8 * 8;  // of each warp, 32: slot and block
   static constexpr int kSharedBytes = kBoxesOffset + kCtaWarps * 32 * 8;
