@@ -132,8 +132,10 @@ def test_scores_that_rise(backend, rng, dtype, dim, slope, options):
 
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
-def test_weights_whose_sum_overflows(backend, rng, dtype, dim):
-    """Weights that float32 holds one by one, relative to the last keys, whose scores are 87 or 88 less; but not their sum."""
+@pytest.mark.parametrize("num_high", [1, 1000])
+def test_weights_that_float32_just_holds(backend, rng, dtype, dim, num_high):
+    """Weights that float32 holds one by one, relative to the last keys, whose scores are 87 or 88 less: of one key, and of many, whose sum it does not
+    hold. Rows differ by what all of their scores have in common, which is rounded differently once their base is larger."""
     lengths = [400, 300]
     batch = Batch.make(
         rng, q_lens=[130, 33], kv_lens=lengths, heads=4, kv_heads=1, dim=dim, block_size=16, dtype=dtype
@@ -141,10 +143,15 @@ def test_weights_whose_sum_overflows(backend, rng, dtype, dim):
     kind = batch.q.dtype
     batch.q[...] = 0
     batch.q[:, :, 0] = 1
+    batch.q[:, :, 1] = rng.choice(
+        np.float32([0, 0.25, -0.3125, -7, 104, 120, 144, 208]), batch.q.shape[:2]
+    ).astype(kind)
     for s, length in enumerate(lengths):
         slots = np.arange(length)
-        heights = np.where(slots < length - 160, np.float32(88 if dtype.startswith("float8") else 87), 0)
+        high = (slots < length - 160) & (slots >= length - 160 - num_high)
+        heights = np.where(high, np.float32(88 if dtype.startswith("float8") else 87.5), 0)
         batch.k_cache[batch.block_tables[s][slots // 16], slots % 16, :, 0] = heights.astype(kind)[:, None]
+        batch.k_cache[batch.block_tables[s][slots // 16], slots % 16, :, 1] = 1
     options = {"causal": False, "scale": 1.0}
     check_by_default_and_wgmma(backend, batch, options)
 

@@ -56,6 +56,7 @@ void launch_wgmma_shape(const Plan& plan, const Config& config, Stream stream) {
   WgmmaInputs inputs{};
   inputs.keys_per_box =
       p.block_tables != nullptr ? static_cast<int>(std::min<std::int64_t>(p.block_size & -p.block_size, Shape::kKeyUnit)) : Shape::kKeys;
+  inputs.in_blocks = p.block_tables != nullptr && p.block_size == kUsualBlock;
   inputs.log2_scale = p.scale * kLog2E;
   inputs.transform = p.softcap > 0.0f || p.alibi_slopes != nullptr || (!kNarrowKv && !(p.scale > 0.0f));
   inputs.k = make_tensor_map(p, p.k, p.k_block_stride, p.k_token_stride, p.k_head_stride, inputs.keys_per_box);

@@ -54,12 +54,20 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     if (warp == 0) {
       WgmmaScheduler<Shape>{plan, control}.run();
     } else if (warp == 1) {
-      copy_steps<Shape, true, Shape::kWidenBeside>(plan, inputs, shared, control);
+      if (inputs.in_blocks) {
+        copy_steps<Shape, true, Shape::kWidenBeside, true>(plan, inputs, shared, control);
+      } else {
+        copy_steps<Shape, true, Shape::kWidenBeside, false>(plan, inputs, shared, control);
+      }
     } else if (warp == 2) {
       if constexpr (Shape::kWidenBeside) {
         widen_steps<Shape, device::Byte::kE4M3>(shared, control);
       } else {
-        copy_steps<Shape, false, true>(plan, inputs, shared, control);
+        if (inputs.in_blocks) {
+          copy_steps<Shape, false, true, true>(plan, inputs, shared, control);
+        } else {
+          copy_steps<Shape, false, true, false>(plan, inputs, shared, control);
+        }
       }
     } else if (inputs.q_boxes) {
       copy_queries<Shape>(plan, inputs, shared, control);

@@ -14,54 +14,38 @@ struct Box {
   bool valid;
 };
 
-template <typename Shape>
-__device__ __forceinline__ Box locate_box(const Plan& plan, int keys_per_box, const Tile& tile, int step) {
-  constexpr int kKeys = Shape::kKeys;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int key = step * kKeys + lane * keys_per_box;
-  if (lane * keys_per_box >= kKeys || key >= tile.key_end) return Box{0, -1, true};
-  const KeyLocation location = locate_key(plan, tile, key, tile.key_end, load_entry(plan, tile, key, tile.key_end));
-  return Box{location.slot, location.valid ? location.entry : -1, location.valid};
-}
+/// How a warp finds a tile's boxes. kBlocks: they are blocks of kUsualBlock slots; else parts of blocks of any
+/// size, or there are no blocks.
+template <typename Shape, bool kBlocks>
+struct BoxFinder {
+  static constexpr int kKeys = Shape::kKeys;
+  const Plan& plan;
+  const Tile& tile;
+  int keys_per_box;
+  const std::int32_t* row;  // of the block table
 
-/// Starts the copy of one step's K or V, of which each lane knows a box. A box whose block is -1 is outside the tensor: zeros.
-template <typename Shape, int kPanels, int kPanelElements>
-__device__ __forceinline__ void copy_boxes(const CUtensorMap& map, int keys_per_box, std::uint32_t full, std::uint32_t slot, int kv_head,
-                                           const Box& box) {
-  if constexpr (kPanels == 1) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    if (lane == 0) device::barrier_arrive_expect(full, Shape::kKeyPanelBytes);
-    __syncwarp();
-    const int key = lane * keys_per_box;
-    if (key < Shape::kKeys)
-      device::copy_box(slot + static_cast<std::uint32_t>(key * device::kPanelRowBytes), &map, full, 0, kv_head, box.slot, box.entry);
-    return;
+  __device__ __forceinline__ BoxFinder(const Plan& of_plan, const Tile& of_tile, int of_keys)
+      : plan(of_plan),
+        tile(of_tile),
+        keys_per_box(of_keys),
+        row(of_plan.params.block_tables + of_tile.seq * of_plan.params.block_tables_stride) {}
+
+  /// The lane's first key of a step; the tile's end if there is none.
+  __device__ __forceinline__ int key(int step) const {
+    const int offset = static_cast<int>(threadIdx.x) % 32 * keys_per_box;
+    return offset < kKeys ? min(step * kKeys + offset, tile.key_end) : tile.key_end;
   }
-  // One lane starts them all: the compiler makes of copies by lanes a loop over lanes, one for each panel.
-  __syncwarp();  // what lane 0 wrote comes before that lane's arrival
-  const bool elected = device::elect_lane();
-  if (elected) device::barrier_arrive_expect(full, kPanels * Shape::kKeyPanelBytes);
-  constexpr int kAtOnce = 2;
-#pragma unroll 1
-  for (int first = 0; first * keys_per_box < Shape::kKeys; first += kAtOnce) {
-    int slots[kAtOnce], entries[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      slots[i] = __shfl_sync(kAllLanes, box.slot, first + i);
-      entries[i] = __shfl_sync(kAllLanes, box.entry, first + i);
-    }
-    if (!elected) continue;
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int key = (first + i) * keys_per_box;
-      if (key >= Shape::kKeys) break;
-      const std::uint32_t dst = slot + static_cast<std::uint32_t>(key * device::kPanelRowBytes);
-#pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel)
-        device::copy_box(dst + panel * Shape::kKeyPanelBytes, &map, full, panel * kPanelElements, kv_head, slots[i], entries[i]);
-    }
+  /// Asks for its table entry.
+  __device__ __forceinline__ int load(int step) const {
+    if constexpr (kBlocks) return key(step) < tile.key_end ? row[key(step) / kUsualBlock] : 0;
+    return load_entry(plan, tile, key(step), tile.key_end);
   }
-}
+  __device__ __forceinline__ Box finish(int step, int entry) const {
+    if (key(step) >= tile.key_end) return Box{0, -1, true};
+    const KeyLocation location = locate_key(plan, tile, key(step), tile.key_end, entry);
+    return Box{kBlocks ? 0 : location.slot, location.valid ? location.entry : -1, location.valid};
+  }
+};
 
 /// Warp 0: finds tiles and hands them to all others.
 template <typename Shape>
@@ -142,8 +126,8 @@ struct WgmmaScheduler {
   }
 };
 
-/// The copies of K or V, step by step: to where they are multiplied, or widened from.
-template <typename Shape, bool kIsK>
+/// The copies of K or V, step by step: to where they are multiplied, or widened from. kBlocks: boxes are blocks of kUsualBlock slots.
+template <typename Shape, bool kIsK, bool kBlocks>
 struct StepCopies {
   static constexpr int kKeys = Shape::kKeys;
   static constexpr bool kWiden = kIsK ? Shape::kWidenK : Shape::kWidenV;
@@ -151,6 +135,8 @@ struct StepCopies {
   static constexpr int kPanels = kWiden ? Shape::kNarrowPanels : kIsK ? Shape::kQkPanels : Shape::kVPanels;
   static constexpr int kPanelElements = device::kPanelRowBytes / (Shape::kWidenV ? 1 : 2);
   static constexpr int kOffset = kIsK ? (kWiden ? Shape::kNarrowKOffset : 0) : kWiden ? Shape::kNarrowVOffset : Shape::kVOffset;
+  /// Boxes whose copies are one piece of code, by what is fastest.
+  static constexpr int kAtOnce = !kBlocks ? 2 : kPanels == 1 ? kKeys / kUsualBlock : Shape::kConsumers == 3 ? 2 : 1;
 
   const WgmmaInputs& inputs;
   WgmmaControl<Shape>* control;
@@ -164,27 +150,53 @@ struct StepCopies {
         full(device::shared_address(kWiden ? (kIsK ? to->narrow_k_full : to->narrow_v_full) : (kIsK ? to->k_full : to->v_full))),
         empty(device::shared_address(kWiden ? (kIsK ? to->narrow_k_empty : to->narrow_v_empty) : (kIsK ? to->k_empty : to->v_empty))) {}
 
-  __device__ __forceinline__ void start(int kv_head, const Box& box) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+  /// Starts the copies of one step, of which each lane knows a box. `valid`: a bit for each 8 keys that have a block.
+  __device__ __forceinline__ void start(int kv_head, const Box& box, unsigned valid) {
     const auto stage = static_cast<std::uint32_t>(ring.stage);
+    const std::uint32_t stage_full = full + stage * 8, slot = slots + stage * (kPanels * Shape::kKeyPanelBytes);
+    const int keys_per_box = kBlocks ? kUsualBlock : inputs.keys_per_box;
+    const CUtensorMap& map = kIsK ? inputs.k : inputs.v;
     device::barrier_wait(empty + stage * 8, ring.parity ^ 1);
-    if constexpr (kIsK) {
-      const bool valid = __shfl_sync(kAllLanes, box.valid ? 1 : 0, lane * 8 / inputs.keys_per_box % 32) != 0;
-      const unsigned bits = __ballot_sync(kAllLanes, valid || lane >= kKeys / 8);
-      if (lane == 0) (kWiden ? control->narrow_valid_keys : control->valid_keys)[stage] = bits;
+    // One lane starts them all: the compiler makes of copies by lanes a loop over lanes, one for each panel.
+    __syncwarp();
+    const bool elected = device::elect_lane();
+    if (elected) {
+      if (kIsK) (kWiden ? control->narrow_valid_keys : control->valid_keys)[stage] = valid;
+      device::barrier_arrive_expect(stage_full, kPanels * Shape::kKeyPanelBytes);
     }
-    copy_boxes<Shape, kPanels, kPanelElements>(kIsK ? inputs.k : inputs.v, inputs.keys_per_box, full + stage * 8,
-                                               slots + stage * (kPanels * Shape::kKeyPanelBytes), kv_head, box);
+#pragma unroll 1
+    for (int first = 0; first * keys_per_box < kKeys; first += kAtOnce) {
+      int of_slot[kAtOnce], of_block[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        of_slot[i] = kBlocks ? 0 : __shfl_sync(kAllLanes, box.slot, first + i);
+        of_block[i] = __shfl_sync(kAllLanes, box.entry, first + i);
+      }
+      if (!elected) continue;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int key = (first + i) * keys_per_box;
+        // A box whose block is -1 is outside the tensor: zeros.
+        if (key >= kKeys) break;
+        const std::uint32_t dst = slot + static_cast<std::uint32_t>(key * device::kPanelRowBytes);
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel)
+          device::copy_box(dst + panel * Shape::kKeyPanelBytes, &map, stage_full, panel * kPanelElements, kv_head, of_slot[i], of_block[i]);
+      }
+    }
     ring.advance();
   }
 };
 
 /// Warp 1 copies each tile's keys, from the last to the first step, and its values, unless warp 2 does.
-template <typename Shape, bool kKeysToo, bool kValuesToo>
+template <typename Shape, bool kKeysToo, bool kValuesToo, bool kBlocks>
 __device__ void copy_steps(const Plan& plan, const WgmmaInputs& inputs, char* shared, WgmmaControl<Shape>* control) {
   constexpr int kKeys = Shape::kKeys;
-  [[maybe_unused]] StepCopies<Shape, true> keys(inputs, shared, control);
-  [[maybe_unused]] StepCopies<Shape, false> values(inputs, shared, control);
+  [[maybe_unused]] StepCopies<Shape, true, kBlocks> keys(inputs, shared, control);
+  [[maybe_unused]] StepCopies<Shape, false, kBlocks> values(inputs, shared, control);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int keys_per_box = kBlocks ? kUsualBlock : inputs.keys_per_box;
+  const int box_of_group = lane * 8 / keys_per_box % 32;  // the box that has the lane's 8 keys of valid_keys
   Ring<kTileSlots> tiles;
   for (;;) {
     const TileSlot slot = take_tile<Shape>(control, tiles);
@@ -193,14 +205,18 @@ __device__ void copy_steps(const Plan& plan, const WgmmaInputs& inputs, char* sh
     const int first = slot.tile.key_begin / kKeys;
     int step = (slot.tile.key_end + kKeys - 1) / kKeys - 1;
     if (step < first) continue;
-    Box box = locate_box<Shape>(plan, inputs.keys_per_box, slot.tile, step);
+    const BoxFinder<Shape, kBlocks> finder(plan, slot.tile, keys_per_box);
+    int entry = finder.load(step);
     for (;; --step) {
-      Box next{};
-      if (step > first) next = locate_box<Shape>(plan, inputs.keys_per_box, slot.tile, step - 1);
-      if constexpr (kKeysToo) keys.start(slot.kv_head, box);
-      if constexpr (kValuesToo) values.start(slot.kv_head, box);
+      // What a step takes besides its copies is done before its stage is empty; the next one's entry is under way meanwhile.
+      const Box box = finder.finish(step, entry);
+      if (step > first) entry = finder.load(step - 1);
+      [[maybe_unused]] unsigned valid = 0;
+      if constexpr (kKeysToo)
+        valid = __ballot_sync(kAllLanes, __shfl_sync(kAllLanes, box.valid ? 1 : 0, box_of_group) != 0 || lane >= kKeys / 8);
+      if constexpr (kKeysToo) keys.start(slot.kv_head, box, valid);
+      if constexpr (kValuesToo) values.start(slot.kv_head, box, 0);
       if (step == first) break;
-      box = next;
     }
   }
 }

@@ -10,12 +10,16 @@
 
 namespace quire::cuda::attn {
 
+/// Blocks of so many slots have code of their own, with less to compute for each.
+constexpr int kUsualBlock = 16;
+
 /// K's and V's rows as {head_dim, kv head, slot in its block, block}; without a block table all keys are one block.
 struct WgmmaInputs {
   CUtensorMap k, v;
   CUtensorMap q, out;         // as {head_dim, head, token}; only if
   bool q_boxes, out_boxes;  // a tile's rows are a box of q, and 16 of them one of out
   int keys_per_box;
+  bool in_blocks;  // boxes are blocks of kUsualBlock slots
   float log2_scale;  // of q k, to log2 units; without scales that only the device knows
   bool transform;    // scores are more than a factor times q k
 };
