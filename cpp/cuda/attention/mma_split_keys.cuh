@@ -4,6 +4,7 @@
 
 #include "cuda/attention/mma_columns.cuh"
 #include "cuda/attention/share.cuh"
+#include "cuda/device/named_barrier.cuh"
 
 namespace quire::cuda::attn {
 
@@ -40,6 +41,7 @@ struct SplitKeysShape {
   static constexpr int kEntriesOffset = kFoldedOffset + 2 * kRows * static_cast<int>(sizeof(float2));
   static constexpr int kWalkOffset = kEntriesOffset + kCtaWarps * kEntryBytes;
   static constexpr int kSharedBytes = kWalkOffset + static_cast<int>(sizeof(Walk));
+  static constexpr int kAlignedBytes = (kSharedBytes + 1023) / 1024 * 1024;
   /// Of paired warps: whether this one has the second kv head.
   __device__ __forceinline__ static bool is_upper_warp() { return (threadIdx.x & 32u) != 0; }
   static_assert(kSlots >= 2);
@@ -310,8 +312,8 @@ __device__ __forceinline__ void prefetch_tables(const AttentionParams& p) {
 
 /// A CTA has an equal stretch of the batch's line of keys (share.cuh). It computes 8 or 16 packed rows at a time against the keys that it has of
 /// them and writes them to out and lse, or to the workspace if other CTAs have keys of them too. Or only `lone_tile`, of all kv heads, where lengths
-/// are aligned.
-template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing, bool kInvariant = false>
+/// are aligned. kPerCta: in attend_to_parts's kernel, how many such CTAs a CTA is, each of kThreads threads; all is batch-invariant there.
+template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing, int kPerCta = 0>
 __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_tile = -1) {
   using Types = MmaTypes<kKvDType, kHeadDim>;
   using Shape = SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>;
@@ -322,10 +324,17 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
   constexpr int kSlots = Shape::kSlots;
   constexpr int kCtaWarps = Shape::kCtaWarps;
   constexpr bool kEven = kSlots % 2 == 0;
-  extern __shared__ __align__(1024) char shared[];
+  constexpr bool kInvariant = kPerCta > 0;
+  extern __shared__ __align__(1024) char shared_of_all[];
   const AttentionParams& p = plan.params;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const auto here = [] { return static_cast<int>(threadIdx.x); };
+  const int member = kPerCta > 1 ? here() / Shape::kCtaThreads : 0;
+  const auto thread = [&] { return kPerCta > 1 ? here() % Shape::kCtaThreads : here(); };
+  const int cta = kPerCta > 1 ? static_cast<int>(blockIdx.x) * kPerCta + member : static_cast<int>(blockIdx.x);
+  const int num_ctas = kInvariant ? static_cast<int>(gridDim.x) * kPerCta : plan.num_ctas;
+  char* const shared = shared_of_all + (kPerCta > 1 ? member * Shape::kAlignedBytes : 0);
+  const int lane = here() % 32;
+  const int warp = thread() / 32;
 
   char* q_shared = shared + Shape::kQOffset;
   auto* row_params = reinterpret_cast<RowParams*>(shared + Shape::kRowParamsOffset);
@@ -335,6 +344,8 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
   constexpr int kWarpStep = kPairedWarps ? 2 : 1;
   auto& folded_stats = *reinterpret_cast<float2(*)[2][kRows]>(shared + Shape::kFoldedOffset);
   const std::uint32_t shared_base = device::shared_address(shared);
+  const std::uint32_t entries_base =
+      kPerCta > 1 ? shared_base - static_cast<std::uint32_t>(member * kCtaWarps * Shape::kEntryBytes) : shared_base;
   const std::uint32_t ring = shared_base + static_cast<std::uint32_t>(warp * Shape::kRingBytes);
   auto* notes = reinterpret_cast<std::uint32_t*>(shared + Shape::kNotesOffset);
   auto* merged = reinterpret_cast<float*>(shared);
@@ -344,16 +355,32 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
   // Batch-invariant calls have narrow CTAs and no pairs.
   const auto invariant = [&] { return kInvariant || (!kWide && kPairing == Pairing::kNone && plan.batch_invariant); };
 
-  if (static_cast<int>(blockIdx.x) >= plan.num_ctas) return;
+  // In attend_to_parts's kernel a CTA may have other warps as well.
+  const auto sync = [&] {
+    if constexpr (kInvariant) {
+      device::named_barrier_sync(1 + member, Shape::kCtaThreads);
+    } else {
+      __syncthreads();
+    }
+  };
+  const auto sync_or = [&](bool any) {
+    if constexpr (kInvariant) {
+      return device::named_barrier_or(1 + member, Shape::kCtaThreads, any);
+    } else {
+      return __syncthreads_or(any) != 0;
+    }
+  };
+
+  if (!kInvariant && cta >= num_ctas) return;
   prefetch_tables<Shape::kCtaThreads>(p);
   if (lone_tile >= 0) {
-    if (threadIdx.x == 0) begin_lone_walk(walk, lone_tile);
+    if (thread() == 0) begin_lone_walk(walk, lone_tile);
   } else if (warp == 0) {
-    begin_walk<kRows, kKeys>(plan, walk);
+    begin_walk<kRows, kKeys>(plan, walk, cta, num_ctas);
   }
   for (bool fresh = true;; fresh = false) {
-    if (threadIdx.x == 0 && (!fresh || walk.more)) next_tile<kRows, kKeys>(plan, walk, fresh, invariant());
-    __syncthreads();
+    if (thread() == 0 && (!fresh || walk.more)) next_tile<kRows, kKeys>(plan, walk, fresh, invariant());
+    sync();
     if (!walk.more) return;
     using MmaState = MmaColumns<kKvDType, kHeadDim, kTiles, kPaired, Rows<Types::kKvRowBytes>, !(kInvariant && kHeadDim == 128)>;
     MmaState state;
@@ -370,7 +397,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
       bool selecting = false;
       for (;; selecting = true) {
         KeyStream<Shape> stream;
-        stream.start(plan, walk, walk.part_begin + (kPairedWarps ? warp / 2 : warp) * kKeys, shared_base);
+        stream.start(plan, walk, walk.part_begin + (kPairedWarps ? warp / 2 : warp) * kKeys, entries_base);
         if (!has_q && !selecting) {
           if constexpr (kPaired) {
             copy_paired_q<Shape>(plan, tile, walk.kv_head, device::shared_address(q_shared));
@@ -389,10 +416,10 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
         for (int round = -kLead;; ++round) {
           if (round == 0) {
             if (selecting) {
-              for (int i = static_cast<int>(threadIdx.x); i < kRows * kNoteWords<kHeadDim>; i += Shape::kCtaThreads) notes[i] = 0;
+              for (int i = thread(); i < kRows * kNoteWords<kHeadDim>; i += Shape::kCtaThreads) notes[i] = 0;
             } else if (!has_q) {
-              if (threadIdx.x < kRows) {
-                const int row = static_cast<int>(threadIdx.x);
+              if (thread() < kRows) {
+                const int row = thread();
                 row_params[row] = make_row_params(plan, tile, walk.kv_head, row);
                 if ((kPaired || kPairedWarps) && p.k_scale != nullptr) {
                   const int head = row_index(plan, tile, walk.kv_head, min(row, tile.num_rows - 1)).head;
@@ -400,11 +427,11 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
                 }
               }
               if constexpr (Types::kQuantized) {
-                __syncthreads();
+                sync();
                 for (int row = warp; row < kRows; row += kCtaWarps) convert_q<Types, kHeadDim, 1>(plan, row, q_shared, row_params);
               }
             }
-            __syncthreads();
+            sync();
             if (!selecting && !has_q) {
               score = make_score_scale<MmaState::kQueries>(p, warp_row_params, MmaState::query);
               state.attach_q(device::shared_address(q_shared), first_row());
@@ -430,7 +457,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
             __syncwarp();
           }
           if constexpr (kEven) {
-            valid[kLead] = stream.copy_k(plan, walk, k_address, shared_base);
+            valid[kLead] = stream.copy_k(plan, walk, k_address, entries_base);
           } else {
             stream.copy_v(plan, walk, k_address);
           }
@@ -458,7 +485,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
           if constexpr (kEven) {
             stream.copy_v(plan, walk, v_address);
           } else {
-            valid[kLead] = stream.copy_k(plan, walk, v_address, shared_base);
+            valid[kLead] = stream.copy_k(plan, walk, v_address, entries_base);
           }
           device::copy_async_commit();
 #pragma unroll
@@ -466,7 +493,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
         }
         device::copy_async_wait<0>();
         if (kPairedWarps || !kMayBeNotFinite<kKvDType> || selecting || (walk.all_see_the_same && !invariant()) ||
-            !__syncthreads_or(state.not_finite()))
+            !sync_or(state.not_finite()))
           break;
       }
 
@@ -490,7 +517,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
             for (int half = 0; half < 2; ++half) target[MmaState::column(c, half)] = state.out[c][i / 2][2 * half + i % 2];
         }
       }
-      __syncthreads();
+      sync();
 
       const int part = walk.part;
       const bool is_last_part = !invariant() || part + 1 == walk.unit_end;
@@ -502,7 +529,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
 #pragma unroll 1
       for (;; merging = true) {
 #pragma unroll 1
-        for (int i = static_cast<int>(threadIdx.x); i < tile.num_rows * kThreadsPerRow; i += Shape::kCtaThreads) {
+        for (int i = thread(); i < tile.num_rows * kThreadsPerRow; i += Shape::kCtaThreads) {
           const int row = i / kThreadsPerRow;
           const int column = i % kThreadsPerRow * 4;
           Partial result;
@@ -512,18 +539,25 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
             int merged_column = column, first_warp = 0;
             if (kPaired && is_upper(plan, row_index(plan, tile, walk.kv_head, row).head)) merged_column += Shape::kColumns;
             if (kPairedWarps && row >= static_cast<int>(plan.kv_group.divisor)) first_warp = 1;
-            result = Partial{float4{0.0f, 0.0f, 0.0f, 0.0f}, stats[first_warp][row].x, 0.0f};
-#pragma unroll 4
-            for (int w = first_warp + kWarpStep; w < kCtaWarps; w += kWarpStep) result.top = fmaxf(result.top, stats[w][row].x);
-            const float base = result.top == -INFINITY ? 0.0f : result.top;
             const float* const of_warps = merged + row * Shape::kOutPitch + merged_column;
+            const auto sums_of = [&](int w) { return *reinterpret_cast<const float4*>(of_warps + w * (Shape::kRingBytes / 4)); };
+            if (invariant()) {
+              // One warp after the other, as in attend_to_parts.
+              result = Partial{sums_of(0), stats[0][row].x, stats[0][row].y};
+#pragma unroll 1
+              for (int w = 1; w < kCtaWarps; ++w) fold(result, Partial{sums_of(w), stats[w][row].x, stats[w][row].y});
+            } else {
+              result = Partial{float4{0.0f, 0.0f, 0.0f, 0.0f}, stats[first_warp][row].x, 0.0f};
 #pragma unroll 4
-            for (int w = first_warp; w < kCtaWarps; w += kWarpStep)
-              add_part(result, base, *reinterpret_cast<const float4*>(of_warps + w * (Shape::kRingBytes / 4)), stats[w][row]);
+              for (int w = first_warp + kWarpStep; w < kCtaWarps; w += kWarpStep) result.top = fmaxf(result.top, stats[w][row].x);
+              const float base = result.top == -INFINITY ? 0.0f : result.top;
+#pragma unroll 4
+              for (int w = first_warp; w < kCtaWarps; w += kWarpStep) add_part(result, base, sums_of(w), stats[w][row]);
+            }
             if (selecting) result.value = with_notes<kHeadDim>(result.value, notes, row, merged_column);
           }
           const int slot = part == walk.unit_first || folds ? first_slot(plan) : part - walk.unit_begin;
-          const std::int64_t target = partial_row(plan, static_cast<int>(blockIdx.x), slot, row);
+          const std::int64_t target = partial_row(plan, cta, slot, row);
           if (!merging && folds) {
             if (part > walk.unit_first) {
               // The thread finds what it left here.
@@ -541,9 +575,9 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
             store_partial(plan, target, column, result);
           }
         }
-        __syncthreads();
+        sync();
         if (whole || merging || !is_last_part) break;
-        if (threadIdx.x == 0) {
+        if (thread() == 0) {
           __threadfence();
           find_ctas(plan, walk, invariant());
           const auto units = static_cast<unsigned>(walk.unit_end - walk.unit_begin);
@@ -552,12 +586,12 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
           if (walk.merges) plan.counters[walk.first_cta] = 0;
           __threadfence();
         }
-        __syncthreads();
+        sync();
         if (!walk.merges) break;
       }
       if (is_last_part) break;
-      if (threadIdx.x == 0) enter_part<kKeys>(walk, part + 1, invariant());
-      __syncthreads();
+      if (thread() == 0) enter_part<kKeys>(walk, part + 1, invariant());
+      sync();
     }
   }
 }
