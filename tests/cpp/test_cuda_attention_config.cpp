@@ -185,10 +185,11 @@ TEST(CudaAttentionConfig, drafts_take_the_kernel_that_reads_keys_once) {
   EXPECT_EQ(variant(8, 8, 256, DType::kFloat8E4M3FN), Variant::kMmaSplitRows);
   EXPECT_EQ(variant(8, 16, 64, DType::kBFloat16), Variant::kWgmma);
   EXPECT_EQ(variant(32, 16, 64, DType::kBFloat16), Variant::kMmaSplitRows);  // many tiles, two thirds of each empty
+  EXPECT_EQ(variant(32, 16, 64, DType::kFloat8E4M3FN), Variant::kMmaSplitRows);  // half of each
   // One sequence of two queries beside decodes of large groups makes no drafts of them.
   EXPECT_EQ(configure(ragged_queries(dense(paged(65, 16384, 128, 8, 128)), 66), kDevice, true).variant, Variant::kMmaSplitKeys16);
   // Where one may be very long and others short, keys are shared evenly, unless tiles are many.
-  EXPECT_EQ(configure(ragged_queries(dense(paged(8, 131072, 32, 8, 128)), 40), kDevice, true).variant, Variant::kMmaSplitKeys16);
+  EXPECT_EQ(configure(ragged_queries(dense(paged(8, 131072, 32, 8, 128)), 40), kDevice, true).variant, Variant::kMmaSplitRows);
   EXPECT_EQ(configure(ragged_queries(dense(paged(64, 131072, 32, 8, 128)), 320), kDevice, true).variant, Variant::kWgmma);
   // A chunk beside decodes has few tiles, however many the decodes are.
   const Launches mixed = choose_launches(ragged_queries(dense(paged(33, 131072, 8, 2, 128)), 32 + 64), kDevice, true);
@@ -418,8 +419,32 @@ TEST(CudaAttentionConfig, pairs_of_16_bits_have_wide_CTAs_while_tiles_are_few) {
   EXPECT_EQ(config(64, DType::kBFloat16).tiles_per_cta, 1);
   EXPECT_TRUE(config(128, DType::kBFloat16).wide);
   EXPECT_FALSE(config(256, DType::kBFloat16).wide);
-  EXPECT_FALSE(config(64, DType::kFloat8E4M3FN).wide);
-  EXPECT_FALSE(config(100, DType::kFloat8E4M3FN).wide);
+}
+
+TEST(CudaAttentionConfig, pairs_of_8_bits_come_by_boxes) {
+  const auto params = [](std::int64_t num_seqs, std::int64_t head_dim = 128) {
+    AttentionParams params = dense(paged(num_seqs, 4096, 32, 8, head_dim));
+    params.kv_dtype = DType::kFloat8E4M3FN;
+    return params;
+  };
+  const auto config = [&](std::int64_t num_seqs) { return configure(params(num_seqs), kDevice, true); };
+  for (const std::int64_t num_seqs : {12, 20, 64, 100, 256}) EXPECT_TRUE(config(num_seqs).by_boxes) << num_seqs;
+  EXPECT_FALSE(config(2).by_boxes);  // heads one by one
+  // CTAs of many warps up to two tiles for each SM.
+  EXPECT_TRUE(config(64).wide);
+  EXPECT_EQ(config(64).ctas_per_tile, 1);
+  EXPECT_FALSE(config(100).wide);
+  EXPECT_FALSE(configure(params(64, 96), kDevice, true).by_boxes);
+  EXPECT_FALSE(configure(params(256, 256), kDevice, true).by_boxes);
+  EXPECT_FALSE(configure(dense(paged(100, 4096, 32, 8, 128)), kDevice, true).by_boxes);
+  EXPECT_FALSE(configure(params(100), kDevice).by_boxes);
+  AttentionParams odd = params(100);
+  odd.block_size = 12;  // boxes of 4 keys are too small
+  EXPECT_FALSE(configure(odd, kDevice, true).by_boxes);
+  odd = params(64);
+  odd.v_token_stride += 8;
+  EXPECT_FALSE(configure(odd, kDevice, true).by_boxes);
+  EXPECT_FALSE(configure(odd, kDevice, true).wide);
 }
 
 TEST(CudaAttentionConfig, rows_of_many_queries_are_split_where_tiles_are_few) {

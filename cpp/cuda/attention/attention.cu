@@ -215,7 +215,8 @@ std::string tiles_text(const Config& config, std::int64_t num_kv_heads) {
   if (shares_keys(config.variant))
     return "the keys of all tiles, of " + std::to_string(config.tile_rows) + " rows by one kv head, shared evenly by " +
            std::to_string(config.num_ctas) + (config.wide ? " CTAs of many warps" : " CTAs") +
-           (config.pairing != Pairing::kNone ? ", two kv heads at a time" : "");
+           (config.pairing != Pairing::kNone ? ", two kv heads at a time" : "") +
+           (config.by_boxes ? ", brought block by block by the copy engine" : "");
   return std::to_string(config.num_tiles * num_kv_heads) + " tiles of " + std::to_string(config.tile_rows) +
          " rows by one kv head at most" +
          (config.num_splits > 1 ? ", the keys of each split over up to " + std::to_string(config.num_splits) + " CTAs" : "");

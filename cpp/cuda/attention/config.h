@@ -140,6 +140,11 @@ enum class Pairing {
   kWarps     // every second warp has the second head
 };
 
+/// Whether there are kernels that share keys evenly and have them brought by the copy engine, two heads' at once (key_boxes.cuh): rows of a line.
+constexpr bool has_box_stretches(std::int64_t kv_itemsize, std::int64_t head_dim) {
+  return kv_itemsize * head_dim == 128 && kv_itemsize == 1;
+}
+
 struct Config {
   Variant variant;
   int head_dim_bucket;
@@ -147,6 +152,7 @@ struct Config {
   // If shares_keys.
   int num_ctas;
   Pairing pairing;    // unless kNone, params.num_kv_heads and the heads' strides are as if the two were one
+  bool by_boxes;      // of pairs: the copy engine brings keys also where they are shared evenly
   bool wide;          // CTAs of twice as many warps
   // If lengths are alike, up to so many CTAs, a cluster, share a tile's keys (mma_cluster_keys.cuh); 0: there are no clusters. A tile is
   // cluster_heads kv heads'.
@@ -293,7 +299,8 @@ inline bool prefers_prefill(const AttentionParams& params, const DevicePropertie
   const std::int64_t group = params.num_heads / params.num_kv_heads, num_tiles = params.num_seqs * params.num_kv_heads;
   const std::int64_t drafts = params.num_tokens / params.num_seqs;  // of a sequence, at least on average
   if (params.block_tables == nullptr || drafts < 2 || drafts * group <= 16 || rows > 32) return false;
-  if (itemsize(params.kv_dtype) == 1 && params.head_dim <= 128) return num_tiles >= std::int64_t{4} * device.num_sms;
+  if (itemsize(params.kv_dtype) == 2) return true;
+  if (params.head_dim <= 128) return num_tiles >= std::int64_t{4} * device.num_sms;
   return key_capacity(params) <= 4096 || are_enough_tiles(params, device, num_tiles);
 }
 
@@ -308,8 +315,8 @@ inline const char* wgmma_drawback(const AttentionParams& params, const DevicePro
   const bool reads_enough = are_enough_tiles(params, device, num_tiles) && (itemsize(params.kv_dtype) == 2 || params.head_dim <= 128);
   if (params.num_tokens * params.num_heads * 3 < tile_rows * num_sms && !reads_enough)
     return "its tiles, if full, would be fewer than a third of the SMs, and it does not split the keys of a tile";
-  if (params.head_dim <= 64 && params.block_tables != nullptr && rows * 2 < tile_rows && num_tiles > num_sms)
-    return "its tiles would be more than SMs, and more than half empty";
+  if (params.head_dim <= 64 && params.block_tables != nullptr && rows * 2 <= tile_rows && num_tiles > num_sms)
+    return "its tiles would be more than SMs, and half empty or more";
   return nullptr;
 }
 
@@ -403,6 +410,63 @@ inline Pairing choose_pairing(const AttentionParams& params, std::int64_t num_he
 /// Kv heads that the warps of a cluster read together: rows of up to 128 bytes are short pieces of memory by themselves.
 constexpr int heads_of_team(Pairing pairing, std::int64_t row_bytes) { return pairing != Pairing::kNone && row_bytes <= 128 ? 2 : 1; }
 
+/// Gives a decode its clusters, if it may have some, and the pairing that goes with them; `config` has the one without. `num_head_tiles` are those of
+/// heads one by one.
+inline void choose_clusters(const AttentionParams& params, const DeviceProperties& device, std::int64_t num_head_tiles, Config& config,
+                            std::vector<std::string>* why) {
+  const std::int64_t per_sm = ctas_per_sm(config.variant, config.head_dim_bucket) / 2, places = device.num_sms * per_sm;
+  const std::int64_t item = itemsize(params.kv_dtype), row_bytes = params.head_dim * item, padded_row_bytes = config.head_dim_bucket * item;
+  const bool long_rows = row_bytes % 128 == 0;
+  config.cluster = choose_cluster(num_head_tiles, device.num_sms, per_sm, long_rows);
+  config.cluster_heads = 1;
+  if (params.num_seqs == 1 && num_head_tiles < kMaxCluster && config.head_dim_bucket < 256) config.lone_cluster = config.cluster;
+  // Boxes of 16-bit rows that end within 128 bytes are slow; stretches are not.
+  if (item == 2 && row_bytes > 128 && !long_rows && num_head_tiles > 32) config.cluster = 0;
+
+  const int team = heads_of_team(config.pairing, padded_row_bytes);
+  if (team > 1 && (config.cluster > 0 || long_rows)) {
+    const std::int64_t tiles = num_head_tiles / team;
+    const int of_team = choose_cluster(tiles, device.num_sms, per_sm, long_rows);
+    bool in_teams = true;
+    if (config.lone_cluster == 0) {
+      // Not a CTA to each of many tiles: lengths that are not alike would have stretches of wide CTAs then. Where heads one by one have clusters, too,
+      // larger ones have more to put together: not where a CTA has few keys, or so few tiles leave places empty.
+      in_teams = config.cluster == 0 ? tiles * 2 <= device.num_sms
+                                     : tiles * kMaxCluster * 10 >= places * 9 && key_capacity(params) >= of_team * std::int64_t{256};
+      in_teams = in_teams && of_team > 0;
+    }
+    if (in_teams) {
+      config.cluster_heads = team;
+      config.cluster = of_team;
+    } else if (config.cluster > 0) {
+      config.pairing = Pairing::kNone;
+    }
+  }
+
+  const char* reason = config.cluster > 0 ? boxes_obstacle(params) : nullptr;
+  if (config.cluster > 0 && padded_row_bytes < 128 && params.block_size % 2 != 0)
+    reason = "block_size is odd, and one row of a block is no multiple of 128 bytes";
+  if (reason != nullptr) {
+    config.cluster = config.lone_cluster = 0;
+    config.pairing = choose_pairing(params, num_head_tiles, device.num_sms);
+    if (why != nullptr) why->push_back(std::string("no clusters of CTAs for a tile: ") + reason);
+  }
+}
+
+/// CTAs to a tile of batch-invariant decode where lengths turn out alike, 0 if the line of keys is faster. There are places for so many at a time.
+inline int choose_parts_cluster(const AttentionParams& params, const DeviceProperties& device, std::int64_t num_tiles,
+                                std::int64_t places) {
+  // One sequence gained, and 32 and more; 8 of 4096 keys take 74 us instead of the line's 71, over 8-bit keys 55 instead of 50 (H100).
+  if (params.num_seqs > 1 && params.num_seqs < 32) return 0;
+  int parts = 1;
+  while (parts < kMaxCluster && part_begin(parts) < key_capacity(params)) ++parts;
+  const std::int64_t size = std::min<std::int64_t>(places / num_tiles, parts);
+  // Whole tiles, one after the other, if they fill their last round.
+  if (size == 0) return num_tiles * 10 >= ceil_div(num_tiles, places) * places * 9 ? 1 : 0;
+  const bool fills = num_tiles * size * 10 >= places * 9;
+  return size == parts || num_tiles * 2 <= device.num_sms || fills ? static_cast<int>(size) : 0;
+}
+
 /// `why`, unless null, gets the reasons for the variant. `rows_of_sequence` is what to choose for; 0: the mean.
 inline Config choose_config(const AttentionParams& params, const DeviceProperties& device, bool has_wgmma,
                             std::vector<std::string>* why = nullptr, std::int64_t rows_of_sequence = 0) {
@@ -428,47 +492,9 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
   const bool may_have_clusters = has_wgmma && config.variant == Variant::kMmaSplitKeys8 && params.block_tables != nullptr && !ragged &&
                                  params.shared_queries == 0 && !params.float8_queries && params.mask == nullptr && group <= rows &&
                                  key_capacity(params) < 1 << 30;
-  if (may_have_clusters && !params.batch_invariant) {
-    const std::int64_t per_sm = ctas_per_sm(config.variant, config.head_dim_bucket) / 2, places = device.num_sms * per_sm;
-    const bool long_rows = params.head_dim * itemsize(params.kv_dtype) % 128 == 0;
-    const std::int64_t row_bytes = params.head_dim * itemsize(params.kv_dtype);
-    config.cluster = choose_cluster(num_head_tiles, device.num_sms, per_sm, long_rows);
-    config.cluster_heads = 1;
-    if (params.num_seqs == 1 && num_head_tiles < kMaxCluster && config.head_dim_bucket < 256) config.lone_cluster = config.cluster;
-    // Boxes of 16-bit rows that end within 128 bytes are slow; stretches are not.
-    if (itemsize(params.kv_dtype) == 2 && row_bytes > 128 && !long_rows && num_head_tiles > 32) config.cluster = 0;
-    const int team = heads_of_team(config.pairing, config.head_dim_bucket * itemsize(params.kv_dtype));
-    if (team > 1 && (config.cluster > 0 || long_rows)) {
-      const std::int64_t tiles = num_head_tiles / team;
-      const int of_team = choose_cluster(tiles, device.num_sms, per_sm, long_rows);
-      if (config.lone_cluster > 0) {
-        config.cluster_heads = team;
-        config.cluster = of_team;
-      } else if (of_team > 0 && config.cluster == 0) {
-        // Not a CTA to each of many tiles: lengths that are not alike would have stretches of wide CTAs then.
-        if (tiles * 2 <= device.num_sms) {
-          config.cluster_heads = team;
-          config.cluster = of_team;
-        }
-      } else if (config.cluster > 0) {
-        // Larger clusters have more to put together: not where a CTA has few keys, or so few tiles leave places empty.
-        if (of_team > 0 && tiles * kMaxCluster * 10 >= places * 9 && key_capacity(params) >= of_team * std::int64_t{256}) {
-          config.cluster_heads = team;
-          config.cluster = of_team;
-        } else {
-          config.pairing = Pairing::kNone;
-        }
-      }
-    }
-    const char* reason = config.cluster > 0 ? boxes_obstacle(params) : nullptr;
-    if (config.cluster > 0 && config.head_dim_bucket * itemsize(params.kv_dtype) < 128 && params.block_size % 2 != 0)
-      reason = "block_size is odd, and one row of a block is no multiple of 128 bytes";
-    if (reason != nullptr) {
-      config.cluster = config.lone_cluster = 0;
-      config.pairing = choose_pairing(params, num_head_tiles, device.num_sms);
-      if (why != nullptr) why->push_back(std::string("no clusters of CTAs for a tile: ") + reason);
-    }
-  }
+  if (may_have_clusters && !params.batch_invariant) choose_clusters(params, device, num_head_tiles, config, why);
+  config.by_boxes = has_wgmma && config.pairing == Pairing::kWarps && has_box_stretches(itemsize(params.kv_dtype), params.head_dim) &&
+                    boxes_obstacle(params) == nullptr && (config.cluster > 0 || params.block_size % 8 == 0);
   if (config.pairing == Pairing::kColumns) config.head_dim_bucket = 128;
   if (config.pairing == Pairing::kWarps) config.tile_rows = 16;
   const std::int64_t num_ctas = config.num_tiles * (config.pairing != Pairing::kNone ? params.num_kv_heads / 2 : params.num_kv_heads);
@@ -483,7 +509,8 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
     // CTAs of more warps where tiles are so few that each has many parts: then it has fewer.
     config.wide = !params.batch_invariant && config.variant != Variant::kMmaSplitKeys8Small &&
                   (config.cluster > 0 || (num_ctas * 2 <= device.num_sms && key_capacity(params) > 2048) ||
-                   (config.pairing == Pairing::kWarps && itemsize(params.kv_dtype) == 2 && num_ctas <= 4 * device.num_sms)) &&
+                   (config.pairing == Pairing::kWarps && itemsize(params.kv_dtype) == 2 && num_ctas <= 4 * device.num_sms) ||
+                   (config.by_boxes && num_ctas <= 2 * device.num_sms)) &&
                   device.max_shared_bytes_per_cta >= kWideSharedBytes;
     const int per_sm = ctas_per_sm(config.variant, config.head_dim_bucket) / (config.wide ? 2 : 1);
     config.tile_cost = tile_cost(config.wide, num_ctas);
@@ -515,25 +542,12 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
         config.tiles_per_cta = static_cast<int>(tiles);
       }
     }
-    // One sequence gained, and 32 and more; 8 of 4096 keys take 74 us instead of the line's 71, over 8-bit keys 55 instead of 50 (H100).
-    const bool gains = params.num_seqs == 1 || params.num_seqs >= 32;
-    if (may_have_clusters && params.batch_invariant && gains && params.num_kv_heads % heads == 0 && config.num_ctas >= warps &&
+    if (may_have_clusters && params.batch_invariant && params.num_kv_heads % heads == 0 && config.num_ctas >= warps &&
         parts_obstacle(params) == nullptr) {
-      const std::int64_t num_tiles = num_ctas / heads, places = config.num_ctas / warps;
-      int parts = 1;
-      while (parts < kMaxCluster && part_begin(parts) < key_capacity(params)) ++parts;
-      const std::int64_t size = std::min<std::int64_t>(places / num_tiles, parts);
-      if (size == 0) {
-        // Whole tiles, one after the other, if they fill their last round.
-        const std::int64_t rounds = ceil_div(num_tiles, places);
-        if (num_tiles * 10 >= rounds * places * 9) {
-          config.cluster = 1;
-          config.tiles_per_cta = static_cast<int>(rounds);
-        }
-      } else if (size == parts || num_tiles * 2 <= device.num_sms || num_tiles * size * 10 >= places * 9) {
-        config.cluster = static_cast<int>(size);
-      }
+      config.cluster = choose_parts_cluster(params, device, num_ctas / heads, config.num_ctas / warps);
       config.cluster_heads = heads;
+      // Whole tiles, one after the other.
+      if (config.cluster > 0) config.tiles_per_cta = static_cast<int>(ceil_div(num_ctas / heads, config.num_ctas / warps));
     }
     return config;
   }

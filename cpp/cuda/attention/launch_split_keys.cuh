@@ -17,9 +17,14 @@
 
 namespace quire::cuda::attn {
 
+/// Whether there is attention_mma_box_keys_kernel for the same calls.
+template <DType kKvDType, int kHeadDim, Variant kVariant, Pairing kPairing>
+constexpr bool kHasBoxes =
+    kVariant == Variant::kMmaSplitKeys8 && kPairing == Pairing::kWarps && has_box_stretches(itemsize(kKvDType), kHeadDim);
+
 /// Whether a kernel has attend_in_clusters, too.
-template <Variant kVariant, bool kWide>
-constexpr bool kHasClusters = kWide && kVariant == Variant::kMmaSplitKeys8;
+template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing>
+constexpr bool kHasClusters = kWide && kVariant == Variant::kMmaSplitKeys8 && !kHasBoxes<kKvDType, kHeadDim, kVariant, kPairing>;
 
 /// Whether there is attend_to_parts for the same.
 template <Variant kVariant, bool kWide, Pairing kPairing>
@@ -42,15 +47,39 @@ constexpr int kTeamOf = heads_of_team(kPairing, head_dim_alone(kHeadDim, kPairin
 template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing>
 __global__ void __launch_bounds__(SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>::kCtaThreads,
                                   SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>::kCtasPerSm)
-    attention_mma_split_keys_kernel(const __grid_constant__ Plan plan, const __grid_constant__ MapsOf<kHasClusters<kVariant, kWide>> maps) {
+    attention_mma_split_keys_kernel(const __grid_constant__ Plan plan,
+                                    const __grid_constant__ MapsOf<kHasClusters<kKvDType, kHeadDim, kVariant, kWide, kPairing>> maps) {
 #if __CUDA_ARCH__ >= 900
-  if constexpr (kHasClusters<kVariant, kWide>) {
+  if constexpr (kHasClusters<kKvDType, kHeadDim, kVariant, kWide, kPairing>) {
     constexpr int kAlone = head_dim_alone(kHeadDim, kPairing), kTeam = kTeamOf<kKvDType, kHeadDim, kPairing>;
     if (plan.in_clusters && attend_in_clusters<kKvDType, kAlone, 2 * kWarps, kPairing != Pairing::kNone, kTeam>(plan, maps)) return;
   }
 #endif
   device::wait_for_predecessor();
   attend_to_stretches<kKvDType, kHeadDim, kVariant, kWide, kPairing>(plan);
+}
+
+template <DType kKvDType, int kHeadDim, bool kWide>
+using BoxShapeOf = BoxKeysShape<SplitKeysShape<kKvDType, kHeadDim, Variant::kMmaSplitKeys8, kWide, Pairing::kWarps>>;
+
+/// The same for pairs of heads whose keys the copy engine brings; plan.cluster CTAs to a tile, if there are clusters, which kWide has.
+template <DType kKvDType, int kHeadDim, bool kWide>
+__global__ void __launch_bounds__(BoxShapeOf<kKvDType, kHeadDim, kWide>::kCtaThreads, BoxShapeOf<kKvDType, kHeadDim, kWide>::kCtasPerSm)
+    attention_mma_box_keys_kernel(const __grid_constant__ Plan plan, const __grid_constant__ KeyMaps maps) {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kWide) {
+    if (plan.in_clusters && attend_in_clusters<kKvDType, kHeadDim, 2 * kWarps, true, 2>(plan, maps)) return;
+  }
+  extern __shared__ __align__(1024) char shared[];
+  if (threadIdx.x % (32 * BoxShapeOf<kKvDType, kHeadDim, kWide>::kTeamHeads) == 0) {
+    BoxStream<BoxShapeOf<kKvDType, kHeadDim, kWide>>(plan, maps, shared).init();
+    device::barrier_init_fence();
+  }
+  if (threadIdx.x == 32) device::prefetch_tensor_map(&maps.k);
+  if (threadIdx.x == 64) device::prefetch_tensor_map(&maps.v);
+  device::wait_for_predecessor();
+  attend_to_stretches<kKvDType, kHeadDim, Variant::kMmaSplitKeys8, kWide, Pairing::kWarps, 0, true>(plan, -1, &maps);
+#endif
 }
 
 /// The same for batch-invariant decode that may find lengths alike: plan.cluster CTAs to a tile, or whole tiles to CTAs.
@@ -136,13 +165,20 @@ KeyMaps make_key_maps(const AttentionParams& p, bool in_pairs) {
                  static_cast<int>(std::bit_width(static_cast<unsigned>(keys))) - 1};
 }
 
-/// The longest sequences that leave the L2 cache to what is there, if all are alike: keys of a few times its size. Dirty lines would be written back
-/// while keys are read. Longer calls are faster if memory sees no such reads.
+/// Keys of so many bytes, a few times the L2 cache's size, leave it to what is there: dirty lines would be written back while they are read. Longer calls
+/// are faster if memory sees no such reads.
+constexpr std::int64_t kReadOnceBytes = 192 << 20;
+
+/// The longest sequences of so much, if all are alike.
 inline int read_once_keys(const Plan& plan) {
-  constexpr std::int64_t kBytes = 192 << 20;
   const AttentionParams& p = plan.params;
   const std::int64_t bytes_of_key = p.num_seqs * (p.num_heads / plan.kv_group.divisor) * p.head_dim * itemsize(p.kv_dtype) * 2;
-  return static_cast<int>(std::min<std::int64_t>(kBytes / bytes_of_key, std::numeric_limits<int>::max()));
+  return static_cast<int>(std::min<std::int64_t>(kReadOnceBytes / bytes_of_key, std::numeric_limits<int>::max()));
+}
+
+/// The longest stretches of so much, by steps of so many bytes of K.
+inline int read_once_stretch(const Plan& plan, std::int64_t step_bytes) {
+  return static_cast<int>(kReadOnceBytes / (plan.num_ctas * step_bytes * 2) >> plan.line_shift);
 }
 
 /// Launches the kernel with up to `limit` CTAs to a tile, at least `min_size`; false if it cannot.
@@ -166,13 +202,36 @@ bool launch_clusters(const char* name, Plan plan, const KeyMaps& maps, int limit
   return true;
 }
 
+/// Launches attention_mma_box_keys_kernel, in clusters or without.
+template <DType kKvDType, int kHeadDim, bool kWide>
+void launch_by_boxes(Plan plan, const Config& config, std::int64_t num_head_tiles, Stream stream) {
+  using Shape = BoxShapeOf<kKvDType, kHeadDim, kWide>;
+  static_assert(Shape::kSharedBytes <= kWideSharedBytes / Shape::kCtasPerSm);
+  constexpr auto kKernel = attention_mma_box_keys_kernel<kKvDType, kHeadDim, kWide>;
+  plan.read_once_stretch = read_once_stretch(plan, Shape::kTeamSlotBytes);
+  if constexpr (kWide) {
+    using Cluster = ClusterKeysShape<kKvDType, kHeadDim, 2 * kWarps, Shape::kTeamHeads>;
+    constexpr int kSharedBytes = std::max(Shape::kSharedBytes, Cluster::kSharedBytes);
+    static_assert(kSharedBytes <= kWideSharedBytes / Shape::kCtasPerSm);
+    if (config.cluster > 0 && plan.q_alignment == 16 &&
+        launch_clusters<Cluster, kKernel>("attention_mma_box_keys_kernel in clusters", plan, make_key_maps<Cluster>(plan.params, true),
+                                          config.cluster, 1, num_head_tiles / Shape::kTeamHeads, kSharedBytes, stream))
+      return;
+  }
+  const LaunchShape shape{static_cast<unsigned>(config.num_ctas), Shape::kCtaThreads, Shape::kSharedBytes};
+  launch_waiting("attention_mma_box_keys_kernel", kKernel, shape, stream, plan, make_key_maps<Shape>(plan.params, true));
+}
+
 template <DType kKvDType>
 void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
   const bool in_clusters = config.cluster > 0 && plan.q_alignment == 16;
   const std::int64_t num_head_tiles = config.num_tiles * (plan.params.num_heads / plan.kv_group.divisor);
   const auto launch = [&]<int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing = Pairing::kNone>() {
     using Shape = SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>;
-    if constexpr (kHasClusters<kVariant, kWide>) {
+    if constexpr (kHasBoxes<kKvDType, kHeadDim, kVariant, kPairing>) {
+      if (config.by_boxes) return launch_by_boxes<kKvDType, kHeadDim, kWide>(plan, config, num_head_tiles, stream);
+    }
+    if constexpr (kHasClusters<kKvDType, kHeadDim, kVariant, kWide, kPairing>) {
       constexpr bool kInPairs = kPairing != Pairing::kNone;
       constexpr int kAlone = head_dim_alone(kHeadDim, kPairing), kTeam = kTeamOf<kKvDType, kHeadDim, kPairing>;
       if constexpr (kAlone <= 128) {
@@ -213,7 +272,7 @@ void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
     Plan of_stretches = plan;
     if (plan.params.batch_invariant) of_stretches.tiles_per_cta = 0;
     launch_waiting("attention_mma_split_keys_kernel", attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>, shape,
-                   stream, of_stretches, MapsOf<kHasClusters<kVariant, kWide>>{});
+                   stream, of_stretches, MapsOf<kHasClusters<kKvDType, kHeadDim, kVariant, kWide, kPairing>>{});
   };
   const auto of_head_dim = [&]<int kHeadDim>() {
     if constexpr (kHeadDim == 128) {

@@ -7,8 +7,6 @@
 // faster, and one box brings both, at one time.
 #pragma once
 
-#include <cuda.h>
-
 #include "cuda/attention/mma_split_keys.cuh"
 #include "cuda/device/cluster.cuh"
 #include "cuda/device/dependent_launch.cuh"
@@ -18,33 +16,6 @@ namespace quire::cuda::attn {
 
 /// Of a CTA that is alone on its SM, for one sequence.
 constexpr int kLoneWarps = 16;
-
-/// K's and V's rows in boxes of 2^box_shift slots (make_key_map).
-struct KeyMaps {
-  CUtensorMap k, v;
-  int box_shift;
-};
-
-/// Rows of a step as boxes bring them: panels of up to 128 bytes of columns, one after the other. Each is as Rows, which is how boxes are swizzled.
-/// A box has the rows of one head after the other's; 16 keys further on are 16 rows of each head.
-template <int kRowBytes, int kKeys, int kHeads>
-struct PanelRows {
-  static constexpr int kPanelRowBytes = kRowBytes < 128 ? kRowBytes : 128;
-  static constexpr int kPanels = kRowBytes / kPanelRowBytes;
-  static constexpr int kPanelBytes = kKeys * kHeads * kPanelRowBytes;
-  using Panel = Rows<kPanelRowBytes>;
-
-  __device__ __forceinline__ static int row(int key, int head, int box_shift) {
-    return ((key >> box_shift) * kHeads + head << box_shift) + (key & ((1 << box_shift) - 1));
-  }
-  __device__ __forceinline__ static std::uint32_t address(std::uint32_t base, int row, int chunk) {
-    return Panel::address(base, row, chunk % Panel::kChunks) + static_cast<std::uint32_t>(chunk / Panel::kChunks * kPanelBytes);
-  }
-  __device__ __forceinline__ static std::uint32_t advance(std::uint32_t thread_address, int keys, int chunks) {
-    return Panel::advance(thread_address, keys * kHeads, chunks % Panel::kChunks) +
-           static_cast<std::uint32_t>(chunks / Panel::kChunks * kPanelBytes);
-  }
-};
 
 /// Of kv heads of kHeadDim, kTeam of them to a tile, whatever attend_to_stretches takes. A team's warps have a head each of the same keys.
 template <DType kKvDType, int kHeadDim, int kWarpsOfCta, int kTeam>
@@ -72,8 +43,8 @@ struct ClusterKeysShape {
   static_assert(kStatsOffset - kQOffset >= kRows * Types::kQRowBytes);
   static constexpr int kRowParamsOffset = kStatsOffset + kCtaWarps * Base::kRows * static_cast<int>(sizeof(float2));
   static constexpr int kBarrierOffset = kRowParamsOffset + kRows * static_cast<int>(sizeof(RowParams));
-  static constexpr int kWarpBarriersOffset = kBarrierOffset + 8;  // of each warp, one for each slot
-  static constexpr int kCountersOffset = kWarpBarriersOffset + kCtaWarps * kSlots * 8;
+  static constexpr int kSlotBarriersOffset = kBarrierOffset + 8;  // of each warp, one for each slot
+  static constexpr int kCountersOffset = kSlotBarriersOffset + kCtaWarps * kSlots * 8;
   static constexpr int kBoxesOffset = (kCountersOffset + kCtaWarps * kSlots * 4 + 7) / 8 * 8;  // of each warp, 32: slot and block
   static constexpr int kSharedBytes = kBoxesOffset + kCtaWarps * 32 * 8;
   static_assert(kBarrierOffset % 8 == 0);
@@ -104,6 +75,37 @@ __device__ __forceinline__ bool lengths_are_alike(const Plan& plan) {
 
 #if __CUDA_ARCH__ >= 900
 
+/// A tile's keys, for BoxStream: steps are dealt to the teams of all CTAs in turn.
+struct TileKeys {
+  const Plan& plan;
+  int tile_seq, first_head, step_stride;
+  KeyRange range;
+
+  __device__ __forceinline__ int begin() const { return range.begin; }
+  __device__ __forceinline__ int end() const { return range.end; }
+  __device__ __forceinline__ int seq() const { return tile_seq; }
+  __device__ __forceinline__ int head() const { return first_head; }
+  __device__ __forceinline__ int stride() const { return step_stride; }
+  __device__ __forceinline__ bool read_once() const { return end() <= plan.read_once_keys; }
+};
+
+/// The same with the range in shared memory, in a row's parameters, since the loop has no registers to spare.
+struct LoopKeys {
+  const Plan& plan;
+  int tile_seq, first_head, step_stride;
+  std::uint32_t row_params;
+
+  __device__ __forceinline__ int at(std::size_t offset) const {
+    return device::load_shared(row_params + static_cast<std::uint32_t>(offset));
+  }
+  __device__ __forceinline__ int begin() const { return at(offsetof(RowParams, begin)); }
+  __device__ __forceinline__ int end() const { return at(offsetof(RowParams, end)); }
+  __device__ __forceinline__ int seq() const { return tile_seq; }
+  __device__ __forceinline__ int head() const { return first_head; }
+  __device__ __forceinline__ int stride() const { return step_stride; }
+  __device__ __forceinline__ bool read_once() const { return end() <= plan.read_once_keys; }
+};
+
 /// A tile to a cluster of plan.cluster CTAs: a query of each sequence, and a group of up to 8 heads. False if the lengths are too different; then
 /// nothing has been done.
 template <DType kKvDType, int kHeadDim, int kWarpsOfCta, bool kInPairs, int kTeam>
@@ -116,7 +118,6 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   constexpr int kSlots = Shape::kSlots;
   constexpr int kCtaWarps = Shape::kCtaWarps;
   using KvRows = typename Shape::KvRows;
-  constexpr bool kEven = kSlots % 2 == 0;
   extern __shared__ __align__(1024) char shared[];
   const AttentionParams& p = plan.params;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -130,7 +131,6 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   auto& stats = *reinterpret_cast<float2(*)[kCtaWarps][8]>(shared + Shape::kStatsOffset);
   const std::uint32_t shared_base = device::shared_address(shared);
   const int team = warp / kTeam, member = warp % kTeam;
-  const auto ring = [&] { return shared_base + static_cast<std::uint32_t>(thread_here() / (32 * kTeam) * (kTeam * Shape::kRingBytes)); };
 
   // If kInPairs, a kv head of the plan is two here, and rows of the second follow the first's.
   constexpr bool kOneByOne = kInPairs && kTeam == 1;
@@ -146,24 +146,13 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   tile.row_begin = kOneByOne ? tile_idx % 2 * group : 0;
   const int first_row = member * group;  // of the warp's
 
-  // Each warp's ring is brought by boxes, counted at a barrier for each slot.
-  const auto barriers = [&] {
-    return shared_base + static_cast<std::uint32_t>(Shape::kWarpBarriersOffset + thread_here() / (32 * kTeam) * (kSlots * 8));
-  };
-  [[maybe_unused]] auto* const counters = reinterpret_cast<unsigned*>(shared + Shape::kCountersOffset) + team * kSlots;
+  BoxStream<Shape> stream(plan, maps, shared);
   // What the other CTAs send here at the end is counted at a barrier, which they may use when all have arrived below.
   constexpr int kItemsOfRow = kHeadDim / 4;
   const int num_items = tile.num_rows * kItemsOfRow;  // of four columns of a row; CTA r puts the items r, r + size, ... together
   const std::uint32_t barrier = shared_base + static_cast<std::uint32_t>(Shape::kBarrierOffset);
   if (lane == 0) {
-    if (member == 0) {
-#pragma unroll
-      for (int i = 0; i < kSlots; ++i) device::barrier_init(barriers() + i * 8, 1);
-      if constexpr (kTeam > 1) {
-#pragma unroll
-        for (int i = 0; i < kSlots; ++i) counters[i] = 0;
-      }
-    }
+    if (member == 0) stream.init();
     if (warp == 1) device::prefetch_tensor_map(&maps.k);
     if (warp == 2) device::prefetch_tensor_map(&maps.v);
     device::barrier_init_fence();
@@ -174,22 +163,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   // What needs no other load's result comes first: the lanes' boxes, of the warp's first steps, and q. 32 boxes are some steps', or one's.
   const std::int32_t seq_len = p.seq_lens[tile.seq];
   const int stride = size * kTeams * kKeys;
-  const int box_shift = maps.box_shift;
-  constexpr int kKeysShift = kKeys == 32 ? 5 : 4;
-  static_assert(kKeys == 1 << kKeysShift);
-  const int boxes_shift = kKeysShift - box_shift;  // of a step
-  const auto lane_offset = [&] {
-    const int i = lane_here();
-    return (i >> boxes_shift) * stride + ((i & ((1 << boxes_shift) - 1)) << box_shift);
-  };
-  const int lanes_stride = (32 >> boxes_shift) * stride;
-  int next_key = (team * size + rank) * kKeys;  // of the step whose boxes come next
-  int lane_key = next_key + lane_offset();  // of the lane's box
-  const auto entry_of = [&](int key, int key_end) {
-    return key < key_end ? p.block_tables[tile.seq * p.block_tables_stride + plan.block_size.quotient(key)] : -1;
-  };
-  int lane_entry = entry_of(lane_key, plan.key_capacity);
-  int next_entry = entry_of(lane_key + lanes_stride, plan.key_capacity);
+  int lane_entry = stream.start(tile.seq, stride, (team * size + rank) * kKeys, plan.key_capacity);
   using QRows = Rows<Types::kQRowBytes>;
   static_assert(kRows * QRows::kChunks <= Shape::kCtaThreads);
   if (static_cast<int>(threadIdx.x) < kRows * QRows::kChunks) {
@@ -206,10 +180,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     prefetch_tables<Shape::kCtaThreads>(p);
     if (!lengths_are_alike(plan)) {
       device::copy_async_wait<0>();
-      if (lane == 0 && member == 0) {
-#pragma unroll
-        for (int i = 0; i < kSlots; ++i) device::barrier_invalidate(barriers() + i * 8);
-      }
+      if (lane == 0 && member == 0) stream.invalidate();
       __syncthreads();
       return false;
     }
@@ -217,7 +188,7 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   if (threadIdx.x == 0) {
     device::barrier_init(barrier, 1);
     device::barrier_init_fence();
-    device::barrier_arrive_expect(barrier, plan.cluster.quotient(num_items - rank + size - 1) * size * Shape::kItemBytes);
+    device::barrier_arrive_expect(barrier, plan.cluster.quotient(num_items - rank + size - 1) * (size - 1) * Shape::kItemBytes);
   }
 
   tile.kv_len = min(max(seq_len, 0), plan.key_capacity);
@@ -225,83 +196,17 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     record_error(plan.error_word, plan.op, ArgId::kSeqLens, tile.seq, seq_len);
   const KeyRange range = visible_keys(p, tile, 0);
   const int first_key = range.begin / kKeys * kKeys;
-  if (first_key > 0) {
-    next_key += first_key, lane_key += first_key;
-    lane_entry = entry_of(lane_key, range.end);
-    next_entry = entry_of(lane_key + lanes_stride, range.end);
-  }
+  if (first_key > 0) lane_entry = stream.start(tile.seq, stride, first_key + (team * size + rank) * kKeys, range.end);
 
   using MmaState = MmaColumns<kKvDType, kHeadDim, 1, false, KvRows>;
   MmaState state;
   typename MmaState::Scale score;
-  const std::uint32_t k_offset = KvRows::address(0, KvRows::row(lane % 16, member, box_shift), lane / 16);
+  const std::uint32_t k_offset = KvRows::address(0, KvRows::row(lane % 16, member, maps.box_shift), lane / 16);
   const std::uint32_t v_offset =
-      Types::kQuantized ? k_offset : KvRows::address(0, KvRows::row(lane / 16 * 8 + lane % 8, member, box_shift), lane / 8 % 2);
+      Types::kQuantized ? k_offset : KvRows::address(0, KvRows::row(lane / 16 * 8 + lane % 8, member, maps.box_shift), lane / 8 % 2);
   state.reset();
 
-  // In shared memory, since the loop has no registers to spare.
-  const auto range_at = [&](std::size_t offset) {
-    return device::load_shared(shared_base + static_cast<std::uint32_t>(Shape::kRowParamsOffset + offset));
-  };
-  const auto range_begin = [&] { return range_at(offsetof(RowParams, begin)); };
-  const auto range_end = [&] { return range_at(offsetof(RowParams, end)); };
-  // A box that does not exist is outside of the tensor, where zeros come from.
-  bool complete = true;  // whether all blocks so far exist
-  std::uint32_t box = 0;  // where the step's first box is, from the warp's first
-  const auto boxes = [&] { return shared_base + static_cast<std::uint32_t>(Shape::kBoxesOffset + thread_here() / 32 * 256); };
-  const auto place_box = [&](int key, int entry) {
-    const int block = plan.block_size.quotient(key);
-    const bool wanted = key < range.end && key + (1 << box_shift) > range.begin;
-    const bool valid = entry >= 0 && entry < p.num_blocks;
-    if (wanted && !valid && entry != -1)
-      record_error(plan.error_word, plan.op, ArgId::kBlockTables, tile.seq * p.max_blocks_per_seq + block, entry);
-    complete &= __all_sync(kAllLanes, valid || !wanted);
-    device::store_shared_8(boxes() + static_cast<std::uint32_t>(lane_here() * 8),
-                           int2{plan.block_size.remainder(key, block), valid && wanted ? entry : -1});
-    __syncwarp();
-  };
-  place_box(lane_key, lane_entry);
-  const auto copy_boxes = [&](const CUtensorMap& map, std::uint32_t slot, int key_end) {
-    if (next_key >= key_end) return;
-    if (device::elect_lane()) {
-      const std::uint64_t policy = key_end <= plan.read_once_keys ? device::read_once_policy() : device::usual_policy();
-      std::uint32_t target = ring() + slot * Shape::kTeamSlotBytes, source = boxes() + box;
-      const std::uint32_t slot_barrier = barriers() + slot * 8, end = target + KvRows::kPanelBytes;
-      device::barrier_arrive_expect(slot_barrier, Shape::kTeamSlotBytes);
-#pragma unroll 1
-      do {
-        const int2 place = device::load_shared_8(source);
-#pragma unroll
-        for (int panel = 0; panel < KvRows::kPanels; ++panel)
-          device::copy_box_by(target + static_cast<std::uint32_t>(panel * KvRows::kPanelBytes), &map, slot_barrier,
-                              panel * KvRows::kPanelRowBytes / Types::kElementBytes, place.x, kv_head, place.y, policy);
-        source += 8, target += static_cast<std::uint32_t>(kTeam * KvRows::kPanelRowBytes) << box_shift;
-      } while (target < end);
-    }
-    __syncwarp();
-  };
-  const auto next_step = [&](int key_end) {
-    next_key += stride;
-    box += 8u << boxes_shift;
-    if (box < 256) return;
-    box = 0;
-    const int key = next_key + lane_offset();
-    place_box(key, next_entry);
-    next_entry = entry_of(key + lanes_stride, key_end);
-  };
-#pragma unroll
-  for (int i = 0; i < kSlots; ++i) {
-    if (member == 0) copy_boxes(i % 2 == 0 ? maps.k : maps.v, static_cast<std::uint32_t>(i), range.end);
-    if (i % 2 != 0) next_step(range.end);
-  }
-  // Whether the other warps of the team are done with a slot, too: the last one fills it again. Shared memory takes a warp's accesses in their order,
-  // so that it has read before it counts.
-  const auto is_last = [&](std::uint32_t slot) {
-    if constexpr (kTeam == 1) return true;
-    unsigned before = 0;
-    if (lane == 0) before = atomicAdd(counters + slot, 1u);
-    return (__shfl_sync(kAllLanes, before, 0) + 1) % kTeam == 0;
-  };
+  stream.fill(TileKeys{plan, tile.seq, kv_head, stride, range}, lane_entry);
 
   if (threadIdx.x >= Shape::kCtaThreads - kRows) {
     // As make_row_params, for one query that no mask is for.
@@ -325,58 +230,35 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
   __syncwarp();
   device::cluster_arrive();  // others may write where q was
 
-  std::uint32_t slot = 0, parities = 0;
-  const auto wait_for_slot = [&](std::uint32_t of) {
-    device::barrier_wait(barriers() + of * 8, parities >> of & 1u);
-    parities ^= 1u << of;
-  };
+  const LoopKeys keys{plan, tile.seq, kv_head, stride, shared_base + static_cast<std::uint32_t>(Shape::kRowParamsOffset)};
+  std::uint32_t slot = 0;
 #pragma unroll 1
   for (;;) {
-    const int key = next_key - kSlots / 2 * stride;
-    if (key >= range_end()) break;
+    const int key = stream.key(keys);
+    if (key >= keys.end()) break;
     const std::uint32_t k_slot = slot, v_slot = slot + 1 == kSlots ? 0 : slot + 1;
     slot = v_slot + 1 == kSlots ? 0 : v_slot + 1;
-    const bool inner = key >= range_begin() && key + kKeys <= range_end();
+    const bool inner = key >= keys.begin() && key + kKeys <= keys.end();
 
     float scores[kKeys / 16][1][4];
-    wait_for_slot(k_slot);
-    state.template multiply_qk<kKeys>(scores, ring() + k_slot * Shape::kTeamSlotBytes + k_offset);
+    stream.wait(k_slot);
+    state.template multiply_qk<kKeys>(scores, stream.slot_address(k_slot) + k_offset);
 
-    __syncwarp();
-    if (is_last(k_slot)) copy_boxes(kEven ? maps.k : maps.v, k_slot, range_end());
-    if constexpr (!kEven) next_step(range_end());
+    stream.refill_k(keys, k_slot);
 
     if (score.transform) state.template transform_scores<kKeys>(scores, warp_row_params, p.softcap, key);
-    if (!inner || !complete) {
+    if (!inner || !stream.complete) {
       // Some keys' blocks may not exist.
-      const int mine = key + lane;
-      std::uint32_t valid = 0xffffffffu;
-      if (!complete) {
-        const int entry = entry_of(lane < kKeys && mine >= range_begin() ? mine : INT_MAX, range_end());
-        valid = __ballot_sync(kAllLanes, entry >= 0 && entry < p.num_blocks);
-      }
+      const std::uint32_t valid = stream.complete ? kAllLanes : stream.valid_keys(keys, key);
       state.template mask_scores<kKeys>(scores, warp_row_params, key, valid);
     }
     state.template softmax<kKeys>(scores, score);
 
-    wait_for_slot(v_slot);
-    if (!inner) {
-      // Zeros for hidden keys: their weight is 0, and what lies there may not be finite.
-      for (int row = 0; row < kKeys; ++row) {
-        if (key + row >= range_begin() && key + row < range_end()) continue;
-        for (int chunk = lane; chunk < Types::kKvRowBytes / 16; chunk += 32) {
-          const std::uint32_t target = KvRows::address(ring() + v_slot * Shape::kTeamSlotBytes, KvRows::row(row, member, box_shift), chunk);
-          device::store_shared_16(target, uint4{0, 0, 0, 0});
-        }
-      }
-      device::fence_async_proxy();
-      __syncwarp();
-    }
-    state.template multiply_pv<kKeys>(scores, ring() + v_slot * Shape::kTeamSlotBytes + v_offset);
+    stream.wait(v_slot);
+    if (!inner) stream.hide_values(keys, key, v_slot);
+    state.template multiply_pv<kKeys>(scores, stream.slot_address(v_slot) + v_offset);
 
-    __syncwarp();
-    if (is_last(v_slot)) copy_boxes(kEven ? maps.v : maps.k, v_slot, range_end());
-    if constexpr (kEven) next_step(range_end());
+    stream.refill_v(keys, v_slot);
   }
   state.reduce_sum();
   __syncwarp();
@@ -407,6 +289,8 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
 
   device::cluster_wait();  // all have come so far that their memory may be written
   const int items_each = plan.cluster.quotient(num_items + size - 1);
+  auto* const received = reinterpret_cast<float4*>(shared + Shape::kReceivedOffset);
+  auto* const received_stats = reinterpret_cast<float2*>(shared + Shape::kReceivedStatsOffset);
   for (int i = static_cast<int>(threadIdx.x); i < num_items; i += Shape::kCtaThreads) {
     const int row = i / kItemsOfRow, column = i % kItemsOfRow * 4;
     const int of = kTeam > 1 && row >= group ? 1 : 0, own_row = row - of * group;
@@ -425,6 +309,11 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     }
     const int index = plan.cluster.quotient(i), owner = plan.cluster.remainder(i, index);
     const int place = rank * items_each + index;
+    if (owner == rank) {
+      received[place] = result.value;
+      received_stats[place] = float2{result.top, result.sum};
+      continue;
+    }
     const std::uint32_t mapped = device::address_in_cta(shared_base, owner);
     const std::uint32_t mapped_barrier = mapped + static_cast<std::uint32_t>(Shape::kBarrierOffset);
     device::cluster_store_16(mapped + static_cast<std::uint32_t>(Shape::kReceivedOffset + place * 16), mapped_barrier, result.value.x,
@@ -432,10 +321,9 @@ __device__ __forceinline__ bool attend_in_clusters(const Plan& plan, const KeyMa
     device::cluster_store_8(mapped + static_cast<std::uint32_t>(Shape::kReceivedStatsOffset + place * 8), mapped_barrier, result.top,
                             result.sum);
   }
+  __syncthreads();  // the CTA's own items
   device::barrier_wait(barrier, 0);
 
-  const auto* const received = reinterpret_cast<const float4*>(shared + Shape::kReceivedOffset);
-  const auto* const received_stats = reinterpret_cast<const float2*>(shared + Shape::kReceivedStatsOffset);
   // Four lanes share the parts of an item.
   const int lane_part = lane / 8;
   for (int first = warp * 8; first < items_each; first += kCtaWarps * 8) {

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "cuda/attention/key_boxes.cuh"
 #include "cuda/attention/mma_columns.cuh"
 #include "cuda/attention/share.cuh"
 #include "cuda/device/named_barrier.cuh"
@@ -52,6 +53,24 @@ struct SplitKeysShape {
   static_assert(kRows * kOutPitch * 4 <= kRingBytes, "the rings hold the merge");
 };
 
+/// The same of paired warps with keys brought by boxes of both kv heads: two warps are a team.
+template <typename Base>
+struct BoxKeysShape : Base {
+  using Types = typename Base::Types;
+  static constexpr int kTeam = 2;
+  using KvRows = PanelRows<Types::kKvRowBytes, Base::kKeys, kTeam>;
+  static constexpr int kTeamHeads = kTeam;
+  static constexpr int kMaxBoxKeys = 16;  // 16 keys further on are as many rows, whatever boxes have
+  static constexpr int kTeamSlotBytes = kTeam * Base::kSlotBytes;
+  static constexpr int kSlotBarriersOffset =
+      (Base::kWalkOffset + static_cast<int>(sizeof(Walk)) + 7) / 8 * 8;  // of each team, one for each slot
+  static constexpr int kCountersOffset = kSlotBarriersOffset + Base::kCtaWarps / kTeam * Base::kSlots * 8;
+  static constexpr int kBoxesOffset = Base::kEntriesOffset;  // of each warp, 32: slot and block
+  static_assert(Base::kWalkOffset - kBoxesOffset >= Base::kCtaWarps * 256 && kBoxesOffset % 8 == 0);
+  static constexpr int kSharedBytes = kCountersOffset + Base::kCtaWarps / kTeam * Base::kSlots * 4;
+  static_assert(Base::kSlotBytes % 1024 == 0);
+};
+
 /// Starts the copy of a key's table entry to shared memory, if it has one.
 __device__ __forceinline__ void copy_entry(const Plan& plan, const Tile& tile, int key, int key_end, std::uint32_t target) {
   const AttentionParams& p = plan.params;
@@ -59,49 +78,91 @@ __device__ __forceinline__ void copy_entry(const Plan& plan, const Tile& tile, i
   device::copy_async_4(target, p.block_tables + tile.seq * p.block_tables_stride + plan.block_size.quotient(key), 4);
 }
 
-/// The lane, read anew each time: what is derived from it is then computed where it is needed, not kept in registers that the loop lacks.
-__device__ __forceinline__ int lane_here() {
-  unsigned lane;
-  asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(lane));
-  return static_cast<int>(lane);
-}
-
-/// The thread likewise.
-__device__ __forceinline__ int thread_here() {
-  unsigned thread;
-  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
-  return static_cast<int>(thread);
-}
-
 /// One warp's keys: steps first, first + kCtaWarps, ... of the CTA's part, copied ahead into a ring of slots K0 V0 K1 V1 ... Table entries are copied
 /// ahead of that, into a ring of their own: a load would be waited for. What is the whole CTA's stays in shared memory.
 template <typename Shape>
 struct KeyStream {
   using Types = typename Shape::Types;
+  using KvRows = Rows<Types::kKvRowBytes>;
   static constexpr int kStride = Shape::kHeadWarps * Shape::kKeys;
+  static constexpr int kSlots = Shape::kSlots;
+  static constexpr bool kEven = kSlots % 2 == 0;
+  static constexpr int kLead = Shape::kLead;
+  static constexpr int kFillRounds = kLead;  // of the loop, before there is a first step
 
-  int next_key;           // of the step whose K comes next
-  std::uint32_t entries;  // the lane's entry for it, in shared memory
-  KeyLocation location;   // the lane's, of the step whose K came last
-  std::uint32_t valid;    // of that step: bit j says whether key j exists
+  const Plan& plan;
+  const Walk& walk;
+  std::uint32_t entries_base, ring;
+  int next_key;                    // of the step whose K comes next
+  std::uint32_t entries;           // the lane's entry for it, in shared memory
+  KeyLocation location;            // the lane's, of the step whose K came last
+  std::uint32_t last_valid;        // of that step: bit j says whether key j exists
+  std::uint32_t valid[kLead + 1];  // the same of the step in use and the ones after
+
+  /// Warps from `first_warp` on have `shared`.
+  __device__ __forceinline__ KeyStream(const Plan& of_plan, const Walk& of_walk, char* shared, int first_warp)
+      : plan(of_plan),
+        walk(of_walk),
+        entries_base(device::shared_address(shared) + static_cast<std::uint32_t>(Shape::kEntriesOffset - first_warp * Shape::kEntryBytes)),
+        ring(device::shared_address(shared) +
+             (threadIdx.x / 32 - static_cast<unsigned>(first_warp)) * static_cast<std::uint32_t>(Shape::kRingBytes)) {}
 
   /// The warp's entries.
-  __device__ __forceinline__ static std::uint32_t warp_entries(std::uint32_t shared_base) {
-    return shared_base + static_cast<std::uint32_t>(Shape::kEntriesOffset + thread_here() / 32 * Shape::kEntryBytes);
+  __device__ __forceinline__ std::uint32_t warp_entries() const {
+    return entries_base + static_cast<std::uint32_t>(thread_here() / 32 * Shape::kEntryBytes);
   }
 
-  /// Asks for the first steps' table entries. They are there when all that the thread has asked for is.
-  __device__ __forceinline__ void start(const Plan& plan, const Walk& walk, int first_key, std::uint32_t shared_base) {
-    entries = warp_entries(shared_base) + static_cast<std::uint32_t>(4 * lane_here());
+  /// Asks for the part's first steps' table entries. They are there when all that the thread has asked for is.
+  __device__ __forceinline__ void start() {
+    const int warp = static_cast<int>(threadIdx.x) / 32 % Shape::kCtaWarps;
+    const int first_key = walk.part_begin + (Shape::kPairedWarps ? warp / 2 : warp) * Shape::kKeys;
+    entries = warp_entries() + static_cast<std::uint32_t>(4 * lane_here());
     next_key = first_key;
 #pragma unroll
-    for (int i = 0; i < Shape::kLead; ++i) {
-      copy_entry(plan, walk.tile, lane_key(walk), walk.part_end, entries + static_cast<std::uint32_t>(i * Shape::kKeys * 4));
+    for (int i = 0; i < kLead; ++i) {
+      copy_entry(plan, walk.tile, lane_key(), walk.part_end, entries + static_cast<std::uint32_t>(i * Shape::kKeys * 4));
       next_key += kStride;
     }
     next_key = first_key;
+#pragma unroll
+    for (std::uint32_t& bits : valid) bits = 0;
   }
 
+  /// The first key of the step in use.
+  __device__ __forceinline__ int key() const { return next_key - kLead * kStride; }
+
+  __device__ __forceinline__ std::uint32_t slot_address(std::uint32_t slot) const { return ring + slot * Shape::kSlotBytes; }
+
+  /// Until the step's K is there, or its V.
+  __device__ __forceinline__ void wait(std::uint32_t) const {
+    device::copy_async_wait<kSlots - 1>();
+    __syncwarp();
+  }
+
+  /// Once the warp is done with a step's K, or V: what the slot has next.
+  __device__ __forceinline__ void refill_k(std::uint32_t, std::uint32_t address) {
+    if constexpr (kEven) {
+      valid[kLead] = copy_k(address);
+    } else {
+      copy_v(address);
+    }
+    device::copy_async_commit();
+  }
+  __device__ __forceinline__ void refill_v(std::uint32_t, std::uint32_t address) {
+    if constexpr (kEven) {
+      copy_v(address);
+    } else {
+      valid[kLead] = copy_k(address);
+    }
+    device::copy_async_commit();
+#pragma unroll
+    for (int i = 0; i < kLead; ++i) valid[i] = valid[i + 1];
+  }
+
+  /// Which keys of the step in use exist.
+  __device__ __forceinline__ std::uint32_t valid_keys(int) const { return valid[0]; }
+
+ private:
   /// The warp's part of a kv head, or of a pair's view.
   __device__ __forceinline__ static KvView own_part(KvView view, std::int64_t pair_stride) {
     if constexpr (Shape::kPaired) view.row_bytes *= 2;
@@ -111,39 +172,103 @@ struct KeyStream {
     return view;
   }
 
-  __device__ __forceinline__ int lane_key(const Walk& walk) const {
+  __device__ __forceinline__ int lane_key() const {
     const int lane = lane_here();
     // Lanes beyond the step have no key. Batch-invariant steps may begin before the tile's first.
     return lane < Shape::kKeys && next_key + lane >= walk.tile.key_begin ? next_key + lane : INT_MAX;
   }
 
   /// Starts the copy of the next step's K and returns which of its keys exist.
-  __device__ __forceinline__ std::uint32_t copy_k(const Plan& plan, const Walk& walk, std::uint32_t slot, std::uint32_t shared_base) {
+  __device__ __forceinline__ std::uint32_t copy_k(std::uint32_t slot) {
     const int key = next_key;
     if (key >= walk.part_end) {
       next_key = key + kStride;
       return 0;
     }
-    location = locate_key(plan, walk.tile, lane_key(walk), walk.part_end, device::load_shared(entries));
-    valid = __ballot_sync(kAllLanes, location.valid);
+    location = locate_key(plan, walk.tile, lane_key(), walk.part_end, device::load_shared(entries));
+    last_valid = __ballot_sync(kAllLanes, location.valid);
     copy_rows<Types, Shape::kKeys>(plan, own_part(k_view<Types>(plan.params, plan, walk.kv_head), plan.params.k_head_stride), location,
-                                   valid, 0, slot, 0, lane_here());
-    next_key = key + Shape::kLead * kStride;
-    copy_entry(plan, walk.tile, lane_key(walk), walk.part_end, entries);
+                                   last_valid, 0, slot, 0, lane_here());
+    next_key = key + kLead * kStride;
+    copy_entry(plan, walk.tile, lane_key(), walk.part_end, entries);
     next_key = key + kStride;
     entries += Shape::kKeys * 4;
-    if (entries >= warp_entries(shared_base) + Shape::kEntryBytes) entries -= Shape::kEntryBytes;
-    return valid;
+    if (entries >= warp_entries() + Shape::kEntryBytes) entries -= Shape::kEntryBytes;
+    return last_valid;
   }
 
   /// Starts the copy of the V that belongs to the last copy_k.
-  __device__ __forceinline__ void copy_v(const Plan& plan, const Walk& walk, std::uint32_t slot) const {
+  __device__ __forceinline__ void copy_v(std::uint32_t slot) const {
     const int key = next_key - kStride;
     if (key >= walk.part_begin && key < walk.part_end)
       copy_rows<Types, Shape::kKeys>(plan, own_part(v_view<Types>(plan.params, plan, walk.kv_head), plan.params.v_head_stride), location,
-                                     valid, 0, slot, 0, lane_here());
+                                     last_valid, 0, slot, 0, lane_here());
   }
 };
+
+/// The same by boxes (key_boxes.cuh): a team's keys.
+template <typename Shape>
+struct BoxKeyStream;
+
+#if __CUDA_ARCH__ >= 900
+
+/// A part's keys, for BoxStream: steps are dealt to the CTA's teams in turn.
+template <typename Shape>
+struct PartKeys {
+  const Plan& plan;
+  const Walk& walk;
+
+  __device__ __forceinline__ int begin() const { return walk.part_begin; }
+  __device__ __forceinline__ int end() const { return walk.part_end; }
+  __device__ __forceinline__ int seq() const { return walk.tile.seq; }
+  __device__ __forceinline__ int head() const { return walk.kv_head * Shape::kTeamHeads; }
+  __device__ __forceinline__ static constexpr int stride() { return Shape::kHeadWarps * Shape::kKeys; }
+  __device__ __forceinline__ bool read_once() const {
+    // What the CTA has of the line, more or less.
+    const int all = walk.aligned_length > 0 && plan.tiles_per_cta > 1 ? walk.stretch * plan.tiles_per_cta : walk.stretch;
+    return all <= plan.read_once_stretch;
+  }
+};
+
+template <typename Shape>
+struct BoxKeyStream {
+  using KvRows = typename Shape::KvRows;
+  static constexpr int kFillRounds = 0;
+
+  BoxStream<Shape> boxes;
+  PartKeys<Shape> keys;
+  int first_entry;
+
+  __device__ __forceinline__ BoxKeyStream(const Plan& plan, const Walk& walk, const KeyMaps& maps, char* shared)
+      : boxes(plan, maps, shared), keys{plan, walk} {}
+
+  __device__ __forceinline__ void start() {
+    const int first_step = keys.begin() / Shape::kKeys + static_cast<int>(threadIdx.x) / (32 * Shape::kTeamHeads);
+    first_entry = boxes.start(keys.seq(), keys.stride(), first_step * Shape::kKeys, keys.end());
+  }
+  __device__ __forceinline__ void fill() { boxes.fill(keys, first_entry); }
+  __device__ __forceinline__ int key() const { return boxes.key(keys); }
+  __device__ __forceinline__ std::uint32_t slot_address(std::uint32_t slot) const { return boxes.slot_address(slot); }
+  __device__ __forceinline__ void wait(std::uint32_t slot) { boxes.wait(slot); }
+  __device__ __forceinline__ void refill_k(std::uint32_t slot, std::uint32_t) { boxes.refill_k(keys, slot); }
+  __device__ __forceinline__ void refill_v(std::uint32_t slot, std::uint32_t) { boxes.refill_v(keys, slot); }
+  __device__ __forceinline__ std::uint32_t valid_keys(int key) const {
+    if (!boxes.complete) return boxes.valid_keys(keys, key);
+    constexpr std::uint32_t kAll = Shape::kKeys == 32 ? kAllLanes : (1u << (Shape::kKeys % 32)) - 1;
+    if (is_within(key)) return kAll;
+    const int lane = lane_here(), mine = key + lane;
+    return __ballot_sync(kAllLanes, lane < Shape::kKeys && mine >= keys.begin() && mine < keys.end());
+  }
+  /// Before V is used: no key that is not the part's counts.
+  __device__ __forceinline__ void hide_values(int key, std::uint32_t slot) const {
+    if (!is_within(key)) boxes.hide_values(keys, key, slot);
+  }
+
+ private:
+  __device__ __forceinline__ bool is_within(int key) const { return key >= keys.begin() && key + Shape::kKeys <= keys.end(); }
+};
+
+#endif  // sm_90
 
 /// Of paired kv heads: whether a query head is of the second, whose columns follow the first's.
 __device__ __forceinline__ bool is_upper(const Plan& plan, int head) { return (plan.kv_group.quotient(head) & 1) != 0; }
@@ -312,18 +437,20 @@ __device__ __forceinline__ void prefetch_tables(const AttentionParams& p) {
 
 /// A CTA has an equal stretch of the batch's line of keys (share.cuh). It computes 8 or 16 packed rows at a time against the keys that it has of
 /// them and writes them to out and lse, or to the workspace if other CTAs have keys of them too. Or only `lone_tile`, of all kv heads, where lengths
-/// are aligned. kPerCta: in attend_to_parts's kernel, how many such CTAs a CTA is, each of kThreads threads; all is batch-invariant there.
-template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing, int kPerCta = 0>
-__device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_tile = -1) {
+/// are aligned. kPerCta: in attend_to_parts's kernel, how many such CTAs a CTA is, each of kThreads threads; all is batch-invariant there. kBoxes:
+/// keys are brought by the copy engine, by `maps`, and BoxStream::init has been called.
+template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing, int kPerCta = 0, bool kBoxes = false>
+__device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_tile = -1, [[maybe_unused]] const KeyMaps* maps = nullptr) {
   using Types = MmaTypes<kKvDType, kHeadDim>;
-  using Shape = SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>;
+  using Plain = SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>;
+  using Shape = std::conditional_t<kBoxes, BoxKeysShape<Plain>, Plain>;
+  static_assert(!kBoxes || kPairing == Pairing::kWarps);
   constexpr bool kPaired = Shape::kPaired, kPairedWarps = Shape::kPairedWarps;
   constexpr int kRows = Shape::kRows;
   constexpr int kTiles = Shape::kTiles;
   constexpr int kKeys = Shape::kKeys;
   constexpr int kSlots = Shape::kSlots;
   constexpr int kCtaWarps = Shape::kCtaWarps;
-  constexpr bool kEven = kSlots % 2 == 0;
   constexpr bool kInvariant = kPerCta > 0;
   extern __shared__ __align__(1024) char shared_of_all[];
   const AttentionParams& p = plan.params;
@@ -344,18 +471,23 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
   constexpr int kWarpStep = kPairedWarps ? 2 : 1;
   auto& folded_stats = *reinterpret_cast<float2(*)[2][kRows]>(shared + Shape::kFoldedOffset);
   const std::uint32_t shared_base = device::shared_address(shared);
-  const std::uint32_t entries_base =
-      kPerCta > 1 ? shared_base - static_cast<std::uint32_t>(member * kCtaWarps * Shape::kEntryBytes) : shared_base;
-  const std::uint32_t ring = shared_base + static_cast<std::uint32_t>(warp * Shape::kRingBytes);
   auto* notes = reinterpret_cast<std::uint32_t*>(shared + Shape::kNotesOffset);
   auto* merged = reinterpret_cast<float*>(shared);
   // In shared memory, since the loop has no registers to spare.
   Walk& walk = *reinterpret_cast<Walk*>(shared + Shape::kWalkOffset);
   const Tile& tile = walk.tile;
+  auto stream = [&] {
+    if constexpr (kBoxes) {
+      return BoxKeyStream<Shape>(plan, walk, *maps, shared);
+    } else {
+      return KeyStream<Shape>(plan, walk, shared, member * kCtaWarps);
+    }
+  }();
+  using Stream = decltype(stream);
+  using KvRows = typename Stream::KvRows;
   // Batch-invariant calls have narrow CTAs and no pairs.
   const auto invariant = [&] { return kInvariant || (!kWide && kPairing == Pairing::kNone && plan.batch_invariant); };
 
-  // In attend_to_parts's kernel a CTA may have other warps as well.
   const auto sync = [&] {
     if constexpr (kInvariant) {
       device::named_barrier_sync(1 + member, Shape::kCtaThreads);
@@ -382,11 +514,17 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
     if (thread() == 0 && (!fresh || walk.more)) next_tile<kRows, kKeys>(plan, walk, fresh, invariant());
     sync();
     if (!walk.more) return;
-    using MmaState = MmaColumns<kKvDType, kHeadDim, kTiles, kPaired, Rows<Types::kKvRowBytes>, !(kInvariant && kHeadDim == 128)>;
+    using MmaState = MmaColumns<kKvDType, kHeadDim, kTiles, kPaired, KvRows, !(kInvariant && kHeadDim == 128)>;
     MmaState state;
     typename MmaState::Scale score;
-    const std::uint32_t k_offset = MmaState::k_thread_offset();
-    const std::uint32_t v_offset = MmaState::v_thread_offset();
+    std::uint32_t k_offset, v_offset;
+    if constexpr (kBoxes) {
+      static_assert(Types::kQuantized);
+      k_offset = v_offset = KvRows::address(0, KvRows::row(lane % 16, warp % 2, maps->box_shift), lane / 16);
+    } else {
+      k_offset = MmaState::k_thread_offset();
+      v_offset = MmaState::v_thread_offset();
+    }
     // Of paired warps: the tile's row that is the warp's first.
     const auto first_row = [&] { return kPairedWarps && Shape::is_upper_warp() ? static_cast<int>(plan.kv_group.divisor) : 0; };
     const RowParams* const warp_row_params = row_params + first_row();
@@ -396,8 +534,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
       // A second pass only where NaN or infinity in V reached rows that do not see it.
       bool selecting = false;
       for (;; selecting = true) {
-        KeyStream<Shape> stream;
-        stream.start(plan, walk, walk.part_begin + (kPairedWarps ? warp / 2 : warp) * kKeys, entries_base);
+        stream.start();
         if (!has_q && !selecting) {
           if constexpr (kPaired) {
             copy_paired_q<Shape>(plan, tile, walk.kv_head, device::shared_address(q_shared));
@@ -406,14 +543,14 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
           }
         }
         device::copy_async_commit();
+        if constexpr (kBoxes) stream.fill();
         device::copy_async_wait<0>();
         state.reset();
 
-        // The first kLead rounds only fill the ring: one copy of the code serves both, which matters to a cold instruction cache.
-        constexpr int kLead = Shape::kLead;
-        std::uint32_t valid[kLead + 1] = {};  // of the step in use and the ones after
+        // The first rounds only fill the ring, where copies are not boxes: one copy of the code serves both, which matters to a cold instruction cache.
         std::uint32_t slot = 0;
-        for (int round = -kLead;; ++round) {
+        for (int round = -Stream::kFillRounds;; ++round) {
+          const bool fills = Stream::kFillRounds > 0 && round < 0;
           if (round == 0) {
             if (selecting) {
               for (int i = thread(); i < kRows * kNoteWords<kHeadDim>; i += Shape::kCtaThreads) notes[i] = 0;
@@ -442,39 +579,35 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
               }
             }
           }
-          const int key = stream.next_key - kLead * KeyStream<Shape>::kStride;
-          if (round >= 0 && key >= walk.part_end) break;
-          const std::uint32_t k_address = ring + slot * Shape::kSlotBytes;
+          const int key = stream.key();
+          if (!fills && key >= walk.part_end) break;
+          const std::uint32_t k_slot = slot, k_address = stream.slot_address(slot);
           slot = slot + 1 == kSlots ? 0 : slot + 1;
-          const std::uint32_t v_address = ring + slot * Shape::kSlotBytes;
+          const std::uint32_t v_slot = slot, v_address = stream.slot_address(slot);
           slot = slot + 1 == kSlots ? 0 : slot + 1;
 
           float scores[kKeys / 16][kTiles][4];
-          if (round >= 0) {
-            device::copy_async_wait<kSlots - 1>();
-            __syncwarp();
+          if (!fills) {
+            stream.wait(k_slot);
             state.template multiply_qk<kKeys>(scores, k_address + k_offset);
             __syncwarp();
           }
-          if constexpr (kEven) {
-            valid[kLead] = stream.copy_k(plan, walk, k_address, entries_base);
-          } else {
-            stream.copy_v(plan, walk, k_address);
-          }
-          device::copy_async_commit();
+          stream.refill_k(k_slot, k_address);
 
-          if (round >= 0) {
+          if (!fills) {
             if (score.transform) state.template transform_scores<kKeys>(scores, warp_row_params, p.softcap, key);
             constexpr std::uint32_t kAll = kKeys == 32 ? 0xffffffffu : (1u << (kKeys % 32)) - 1;
-            if (valid[0] != kAll || key < walk.full.begin || key > walk.full.end - kKeys) {
-              state.template mask_scores<kKeys>(scores, warp_row_params, key, valid[0]);
+            const std::uint32_t valid = stream.valid_keys(key);
+            if (valid != kAll || key < walk.full.begin || key > walk.full.end - kKeys) {
+              state.template mask_scores<kKeys>(scores, warp_row_params, key, valid);
               if (p.mask != nullptr) state.template apply_mask<kKeys>(scores, p, warp_row_params, key);
             }
             state.template softmax<kKeys>(scores, score);
 
-            device::copy_async_wait<kSlots - 1>();
-            __syncwarp();
-            if (selecting) {
+            stream.wait(v_slot);
+            if constexpr (kBoxes) {
+              stream.hide_values(key, v_slot);
+            } else if (selecting) {
               take_out_not_finite<kKvDType, kHeadDim>(p, shared + (v_address - shared_base), 0, kKeys, key, row_params, notes,
                                                       tile.num_rows);
               __syncwarp();
@@ -482,17 +615,14 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
             state.template multiply_pv<kKeys>(scores, v_address + v_offset);
             __syncwarp();
           }
-          if constexpr (kEven) {
-            stream.copy_v(plan, walk, v_address);
-          } else {
-            valid[kLead] = stream.copy_k(plan, walk, v_address, entries_base);
-          }
-          device::copy_async_commit();
-#pragma unroll
-          for (int i = 0; i < kLead; ++i) valid[i] = valid[i + 1];
+          stream.refill_v(v_slot, v_address);
         }
-        device::copy_async_wait<0>();
-        if (kPairedWarps || !kMayBeNotFinite<kKvDType> || selecting || (walk.all_see_the_same && !invariant()) ||
+        if constexpr (kBoxes) {
+          sync();  // the other warp of the team may still read where this one's sums go
+        } else {
+          device::copy_async_wait<0>();
+        }
+        if (kBoxes || kPairedWarps || !kMayBeNotFinite<kKvDType> || selecting || (walk.all_see_the_same && !invariant()) ||
             !sync_or(state.not_finite()))
           break;
       }
@@ -517,6 +647,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
             for (int half = 0; half < 2; ++half) target[MmaState::column(c, half)] = state.out[c][i / 2][2 * half + i % 2];
         }
       }
+      if constexpr (kBoxes) stream.boxes.give_back();
       sync();
 
       const int part = walk.part;

@@ -68,6 +68,7 @@ struct Plan {
   int num_ctas;  // that share keys
   int tile_cost;  // what a tile takes besides its keys, on the line
   int line_shift;  // places on the line are counted in units of 2^line_shift steps
+  int read_once_stretch;  // by boxes: of stretches up to so long keys leave the L2 cache to what is there
   bool batch_invariant;
   int num_tiles;  // per kv head
   int tiles_per_seq;  // 0 with query_start_loc

@@ -53,7 +53,8 @@ __device__ __forceinline__ void store_cluster_16(std::uint32_t mapped, float4 va
                : "memory");
 }
 
-/// Writes 16 bytes to any CTA's shared memory, and counts them at a barrier of that CTA. Addresses are address_in_cta.
+/// Writes 16 bytes to another CTA's shared memory, and counts them at a barrier of that CTA. Addresses are address_in_cta. What becomes of a write to
+/// the thread's own CTA is not defined.
 __device__ __forceinline__ void cluster_store_16(std::uint32_t mapped, std::uint32_t mapped_barrier, float a, float b, float c, float d) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(mapped), "f"(a), "f"(b),
                "f"(c), "f"(d), "r"(mapped_barrier)

@@ -420,7 +420,7 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
       if (kCounts && thread == 0) {
         const int of_all = num_pieces / (kFewWarpgroups * plan.cluster_ctas), left = num_pieces % (kFewWarpgroups * plan.cluster_ctas);
         const int count = of_all * kFewWarpgroups + min(max(left - rank * kFewWarpgroups, 0), kFewWarpgroups);
-        device::barrier_arrive_expect(sums_there, count * num_parts * 64 * 8 * 4);
+        device::barrier_arrive_expect(sums_there, count * (num_parts - column_groups) * 64 * 8 * 4);  // of the other CTAs
       }
       device::cluster_wait();
       if (plan.sums_at == 0) device::cluster_sync();  // nobody reads stages any more
@@ -435,11 +435,15 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
       if (plan.cluster_ctas > 1) {
         const int owner = piece / kFewWarpgroups % plan.cluster_ctas;
         const std::uint32_t there = device::address_in_cta(device::shared_address(to), owner);
+        const float4 sum = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
         if constexpr (kCounts) {
-          device::cluster_store_16(there, device::address_in_cta(sums_there, owner), acc[4 * j], acc[4 * j + 1], acc[4 * j + 2],
-                                   acc[4 * j + 3]);
+          if (owner == rank) {
+            *to = sum;
+          } else {
+            device::cluster_store_16(there, device::address_in_cta(sums_there, owner), sum.x, sum.y, sum.z, sum.w);
+          }
         } else {
-          device::store_cluster_16(there, make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
+          device::store_cluster_16(there, sum);
         }
       } else {
         *to = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
@@ -449,6 +453,7 @@ __global__ __launch_bounds__(kFewThreads, 1) void quantized_matmul_few_kernel(co
     if (is_cut && !helps && warpgroup < num_pieces) help = __ldcg(partials + warpgroup * 128);
     if (plan.cluster_ctas > 1) {
       if constexpr (kCounts) {
+        device::named_barrier_sync(1, 128 * kFewWarpgroups);  // the CTA's own parts
         device::barrier_wait(sums_there, 0);
       } else {
         device::cluster_sync();
