@@ -5,6 +5,8 @@
 // copy engine brings keys, as in attend_in_clusters, and no warp waits for all others at a part's end: a part's sums go from warp to warp.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/attention/mma_cluster_keys.cuh"
 
 namespace quire::cuda::attn {
@@ -59,7 +61,7 @@ struct PartsShape {
   static constexpr int kRunOffset = kBoxesOffset + kCtaWarps * 32 * 8;
   static constexpr int kSharedBytes = kRunOffset + static_cast<int>(sizeof(PartsRun));
   // A CTA of several heads' warps is as many for attend_to_stretches, whose tiles are one head's.
-  static constexpr int kLaunchedBytes = kSharedBytes > kTeam* Base::kAlignedBytes ? kSharedBytes : kTeam * Base::kAlignedBytes;
+  static constexpr int kLaunchedBytes = std::max(kSharedBytes, kTeam* Base::kAlignedBytes);
   static_assert(kRunOffset >= Base::kSharedBytes, "what is left to do stays there while attend_to_stretches has one tile");
   static_assert(kSlotBytes % 1024 == 0 && kSlots % 2 == 1 && kBarriersOffset % 8 == 0);
 };
@@ -72,7 +74,7 @@ __device__ __forceinline__ int cta_here() {
 }
 
 /// Whether queries stay in registers: at head_dim 128 the loop has too few.
-template <DType kKvDType, int kHeadDim>
+template <int kHeadDim>
 constexpr bool kKeepsQ = kHeadDim != 128;
 
 #if __CUDA_ARCH__ >= 900
@@ -119,10 +121,9 @@ __device__ __forceinline__ bool is_finite(const Partial& partial) {
   return fmaf(partial.value.w, 0.0f, probe) == 0.0f;
 }
 
-/// Queries one to a sequence, groups of up to 8 heads, no mask. Where lengths are alike it begins with `tile_idx`, of all kv heads or pairs, which is
-/// the cluster's first; tiles that come after that, if they are more than CTAs, go to whoever is ready for one. Else a CTA has a stretch of the line.
-/// Returns a tile in which something is not finite, and goes on behind it when called again: what infinity in hidden values does is
-/// attend_to_stretches's to say.
+/// Queries one to a sequence, groups of up to 8 heads, no mask. The cluster's first tile, of all kv heads or pairs, is that of its number; tiles that
+/// come after that, if they are more than CTAs, go to whoever is ready for one. Returns a tile in which something is not finite, and goes on behind
+/// it when called again, `resumes`: what infinity in hidden values does is attend_to_stretches's to say.
 template <DType kKvDType, int kHeadDim>
 __device__ __forceinline__ int attend_to_parts(const Plan& plan, const KeyMaps& maps, bool resumes) {
   using Shape = PartsShape<kKvDType, kHeadDim>;
@@ -335,7 +336,7 @@ __device__ __forceinline__ int attend_to_parts(const Plan& plan, const KeyMaps& 
       __syncthreads();
     }
 
-    using MmaState = MmaColumns<kKvDType, kHeadDim, 1, false, KvRows, kKeepsQ<kKvDType, kHeadDim>>;
+    using MmaState = MmaColumns<kKvDType, kHeadDim, 1, false, KvRows, kKeepsQ<kHeadDim>>;
     MmaState state[kHeadsOfWarp];
     typename MmaState::Scale score[kHeadsOfWarp];
     const RowParams* const warp_row_params = row_params + 8 * member;
@@ -482,14 +483,14 @@ __device__ __forceinline__ int attend_to_parts(const Plan& plan, const KeyMaps& 
         wait_for_slot(v_slot);
         if (!inner) {
           // Zeros for hidden keys: their weight is 0, and what lies there may not be finite.
+          constexpr int kChunks = Types::kKvRowBytes / 16;
 #pragma unroll 1
-          for (int row = 0; row < kKeys * kHeadsOfWarp; ++row) {
-            const int of = key + row % kKeys;
-            if (of >= run(&PartsRun::begin) && of < run(&PartsRun::end)) continue;
-            for (int chunk = lane_here(); chunk < Types::kKvRowBytes / 16; chunk += 32)
-              device::store_shared_16(
-                  KvRows::address(ring() + v_slot * Shape::kSlotBytes, KvRows::row(row % kKeys, member + row / kKeys, box_shift), chunk),
-                  uint4{0, 0, 0, 0});
+          for (int i = lane_here(); i < kKeys * kHeadsOfWarp * kChunks; i += 32) {
+            const int row = i / kChunks, of = key + row % kKeys;
+            if (of < begin || of >= run_end)
+              device::store_shared_16(KvRows::address(ring() + v_slot * Shape::kSlotBytes,
+                                                      KvRows::row(row % kKeys, member + row / kKeys, box_shift), i % kChunks),
+                                      uint4{0, 0, 0, 0});
           }
           device::fence_async_proxy();
           __syncwarp();
