@@ -192,7 +192,7 @@ __device__ __forceinline__ int attend_to_parts(const Plan& plan, const KeyMaps& 
         for (int i = 0; i < kSlots; ++i) counters[team * kSlots + i] = 0;
       }
     }
-    device::barrier_init(turns(team), 1);
+    device::barrier_init(turns(team), 32);
     device::barrier_init_fence();
   }
   if (!resumes && threadIdx.x == 0) own.next_tile = plan.cluster.quotient(static_cast<int>(blockIdx.x));
@@ -411,7 +411,7 @@ __device__ __forceinline__ int attend_to_parts(const Plan& plan, const KeyMaps& 
           if (has_rows) leave(h, &part_sums[own_member + h][place], width, &part_stats[own_member + h][quad], kSteps);
         __syncwarp();
       }
-      if (lane_here() == 0) device::barrier_arrive(turns(own_team));
+      device::barrier_arrive(turns(own_team));
       if (!is_last) return;
       const int cta = cta_here(), first = run(&PartsRun::first), tile_first = run(&PartsRun::tile_first);
       const bool begins = first == tile_first, is_last_part = part + 1 == run(&PartsRun::last);
