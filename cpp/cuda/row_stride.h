@@ -1,11 +1,14 @@
-// What kernels of rows at one stride ask of a layout. Host code.
+// What kernels over rows ask of a layout and of the groups of a quantized result. Host code.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <optional>
 
 #include "core/layout.h"
+#include "cuda/device/reduce.cuh"
+#include "ops/quantization.h"
 
 namespace quire::cuda {
 
@@ -18,6 +21,12 @@ inline std::optional<std::uint32_t> short_row_stride(const RowLayout& rows, std:
   if (rows.strides[0] % unit != 0 || rows.strides[0] < 0 || rows.strides[0] / unit > (0xffffffff - num_vectors) / num_rows)
     return std::nullopt;
   return static_cast<std::uint32_t>(rows.strides[0] / unit);
+}
+
+/// Neighbouring lanes that hold one group's vectors of `vec` elements, where these are a power of two of a warp; else 0.
+inline std::int64_t lanes_of_group(const QuantParams& p, std::int64_t vec) {
+  const std::int64_t lanes = p.group_size / vec;
+  return p.group_size % vec == 0 && lanes <= kWarpSize && std::has_single_bit(static_cast<std::uint64_t>(lanes)) ? lanes : 0;
 }
 
 }  // namespace quire::cuda

@@ -129,7 +129,18 @@ def test_decode_lengths(backend, rng, kv_len):
         [90] * 140,
         [1 + 53 * i % 400 for i in range(90)],
     ],
-    ids=["one", "one_long", "alike", "unlike", "alike_in_window", "a_cta_each", "rounds", "many_unlike", "many_rounds", "more_unlike"],
+    ids=[
+        "one",
+        "one_long",
+        "alike",
+        "unlike",
+        "alike_in_window",
+        "a_cta_each",
+        "rounds",
+        "many_unlike",
+        "many_rounds",
+        "more_unlike",
+    ],
 )
 def test_decode_batches(backend, rng, kv_lens, dim, kv_dtype):
     """Few sequences and many, of lengths that are alike or not: who has which keys differs."""
@@ -162,7 +173,11 @@ extern "C" __global__ void fill(int num_words, unsigned* out) {
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
-@pytest.mark.parametrize("kv_lens", [[4096], [1000] * 3, [3000, 40] * 10, [3000, 40] * 40], ids=["one", "alike", "unlike", "many_unlike"])
+@pytest.mark.parametrize(
+    "kv_lens",
+    [[4096], [1000] * 3, [3000, 40] * 10, [3000, 40] * 40],
+    ids=["one", "alike", "unlike", "many_unlike"],
+)
 def test_hidden_blocks_over_leftovers(kv_lens, kv_dtype):
     """Blocks that the table hides take nothing from what another kernel left in shared memory, here NaN."""
     if not frameworks.has_gpu():

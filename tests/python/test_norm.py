@@ -484,6 +484,38 @@ def test_quantized_bit_for_bit(backend, rng, num_rows, weight_dtype, out_dtype, 
         np.testing.assert_array_equal(backend.numpy(out).view(np.uint8), want.view(np.uint8))
 
 
+@pytest.mark.parametrize("granularity", [None, *GRANULARITIES])
+@pytest.mark.parametrize("num_rows", [3, 700])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_layer_norm_off_centre(backend, rng, dtype, num_rows, granularity):
+    """Rows whose means are up to fifty deviations, on both sides of where they are swept again; squares that are no number; constant rows."""
+    hidden = 1152
+    rows = rng.standard_normal((num_rows, hidden)) + rng.choice(
+        [0.0, 0.5, 1.9, 2.1, 5.0, 50.0], (num_rows, 1)
+    )
+    rows[0] = 3.0
+    if dtype == "bfloat16":
+        rows[1] = 2.0**60 + rng.standard_normal(hidden) * 2.0**54
+    x = rows.astype(np_dtype(dtype))
+    weight, bias = draw(rng, (hidden,), dtype), draw(rng, (hidden,), dtype)
+    want = reference.layer_norm(as_float64(x), as_float64(weight), as_float64(bias), float(np.float32(1e-5)))
+    arguments = backend.array(x), backend.array(weight), backend.array(bias), 1e-5
+    if granularity is None:
+        assert_close("layer_norm", backend.numpy(quire.layer_norm(*arguments)), want)
+        return
+    given = np.array([0.017], np.float32)
+    scale = backend.array(given) if granularity == "tensor" else None
+    out, scales = quire.layer_norm(*arguments, out_dtype="int8", granularity=granularity, scale=scale)
+    spread = (
+        np.repeat(backend.numpy(scales), hidden if granularity == "token" else 128, axis=-1)
+        if scale is None
+        else given
+    )
+    # To the nearest step, and near where it is halved to one of both.
+    quotient = np.clip(want / spread, -128, 127)
+    assert (np.abs(backend.numpy(out) - quotient) <= 0.5 + 1e-3).all()
+
+
 @pytest.mark.parametrize("granularity", ["token", "group"])
 @pytest.mark.parametrize("hidden", [256, 250])
 def test_quantized_extremes(backend, hidden, granularity):

@@ -234,17 +234,13 @@ std::optional<FewRows> few_rows(const ActivationParams& p) {
 template <Activation kActivation, typename T>
 void launch_quantized(const ActivationParams& p, Stream stream) {
   const auto num_row_ctas = static_cast<unsigned>(std::min<std::int64_t>(p.num_rows, 0x7fffffff));
-  const bool out_is_vectors = p.width % kVec == 0 && is_aligned(p.out, kVec) && p.out_rows.strides[0] % kVec == 0 &&
-                              p.out_rows.strides[1] % kVec == 0 && p.out_rows.strides[2] % kVec == 0;
   const std::int64_t num_vectors = p.width / kVec;
   const bool per_token = p.quant.granularity == ScaleGranularity::kToken;
-  const std::int64_t group_lanes = p.quant.granularity == ScaleGranularity::kTensor ? 1 : p.quant.group_size / kVec;
-  const bool lanes_fit = p.quant.granularity == ScaleGranularity::kTensor || (p.quant.group_size % kVec == 0 && group_lanes <= kWarpSize &&
-                                                                              std::has_single_bit(static_cast<std::uint64_t>(group_lanes)));
+  const std::int64_t group_lanes = p.quant.granularity == ScaleGranularity::kGroup ? lanes_of_group(p.quant, kVec) : 1;
   const char* const obstacle = !rows_are_vectors<T>(p.x, p.x_rows, p.width)                    ? "x"
-                               : !out_is_vectors                                               ? "out"
+                               : !rows_are_vectors<std::int8_t>(p.out, p.out_rows, p.width)    ? "out"
                                : per_token && num_vectors > kMaxRowThreads * kVectorsPerThread ? "a row of this length"
-                               : !per_token && !lanes_fit                                      ? "group_size"
+                               : group_lanes == 0                                              ? "group_size"
                                                                                                : nullptr;
   if (explain_vectors(obstacle)) return;
   if constexpr (sizeof(T) == 2) {

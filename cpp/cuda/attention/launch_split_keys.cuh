@@ -228,20 +228,21 @@ void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
   const std::int64_t num_head_tiles = config.num_tiles * (plan.params.num_heads / plan.kv_group.divisor);
   const auto launch = [&]<int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing = Pairing::kNone>() {
     using Shape = SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>;
+    constexpr bool kInPairs = kPairing != Pairing::kNone;
+    constexpr int kAlone = head_dim_alone(kHeadDim, kPairing);
+    if constexpr (kWide && kVariant == Variant::kMmaSplitKeys8 && kAlone <= 128) {
+      using Lone = ClusterKeysShape<kKvDType, kAlone, kLoneWarps, 1>;
+      if (in_clusters && config.lone_cluster > 0 &&
+          launch_clusters<Lone, attention_mma_cluster_keys_kernel<kKvDType, kAlone, kInPairs>>(
+              "attention_mma_cluster_keys_kernel", plan, make_key_maps<Lone>(plan.params, kInPairs), config.lone_cluster, 8, num_head_tiles,
+              Lone::kSharedBytes, stream))
+        return;
+    }
     if constexpr (kHasBoxes<kKvDType, kHeadDim, kVariant, kPairing>) {
       if (config.by_boxes) return launch_by_boxes<kKvDType, kHeadDim, kWide>(plan, config, num_head_tiles, stream);
     }
     if constexpr (kHasClusters<kKvDType, kHeadDim, kVariant, kWide, kPairing>) {
-      constexpr bool kInPairs = kPairing != Pairing::kNone;
-      constexpr int kAlone = head_dim_alone(kHeadDim, kPairing), kTeam = kTeamOf<kKvDType, kHeadDim, kPairing>;
-      if constexpr (kAlone <= 128) {
-        using Lone = ClusterKeysShape<kKvDType, kAlone, kLoneWarps, 1>;
-        if (in_clusters && config.lone_cluster > 0 &&
-            launch_clusters<Lone, attention_mma_cluster_keys_kernel<kKvDType, kAlone, kInPairs>>(
-                "attention_mma_cluster_keys_kernel", plan, make_key_maps<Lone>(plan.params, kInPairs), config.lone_cluster, 8,
-                num_head_tiles, Lone::kSharedBytes, stream))
-          return;
-      }
+      constexpr int kTeam = kTeamOf<kKvDType, kHeadDim, kPairing>;
       using Cluster = ClusterKeysShape<kKvDType, kAlone, 2 * kWarps, kTeam>;
       constexpr int kSharedBytes = std::max(Shape::kSharedBytes, Cluster::kSharedBytes);
       static_assert(kSharedBytes <= kWideSharedBytes / Shape::kCtasPerSm);

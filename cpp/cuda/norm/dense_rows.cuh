@@ -12,12 +12,11 @@
 #include "cuda/device/reduce.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
+#include "cuda/norm/statistics.cuh"
 #include "cuda/row_stride.h"
 #include "ops/norm.h"
 
 namespace quire::cuda::norm {
-
-enum class NormKind { kRms, kAddRms, kLayer };
 
 // Parameters lie behind 16 bytes of the launch's own in lines of 64 bytes of the constant cache, each a miss of its own where rows are few.
 // What is needed first has the rest of the first. Strides are counted in vectors of the kernel's.
@@ -35,52 +34,22 @@ struct DenseRows {
   float weight_offset;
   std::uint32_t offset_passes;  // 0 or 1: whether there is an offset
   const void* bias;             // of x's dtype, or null; layer_norm only
+  std::uint32_t two_to_16;
 };
 
-// The rounded sum of the fused form.
-template <typename T, int kVec>
-__device__ __forceinline__ Packed<T, kVec> add(const Packed<T, kVec>& x, const Packed<T, kVec>& residual) {
-  float a[kVec], b[kVec];
-  unpack<T, kVec>(a, x);
-  unpack<T, kVec>(b, residual);
+// unpack(), on request with multiplications for shifts, which have another unit than masks, maxima and conversions: `two_to_16` is a number
+// that the compiler does not see.
+template <bool kByProducts, typename T, int kVec>
+__device__ __forceinline__ void unpack_dense(float (&dst)[kVec], const Packed<T, kVec>& src, std::uint32_t two_to_16) {
+  if constexpr (kByProducts && std::is_same_v<T, __nv_bfloat16>) {
 #pragma unroll
-  for (int e = 0; e < kVec; ++e) a[e] += b[e];
-  return pack<T, kVec>(a);
-}
-
-template <NormKind kKind, int kVec>
-__device__ __forceinline__ void normalise(float (&v)[kVec], const float (&weight)[kVec], const float (&bias)[kVec], float mean,
-                                          float inverse) {
-#pragma unroll
-  for (int e = 0; e < kVec; ++e) {
-    if constexpr (kKind == NormKind::kLayer) {
-      v[e] = fmaf((v[e] - mean) * inverse, weight[e], bias[e]);
-    } else {
-      v[e] = v[e] * inverse * weight[e];
+    for (int i = 0; i < kVec / 2; ++i) {
+      dst[2 * i] = __uint_as_float(src.words[i] * two_to_16);
+      dst[2 * i + 1] = __uint_as_float(src.words[i] & 0xffff0000u);
     }
+  } else {
+    unpack<T, kVec>(dst, src);
   }
-}
-
-// The sum over the CTA that cta_sum() gives, bit for bit, in fewer steps: what other lanes would be asked for lies side by side.
-// All entries that are read are written: those that no warp has are zeros, by other lanes. kShort: for up to 8 warps there is a way of its own.
-template <bool kShort>
-__device__ __forceinline__ float dense_sum(float value, float (&scratch)[kWarpSize], std::uint32_t thread, std::uint32_t num_warps) {
-  const std::uint32_t lane = thread % kWarpSize, entry = thread / kWarpSize + lane * num_warps;
-  value = warp_sum(value);
-  if (kShort && num_warps <= 8) {
-    if (entry < 8) scratch[entry] = lane == 0 ? value : 0.0f;
-    __syncthreads();
-    const float4 low = *reinterpret_cast<const float4*>(&scratch[0]), high = *reinterpret_cast<const float4*>(&scratch[4]);
-    return ((low.x + high.x) + (low.z + high.z)) + ((low.y + high.y) + (low.w + high.w));
-  }
-  // Entry i lies at i % 8 * 4 + i / 8.
-  if (entry < kWarpSize) scratch[entry % 8 * 4 + entry / 8] = lane == 0 ? value : 0.0f;
-  __syncthreads();
-  const float4 four = *reinterpret_cast<const float4*>(&scratch[lane % 8 * 4]);
-  float sum = (four.x + four.z) + (four.y + four.w);
-#pragma unroll
-  for (int lane_mask = 4; lane_mask > 0; lane_mask /= 2) sum += __shfl_xor_sync(kFullMask, sum, lane_mask);
-  return sum;
 }
 
 // Grid: a CTA per row; kVectors vectors of kVec elements for each thread. The sums, the order of their terms and the roundings are those of
@@ -92,9 +61,12 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
   constexpr bool kQuantizes = sizeof(Q) == 1, kComputes = kQuantizes && kScale != ScaleGranularity::kTensor;
   constexpr bool kIsInt8 = std::is_same_v<Q, std::int8_t>, kHoldsWeights = kManyRows && kQuantizes && !kIsLayer;
   constexpr bool kHasShortSum = kManyRows && kQuantizes && !kAdds;
+  // What has gained from it.
+  constexpr bool kByProducts = kIsLayer && kManyRows && kQuantizes;
   using Vector = Packed<T, kVec>;
   using Result = Packed<Q, kVec>;
-  __shared__ __align__(16) float scratch[kIsLayer ? 2 : 1][kWarpSize];
+  __shared__ __align__(16) float scratch[kWarpSize];
+  __shared__ __align__(16) float2 moment_scratch[kWarpSize];
   __shared__ float max_scratch[kComputes ? kWarpSize : 1];
   const std::uint32_t thread = threadIdx.x, row = blockIdx.x, width = p.width;
   const Vector* const x = static_cast<const Vector*>(p.x) + row * p.x_stride;
@@ -141,50 +113,40 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
   }
 
   // Statistics.
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    float v[kVec], vector_sum = 0.0f;
-    unpack<T, kVec>(v, current[i]);
-#pragma unroll
-    for (int e = 0; e < kVec; ++e) vector_sum = kIsLayer ? vector_sum + v[e] : fmaf(v[e], v[e], vector_sum);
-    sum += is_inside(i) ? vector_sum : 0.0f;
-  }
-  // Nothing is changed here, but this has the weights loaded with the row: what the sum does not need, the compiler loads after it.
-  if constexpr (!kManyRows) {
-    const std::uint32_t nothing = p.num_vectors >> 31;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i)
-#pragma unroll
-      for (int word = 0; word < static_cast<int>(sizeof(Vector)) / 4; word += 4)
-        sum = __uint_as_float(__float_as_uint(sum) ^ (weight_bits[i].words[word] & nothing));
-  }
-  if constexpr (kHoldsWeights) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) load_weights(i);
-  }
   const std::uint32_t num_warps = width / kWarpSize;
-  float total = dense_sum<kHasShortSum>(sum, scratch[0], thread, num_warps), mean = 0.0f;
-  if constexpr (kIsLayer) {
-    mean = __fmul_rn(total, p.inverse_hidden);
-    float squares = 0.0f;
+  const auto before_sum = [&](float sum) {
+    // Nothing is changed here, but this has the weights loaded with the row: what the sum does not need, the compiler loads after it.
+    if constexpr (!kManyRows) {
+      const std::uint32_t nothing = p.num_vectors >> 31;
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      float v[kVec], vector_sum = 0.0f;
-      unpack<T, kVec>(v, current[i]);
+      for (int i = 0; i < kVectors; ++i)
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) vector_sum = fmaf(v[e] - mean, v[e] - mean, vector_sum);
-      squares += is_inside(i) ? vector_sum : 0.0f;
+        for (int word = 0; word < static_cast<int>(sizeof(Vector)) / 4; word += 4)
+          sum = __uint_as_float(__float_as_uint(sum) ^ (weight_bits[i].words[word] & nothing));
     }
-    total = dense_sum<kHasShortSum>(squares, scratch[1], thread, num_warps);
+    if constexpr (kHoldsWeights) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) load_weights(i);
+    }
+    return sum;
+  };
+  Statistics statistics;
+  if constexpr (kIsLayer) {
+    statistics = layer_statistics_of<T, kVec, kVectors>(
+        current, p.inverse_hidden, p.eps, is_inside,
+        [&](Moments moments) { return cta_moments({before_sum(moments.sum), moments.squares}, moment_scratch, thread, num_warps); },
+        [&](float squares) { return cta_sum<false>(squares, scratch, thread, num_warps); });
+  } else {
+    statistics = statistics_of<kKind, kHasShortRoot<kKind, T, kQuantizes, kManyRows>, T, kVec, kVectors>(
+        current, p.inverse_hidden, p.eps, is_inside,
+        [&](float sum, int) { return cta_sum<kHasShortSum>(before_sum(sum), scratch, thread, num_warps); });
   }
-  const float inverse = __frsqrt_rn(fmaf(total, p.inverse_hidden, p.eps));
 
   const auto normalised = [&](float (&v)[kVec], int i) {
     float weight[kVec], bias[kVec];
     if constexpr (kManyRows && !kHoldsWeights) load_weights(i);
-    unpack<T, kVec>(weight, weight_bits[i]);
-    unpack<T, kVec>(bias, bias_bits[i]);
+    unpack_dense<kByProducts, T, kVec>(weight, weight_bits[i], p.two_to_16);
+    unpack_dense<kByProducts, T, kVec>(bias, bias_bits[i], p.two_to_16);
     if constexpr (!kIsLayer) {
       // A loop is a branch: of a condition the compiler would make predicates, and additions that do nothing.
 #pragma unroll 1
@@ -193,8 +155,8 @@ __global__ void __maxnreg__(kRegisters) dense_rows_kernel(const __grid_constant_
         for (int e = 0; e < kVec; ++e) weight[e] += p.weight_offset;
       }
     }
-    unpack<T, kVec>(v, current[i]);
-    normalise<kKind>(v, weight, bias, mean, inverse);
+    unpack_dense<kByProducts, T, kVec>(v, current[i], p.two_to_16);
+    normalise<kKind>(v, weight, bias, statistics);
   };
   Result* const out = static_cast<Result*>(p.out) + row * p.out_stride;
   if constexpr (!kQuantizes) {
@@ -277,7 +239,8 @@ inline std::optional<DenseRows> dense_rows(const NormParams& p, int vec, int vec
                    .group_shift = static_cast<std::uint32_t>(std::countr_zero(static_cast<std::uint64_t>(group_lanes))),
                    .weight_offset = p.weight_offset,
                    .offset_passes = p.weight_offset != 0.0f,
-                   .bias = p.bias};
+                   .bias = p.bias,
+                   .two_to_16 = 1u << 16};
 }
 
 // Whether the kernel of these arguments took the rows.

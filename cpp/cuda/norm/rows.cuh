@@ -72,10 +72,11 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
   // Few rows wait for nothing that the host has done. Many: with this division elsewhere, the compiler spills registers of quantized rows.
   const float inverse_hidden = kManyRows ? 1.0f / static_cast<float>(p.hidden) : given_inverse;
   constexpr bool kAdds = kKind == NormKind::kAddRms, kIsLayer = kKind == NormKind::kLayer;
-  __shared__ float scratch[kIsLayer ? 2 : 1][kWarpSize], max_scratch[kQuantizes ? kWarpSize : 1];
+  __shared__ __align__(16) float scratch[kIsLayer ? 2 : 1][kWarpSize];
+  __shared__ __align__(16) float2 moment_scratch[kWarpSize];
+  __shared__ float max_scratch[kQuantizes ? kWarpSize : 1];
   const int num_vectors = static_cast<int>(p.hidden) / kVec;
   const int lane = static_cast<int>(threadIdx.x), width = static_cast<int>(blockDim.x);
-  const auto row_sum = [&](float value, float* memory) { return width <= kWarpSize ? warp_sum(value, width) : cta_sum(value, memory); };
   const std::uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
   // A row past the end has no vectors, but its threads take part in the sums.
   const int limit = row < p.num_rows ? num_vectors : 0;
@@ -112,33 +113,21 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
     }
   }
 
-  // Statistics. A sum of its own for each vector keeps the chains of dependent additions short.
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    float v[kVec], vector_sum = 0.0f;
-    unpack<T, kVec>(v, current[i]);
-#pragma unroll
-    for (int e = 0; e < kVec; ++e) vector_sum = kIsLayer ? vector_sum + v[e] : fmaf(v[e], v[e], vector_sum);
-    sum += vector_sum;
+  const std::uint32_t num_warps = blockDim.x / kWarpSize;
+  const auto is_inside = [&](int i) { return lane + i * width < limit; };
+  const auto row_sum = [&](float value, int turn) {
+    return width <= kWarpSize ? warp_sum(value, width) : cta_sum(value, scratch[turn], threadIdx.x, num_warps);
+  };
+  Statistics statistics;
+  if (kIsLayer && sizeof(T) == 2 && width > kWarpSize) {
+    statistics = layer_statistics_of<T, kVec, kVectors>(
+        current, inverse_hidden, p.eps, is_inside,
+        [&](Moments moments) { return cta_moments(moments, moment_scratch, threadIdx.x, num_warps); },
+        [&](float squares) { return cta_sum(squares, scratch[0], threadIdx.x, num_warps); });
+  } else {
+    statistics = statistics_of<kKind, kHasShortRoot<kKind, T, kQuantizes, kManyRows>, T, kVec, kVectors>(current, inverse_hidden, p.eps,
+                                                                                                         is_inside, row_sum);
   }
-  const float total = row_sum(sum, scratch[0]);
-  float mean = 0.0f, spread = total;
-  if constexpr (kIsLayer) {
-    // Rounded: fused with the subtractions, as the compiler does where the factor is a parameter, few rows would not get the bits of many.
-    mean = __fmul_rn(total, inverse_hidden);
-    float squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      float v[kVec], vector_sum = 0.0f;
-      unpack<T, kVec>(v, current[i]);
-#pragma unroll
-      for (int e = 0; e < kVec; ++e) vector_sum = fmaf(v[e] - mean, v[e] - mean, vector_sum);
-      if (lane + i * width < limit) squares += vector_sum;
-    }
-    spread = row_sum(squares, scratch[1]);
-  }
-  const float inverse = __frsqrt_rn(fmaf(spread, inverse_hidden, p.eps));
 
   const auto normalised = [&](float (&v)[kVec], int i) {
     float weight[kVec], bias[kVec] = {};
@@ -148,7 +137,7 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
       unpack_weights<kKind>(weight, bias, p, weight_bits[i], bias_bits[kIsLayer ? i : 0]);
     }
     unpack<T, kVec>(v, current[i]);
-    normalise<kKind>(v, weight, bias, mean, inverse);
+    normalise<kKind>(v, weight, bias, statistics);
   };
   if constexpr (!kQuantizes) {
     // Output.
@@ -206,7 +195,8 @@ __global__ void __maxnreg__(kRegisters) norm_kernel(const __grid_constant__ Norm
 template <NormKind kKind, bool kQuantizes, typename T, int kVec>
 __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __grid_constant__ NormParams p) {
   device::wait_for_predecessor();
-  __shared__ float scratch[3][kWarpSize];
+  __shared__ __align__(16) float scratch[3][kWarpSize];
+  const unsigned num_warps = blockDim.x / kWarpSize;
   const std::int64_t lane = static_cast<std::int64_t>(threadIdx.x) * kVec, step = static_cast<std::int64_t>(blockDim.x) * kVec;
   for (std::int64_t row = blockIdx.x; row < p.num_rows; row += gridDim.x) {
     const T* x = static_cast<const T*>(p.x) + p.x_rows.offset(row);
@@ -230,7 +220,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __g
       for (int i = 0; i < 4; ++i) sums[i] += i == turn ? sum : 0.0f;
     }
     const float count = static_cast<float>(p.hidden);
-    float mean = 0.0f, variance = cta_sum((sums[0] + sums[1]) + (sums[2] + sums[3]), scratch[0]) / count;
+    float mean = 0.0f, variance = cta_sum((sums[0] + sums[1]) + (sums[2] + sums[3]), scratch[0], threadIdx.x, num_warps) / count;
     if constexpr (kKind == NormKind::kAddRms) x = residual;
     if constexpr (kKind == NormKind::kLayer) {
       mean = variance;
@@ -241,15 +231,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __g
 #pragma unroll
         for (int e = 0; e < kVec; ++e) squares = fmaf(v[e] - mean, v[e] - mean, squares);
       }
-      variance = cta_sum(squares, scratch[1]) / count;
+      variance = cta_sum(squares, scratch[1], threadIdx.x, num_warps) / count;
     }
-    const float inverse = __frsqrt_rn(variance + p.eps);
+    const Statistics statistics{mean, inverse_root<false>(variance + p.eps)};
 
     const auto normalised = [&](float (&v)[kVec], std::int64_t at) {
       float weight[kVec], bias[kVec] = {};
       load_floats(v, x + at);
       load_weights<kKind>(weight, bias, p, at);
-      normalise<kKind>(v, weight, bias, mean, inverse);
+      normalise<kKind>(v, weight, bias, statistics);
     };
     if constexpr (!kQuantizes) {
       // Output.
@@ -289,7 +279,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __g
       } else {
         // The residual of a group was written by other threads.
         __syncthreads();
-        const std::int64_t warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
+        const std::int64_t warp = threadIdx.x / kWarpSize;
         const std::int64_t warp_lane = static_cast<std::int64_t>(threadIdx.x % kWarpSize) * kVec;
         for (std::int64_t group = warp; group * p.quant.group_size < p.hidden; group += num_warps) {
           const std::int64_t first = group * p.quant.group_size + warp_lane, end = (group + 1) * p.quant.group_size;
@@ -301,13 +291,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_long_row_kernel(const __g
     }
     __syncthreads();
   }
-}
-
-// Lanes that hold one group's vectors, where the kernel over vectors can do that; else 0.
-template <int kVec>
-std::int64_t lanes_of_group(const QuantParams& p) {
-  const std::int64_t lanes = p.group_size / kVec;
-  return p.group_size % kVec == 0 && lanes <= kWarpSize && std::has_single_bit(static_cast<std::uint64_t>(lanes)) ? lanes : 0;
 }
 
 // What launches a kernel is no template, as there are many.
@@ -350,7 +333,7 @@ void launch_rows(const NormParams& p, const char* name, Stream stream) {
   constexpr std::int64_t kLongVectors = kKind == NormKind::kLayer ? 256 : 512;
   const std::int64_t num_vectors = p.hidden / kVec;
   const bool per_group = kQuantizes && p.quant.granularity == ScaleGranularity::kGroup;
-  const std::int64_t group_lanes = per_group ? lanes_of_group<kVec>(p.quant) : 1;
+  const std::int64_t group_lanes = per_group ? lanes_of_group(p.quant, kVec) : 1;
   if (group_lanes == 0 || num_vectors > kMaxVectors * kMaxThreads || p.num_rows > 0x7fffffff) {
     launch_long_rows<kKind, kQuantizes, T, kQuantizes ? 1 : kVec>(p, name, stream);
     return;
@@ -366,9 +349,7 @@ void launch_rows(const NormParams& p, const char* name, Stream stream) {
     // What the kernels of dense rows do not take comes below: narrow rows, very long ones, two strides, weights of another type.
     constexpr bool kHasDense = sizeof(T) == 2;
     if constexpr (kHasDense && kQuantizes) {
-      if constexpr (kKind != NormKind::kLayer) {
-        if (!many_rows && vectors == 1 && launch_dense_rows<kKind, true, T, kVec, 1, false, 64>(p, name, stream)) return;
-      }
+      if (!many_rows && vectors == 1 && launch_dense_rows<kKind, true, T, kVec, 1, false, 64>(p, name, stream)) return;
       if (many_rows && vectors == 2 && launch_dense_rows<kKind, true, T, kVec, 2, true, 64>(p, name, stream)) return;
     } else if constexpr (kHasDense) {
       constexpr int kRegisters = kKind == NormKind::kAddRms ? 48 : 40;
@@ -397,20 +378,13 @@ void launch_norm(const NormParams& p, const char* name, Stream stream) {
     using T = Element<decltype(dtype)::value>;
     // Quantized: the result is written 16 bytes at a time.
     constexpr int kVec = kQuantizes ? 16 : kElementsPer16Bytes<T>;
-    const auto outputs_are_vectors = [&] {
-      if constexpr (kQuantizes) {
-        return p.hidden % kVec == 0 && is_aligned(p.out, kVec) && p.out_rows.strides[0] % kVec == 0 && p.out_rows.strides[1] % kVec == 0 &&
-               p.out_rows.strides[2] % kVec == 0;
-      } else {
-        return rows_are_vectors<T>(p.out, p.out_rows, p.hidden);
-      }
-    };
+    using Result = std::conditional_t<kQuantizes, std::int8_t, T>;  // or as many bytes
     const char* const obstacle = !rows_are_vectors<T>(p.x, p.x_rows, p.hidden)                                               ? "x"
-                                 : !outputs_are_vectors()                                                                    ? "out"
+                                 : !rows_are_vectors<Result>(p.out, p.out_rows, p.hidden)                                    ? "out"
                                  : kKind == NormKind::kAddRms && !rows_are_vectors<T>(p.residual, p.residual_rows, p.hidden) ? "residual"
                                  : !parameter_is_vectors(p.weight, p.weight_dtype, kVec)                                     ? "weight"
                                  : kKind == NormKind::kLayer && !parameter_is_vectors(p.bias, p.bias_dtype, kVec)            ? "bias"
-                                 : kQuantizes && p.quant.granularity == ScaleGranularity::kGroup && lanes_of_group<kVec>(p.quant) == 0
+                                 : kQuantizes && p.quant.granularity == ScaleGranularity::kGroup && lanes_of_group(p.quant, kVec) == 0
                                      ? "group_size"
                                      : nullptr;
     if (explain_vectors(obstacle)) return;

@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
   const auto read_position = [&](std::int64_t item) -> std::int64_t {
     const std::int64_t token = token_of(item);
     if (item >= num_items || token >= p.num_tokens) return -1;
-    return p.position_dtype == DType::kInt64 ? static_cast<const std::int64_t*>(p.positions)[token * p.position_stride]
-                                             : static_cast<const std::int32_t*>(p.positions)[token * p.position_stride];
+    return read_index(p.positions, p.position_dtype, token * p.position_stride);
   };
   std::int64_t next_position = read_position(blockIdx.x);
   for (std::int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
@@ -82,10 +81,7 @@ __global__ void __launch_bounds__(kThreads, kResidentThreads / kThreads)
       float x[2 * kVec];
       unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[0]), firsts[i]);
       unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[kVec]), seconds[i]);
-#pragma unroll
-      for (int e = 0; e < kVec; ++e) {
-        rotate(x[kNeox ? e : 2 * e], x[kNeox ? e + kVec : 2 * e + 1], cos_sin[0][e], cos_sin[1][e]);
-      }
+      rotate_vectors<kVec>(x, cos_sin[0], cos_sin[1], kNeox);
       store_floats(rows[i] + first_at, reinterpret_cast<const float (&)[kVec]>(x[0]));
       store_floats(rows[i] + second_at, reinterpret_cast<const float (&)[kVec]>(x[kVec]));
     }
@@ -265,21 +261,29 @@ void launch_rope_elements(const RopeParams& p, const char* name, Stream stream) 
                  error_word());
 }
 
+// Whether heads, if there are any, can be read in 16-byte accesses.
+template <typename T>
+bool heads_are_vectors(const void* data, std::int64_t num_tokens, std::int64_t token_stride, std::int64_t num_heads,
+                       std::int64_t head_stride) {
+  return data == nullptr || num_heads == 0 ||
+         (is_aligned(data, 16) && keeps_alignment(num_tokens, token_stride, sizeof(T), 16) &&
+          keeps_alignment(num_heads, head_stride, sizeof(T), 16));
+}
+
 }  // namespace
 
 void rotary_embedding(const RotaryParams& params, Stream stream) {
   dispatch_float(params.dtype, "rotary_embedding", [&](auto dtype) {
     using T = Element<decltype(dtype)::value>;
     constexpr int kVec = kElementsPer16Bytes<T>;
-    const auto rows_are_aligned = [&](const void* data, std::int64_t num_heads, std::int64_t token_stride, std::int64_t head_stride) {
-      return num_heads == 0 || (is_aligned(data, 16) && keeps_alignment(params.num_tokens, token_stride, sizeof(T), 16) &&
-                                keeps_alignment(num_heads, head_stride, sizeof(T), 16));
+    const auto are_vectors = [&](const void* data, std::int64_t num_heads, std::int64_t token_stride, std::int64_t head_stride) {
+      return heads_are_vectors<T>(data, params.num_tokens, token_stride, num_heads, head_stride);
     };
-    const char* const obstacle = params.rotary_dim / 2 % kVec != 0                                       ? "rotary_dim"
-                                 : !parameter_is_vectors(params.cos_sin_cache, params.cache_dtype, kVec) ? "cos_sin_cache"
-                                 : !rows_are_aligned(params.q, params.num_heads, params.q_token_stride, params.q_head_stride)    ? "q"
-                                 : !rows_are_aligned(params.k, params.num_kv_heads, params.k_token_stride, params.k_head_stride) ? "k"
-                                                                                                                                 : nullptr;
+    const char* const obstacle = params.rotary_dim / 2 % kVec != 0                                                       ? "rotary_dim"
+                                 : !parameter_is_vectors(params.cos_sin_cache, params.cache_dtype, kVec)                 ? "cos_sin_cache"
+                                 : !are_vectors(params.q, params.num_heads, params.q_token_stride, params.q_head_stride) ? "q"
+                                 : !are_vectors(params.k, params.num_kv_heads, params.k_token_stride, params.k_head_stride) ? "k"
+                                                                                                                            : nullptr;
     if (explain_vectors(obstacle)) return;
     const bool neox = params.style == RopeStyle::kNeox;
     if (obstacle == nullptr && rotate_few_tokens<T>(params, stream)) return;
@@ -307,10 +311,8 @@ void rope(const RopeParams& params, Stream stream) {
   dispatch_float(r.dtype, name, [&](auto dtype) {
     using T = Element<decltype(dtype)::value>;
     constexpr int kVec = kElementsPer16Bytes<T>;
-    const auto heads_are_vectors = [&](const void* data, std::int64_t num_heads, std::int64_t token_stride, std::int64_t head_stride) {
-      return data == nullptr || num_heads == 0 ||
-             (is_aligned(data, 16) && keeps_alignment(r.num_tokens, token_stride, sizeof(T), 16) &&
-              keeps_alignment(num_heads, head_stride, sizeof(T), 16));
+    const auto are_vectors = [&](const void* data, std::int64_t num_heads, std::int64_t token_stride, std::int64_t head_stride) {
+      return heads_are_vectors<T>(data, r.num_tokens, token_stride, num_heads, head_stride);
     };
     const auto slots_are_vectors = [&](const void* cache, std::int64_t block_stride, std::int64_t slot_stride, std::int64_t head_stride) {
       const std::int64_t item_bytes = itemsize(kv.cache_dtype), bytes = std::min<std::int64_t>(kVec * item_bytes, 16);
@@ -325,11 +327,11 @@ void rope(const RopeParams& params, Stream stream) {
         : r.rotary_dim / 2 % kVec != 0                                                       ? "rotary_dim"
         : !parameter_is_vectors(r.cos_sin_cache, r.cache_dtype, kVec)                        ? "cos_sin_cache"
         : !norm_is_vectors                                                                   ? "a norm's weight"
-        : !heads_are_vectors(r.q, r.num_heads, r.q_token_stride, r.q_head_stride)            ? "q"
-        : !heads_are_vectors(r.k, kv.num_kv_heads, r.k_token_stride, r.k_head_stride) ||
-                !heads_are_vectors(kv.k, kv.num_kv_heads, kv.k_token_stride, kv.k_head_stride)
+        : !are_vectors(r.q, r.num_heads, r.q_token_stride, r.q_head_stride)                  ? "q"
+        : !are_vectors(r.k, kv.num_kv_heads, r.k_token_stride, r.k_head_stride) ||
+                !are_vectors(kv.k, kv.num_kv_heads, kv.k_token_stride, kv.k_head_stride)
             ? "k"
-        : !heads_are_vectors(kv.v, kv.num_kv_heads, kv.v_token_stride, kv.v_head_stride)                          ? "v"
+        : !are_vectors(kv.v, kv.num_kv_heads, kv.v_token_stride, kv.v_head_stride)                                ? "v"
         : !slots_are_vectors(kv.k_cache, kv.k_cache_block_stride, kv.k_cache_slot_stride, kv.k_cache_head_stride) ? "k_cache"
         : !slots_are_vectors(kv.v_cache, kv.v_cache_block_stride, kv.v_cache_slot_stride, kv.v_cache_head_stride) ? "v_cache"
                                                                                                                   : nullptr;

@@ -24,6 +24,17 @@ struct RopeRows {
   std::int64_t first_token;
 };
 
+// A slot of the cache, as its block and its place within that.
+struct Place {
+  std::uint32_t block_idx, offset;
+};
+
+__device__ __forceinline__ Place place_of(const RopeRows& rows, std::int64_t slot) {
+  const auto known_slot = static_cast<std::uint32_t>(slot);
+  const std::uint32_t block_idx = rows.block_shift >= 0 ? known_slot >> rows.block_shift : known_slot / rows.block_size;
+  return {block_idx, known_slot - block_idx * rows.block_size};
+}
+
 // The element type of a cache that there is none of, and of one of any float dtype.
 struct NoCache {};
 struct AnyFloat {};
@@ -176,16 +187,7 @@ __global__ void __maxnreg__(kRegisters)
           x[kVec + e] = x[kVec + e] * inverse[i] * second_weight[e];
         }
       }
-      if (rotates) {
-#pragma unroll
-        for (int e = 0; e < kVec; ++e) {
-          if (is_neox) {
-            rotate(x[e], x[e + kVec], cos_sin[0][e], cos_sin[1][e]);
-          } else {
-            rotate(x[2 * e], x[2 * e + 1], cos_sin[0][e], cos_sin[1][e]);
-          }
-        }
-      }
+      if (rotates) rotate_vectors<kVec>(x, cos_sin[0], cos_sin[1], is_neox);
       firsts[i] = pack<T, kVec>(reinterpret_cast<const float (&)[kVec]>(x[0]));
       seconds[i] = pack<T, kVec>(reinterpret_cast<const float (&)[kVec]>(x[kVec]));
     }
@@ -211,9 +213,7 @@ __global__ void __maxnreg__(kRegisters)
   if constexpr (kWrites) {
     if (!in_cache) return;
     const bool is_key = kind == HeadKind::kKey;
-    const auto known_slot = static_cast<std::uint32_t>(slot);
-    const std::uint32_t block_idx = rows.block_shift >= 0 ? known_slot >> rows.block_shift : known_slot / rows.block_size;
-    const std::uint32_t offset = known_slot - block_idx * rows.block_size;
+    const auto [block_idx, offset] = place_of(rows, slot);
     const std::int64_t cache_head_stride = is_key ? kv.k_cache_head_stride : kv.v_cache_head_stride;
     const std::int64_t element = block_idx * (is_key ? kv.k_cache_block_stride : kv.v_cache_block_stride) +
                                  offset * (is_key ? kv.k_cache_slot_stride : kv.v_cache_slot_stride) + head * cache_head_stride;
@@ -293,9 +293,7 @@ __global__ void __maxnreg__(64)
   float cos_sin[2][kPairs];
   if (known) load_parameter(cos_sin, r.cos_sin_cache, r.cache_dtype, position * r.rotary_dim + angle, half, r.max_position * r.rotary_dim);
   if (threadIdx.x == 0) record_bad_indices(p, error_word, token, position, slot);
-  const auto known_slot = static_cast<std::uint32_t>(slot);
-  const std::uint32_t block_idx = rows.block_shift >= 0 ? known_slot >> rows.block_shift : known_slot / rows.block_size;
-  const std::uint32_t offset = known_slot - block_idx * rows.block_size;
+  const auto [block_idx, offset] = place_of(rows, slot);
   CacheT* const k_row = static_cast<CacheT*>(kv.k_cache) + block_idx * kv.k_cache_block_stride + offset * kv.k_cache_slot_stride;
   CacheT* const v_row = static_cast<CacheT*>(kv.v_cache) + block_idx * kv.v_cache_block_stride + offset * kv.v_cache_slot_stride;
 
@@ -311,14 +309,7 @@ __global__ void __maxnreg__(64)
     load_floats(firsts, at + first_at);
     load_floats(seconds, at + second_at);
     if (known) {
-#pragma unroll
-      for (int e = 0; e < kPairs; ++e) {
-        if (is_neox) {
-          rotate(x[e], x[e + kPairs], cos_sin[0][e], cos_sin[1][e]);
-        } else {
-          rotate(x[2 * e], x[2 * e + 1], cos_sin[0][e], cos_sin[1][e]);
-        }
-      }
+      rotate_vectors<kPairs>(x, cos_sin[0], cos_sin[1], is_neox);
       const Packed<T, kPairs> first = pack<T, kPairs>(firsts), second = pack<T, kPairs>(seconds);
       store_raw(at + first_at, first);
       store_raw(at + second_at, second);

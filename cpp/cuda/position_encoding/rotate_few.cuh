@@ -72,13 +72,7 @@ __global__ void __launch_bounds__(kFewThreads) rotate_few_tokens_kernel(const __
   unpack<Table, kVec>(sin, sin_bits);
   unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[0]), first);
   unpack<T, kVec>(reinterpret_cast<float (&)[kVec]>(x[kVec]), second);
-  if (p.is_neox) {
-#pragma unroll
-    for (int e = 0; e < kVec; ++e) rotate(x[e], x[e + kVec], cos[e], sin[e]);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kVec; ++e) rotate(x[2 * e], x[2 * e + 1], cos[e], sin[e]);
-  }
+  rotate_vectors<kVec>(x, cos, sin, p.is_neox);
   store_raw(first_at, pack<T, kVec>(reinterpret_cast<const float (&)[kVec]>(x[0])));
   store_raw(second_at, pack<T, kVec>(reinterpret_cast<const float (&)[kVec]>(x[kVec])));
 }

@@ -25,6 +25,18 @@ __device__ __forceinline__ void rotate(float& a, float& b, float cos, float sin)
   a = rotated_a;
 }
 
+/// The pairs of two vectors, x[0, kVec) and x[kVec, 2 kVec): an element of each, or neighbours.
+template <int kVec>
+__device__ __forceinline__ void rotate_vectors(float (&x)[2 * kVec], const float (&cos)[kVec], const float (&sin)[kVec], bool is_neox) {
+  if (is_neox) {
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) rotate(x[e], x[e + kVec], cos[e], sin[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) rotate(x[2 * e], x[2 * e + 1], cos[e], sin[e]);
+  }
+}
+
 __device__ __forceinline__ std::int64_t read_index(const void* indices, DType dtype, std::int64_t at) {
   return dtype == DType::kInt64 ? static_cast<const std::int64_t*>(indices)[at] : static_cast<const std::int32_t*>(indices)[at];
 }
