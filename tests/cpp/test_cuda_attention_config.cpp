@@ -301,7 +301,7 @@ TEST(CudaAttentionConfig, few_tiles_have_clusters) {
 
 TEST(CudaAttentionConfig, batch_invariant_tiles_have_clusters_or_whole_CTAs) {
   const auto cluster = [](std::int64_t num_seqs, std::int64_t num_keys) {
-    AttentionParams params = paged(num_seqs, num_keys, 32, 8, 128);
+    AttentionParams params = dense(paged(num_seqs, num_keys, 32, 8, 128));
     params.batch_invariant = true;
     return configure(params, kDevice, true).cluster;
   };
@@ -315,10 +315,32 @@ TEST(CudaAttentionConfig, batch_invariant_tiles_have_clusters_or_whole_CTAs) {
   EXPECT_EQ(cluster(44, 8192), 0);   // a third of the places would be left empty
   EXPECT_EQ(cluster(256, 8192), 1);  // whole tiles, one after the other
   EXPECT_EQ(cluster(70, 8192), 0);   // of which the last would leave most places empty
-  AttentionParams params = paged(32, 8192, 32, 8, 128);
+  AttentionParams params = dense(paged(32, 8192, 32, 8, 128));
   params.batch_invariant = true;
   EXPECT_EQ(configure(params, kDevice).cluster, 0);
   EXPECT_EQ(configure(ragged_queries(params, 32), kDevice, true).cluster, 0);
+}
+
+TEST(CudaAttentionConfig, batch_invariant_tiles_are_two_heads_where_rows_are_short) {
+  const auto config = [](std::int64_t num_seqs, DType kv_dtype, std::int64_t head_dim, std::int64_t kv_heads = 8) {
+    AttentionParams params = dense(paged(num_seqs, 8192, 4 * kv_heads, kv_heads, head_dim));
+    params.kv_dtype = kv_dtype;
+    params.batch_invariant = true;
+    return configure(params, kDevice, true);
+  };
+  const auto heads_and_ctas = [&](auto... arguments) {
+    const Config c = config(arguments...);
+    return std::pair{c.cluster_heads, c.cluster};
+  };
+  EXPECT_EQ(heads_and_ctas(32, DType::kBFloat16, 128), std::pair(1, 2));
+  EXPECT_EQ(heads_and_ctas(32, DType::kBFloat16, 64), std::pair(2, 2));      // CTAs of twice as many warps
+  EXPECT_EQ(heads_and_ctas(32, DType::kFloat8E4M3FN, 128), std::pair(2, 2));
+  EXPECT_EQ(heads_and_ctas(32, DType::kFloat8E4M3FN, 64), std::pair(2, 4));  // a warp has both
+  EXPECT_EQ(heads_and_ctas(256, DType::kFloat8E4M3FN, 128), std::pair(2, 1));
+  EXPECT_EQ(config(64, DType::kFloat8E4M3FN, 128, 7).cluster, 0);  // no pairs
+  EXPECT_EQ(config(32, DType::kBFloat16, 96).cluster, 0);          // rows of one and a half times 128 bytes
+  EXPECT_GT(config(32, DType::kFloat8E4M3FN, 96).cluster, 0);
+  EXPECT_EQ(config(32, DType::kFloat8E4M3FN, 72).cluster, 0);
 }
 
 TEST(CudaAttentionConfig, clusters_read_two_heads_of_8_bits_together) {
@@ -449,15 +471,15 @@ TEST(CudaAttentionConfig, the_line_of_all_keys_fits_31_bits) {
     }
 }
 
-TEST(CudaAttentionConfig, batch_invariant_parts_are_at_most_a_quarter_of_the_keys_before) {
+TEST(CudaAttentionConfig, batch_invariant_parts_are_at_most_an_eighth_of_the_keys_before) {
   EXPECT_EQ(part_begin(0), 0);
-  EXPECT_EQ(part_begin(8), 4096);
-  EXPECT_EQ(part_begin(9), 5120);
-  EXPECT_EQ(part_begin(12), 8192);
-  EXPECT_EQ(part_begin(84), std::numeric_limits<std::int32_t>::max());
-  for (int part = 0; part < 83; ++part) {
+  EXPECT_EQ(part_begin(16), 8192);
+  EXPECT_EQ(part_begin(17), 9216);
+  EXPECT_EQ(part_begin(24), 16384);
+  EXPECT_EQ(part_begin(160), std::numeric_limits<std::int32_t>::max());
+  for (int part = 0; part < 159; ++part) {
     EXPECT_EQ(part_begin(part) % 512, 0);
-    EXPECT_LE(part_begin(part + 1) - part_begin(part), std::max(512, part_begin(part) / 4));
+    EXPECT_LE(part_begin(part + 1) - part_begin(part), std::max(512, part_begin(part) / 8));
     EXPECT_GT(part_begin(part + 1), part_begin(part));
   }
 }

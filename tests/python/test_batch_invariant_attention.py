@@ -10,6 +10,7 @@ import pytest
 from attention_batch import DTYPES, OPTIONS, QUANTIZED, Batch, draw, drawn_options
 from frameworks import np_dtype
 from reference import kv_cache
+from tolerances import assert_close
 
 import quire
 
@@ -98,7 +99,7 @@ def test_batch_invariance(backend, rng, dtype, kv_dtype, dim, group):
             draw_stored(rng, (n, 2, dim), kv_dtype),
             draw_stored(rng, (n, 2, dim), kv_dtype),
         )
-        for n in (1, 600, 5000)
+        for n in (1, 600, 11000)
     ]
     options = {"dtype": dtype, "kv_dtype": kv_dtype}
     want = [invariant_rows(backend, rng, [w], 0, **options)[0] for w in watched]
@@ -113,7 +114,16 @@ def test_batch_invariance(backend, rng, dtype, kv_dtype, dim, group):
 @pytest.mark.parametrize("finite", [True, False], ids=["finite", "infinite"])
 @pytest.mark.parametrize(
     ("kv_dtype", "dim"),
-    [("bfloat16", 128), ("float8_e4m3fn", 64), ("float8_e4m3fn", 128), ("bfloat16", 256)],
+    [
+        ("bfloat16", 64),
+        ("bfloat16", 80),
+        ("bfloat16", 128),
+        ("bfloat16", 256),
+        ("float8_e4m3fn", 64),
+        ("float8_e4m3fn", 96),
+        ("float8_e4m3fn", 128),
+        ("float8_e5m2", 256),
+    ],
 )
 def test_batch_invariance_where_lengths_are_alike(backend, rng, kv_dtype, dim, finite):
     """Several CTAs, one, or a part of one's time for a tile, by the number of sequences; and stretches beside a long one."""
@@ -134,6 +144,52 @@ def test_batch_invariance_where_lengths_are_alike(backend, rng, kv_dtype, dim, f
         assert_same_bits(got, want)
     long = Watched(watched[1].q, watched[1].k.repeat(10, 0), watched[1].v.repeat(10, 0))
     assert_same_bits(invariant_rows(backend, rng, [*watched, long], 61, **options)[:2], want)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 8, 24, 32])
+@pytest.mark.parametrize(
+    ("kv_dtype", "dim"), [("bfloat16", 80), ("bfloat16", 128), ("float8_e4m3fn", 64), ("int8", 128)]
+)
+def test_batch_invariant_decode_with_holes_in_tables(backend, rng, kv_dtype, dim, block_size):
+    """As without it, and the same alone, where lengths are alike and where one is long."""
+    num_seqs = 40
+    for kv_lens in (
+        rng.integers(600, 700, num_seqs),
+        rng.permutation([9000, *rng.integers(1, 400, num_seqs - 1)]),
+    ):
+        batch = Batch.make(
+            rng,
+            q_lens=[1] * num_seqs,
+            kv_lens=kv_lens,
+            heads=8,
+            kv_heads=2,
+            dim=dim,
+            block_size=block_size,
+            dtype="bfloat16",
+            kv_dtype=kv_dtype,
+            scales=2 if kv_dtype == "int8" else 0,
+            decode=True,
+        )
+        batch.block_tables[rng.random(batch.block_tables.shape) < 0.1] = -1
+
+        def rows(batch, batch_invariant=True):
+            positional, keywords = batch.arguments(backend)
+            result = quire.paged_attention(
+                *positional, **keywords, return_lse=True, batch_invariant=batch_invariant
+            )
+            return [backend.numpy(x) for x in result]
+
+        together = rows(batch)
+        assert_close("attention", together[0], rows(batch, batch_invariant=False)[0].astype(np.float64))
+        for seq in (0, int(np.argmax(kv_lens)), num_seqs - 1):
+            alone = dataclasses.replace(
+                batch,
+                q=batch.q[seq : seq + 1],
+                block_tables=batch.block_tables[seq : seq + 1],
+                seq_lens=batch.seq_lens[seq : seq + 1],
+            )
+            for got, want in zip(rows(alone), together, strict=True):
+                np.testing.assert_array_equal(bits(got[0]), bits(want[seq]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

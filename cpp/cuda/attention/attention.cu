@@ -202,15 +202,15 @@ void launch(const AttentionParams& params, const Config& config, Stream stream) 
 
 namespace {
 
-std::string tiles_text(const Config& config, std::int64_t num_kv_heads, bool batch_invariant) {
+std::string tiles_text(const Config& config, std::int64_t num_kv_heads) {
   if (config.cluster > 0) {
     const bool lone = config.lone_cluster > 0;
     const int heads = lone ? 1 : config.cluster_heads, cluster = lone ? config.lone_cluster : config.cluster;
     return std::to_string(config.num_tiles * num_kv_heads / heads) + " tiles, of a sequence by " +
            (heads > 1 ? "two kv heads, " : "one kv head, ") +
            (cluster > 1 ? "the keys of each shared by a cluster of up to " + std::to_string(cluster) + " CTAs" : "a CTA to each") +
-           (batch_invariant ? "" : ", brought block by block by the copy engine") +
-           ", if the lengths are alike; else all keys shared evenly by up to " + std::to_string(config.num_ctas) + " CTAs";
+           ", brought block by block by the copy engine" + ", if the lengths are alike; else all keys shared evenly by up to " +
+           std::to_string(config.num_ctas) + " CTAs";
   }
   if (shares_keys(config.variant))
     return "the keys of all tiles, of " + std::to_string(config.tile_rows) + " rows by one kv head, shared evenly by " +
@@ -433,7 +433,7 @@ void attention(const AttentionParams& params, Stream stream) {
     explanation->variant.clear();
     for (int i = 0; i < launches.count; ++i) {
       explanation->variant += std::string(i > 0 ? "+" : "") + name(launches.configs[i].variant);
-      explanation->reasons.push_back(attn::tiles_text(launches.configs[i], params.num_kv_heads, params.batch_invariant));
+      explanation->reasons.push_back(attn::tiles_text(launches.configs[i], params.num_kv_heads));
     }
     return;
   }

@@ -118,18 +118,20 @@ constexpr bool shares_keys(Variant variant) {
   return variant == Variant::kMmaSplitKeys8 || variant == Variant::kMmaSplitKeys16 || variant == Variant::kMmaSplitKeys8Small;
 }
 
-/// Batch-invariant calls cut a tile's keys at these places alone, which depend on nothing: eight parts of 512 keys, then four to each octave,
-/// so that a part is at most a quarter of the keys before it. Part `index` begins there.
+/// Batch-invariant calls cut a tile's keys at these places alone, which depend on nothing: sixteen parts of 512 keys, then eight to each octave,
+/// so that a part is at most an eighth of the keys before it. Part `index` begins there.
 __host__ __device__ constexpr int part_begin(int index) {
-  constexpr int kLast = 84;  // would begin at 2^31
-  if (index < 8) return index * 512;
+  constexpr int kLast = 160;  // would begin at 2^31
+  if (index < 16) return index * 512;
   if (index >= kLast) return INT_MAX;
-  const int octave = (index - 8) / 4;
-  return (4096 << octave) + (index - 8) % 4 * (1024 << octave);
+  const int octave = (index - 16) / 8;
+  return (8192 << octave) + (index - 16) % 8 * (1024 << octave);
 }
 
-/// Whether batch-invariant decode has a kernel for lengths that are alike (mma_cluster_parts.cuh). 8-bit keys are not faster there.
-constexpr bool has_parts(std::int64_t kv_itemsize, int head_dim_bucket) { return kv_itemsize == 2 && head_dim_bucket >= 128; }
+/// Kv heads of a tile of batch-invariant decode (mma_cluster_parts.cuh), whose rows of up to 128 bytes are short pieces of memory, and how many warps
+/// have them.
+__host__ __device__ constexpr int heads_of_parts(std::int64_t row_bytes) { return row_bytes <= 128 ? 2 : 1; }
+__host__ __device__ constexpr int warps_of_parts(std::int64_t row_bytes) { return row_bytes == 128 ? 2 : 1; }
 
 /// How two neighbouring kv heads are one tile's: memory gives what lies in longer pieces faster.
 enum class Pairing {
@@ -173,7 +175,7 @@ constexpr int kPartialsPerRow = 1024;
 constexpr int kMaxSplits = 256;
 /// The most CTAs that share keys.
 constexpr int kMaxCtas = 640;
-/// Only the last so many parts of a batch-invariant tile may be another CTA's than its beginning.
+/// Of a batch-invariant tile that another CTA has begun a CTA has at most so many parts.
 constexpr int kCutParts = 12;
 constexpr int kWideSharedBytes = 226 * 1024;
 constexpr int kMaxPrefixRanges = 16;
@@ -182,13 +184,14 @@ constexpr int kPairedRowBytes = 256;
 /// CTAs of a cluster, at most.
 constexpr int kMaxCluster = 16;
 
-constexpr std::int64_t partial_rows(std::int64_t num_tokens, std::int64_t num_heads, int num_sms) {
-  return std::min(num_tokens * num_heads * kPartialsPerRow, std::int64_t{kPartialRowsPerSm} * num_sms);
+/// Twice as many of few columns.
+constexpr std::int64_t partial_rows(std::int64_t num_tokens, std::int64_t num_heads, std::int64_t head_dim, int num_sms) {
+  return std::min(num_tokens * num_heads * kPartialsPerRow, std::int64_t{kPartialRowsPerSm} * (head_dim <= 64 ? 2 : 1) * num_sms);
 }
 
 /// Bytes of partial results (output rows and their two softmax terms) of any call of at most this size.
 constexpr std::int64_t workspace_bytes(std::int64_t num_tokens, std::int64_t num_heads, std::int64_t head_dim, int num_sms) {
-  return partial_rows(num_tokens, num_heads, num_sms) * (head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
+  return partial_rows(num_tokens, num_heads, head_dim, num_sms) * (head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
 }
 
 /// CTAs of a variant that an SM holds together, by registers and shared memory.
@@ -236,6 +239,18 @@ inline const char* boxes_obstacle(const AttentionParams& p) {
       !stride_fits(blocks, p.v_block_stride))
     return "a stride of keys or values is not a positive multiple of 16 bytes below 2^38 elements, which the copy engine needs";
   return nullptr;
+}
+
+/// What keeps a decode from attend_to_parts (mma_cluster_parts.cuh); null: nothing.
+inline const char* parts_obstacle(const AttentionParams& p) {
+  const std::int64_t row_bytes = p.head_dim * itemsize(p.kv_dtype);
+  if (p.head_dim % 16 != 0) return "head_dim is no multiple of 16";
+  if (!aligned_to_16(p.q) || p.q_token_stride % 8 != 0 || p.q_head_stride % 8 != 0)
+    return "a row of q does not start at a multiple of 16 bytes";
+  if (row_bytes % 128 != 0 && row_bytes > (itemsize(p.kv_dtype) == 1 ? 128 : 64))
+    return "rows end within 128 bytes, which boxes are slow with";
+  if (row_bytes <= 64 && p.block_size % 2 != 0) return "block_size is odd, and one row of a block is no multiple of 128 bytes";
+  return boxes_obstacle(p);
 }
 
 /// What keeps Hopper's kernel from a call on a Hopper; null: nothing. It copies K and V by boxes and
@@ -436,17 +451,17 @@ inline void choose_clusters(const AttentionParams& params, const DevicePropertie
   }
 }
 
-/// CTAs to a tile of batch-invariant decode where lengths turn out alike, 0 if the line of keys is faster. `config` has what it is shared by
-/// otherwise.
+/// CTAs to a tile of batch-invariant decode where lengths turn out alike, 0 if the line of keys is faster. There are places for so many at a time.
 inline int choose_parts_cluster(const AttentionParams& params, const DeviceProperties& device, std::int64_t num_tiles,
-                                const Config& config) {
-  // One sequence gained, and 32 and more; 8 of 4096 keys took 63 us instead of the line's 57 (H200).
+                                std::int64_t places) {
+  // One sequence gained, and 32 and more; 8 of 4096 keys take 74 us instead of the line's 71, over 8-bit keys 55 instead of 50 (H100).
   if (params.num_seqs > 1 && params.num_seqs < 32) return 0;
   int parts = 1;
   while (parts < kMaxCluster && part_begin(parts) < key_capacity(params)) ++parts;
-  const std::int64_t size = std::min<std::int64_t>(config.num_ctas / num_tiles, parts);
-  if (size == 0) return config.tiles_per_cta > 1 ? 1 : 0;  // whole tiles, one after the other
-  const bool fills = num_tiles * size * 10 >= std::int64_t{config.num_ctas} * 9;
+  const std::int64_t size = std::min<std::int64_t>(places / num_tiles, parts);
+  // Whole tiles, one after the other, if they fill their last round.
+  if (size == 0) return num_tiles * 10 >= ceil_div(num_tiles, places) * places * 9 ? 1 : 0;
+  const bool fills = num_tiles * size * 10 >= places * 9;
   return size == parts || num_tiles * 2 <= device.num_sms || fills ? static_cast<int>(size) : 0;
 }
 
@@ -497,11 +512,14 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
                    (config.pairing == Pairing::kWarps && itemsize(params.kv_dtype) == 2 && num_ctas <= 4 * device.num_sms) ||
                    (config.by_boxes && num_ctas <= 2 * device.num_sms)) &&
                   device.max_shared_bytes_per_cta >= kWideSharedBytes;
-    config.tile_cost = tile_cost(config.wide, num_ctas);
-    config.slots_per_cta = params.batch_invariant ? kCutParts + 1 : 2;
     const int per_sm = ctas_per_sm(config.variant, config.head_dim_bucket) / (config.wide ? 2 : 1);
+    config.tile_cost = tile_cost(config.wide, num_ctas);
+    // Of batch-invariant decode where lengths are alike: kv heads of a tile, and how many warps have those.
+    const std::int64_t padded_row_bytes = config.head_dim_bucket * itemsize(params.kv_dtype);
+    const int heads = heads_of_parts(padded_row_bytes), warps = warps_of_parts(padded_row_bytes);
+    config.slots_per_cta = params.batch_invariant ? (kCutParts + 1) * (heads / warps) : 2;
     const std::int64_t fitting =
-        partial_rows(params.num_tokens, params.num_heads, device.num_sms) / (config.slots_per_cta * config.tile_rows);
+        partial_rows(params.num_tokens, params.num_heads, params.head_dim, device.num_sms) / (config.slots_per_cta * config.tile_rows);
     // Places on the line are 31 bits, and its tiles alone may take half of them.
     constexpr std::int64_t kMaxTiles = (std::int64_t{1} << 29) / 5;
     if (num_ctas > kMaxTiles)
@@ -524,9 +542,12 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
         config.tiles_per_cta = static_cast<int>(tiles);
       }
     }
-    if (may_have_clusters && params.batch_invariant && has_parts(itemsize(params.kv_dtype), config.head_dim_bucket)) {
-      config.cluster = choose_parts_cluster(params, device, num_ctas, config);
-      config.cluster_heads = 1;
+    if (may_have_clusters && params.batch_invariant && params.num_kv_heads % heads == 0 && config.num_ctas >= warps &&
+        parts_obstacle(params) == nullptr) {
+      config.cluster = choose_parts_cluster(params, device, num_ctas / heads, config.num_ctas / warps);
+      config.cluster_heads = heads;
+      // Whole tiles, one after the other.
+      if (config.cluster > 0) config.tiles_per_cta = static_cast<int>(ceil_div(num_ctas / heads, config.num_ctas / warps));
     }
     return config;
   }

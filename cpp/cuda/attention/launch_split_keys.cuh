@@ -27,9 +27,8 @@ template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kP
 constexpr bool kHasClusters = kWide && kVariant == Variant::kMmaSplitKeys8 && !kHasBoxes<kKvDType, kHeadDim, kVariant, kPairing>;
 
 /// Whether there is attend_to_parts for the same.
-template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing>
-constexpr bool kHasParts =
-    !kWide && kVariant == Variant::kMmaSplitKeys8 && kPairing == Pairing::kNone && has_parts(itemsize(kKvDType), kHeadDim);
+template <Variant kVariant, bool kWide, Pairing kPairing>
+constexpr bool kHasParts = !kWide && kVariant == Variant::kMmaSplitKeys8 && kPairing == Pairing::kNone;
 
 struct NoMaps {};
 template <bool kHas>
@@ -79,24 +78,35 @@ __global__ void __launch_bounds__(BoxShapeOf<kKvDType, kHeadDim, kWide>::kCtaThr
   if (threadIdx.x == 32) device::prefetch_tensor_map(&maps.k);
   if (threadIdx.x == 64) device::prefetch_tensor_map(&maps.v);
   device::wait_for_predecessor();
-  attend_to_stretches<kKvDType, kHeadDim, Variant::kMmaSplitKeys8, kWide, Pairing::kWarps, false, true>(plan, -1, &maps);
+  attend_to_stretches<kKvDType, kHeadDim, Variant::kMmaSplitKeys8, kWide, Pairing::kWarps, 0, true>(plan, -1, &maps);
 #endif
 }
 
 /// The same for batch-invariant decode that may find lengths alike: plan.cluster CTAs to a tile, or whole tiles to CTAs.
 template <DType kKvDType, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, ctas_per_sm(Variant::kMmaSplitKeys8, kHeadDim))
-    attention_mma_parts_kernel(const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(PartsShape<kKvDType, kHeadDim>::kCtaThreads, PartsShape<kKvDType, kHeadDim>::kCtasPerSm)
+    attention_mma_parts_kernel(const __grid_constant__ Plan plan, const __grid_constant__ KeyMaps maps) {
 #if __CUDA_ARCH__ == 900
+  using Shape = PartsShape<kKvDType, kHeadDim>;
+  constexpr int kHeads = Shape::kTeamHeads;
   device::wait_for_predecessor();
-  int in_parts = lengths_are_alike(plan) ? 1 : 0;
-  int tile_idx = plan.cluster.quotient(static_cast<int>(blockIdx.x));
-  do {
-    int unfinished = kNothing;
-    if (in_parts != 0 && (unfinished = attend_to_parts<kKvDType, kHeadDim>(plan, tile_idx)) == kNothing) return;
-    attend_to_stretches<kKvDType, kHeadDim, Variant::kMmaSplitKeys8, false, Pairing::kNone, true>(plan, unfinished);
-    asm volatile("" : "+r"(in_parts));  // one copy of the code serves both
-  } while (in_parts != 0);
+  prefetch_tables<Shape::kCtaThreads>(plan.params);
+  const bool alike = lengths_are_alike(plan);
+  int lone_tile = kNothing, heads_left = 0;
+  for (bool resumes = false;; resumes = true) {
+    if (alike && heads_left == 0) {
+      const int unfinished = attend_to_parts<kKvDType, kHeadDim>(plan, maps, resumes);
+      if (unfinished == kNothing) return;
+      lone_tile = unfinished * kHeads;
+      heads_left = kHeads;
+    }
+    // One copy of the code serves both: a tile alone is that of a CTA's first threads.
+    if (!alike || threadIdx.x < kThreads)
+      attend_to_stretches<kKvDType, kHeadDim, Variant::kMmaSplitKeys8, false, Pairing::kNone, Shape::kTeam>(plan, lone_tile);
+    if (!alike) return;
+    ++lone_tile, --heads_left;
+    __syncthreads();
+  }
 #endif
 }
 
@@ -171,9 +181,10 @@ inline int read_once_stretch(const Plan& plan, std::int64_t step_bytes) {
   return static_cast<int>(kReadOnceBytes / (plan.num_ctas * step_bytes * 2) >> plan.line_shift);
 }
 
-/// Launches the kernel with up to `limit` CTAs to a tile, at least `min_size`; false if it cannot. kHasMaps: it takes maps of K and V.
-template <typename Shape, auto kKernel, bool kHasMaps = true>
-bool launch_clusters(Plan plan, bool in_pairs, int limit, int min_size, std::int64_t num_tiles, int shared_bytes, Stream stream) {
+/// Launches the kernel with up to `limit` CTAs to a tile, at least `min_size`; false if it cannot.
+template <typename Shape, auto kKernel>
+bool launch_clusters(const char* name, Plan plan, const KeyMaps& maps, int limit, int min_size, std::int64_t num_tiles, int shared_bytes,
+                     Stream stream) {
   if (limit > 8)
     known_of_device([] {
       QUIRE_CUDA_CHECK(cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
@@ -187,11 +198,7 @@ bool launch_clusters(Plan plan, bool in_pairs, int limit, int min_size, std::int
   plan.tiles_per_cta = 0;  // what was chosen for equal lengths was for another number of CTAs
   plan.read_once_keys = read_once_keys(plan);
   const LaunchShape shape{static_cast<unsigned>(num_tiles * size), Shape::kCtaThreads, shared_bytes, size};
-  if constexpr (kHasMaps) {
-    launch_waiting("decode in clusters", kKernel, shape, stream, plan, make_key_maps<Shape>(plan.params, in_pairs));
-  } else {
-    launch_waiting("batch-invariant decode in clusters", kKernel, shape, stream, plan);
-  }
+  launch_waiting(name, kKernel, shape, stream, plan, maps);
   return true;
 }
 
@@ -207,7 +214,8 @@ void launch_by_boxes(Plan plan, const Config& config, std::int64_t num_head_tile
     constexpr int kSharedBytes = std::max(Shape::kSharedBytes, Cluster::kSharedBytes);
     static_assert(kSharedBytes <= kWideSharedBytes / Shape::kCtasPerSm);
     if (config.cluster > 0 && plan.q_alignment == 16 &&
-        launch_clusters<Cluster, kKernel>(plan, true, config.cluster, 1, num_head_tiles / Shape::kTeamHeads, kSharedBytes, stream))
+        launch_clusters<Cluster, kKernel>("attention_mma_box_keys_kernel in clusters", plan, make_key_maps<Cluster>(plan.params, true),
+                                          config.cluster, 1, num_head_tiles / Shape::kTeamHeads, kSharedBytes, stream))
       return;
   }
   const LaunchShape shape{static_cast<unsigned>(config.num_ctas), Shape::kCtaThreads, Shape::kSharedBytes};
@@ -225,8 +233,9 @@ void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
     if constexpr (kWide && kVariant == Variant::kMmaSplitKeys8 && kAlone <= 128) {
       using Lone = ClusterKeysShape<kKvDType, kAlone, kLoneWarps, 1>;
       if (in_clusters && config.lone_cluster > 0 &&
-          launch_clusters<Lone, attention_mma_cluster_keys_kernel<kKvDType, kAlone, kInPairs>>(plan, kInPairs, config.lone_cluster, 8,
-                                                                                               num_head_tiles, Lone::kSharedBytes, stream))
+          launch_clusters<Lone, attention_mma_cluster_keys_kernel<kKvDType, kAlone, kInPairs>>(
+              "attention_mma_cluster_keys_kernel", plan, make_key_maps<Lone>(plan.params, kInPairs), config.lone_cluster, 8, num_head_tiles,
+              Lone::kSharedBytes, stream))
         return;
     }
     if constexpr (kHasBoxes<kKvDType, kHeadDim, kVariant, kPairing>) {
@@ -238,18 +247,28 @@ void launch_split_keys(const Plan& plan, const Config& config, Stream stream) {
       constexpr int kSharedBytes = std::max(Shape::kSharedBytes, Cluster::kSharedBytes);
       static_assert(kSharedBytes <= kWideSharedBytes / Shape::kCtasPerSm);
       if (in_clusters && launch_clusters<Cluster, attention_mma_split_keys_kernel<kKvDType, kHeadDim, kVariant, kWide, kPairing>>(
-                             plan, kInPairs, config.cluster, 1, num_head_tiles / kTeam, kSharedBytes, stream))
+                             "attention_mma_split_keys_kernel in clusters", plan, make_key_maps<Cluster>(plan.params, kInPairs),
+                             config.cluster, 1, num_head_tiles / kTeam, kSharedBytes, stream))
         return;
     }
     const LaunchShape shape{static_cast<unsigned>(config.num_ctas), Shape::kCtaThreads, Shape::kSharedBytes};
-    if constexpr (kHasParts<kKvDType, kHeadDim, kVariant, kWide, kPairing>) {
-      const bool copies_rows = in_clusters && plan.chunk_strides_exist;  // by chunks, not by boxes
+    if constexpr (kHasParts<kVariant, kWide, kPairing>) {
+      using Parts = PartsShape<kKvDType, kHeadDim>;
       constexpr auto kOfParts = attention_mma_parts_kernel<kKvDType, kHeadDim>;
-      if (copies_rows && num_head_tiles > config.num_ctas)
-        return launch_waiting("attention_mma_parts_kernel", kOfParts, shape, stream, plan);
-      if (copies_rows &&
-          launch_clusters<Shape, kOfParts, false>(plan, false, config.cluster, 1, num_head_tiles, Shape::kSharedBytes, stream))
-        return;
+      static_assert((Parts::kLaunchedBytes + 1024) * Parts::kCtasPerSm <= 228 * 1024);
+      if (plan.params.batch_invariant && config.cluster > 0) {
+        const KeyMaps maps = make_key_maps<Parts>(plan.params, false);
+        const std::int64_t num_tiles = num_head_tiles / Parts::kTeamHeads, num_ctas = config.num_ctas / Parts::kTeam;
+        Plan of_parts = plan;
+        if (num_tiles > num_ctas) {
+          of_parts.read_once_keys = read_once_keys(plan);
+          const LaunchShape shape_of_parts{static_cast<unsigned>(num_ctas), Parts::kCtaThreads, Parts::kLaunchedBytes};
+          return launch_waiting("attention_mma_parts_kernel", kOfParts, shape_of_parts, stream, of_parts, maps);
+        }
+        if (launch_clusters<Parts, kOfParts>("attention_mma_parts_kernel in clusters", plan, maps, config.cluster, 1, num_tiles,
+                                             Parts::kLaunchedBytes, stream))
+          return;
+      }
     }
     Plan of_stretches = plan;
     if (plan.params.batch_invariant) of_stretches.tiles_per_cta = 0;

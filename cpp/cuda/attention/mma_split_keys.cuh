@@ -5,6 +5,7 @@
 #include "cuda/attention/key_boxes.cuh"
 #include "cuda/attention/mma_columns.cuh"
 #include "cuda/attention/share.cuh"
+#include "cuda/device/named_barrier.cuh"
 
 namespace quire::cuda::attn {
 
@@ -41,6 +42,7 @@ struct SplitKeysShape {
   static constexpr int kEntriesOffset = kFoldedOffset + 2 * kRows * static_cast<int>(sizeof(float2));
   static constexpr int kWalkOffset = kEntriesOffset + kCtaWarps * kEntryBytes;
   static constexpr int kSharedBytes = kWalkOffset + static_cast<int>(sizeof(Walk));
+  static constexpr int kAlignedBytes = (kSharedBytes + 1023) / 1024 * 1024;
   /// Of paired warps: whether this one has the second kv head.
   __device__ __forceinline__ static bool is_upper_warp() { return (threadIdx.x & 32u) != 0; }
   static_assert(kSlots >= 2);
@@ -90,27 +92,29 @@ struct KeyStream {
 
   const Plan& plan;
   const Walk& walk;
-  std::uint32_t shared_base, ring;
+  std::uint32_t entries_base, ring;
   int next_key;                    // of the step whose K comes next
   std::uint32_t entries;           // the lane's entry for it, in shared memory
   KeyLocation location;            // the lane's, of the step whose K came last
   std::uint32_t last_valid;        // of that step: bit j says whether key j exists
   std::uint32_t valid[kLead + 1];  // the same of the step in use and the ones after
 
-  __device__ __forceinline__ KeyStream(const Plan& of_plan, const Walk& of_walk, char* shared)
+  /// Warps from `first_warp` on have `shared`.
+  __device__ __forceinline__ KeyStream(const Plan& of_plan, const Walk& of_walk, char* shared, int first_warp)
       : plan(of_plan),
         walk(of_walk),
-        shared_base(device::shared_address(shared)),
-        ring(shared_base + threadIdx.x / 32 * static_cast<std::uint32_t>(Shape::kRingBytes)) {}
+        entries_base(device::shared_address(shared) + static_cast<std::uint32_t>(Shape::kEntriesOffset - first_warp * Shape::kEntryBytes)),
+        ring(device::shared_address(shared) +
+             (threadIdx.x / 32 - static_cast<unsigned>(first_warp)) * static_cast<std::uint32_t>(Shape::kRingBytes)) {}
 
   /// The warp's entries.
   __device__ __forceinline__ std::uint32_t warp_entries() const {
-    return shared_base + static_cast<std::uint32_t>(Shape::kEntriesOffset + thread_here() / 32 * Shape::kEntryBytes);
+    return entries_base + static_cast<std::uint32_t>(thread_here() / 32 * Shape::kEntryBytes);
   }
 
   /// Asks for the part's first steps' table entries. They are there when all that the thread has asked for is.
   __device__ __forceinline__ void start() {
-    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int warp = static_cast<int>(threadIdx.x) / 32 % Shape::kCtaWarps;
     const int first_key = walk.part_begin + (Shape::kPairedWarps ? warp / 2 : warp) * Shape::kKeys;
     entries = warp_entries() + static_cast<std::uint32_t>(4 * lane_here());
     next_key = first_key;
@@ -433,8 +437,9 @@ __device__ __forceinline__ void prefetch_tables(const AttentionParams& p) {
 
 /// A CTA has an equal stretch of the batch's line of keys (share.cuh). It computes 8 or 16 packed rows at a time against the keys that it has of
 /// them and writes them to out and lse, or to the workspace if other CTAs have keys of them too. Or only `lone_tile`, of all kv heads, where lengths
-/// are aligned. kBoxes: keys are brought by the copy engine, by `maps`, and BoxStream::init has been called.
-template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing, bool kInvariant = false, bool kBoxes = false>
+/// are aligned. kPerCta: in attend_to_parts's kernel, how many such CTAs a CTA is, each of kThreads threads; all is batch-invariant there. kBoxes:
+/// keys are brought by the copy engine, by `maps`, and BoxStream::init has been called.
+template <DType kKvDType, int kHeadDim, Variant kVariant, bool kWide, Pairing kPairing, int kPerCta = 0, bool kBoxes = false>
 __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_tile = -1, [[maybe_unused]] const KeyMaps* maps = nullptr) {
   using Types = MmaTypes<kKvDType, kHeadDim>;
   using Plain = SplitKeysShape<kKvDType, kHeadDim, kVariant, kWide, kPairing>;
@@ -446,10 +451,17 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
   constexpr int kKeys = Shape::kKeys;
   constexpr int kSlots = Shape::kSlots;
   constexpr int kCtaWarps = Shape::kCtaWarps;
-  extern __shared__ __align__(1024) char shared[];
+  constexpr bool kInvariant = kPerCta > 0;
+  extern __shared__ __align__(1024) char shared_of_all[];
   const AttentionParams& p = plan.params;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const auto here = [] { return static_cast<int>(threadIdx.x); };
+  const int member = kPerCta > 1 ? here() / Shape::kCtaThreads : 0;
+  const auto thread = [&] { return kPerCta > 1 ? here() % Shape::kCtaThreads : here(); };
+  const int cta = kPerCta > 1 ? static_cast<int>(blockIdx.x) * kPerCta + member : static_cast<int>(blockIdx.x);
+  const int num_ctas = kInvariant ? static_cast<int>(gridDim.x) * kPerCta : plan.num_ctas;
+  char* const shared = shared_of_all + (kPerCta > 1 ? member * Shape::kAlignedBytes : 0);
+  const int lane = here() % 32;
+  const int warp = thread() / 32;
 
   char* q_shared = shared + Shape::kQOffset;
   auto* row_params = reinterpret_cast<RowParams*>(shared + Shape::kRowParamsOffset);
@@ -468,7 +480,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
     if constexpr (kBoxes) {
       return BoxKeyStream<Shape>(plan, walk, *maps, shared);
     } else {
-      return KeyStream<Shape>(plan, walk, shared);
+      return KeyStream<Shape>(plan, walk, shared, member * kCtaWarps);
     }
   }();
   using Stream = decltype(stream);
@@ -476,16 +488,31 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
   // Batch-invariant calls have narrow CTAs and no pairs.
   const auto invariant = [&] { return kInvariant || (!kWide && kPairing == Pairing::kNone && plan.batch_invariant); };
 
-  if (static_cast<int>(blockIdx.x) >= plan.num_ctas) return;
+  const auto sync = [&] {
+    if constexpr (kInvariant) {
+      device::named_barrier_sync(1 + member, Shape::kCtaThreads);
+    } else {
+      __syncthreads();
+    }
+  };
+  const auto sync_or = [&](bool any) {
+    if constexpr (kInvariant) {
+      return device::named_barrier_or(1 + member, Shape::kCtaThreads, any);
+    } else {
+      return __syncthreads_or(any) != 0;
+    }
+  };
+
+  if (!kInvariant && cta >= num_ctas) return;
   prefetch_tables<Shape::kCtaThreads>(p);
   if (lone_tile >= 0) {
-    if (threadIdx.x == 0) begin_lone_walk(walk, lone_tile);
+    if (thread() == 0) begin_lone_walk(walk, lone_tile);
   } else if (warp == 0) {
-    begin_walk<kRows, kKeys>(plan, walk);
+    begin_walk<kRows, kKeys>(plan, walk, cta, num_ctas);
   }
   for (bool fresh = true;; fresh = false) {
-    if (threadIdx.x == 0 && (!fresh || walk.more)) next_tile<kRows, kKeys>(plan, walk, fresh, invariant());
-    __syncthreads();
+    if (thread() == 0 && (!fresh || walk.more)) next_tile<kRows, kKeys>(plan, walk, fresh, invariant());
+    sync();
     if (!walk.more) return;
     using MmaState = MmaColumns<kKvDType, kHeadDim, kTiles, kPaired, KvRows, !(kInvariant && kHeadDim == 128)>;
     MmaState state;
@@ -526,10 +553,10 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
           const bool fills = Stream::kFillRounds > 0 && round < 0;
           if (round == 0) {
             if (selecting) {
-              for (int i = static_cast<int>(threadIdx.x); i < kRows * kNoteWords<kHeadDim>; i += Shape::kCtaThreads) notes[i] = 0;
+              for (int i = thread(); i < kRows * kNoteWords<kHeadDim>; i += Shape::kCtaThreads) notes[i] = 0;
             } else if (!has_q) {
-              if (threadIdx.x < kRows) {
-                const int row = static_cast<int>(threadIdx.x);
+              if (thread() < kRows) {
+                const int row = thread();
                 row_params[row] = make_row_params(plan, tile, walk.kv_head, row);
                 if ((kPaired || kPairedWarps) && p.k_scale != nullptr) {
                   const int head = row_index(plan, tile, walk.kv_head, min(row, tile.num_rows - 1)).head;
@@ -537,11 +564,11 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
                 }
               }
               if constexpr (Types::kQuantized) {
-                __syncthreads();
+                sync();
                 for (int row = warp; row < kRows; row += kCtaWarps) convert_q<Types, kHeadDim, 1>(plan, row, q_shared, row_params);
               }
             }
-            __syncthreads();
+            sync();
             if (!selecting && !has_q) {
               score = make_score_scale<MmaState::kQueries>(p, warp_row_params, MmaState::query);
               state.attach_q(device::shared_address(q_shared), first_row());
@@ -591,12 +618,12 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
           stream.refill_v(v_slot, v_address);
         }
         if constexpr (kBoxes) {
-          __syncthreads();  // the other warp of the team may still read where this one's sums go
+          sync();  // the other warp of the team may still read where this one's sums go
         } else {
           device::copy_async_wait<0>();
         }
         if (kBoxes || kPairedWarps || !kMayBeNotFinite<kKvDType> || selecting || (walk.all_see_the_same && !invariant()) ||
-            !__syncthreads_or(state.not_finite()))
+            !sync_or(state.not_finite()))
           break;
       }
 
@@ -621,7 +648,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
         }
       }
       if constexpr (kBoxes) stream.boxes.give_back();
-      __syncthreads();
+      sync();
 
       const int part = walk.part;
       const bool is_last_part = !invariant() || part + 1 == walk.unit_end;
@@ -633,7 +660,7 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
 #pragma unroll 1
       for (;; merging = true) {
 #pragma unroll 1
-        for (int i = static_cast<int>(threadIdx.x); i < tile.num_rows * kThreadsPerRow; i += Shape::kCtaThreads) {
+        for (int i = thread(); i < tile.num_rows * kThreadsPerRow; i += Shape::kCtaThreads) {
           const int row = i / kThreadsPerRow;
           const int column = i % kThreadsPerRow * 4;
           Partial result;
@@ -643,18 +670,25 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
             int merged_column = column, first_warp = 0;
             if (kPaired && is_upper(plan, row_index(plan, tile, walk.kv_head, row).head)) merged_column += Shape::kColumns;
             if (kPairedWarps && row >= static_cast<int>(plan.kv_group.divisor)) first_warp = 1;
-            result = Partial{float4{0.0f, 0.0f, 0.0f, 0.0f}, stats[first_warp][row].x, 0.0f};
-#pragma unroll 4
-            for (int w = first_warp + kWarpStep; w < kCtaWarps; w += kWarpStep) result.top = fmaxf(result.top, stats[w][row].x);
-            const float base = result.top == -INFINITY ? 0.0f : result.top;
             const float* const of_warps = merged + row * Shape::kOutPitch + merged_column;
+            const auto sums_of = [&](int w) { return *reinterpret_cast<const float4*>(of_warps + w * (Shape::kRingBytes / 4)); };
+            if (invariant()) {
+              // One warp after the other, as in attend_to_parts.
+              result = Partial{sums_of(0), stats[0][row].x, stats[0][row].y};
+#pragma unroll 1
+              for (int w = 1; w < kCtaWarps; ++w) fold(result, Partial{sums_of(w), stats[w][row].x, stats[w][row].y});
+            } else {
+              result = Partial{float4{0.0f, 0.0f, 0.0f, 0.0f}, stats[first_warp][row].x, 0.0f};
 #pragma unroll 4
-            for (int w = first_warp; w < kCtaWarps; w += kWarpStep)
-              add_part(result, base, *reinterpret_cast<const float4*>(of_warps + w * (Shape::kRingBytes / 4)), stats[w][row]);
+              for (int w = first_warp + kWarpStep; w < kCtaWarps; w += kWarpStep) result.top = fmaxf(result.top, stats[w][row].x);
+              const float base = result.top == -INFINITY ? 0.0f : result.top;
+#pragma unroll 4
+              for (int w = first_warp; w < kCtaWarps; w += kWarpStep) add_part(result, base, sums_of(w), stats[w][row]);
+            }
             if (selecting) result.value = with_notes<kHeadDim>(result.value, notes, row, merged_column);
           }
           const int slot = part == walk.unit_first || folds ? first_slot(plan) : part - walk.unit_begin;
-          const std::int64_t target = partial_row(plan, static_cast<int>(blockIdx.x), slot, row);
+          const std::int64_t target = partial_row(plan, cta, slot, row);
           if (!merging && folds) {
             if (part > walk.unit_first) {
               // The thread finds what it left here.
@@ -672,9 +706,9 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
             store_partial(plan, target, column, result);
           }
         }
-        __syncthreads();
+        sync();
         if (whole || merging || !is_last_part) break;
-        if (threadIdx.x == 0) {
+        if (thread() == 0) {
           __threadfence();
           find_ctas(plan, walk, invariant());
           const auto units = static_cast<unsigned>(walk.unit_end - walk.unit_begin);
@@ -683,12 +717,12 @@ __device__ __forceinline__ void attend_to_stretches(const Plan& plan, int lone_t
           if (walk.merges) plan.counters[walk.first_cta] = 0;
           __threadfence();
         }
-        __syncthreads();
+        sync();
         if (!walk.merges) break;
       }
       if (is_last_part) break;
-      if (threadIdx.x == 0) enter_part<kKeys>(walk, part + 1, invariant());
-      __syncthreads();
+      if (thread() == 0) enter_part<kKeys>(walk, part + 1, invariant());
+      sync();
     }
   }
 }

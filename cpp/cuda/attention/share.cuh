@@ -15,9 +15,9 @@ constexpr int kMinStretch = kWarps;
 
 /// The part that a key lies in.
 __device__ __forceinline__ int part_of(int key) {
-  if (key < 4096) return key / 512;
-  const int octave = 19 - __clz(key);
-  return 4 + 4 * octave + (key >> (10 + octave));
+  if (key < 8192) return key / 512;
+  const int octave = 18 - __clz(key);
+  return 8 + 8 * octave + (key >> (10 + octave));
 }
 
 /// A CTA's place on the line, in shared memory; one thread moves it on.
@@ -27,6 +27,7 @@ struct Walk {
   // On the line, in units of 2^line_shift steps: everything fits 31 bits.
   int begin, end;     // the CTA's stretch
   int stretch;        // the length of everyone's
+  int first_cut;      // batch-invariant: no part before this one is cut off a tile's beginning
   int aligned_length;  // 0, or of every tile on the line, with nothing before its keys: a multiple of the stretch
   int tile_idx;        // of aligned tiles
   int keys_start;     // of the tile
@@ -56,6 +57,16 @@ __device__ inline int running_start(const std::int32_t* loc, int first, int last
   }
   const int before = __shfl_up_sync(kAllLanes, largest, 1);
   return max(lane == 0 ? 0 : before, min(max(loc[0], 0), limit));
+}
+
+/// The first part from which on a stretch of so many keys never has more than kCutParts.
+__device__ __forceinline__ int first_cut_of(std::int64_t stretch) {
+  const int keys = static_cast<int>(min(stretch, std::int64_t{1} << 30));
+  if (keys <= kCutParts * 512) return 0;
+  int part = part_of(keys / 4);
+#pragma unroll 1
+  while (part_begin(part + kCutParts) - part_begin(part) < keys) ++part;
+  return part;
 }
 
 /// Fills in sequence `seq`, whose predecessor's queries and keys end at `token` and `key`; `records` reports what is out of range.
@@ -107,7 +118,7 @@ __device__ __forceinline__ int unit_at(const Plan& plan, const Walk& walk, int p
   // The first part that begins there or after, and is one of those that may be cut off.
   const int key = step * kKeys;
   const int part = part_of(key);
-  return min(max(max(part + (part_begin(part) != key), walk.unit_last - kCutParts), walk.unit_first), walk.unit_last);
+  return min(max(max(part + (part_begin(part) != key), walk.first_cut), walk.unit_first), walk.unit_last);
 }
 
 /// Goes to the keys from unit `unit` on: to the unit's end if batch-invariant, else to the end of what the CTA has of the tile. One thread's work.
@@ -123,11 +134,11 @@ __device__ __forceinline__ void enter_part(Walk& walk, int unit, bool invariant)
 
 /// Whole tiles go to whoever is ready for one: the next of them, or none. Every tile but the CTAs' first takes a ticket, and every CTA one more in vain:
 /// as many as there are tiles. The last one makes the counter zero again.
-__device__ __forceinline__ int take_ticket(const Plan& plan, int num_tiles) {
+__device__ __forceinline__ int take_ticket(const Plan& plan, int num_tiles, int num_ctas) {
   unsigned* const tickets = plan.counters + kMaxCtas;
   const unsigned ticket = atomicAdd(tickets, 1u);
   if (ticket == static_cast<unsigned>(num_tiles) - 1) *tickets = 0;
-  return static_cast<int>(min(ticket + static_cast<unsigned>(plan.num_ctas), static_cast<unsigned>(num_tiles)));
+  return static_cast<int>(min(ticket + static_cast<unsigned>(num_ctas), static_cast<unsigned>(num_tiles)));
 }
 
 /// Moves on to the next tile that the CTA has a part of, which may be where it stands if it is `fresh`. One thread's work.
@@ -142,7 +153,7 @@ __device__ __forceinline__ void next_tile(const Plan& plan, Walk& walk, bool fre
         walk.more = false;
         if (plan.tiles_per_cta <= 1 || walk.lone) return;
         const auto num_tiles = static_cast<int>(p.num_seqs) * static_cast<int>(plan.tiles_of_seq.divisor);
-        const int tile_idx = take_ticket(plan, num_tiles);
+        const int tile_idx = take_ticket(plan, num_tiles, plan.num_ctas);
         if (tile_idx >= num_tiles) return;
         walk.more = true;
         walk.tile_idx = tile_idx;
@@ -205,7 +216,7 @@ __device__ __forceinline__ void find_ctas(const Plan& plan, Walk& walk, bool inv
 /// begin_walk where all tiles have one length: a whole number of CTAs to a tile, or of tiles to a CTA. False if they have not. Little code, as
 /// most of a small call's time is that of instructions that are not in a cache.
 template <int kKeys>
-__device__ __forceinline__ bool begin_aligned_walk(const Plan& plan, Walk& walk) {
+__device__ __forceinline__ bool begin_aligned_walk(const Plan& plan, Walk& walk, int cta) {
   const AttentionParams& p = plan.params;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto num_seqs = static_cast<int>(p.num_seqs);
@@ -213,13 +224,12 @@ __device__ __forceinline__ bool begin_aligned_walk(const Plan& plan, Walk& walk)
   Tile tile{};
 #pragma unroll 4
   for (int seq = lane; seq < num_seqs; seq += 32) {
-    tile.kv_len = sequence_keys(plan, seq, blockIdx.x == 0);
+    tile.kv_len = sequence_keys(plan, seq, cta == 0);
     const int length = length_of<kKeys>(plan, tile);
     shortest = min(shortest, length), longest = max(longest, length);
   }
   shortest = __reduce_min_sync(kAllLanes, shortest), longest = __reduce_max_sync(kAllLanes, longest);
   if (shortest != longest) return false;
-  const auto cta = static_cast<int>(blockIdx.x);
   const auto ctas_per_tile = static_cast<int>(plan.ctas_per_tile.divisor);
   const int tile_idx = plan.ctas_per_tile.quotient(cta);
   const int stretch = ctas_per_tile > 1 ? max(plan.ctas_per_tile.quotient(longest + ctas_per_tile - 1), kMinStretch) : longest;
@@ -227,6 +237,7 @@ __device__ __forceinline__ bool begin_aligned_walk(const Plan& plan, Walk& walk)
     walk.more = tile_idx < num_seqs * static_cast<int>(plan.tiles_of_seq.divisor);
     walk.tile_idx = tile_idx;
     walk.stretch = stretch;
+    walk.first_cut = first_cut_of((std::int64_t{stretch} << plan.line_shift) * kKeys);
     walk.begin = stretch * cta;
     walk.end = walk.begin + stretch;
     walk.length = walk.aligned_length = ctas_per_tile * stretch;
@@ -245,15 +256,15 @@ __device__ __forceinline__ void begin_lone_walk(Walk& walk, int tile_idx) {
   walk.end = walk.aligned_length = walk.stretch = 1;
 }
 
-/// Finds the CTA's stretch and the tile in which it begins. A warp's work.
+/// Finds the stretch of CTA `cta` of `num_ctas` and the tile in which it begins. A warp's work.
 template <int kRows, int kKeys>
-__device__ __forceinline__ void begin_walk(const Plan& plan, Walk& walk) {
+__device__ __forceinline__ void begin_walk(const Plan& plan, Walk& walk, int cta, int num_ctas) {
   const AttentionParams& p = plan.params;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const bool records = blockIdx.x == 0;
+  const bool records = cta == 0;
   const auto num_seqs = static_cast<int>(p.num_seqs);
   const auto num_kv_heads = static_cast<int>(p.num_kv_heads);
-  if (plan.tiles_per_cta > 0 && begin_aligned_walk<kKeys>(plan, walk)) return;
+  if (plan.tiles_per_cta > 0 && begin_aligned_walk<kKeys>(plan, walk, cta)) return;
   // A lane has some consecutive sequences.
   const int per_lane = (num_seqs + 31) / 32;
   const int first = min(lane * per_lane, num_seqs), last = min(first + per_lane, num_seqs);
@@ -270,7 +281,6 @@ __device__ __forceinline__ void begin_walk(const Plan& plan, Walk& walk) {
   }
 
   // The first pass measures the lane's part of the line; the second, in the lane that has the CTA's beginning, finds it.
-  const int num_ctas = plan.num_ctas;
   int at = 0, begin = -1;
 #pragma unroll 1
   for (bool finding = false;; finding = true) {
@@ -304,11 +314,12 @@ __device__ __forceinline__ void begin_walk(const Plan& plan, Walk& walk) {
     }
     const int total = __shfl_sync(kAllLanes, end, 31);
     const int stretch = max((total + num_ctas - 1) / num_ctas, kMinStretch);
-    begin = stretch * static_cast<int>(blockIdx.x);
+    begin = stretch * cta;
     if (lane == 0) {
       walk.begin = begin;
       walk.end = min(begin + stretch, total);
       walk.stretch = stretch;
+      walk.first_cut = first_cut_of((std::int64_t{stretch} << plan.line_shift) * kKeys);
       walk.aligned_length = 0;
       walk.more = begin < total;
     }

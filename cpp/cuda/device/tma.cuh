@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cuda/device/named_barrier.cuh"
+
 namespace quire::cuda::device {
 
 #if __CUDA_ARCH__ >= 900
@@ -152,14 +154,6 @@ __device__ __forceinline__ void prefetch_tensor_map(const void* tensor_map) {
 
 /// Orders this thread's ordinary accesses of shared memory before later ones of the copy engine and of wgmma.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
-
-/// The CTA's barrier number `id`, of which `threads` take part: 0 is __syncthreads'.
-__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
-}
 
 /// Gives registers of a warpgroup back, or takes them.
 template <int kCount>
