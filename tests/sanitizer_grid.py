@@ -147,6 +147,8 @@ def attention_hopper(dtype: torch.dtype, kv: torch.dtype) -> None:
         )
         paged([1300, 300], [1300, 555], (4, 2), head_dim, dtype, kv, hostile=True, window=(100, 20))
         paged([1300, 300], [1300, 555], (4, 2), head_dim, dtype, kv)  # causal alone, and short
+        for block_size in (8, 64):
+            paged([700, 300], [800, 555], (4, 2), head_dim, dtype, kv, block_size, hostile=True)
         mask = put(torch.randint(0, 256, (1600, 40), dtype=torch.uint8))
         paged(
             [1300, 300],
@@ -277,10 +279,13 @@ def norm() -> None:
             quire.rms_norm(x, w)
             quire.fused_add_rms_norm(x.clone(), x.clone(), w)
             quire.layer_norm(x, w, w)
+            off_centre = put(x.cpu() + 5)
+            quire.layer_norm(off_centre, w, w)
             for options in quantized_results(width):
                 quire.rms_norm(x, w, **options)
                 quire.fused_add_rms_norm(x.clone(), x.clone(), w, **options)
                 quire.layer_norm(x, w, w, **options)
+                quire.layer_norm(off_centre, w, w, **options)
 
 
 def activation() -> None:

@@ -102,6 +102,39 @@ def test_groups_in_hoppers_kernel(backend, rng, dtype, group, dim):
 
 
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("block_size", [8, 16, 24, 48, 64, 256])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_block_sizes_in_hoppers_kernel(backend, rng, kv_dtype, block_size, dim):
+    """Boxes of as many keys as a block has and of fewer, with a hole in the table."""
+    q_lens, kv_lens = [150, 0, 7, 33], [700, 5, 7, 300]
+    batch = Batch.make(
+        rng,
+        q_lens=q_lens,
+        kv_lens=kv_lens,
+        heads=8,
+        kv_heads=2,
+        dim=dim,
+        block_size=block_size,
+        dtype="bfloat16",
+        kv_dtype=kv_dtype,
+    )
+    hole = np.zeros(batch.block_tables.shape, bool)
+    hole[0, 300 // block_size] = hole[3, 0] = True
+    bits = np.packbits(~np.repeat(hole, block_size, axis=1)[:, :704], axis=1, bitorder="little")
+    want, want_lse = batch.reference(
+        mask=np.repeat(bits, q_lens, axis=0), mask_start=np.zeros(len(q_lens), np.int32)
+    )
+    positional, keywords = batch.arguments(backend)
+    positional[3] = backend.array(np.where(hole, np.int32(-1), batch.block_tables))
+    results = run_variant(backend, "wgmma", batch, positional, keywords)
+    if results is None:
+        return
+    out, lse = results
+    assert_close("attention", backend.numpy(out), want)
+    assert_lse_close(backend.numpy(lse), want_lse, "bfloat16", backend.device)
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
 @pytest.mark.parametrize(
     ("slope", "options"),
@@ -154,6 +187,34 @@ def test_weights_that_float32_just_holds(backend, rng, dtype, dim, num_high):
         batch.k_cache[batch.block_tables[s][slots // 16], slots % 16, :, 1] = 1
     options = {"causal": False, "scale": 1.0}
     check_by_default_and_wgmma(backend, batch, options)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("num_high", [1, 1000])
+def test_large_weights_of_large_scores(backend, rng, dtype, dim, num_high):
+    """The same where all scores of a row are near 2^26 to 2^28, of which float32 has every 16th: what they have in common is then rounded by more than
+    their weights can bear."""
+    lengths = [400, 300]
+    batch = Batch.make(
+        rng, q_lens=[130, 33], kv_lens=lengths, heads=4, kv_heads=1, dim=dim, block_size=16, dtype=dtype
+    )
+    batch.q[...] = 0
+    batch.q[:, :, 0] = 1
+    batch.q[:, :, 1] = rng.choice(np.float32([4096, 8192, 12288, 16384]), batch.q.shape[:2])
+    for s, length in enumerate(lengths):
+        slots = np.arange(length)
+        high = (slots < length - 160) & (slots >= length - 160 - num_high)
+        batch.k_cache[batch.block_tables[s][slots // 16], slots % 16, :, 0] = np.where(high, 80, 0)[:, None]
+        batch.k_cache[batch.block_tables[s][slots // 16], slots % 16, :, 1] = 12288
+    want, _ = batch.reference(causal=False, scale=1.0)
+    positional, keywords = batch.arguments(backend)
+    keywords |= {"causal": False, "scale": 1.0}
+    results = [(quire.paged_attention(*positional, **keywords), None)]
+    if backend.device != "cpu":
+        results.append(run_variant(backend, "wgmma", batch, positional, keywords))
+    for out, _ in filter(None, results):
+        assert_close("attention", backend.numpy(out), want)
 
 
 @pytest.mark.parametrize("dim", [40, 64, 96, 128, 200, 256])

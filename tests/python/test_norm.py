@@ -486,10 +486,10 @@ def test_quantized_bit_for_bit(backend, rng, num_rows, weight_dtype, out_dtype, 
 
 @pytest.mark.parametrize("granularity", [None, *GRANULARITIES])
 @pytest.mark.parametrize("num_rows", [3, 700])
+@pytest.mark.parametrize("hidden", [1152, 4224])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_layer_norm_off_centre(backend, rng, dtype, num_rows, granularity):
+def test_layer_norm_off_centre(backend, rng, dtype, hidden, num_rows, granularity):
     """Rows whose means are up to fifty deviations, on both sides of where they are swept again; squares that are no number; constant rows."""
-    hidden = 1152
     rows = rng.standard_normal((num_rows, hidden)) + rng.choice(
         [0.0, 0.5, 1.9, 2.1, 5.0, 50.0], (num_rows, 1)
     )
@@ -514,6 +514,21 @@ def test_layer_norm_off_centre(backend, rng, dtype, num_rows, granularity):
     # To the nearest step, and near where it is halved to one of both.
     quotient = np.clip(want / spread, -128, 127)
     assert (np.abs(backend.numpy(out) - quotient) <= 0.5 + 1e-3).all()
+
+
+@pytest.mark.parametrize("hidden", [64, 1152, 4224])
+@pytest.mark.parametrize("num_rows", [4, 700])
+def test_layer_norm_of_extreme_values(backend, hidden, num_rows):
+    """Rows with an infinity or a NaN are NaN, those of huge values are not, and none touches another."""
+    x = np.zeros((num_rows, hidden), np.float16)
+    x[0, ::2], x[0, 1::2] = 60000.0, -60000.0
+    x[1, 5], x[2, 7] = np.inf, np.nan
+    ones = np.ones(hidden, np.float16)
+    out = backend.numpy(quire.layer_norm(*(backend.array(a) for a in (x, ones, ones)))).astype(np.float32)
+    np.testing.assert_allclose(out[0, ::2], 2.0, rtol=1e-3)
+    np.testing.assert_allclose(out[0, 1::2], 0.0, atol=1e-3)
+    assert np.isnan(out[1:3]).all()
+    np.testing.assert_array_equal(out[3:], 1.0)
 
 
 @pytest.mark.parametrize("granularity", ["token", "group"])

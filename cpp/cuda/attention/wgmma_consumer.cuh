@@ -20,7 +20,7 @@ struct WgmmaConsumer {
   static constexpr int kAllBarrier = 8;   // all consumers
   /// Weights of one step and thread that add up to less are kept as they are: float16 holds them.
   static constexpr float kLargeWeights = 16384.0f;
-  /// A base becomes larger by at most so much at once: 2^-126, a little less after rounding, would be flushed to zero, and the row with it.
+  /// A base below 2^27 becomes larger by at most so much at once: 2^-126, a little less after rounding, would be flushed to zero, and the row with it.
   static constexpr int kMostLowered = 120;
   /// Of a row whose keys were hidden so far. Hidden keys, of score -inf, weigh nothing even so.
   static constexpr float kNoBase = -3.0e38f;
@@ -266,8 +266,10 @@ struct WgmmaConsumer {
       for (int lanes = 1; lanes <= 2; ++lanes) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, lanes));
       const int exponent = top >= kLargeWeights ? min(static_cast<int>(__float_as_uint(top) >> 23) - 127, kMostLowered) : 0;
       const float raised = base[r] + static_cast<float>(exponent);
-      // A sum that is infinite, of weights that need not be, must show in the output, too.
-      factor[r] = top < INFINITY ? device::exp2_approx(base[r] - raised) : __uint_as_float(0x7fffffffu);
+      // A sum that is infinite, of weights that need not be, must show in the output, too; and so must a base that is rounded by so much that the
+      // factor would be flushed to zero.
+      const float lowered = base[r] - raised;
+      factor[r] = top < INFINITY && lowered >= -126.0f ? device::exp2_approx(lowered) : __uint_as_float(0x7fffffffu);
       base[r] = raised;
       sum[r] *= factor[r];
     }
