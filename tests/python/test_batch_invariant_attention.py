@@ -192,6 +192,28 @@ def test_batch_invariant_decode_with_holes_in_tables(backend, rng, kv_dtype, dim
                 np.testing.assert_array_equal(bits(got[0]), bits(want[seq]))
 
 
+@pytest.mark.parametrize("group", [1, 5, 8])
+@pytest.mark.parametrize(
+    ("kv_dtype", "dim"), [("bfloat16", 128), ("float8_e4m3fn", 64), ("float8_e4m3fn", 128)]
+)
+def test_batch_invariance_of_tiles_of_many_parts(backend, rng, kv_dtype, dim, group):
+    """Alone, among sequences as long, and beside a long one."""
+    watched = [
+        Watched(
+            draw(rng, (1, 2 * group, dim), "bfloat16"),
+            draw_stored(rng, (n, 2, dim), kv_dtype),
+            draw_stored(rng, (n, 2, dim), kv_dtype),
+        )
+        for n in (2100, 2130)
+    ]
+    options = {"dtype": "bfloat16", "kv_dtype": kv_dtype}
+    want = [invariant_rows(backend, rng, [w], 0, **options)[0] for w in watched]
+    others = [Watched(watched[0].q, watched[i % 2].k, watched[i % 2].v) for i in range(62)]
+    assert_same_bits(invariant_rows(backend, rng, [*watched, *others], 0, **options)[:2], want)
+    long = Watched(watched[1].q, watched[1].k.repeat(8, 0), watched[1].v.repeat(8, 0))
+    assert_same_bits(invariant_rows(backend, rng, [*watched, long], 61, **options)[:2], want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("finite", [True, False], ids=["finite", "infinite"])

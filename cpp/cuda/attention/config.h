@@ -189,9 +189,12 @@ constexpr std::int64_t partial_rows(std::int64_t num_tokens, std::int64_t num_he
   return std::min(num_tokens * num_heads * kPartialsPerRow, std::int64_t{kPartialRowsPerSm} * (head_dim <= 64 ? 2 : 1) * num_sms);
 }
 
-/// Bytes of partial results (output rows and their two softmax terms) of any call of at most this size.
+/// Bytes of partial results (output rows and their two softmax terms) of any call of at most this size, head_dim included.
 constexpr std::int64_t workspace_bytes(std::int64_t num_tokens, std::int64_t num_heads, std::int64_t head_dim, int num_sms) {
-  return partial_rows(num_tokens, num_heads, head_dim, num_sms) * (head_dim + 2) * static_cast<std::int64_t>(sizeof(float));
+  const auto of = [&](std::int64_t columns) {
+    return partial_rows(num_tokens, num_heads, columns, num_sms) * (columns + 2) * static_cast<std::int64_t>(sizeof(float));
+  };
+  return std::max(of(head_dim), of(std::min<std::int64_t>(head_dim, 64)));
 }
 
 /// CTAs of a variant that an SM holds together, by registers and shared memory.
@@ -542,8 +545,11 @@ inline Config choose_config(const AttentionParams& params, const DevicePropertie
         config.tiles_per_cta = static_cast<int>(tiles);
       }
     }
-    if (may_have_clusters && params.batch_invariant && params.num_kv_heads % heads == 0 && config.num_ctas >= warps &&
-        parts_obstacle(params) == nullptr) {
+    const bool may_have_parts = may_have_clusters && params.batch_invariant && params.num_kv_heads % heads == 0 && config.num_ctas >= warps;
+    const char* const obstacle = may_have_parts ? parts_obstacle(params) : nullptr;
+    if (obstacle != nullptr && why != nullptr)
+      why->push_back(std::string("no kernel that has a tile's parts one after the other: ") + obstacle);
+    if (may_have_parts && obstacle == nullptr) {
       config.cluster = choose_parts_cluster(params, device, num_ctas / heads, config.num_ctas / warps);
       config.cluster_heads = heads;
       // Whole tiles, one after the other.

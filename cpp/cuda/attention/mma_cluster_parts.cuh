@@ -428,6 +428,7 @@ __device__ __forceinline__ int attend_to_parts(const Plan& plan, const KeyMaps& 
                         float4(partial_stats(cta, slot_of_beginning(own_member + h))[quad]), used_steps());
           }
         }
+        __syncwarp();  // all lanes have read what few of them write
         if (has_rows) {
           if (begins && is_last_part) {
             leave(h, &part_sums[own_member + h][place], width, &part_stats[own_member + h][quad], kSteps);
