@@ -329,7 +329,8 @@ void launch_rows_of(const NormParams& p, const char* name, Stream stream) {
 template <NormKind kKind, bool kQuantizes, typename T, int kVec>
 void launch_rows(const NormParams& p, const char* name, Stream stream) {
   constexpr int kMaxVectors = kQuantizes ? 2 : 4;
-  // Vectors of a row above which a thread of many rows has four: CTAs of many threads wait longer for their sums, of which a layer norm has two.
+  // Vectors of a row above which a thread of many rows has four: CTAs of many threads wait longer for their sums. (Chosen
+  // where a layer norm had two of them; rows of 16 bits have one since, if they are centred.)
   constexpr std::int64_t kLongVectors = kKind == NormKind::kLayer ? 256 : 512;
   const std::int64_t num_vectors = p.hidden / kVec;
   const bool per_group = kQuantizes && p.quant.granularity == ScaleGranularity::kGroup;

@@ -80,7 +80,8 @@ __device__ __forceinline__ Statistics statistics_of(const Packed<T, kVec> (&row)
   }
   float spread = row_sum(sum, 0);
   if constexpr (kKind == NormKind::kLayer) {
-    // Rounded: fused with the subtractions, as the compiler does where the factor is a parameter, few rows would not get the bits of many.
+    // Rounded: fused with the subtractions, as the compiler does where the factor is a parameter, dense rows would not get
+    // the bits of others.
     mean = __fmul_rn(spread, inverse_hidden);
     spread = row_sum(squares_about<T, kVec, kVectors>(mean, row, is_inside), 1);
   }
