@@ -34,6 +34,12 @@ def run_variant(backend, variant, batch, positional, keywords):
     return call()
 
 
+def hiding(hole, block_size, q_lens):
+    """To the reference, keys of a table's holes are keys that a mask hides."""
+    bits = np.packbits(~np.repeat(hole, block_size, axis=1), axis=1, bitorder="little")
+    return {"mask": np.repeat(bits, q_lens, axis=0), "mask_start": np.zeros(len(q_lens), np.int32)}
+
+
 def check_by_default_and_wgmma(backend, batch, options):
     """By the kernel that the call takes of itself, and on a GPU by Hopper's too."""
     want, want_lse = batch.reference(**options)
@@ -120,10 +126,7 @@ def test_block_sizes_in_hoppers_kernel(backend, rng, kv_dtype, block_size, dim):
     )
     hole = np.zeros(batch.block_tables.shape, bool)
     hole[0, 300 // block_size] = hole[3, 0] = True
-    bits = np.packbits(~np.repeat(hole, block_size, axis=1)[:, :704], axis=1, bitorder="little")
-    want, want_lse = batch.reference(
-        mask=np.repeat(bits, q_lens, axis=0), mask_start=np.zeros(len(q_lens), np.int32)
-    )
+    want, want_lse = batch.reference(**hiding(hole, block_size, q_lens))
     positional, keywords = batch.arguments(backend)
     positional[3] = backend.array(np.where(hole, np.int32(-1), batch.block_tables))
     results = run_variant(backend, "wgmma", batch, positional, keywords)
@@ -247,11 +250,9 @@ def test_rows_kernels(backend, rng, variant, dim, kv_dtype):
         positional, keywords = batch.arguments(backend)
         seen = {}
         if holes:
-            # To the reference, keys of a hole are keys that a mask hides.
             hole = rng.random(batch.block_tables.shape) < 0.2
             positional[3] = backend.array(np.where(hole, np.int32(-1), batch.block_tables))
-            bits = np.packbits(~np.repeat(hole, block_size, axis=1)[:, :336], axis=1, bitorder="little")
-            seen = {"mask": np.repeat(bits, q_lens, axis=0), "mask_start": np.zeros(4, np.int32)}
+            seen = hiding(hole, block_size, q_lens)
         for options in ({}, {"causal": False, "window": (37, 9)}, {"softcap": 5.0, "window": (100, -1)}):
             results = run_variant(backend, variant, batch, positional, keywords | options)
             if results is None:
