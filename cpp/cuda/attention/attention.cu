@@ -209,7 +209,7 @@ std::string tiles_text(const Config& config, std::int64_t num_kv_heads) {
     return std::to_string(config.num_tiles * num_kv_heads / heads) + " tiles, of a sequence by " +
            (heads > 1 ? "two kv heads, " : "one kv head, ") +
            (cluster > 1 ? "the keys of each shared by a cluster of up to " + std::to_string(cluster) + " CTAs" : "a CTA to each") +
-           ", brought block by block by the copy engine" + ", if the lengths are alike; else all keys shared evenly by up to " +
+           ", brought block by block by the copy engine, if the lengths are alike; else all keys shared evenly by up to " +
            std::to_string(config.num_ctas) + " CTAs";
   }
   if (shares_keys(config.variant))
